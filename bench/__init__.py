@@ -1,0 +1,1 @@
+"""Says what an artifact costs: memory, time, quality."""

@@ -1,0 +1,1 @@
+"""Makes artifacts out of checkpoints. The heavy half: torch, transformers, onnx-ir."""

@@ -1,0 +1,1 @@
+"""What fits where: integer arithmetic and tables. Standard library only."""

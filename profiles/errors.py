@@ -1,0 +1,90 @@
+"""The error tree. Its root sits in the lowest layer so that every package can raise it.
+
+    LlavaEdgeError            exit 1   something failed; the message says what
+    ├── RequestError          exit 2   the request is malformed or cannot be met
+    │   ├── ProfileError               a hardware profile is unknown or impossible
+    │   ├── BudgetError                no candidate fits the memory budget
+    │   ├── PromptError                prompt, image marks or context do not go together
+    │   ├── ImageError                 an image is refused
+    │   ├── CheckpointError            a checkpoint cannot be converted faithfully
+    │   └── OutputExistsError          nothing is overwritten unasked
+    ├── HubError              exit 1   the model hub could not be reached or answered
+    ├── ExportError           exit 1   writing the artifact failed
+    ├── ArtifactError         exit 1   an artifact is damaged, unsafe or of another kind
+    ├── EngineError           exit 1   the inference engine failed
+    ├── OutOfMemoryError      exit 1   memory ran out where the plan said it would not
+    └── DependencyError       exit 1   an optional package is missing
+
+A message holds four things: what was asked, what was found, the rule, the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class LlavaEdgeError(Exception):
+    """Root of all errors that this project raises on purpose."""
+
+    exit_code = 1
+
+
+class RequestError(LlavaEdgeError):
+    """The request is malformed or cannot be met; the caller must change it."""
+
+    exit_code = 2
+
+
+class ProfileError(RequestError):
+    """A hardware profile is unknown, malformed or holds an impossible value."""
+
+
+class BudgetError(RequestError):
+    """Nothing that was asked for fits the memory budget."""
+
+
+class PromptError(RequestError):
+    """Prompt, image marks, context length or sampling options do not go together."""
+
+
+class ImageError(RequestError):
+    """An image is refused before or while it is decoded."""
+
+
+class CheckpointError(RequestError):
+    """A checkpoint is unsafe, incomplete, or of a kind that cannot be kept faithfully."""
+
+
+class OutputExistsError(RequestError):
+    """The output already exists and ``--force`` was not given."""
+
+
+class HubError(LlavaEdgeError):
+    """The model hub could not be reached, or does not have what was asked."""
+
+
+class ExportError(LlavaEdgeError):
+    """Building or writing an artifact failed; nothing half-written is left in its place."""
+
+
+class ArtifactError(LlavaEdgeError):
+    """An artifact is damaged, unsafe, or made for something else."""
+
+
+class EngineError(LlavaEdgeError):
+    """The inference engine refused or failed a call."""
+
+
+class OutOfMemoryError(LlavaEdgeError):
+    """Memory ran out; the message says how much was asked and how much there was."""
+
+
+class DependencyError(LlavaEdgeError):
+    """An optional package is missing; the message holds the install command."""
+
+
+def shorten(items: Sequence[str], limit: int = 5) -> str:
+    """Join items for a message, cut at ``limit`` with a count of the rest."""
+    shown = ", ".join(items[:limit])
+    rest = len(items) - limit
+    return f"{shown} and {rest} more" if rest > 0 else shown

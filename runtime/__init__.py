@@ -1,0 +1,1 @@
+"""Opens artifacts and answers from them. No torch, no transformers, no onnx."""

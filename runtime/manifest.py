@@ -1,0 +1,151 @@
+"""Manifest: what an artifact says of itself. Plain data; reading and checking files is artifact.py.
+
+One dataclass a topic. Whatever the runtime needs to answer a question stands here, so that it never
+reads a checkpoint's configuration and never guesses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llava_edge.profiles.model_dims import ModelDims
+
+SCHEMA_VERSION = 1
+
+Flavour = Literal["cpu", "cuda"]
+Reference = Literal["hf", "original"]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size and digest of one file of the artifact."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, ONNX element type (``float32``, ``int64`` …) and shape; symbolic sizes are names."""
+
+    name: str
+    dtype: str
+    shape: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One ONNX file: where it lies and what goes in and out."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class ImageProcessing:
+    """Values of the image processor; ``image_grid_pinpoints`` are (height, width) in pixels.
+
+    ``reference`` decides ties between equally good grids: ``hf`` takes the earlier candidate as the
+    list stands, ``original`` reads the list as (width, height).
+    """
+
+    tile_size: int
+    patch_size: int
+    image_grid_pinpoints: tuple[tuple[int, int], ...]
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    rescale_factor: float
+    reference: Reference = "hf"
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Special ids. ``stop`` ends an answer; ``image`` marks a place and has no embedding row."""
+
+    image: int
+    video: int | None
+    bos: int | None
+    stop: tuple[int, ...]
+    num_text_tokens: int
+    """Ids at or above this are padding rows of the table; their logits are masked."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Plain text around what a role says."""
+
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """A chat template compiled into plain text; see runtime/prompt.py for how it is put together.
+
+    ``special_tokens`` are the control tokens that the segments themselves may hold.
+    ``add_bos``: the tokenizer puts the bos token first.
+    """
+
+    source: Literal["template", "builtin"]
+    family: str
+    prefix: str
+    default_system: str
+    system: Turn | None
+    user: Turn
+    assistant: Turn
+    generation_prompt: str
+    image: str
+    video: str
+    media_first: bool
+    strip_text: bool
+    add_bos: bool
+    special_tokens: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How each part is stored, and the type it computes in."""
+
+    language_model: str
+    lm_head: str
+    vision_tower: str
+    embeddings: str
+    computes: Literal["float32", "float16"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint: hub id or folder name, hub revision if any, digest of its files."""
+
+    id: str
+    revision: str | None
+    sha256: str
+    layout: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of ``manifest.json``; ``files`` lists all but the certificate and the card."""
+
+    schema_version: int
+    variant: str
+    flavour: Flavour
+    precision: Precision
+    plan: dict[str, Any]
+    model: ModelDims
+    image_processing: ImageProcessing
+    tokens: TokenIds
+    prompt: PromptFormat | None
+    vision: GraphSpec
+    decoder: GraphSpec
+    embeddings: str
+    tokenizer: str
+    context_tokens: int
+    source: Source
+    reference: str
+    tools: dict[str, str]
+    conversion: dict[str, Any]
+    files: dict[str, FileEntry]
+    self_sha256: str = ""
