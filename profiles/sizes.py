@@ -1,0 +1,52 @@
+"""Byte counts as people write them: ``24GiB``, ``8 GB``, ``512MiB`` or a bare number of bytes."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from llava_edge.profiles.errors import RequestError
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": KIB,
+    "mib": MIB,
+    "gib": GIB,
+    "tib": 1 << 40,
+}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", re.ASCII)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in ``text``; decimal units (GB) are powers of ten, binary ones (GiB) powers of two.
+
+    Raises:
+        RequestError: the text is no size or comes to less than one byte.
+    """
+    match = _SIZE.fullmatch(text)
+    factor = _UNITS.get(match[2].lower()) if match else None
+    # Longer digit strings than any memory are refused before arithmetic touches them.
+    size = int(Fraction(match[1]) * factor) if match and factor and len(text) <= 40 else 0
+    if size < 1:
+        raise RequestError(
+            f"{text[:40]!r} is not a memory size. Write a number and a unit, such as 24GiB, "
+            "16GB, 512MiB, or a bare number of bytes."
+        )
+    return size
+
+
+def format_bytes(count: int) -> str:
+    """Readable size with a binary unit, such as ``14.09 GiB``; for people, never parsed back."""
+    for unit, size in (("TiB", 1 << 40), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if abs(count) >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
