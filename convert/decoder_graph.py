@@ -1,0 +1,211 @@
+"""The decoder graph: one graph for prompt and decode, its cache updated in place.
+
+    inputs_embeds [1, tokens, hidden], seqlens_k, total_sequence_length, logits_to_keep,
+    past_key_values.N.{key,value} [1, kv_heads, capacity, head_dim]
+        → logits float32 [1, logits_to_keep, vocab], present.N.{key,value}
+
+``past`` and ``present`` are meant to be the same buffer. ``logits_to_keep`` has the reference's
+meaning: that many last positions, 0 for all. Positions follow from the lengths; linear rope scaling
+is folded into the tables.
+
+Source: transformers ``LlamaModel``, ``MistralModel``, ``Qwen2Model`` 5.23.0; ONNX Runtime's
+GroupQueryAttention contract.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from llava_edge.convert.graph import MICROSOFT, GraphBuilder
+from llava_edge.convert.weights import Array, TensorSource, linear, vectors
+from llava_edge.profiles.model_dims import TextDims
+
+
+def rope_tables(text: TextDims, num_positions: int) -> tuple[Array, Array]:
+    """Cosine and sine, float32 (num_positions, head_dim / 2), in the reference's own operations.
+
+    Angles lose digits as positions grow, so they are computed in torch float32 as the reference
+    does; a float64 table would differ from it in the fourth digit at position 30,000.
+    """
+    steps = torch.arange(0, text.head_dim, 2, dtype=torch.int64).to(torch.float32)
+    inv_freq = 1.0 / (text.rope_theta ** (steps / text.head_dim)) / text.rope_factor
+    positions = torch.arange(num_positions, dtype=torch.float32)
+    angles = (inv_freq[:, None] @ positions[None, :]).T
+    return angles.cos().numpy(), angles.sin().numpy()
+
+
+def build_decoder_graph(
+    text: TextDims,
+    source: TensorSource,
+    compute: type[np.float32] | type[np.float16],
+    context_tokens: int,
+) -> GraphBuilder:
+    """Build the decoder for at most ``context_tokens`` positions."""
+    g = GraphBuilder("decoder", compute)
+    embeds = g.input("inputs_embeds", g.compute_name, [1, "tokens", text.hidden_size])
+    inputs: dict[str, ir.Value] = {
+        "seqlens_k": g.input("seqlens_k", "int32", [1]),
+        "total_sequence_length": g.input("total_sequence_length", "int32", []),
+    }
+    keep = g.input("logits_to_keep", "int64", [])
+    cosine, sine = rope_tables(text, context_tokens)
+    inputs["cos_cache"] = g.vector("cos_cache", cosine)
+    inputs["sin_cache"] = g.vector("sin_cache", sine)
+    cache_shape: list[int | str] = [1, text.num_key_value_heads, "capacity", text.head_dim]
+    caches = [
+        tuple(
+            g.input(f"past_key_values.{layer}.{part}", g.compute_name, cache_shape)
+            for part in ("key", "value")
+        )
+        for layer in range(text.num_hidden_layers)
+    ]
+    presents: list[ir.Value] = []
+    residual, delta = embeds, None
+    for layer, (past_key, past_value) in enumerate(caches):
+        prefix = f"language_model.layers.{layer}"
+        norm = f"{prefix}.input_layernorm"
+        normed, residual = _add_norm(g, text, source, norm, residual, delta)
+        mixed, present = _attention(
+            g, text, source, layer, normed, {**inputs, "key": past_key, "value": past_value}
+        )
+        presents += present
+        norm = f"{prefix}.post_attention_layernorm"
+        normed, residual = _add_norm(g, text, source, norm, residual, mixed)
+        delta = _mlp(g, text, source, f"{prefix}.mlp", normed)
+    assert delta is not None
+    logits = _head(g, text, source, residual, delta, keep)
+    # float32 in both flavours: sampling never sees fp16 ties.
+    g.output(logits, "logits", "float32", [1, "logits_to_keep", text.vocab_size])
+    for index, present_value in enumerate(presents):
+        name = f"present.{index // 2}.{('key', 'value')[index % 2]}"
+        g.output(present_value, name, g.compute_name, cache_shape)
+    return g
+
+
+def _add_norm(
+    g: GraphBuilder,
+    text: TextDims,
+    source: TensorSource,
+    prefix: str,
+    residual: ir.Value,
+    delta: ir.Value | None,
+) -> tuple[ir.Value, ir.Value]:
+    """RMSNorm of ``residual + delta``; returns it and the sum."""
+    gain = g.vector(f"{prefix}.weight", vectors(source, [f"{prefix}.weight"]))
+    attributes: dict[str, Any] = {"epsilon": text.rms_norm_eps}
+    if delta is None:
+        normed = g.op(
+            "SimplifiedLayerNormalization", residual, gain, name=prefix, axis=-1, **attributes
+        )
+        return normed, residual
+    outputs = g.ops(
+        "SkipSimplifiedLayerNormalization",
+        [residual, delta, gain],
+        attributes,
+        domain=MICROSOFT,
+        num_outputs=4,
+        name=prefix,
+    )
+    # Outputs 1 and 2 (mean, inverse deviation) exist for training only and stay unnamed.
+    outputs[1].name = outputs[2].name = ""
+    return outputs[0], outputs[3]
+
+
+def _attention(
+    g: GraphBuilder,
+    text: TextDims,
+    source: TensorSource,
+    layer: int,
+    hidden: ir.Value,
+    inputs: dict[str, ir.Value],
+) -> tuple[ir.Value, list[ir.Value]]:
+    prefix = f"language_model.layers.{layer}.self_attn"
+    names = [f"{prefix}.{part}_proj" for part in "qkv"]
+    packed_size = text.query_size + 2 * text.key_value_size
+    packed = _linear(g, source, names, text.hidden_size, packed_size, hidden, text.qkv_bias)
+    window = text.sliding_windows[layer]
+    mixed, key, value = g.ops(
+        "GroupQueryAttention",
+        [
+            packed,
+            None,
+            None,
+            inputs["key"],
+            inputs["value"],
+            inputs["seqlens_k"],
+            inputs["total_sequence_length"],
+            inputs["cos_cache"],
+            inputs["sin_cache"],
+        ],
+        {
+            "num_heads": text.num_attention_heads,
+            "kv_num_heads": text.num_key_value_heads,
+            # Spelt out: TensorRT's importer refuses the node without it.
+            "scale": text.head_dim**-0.5,
+            "do_rotary": 1,
+            "rotary_interleaved": 0,
+            "local_window_size": window or -1,
+        },
+        domain=MICROSOFT,
+        num_outputs=3,
+        name=f"{prefix}.attention",
+    )
+    output = _linear(
+        g, source, [f"{prefix}.o_proj"], text.query_size, text.hidden_size, mixed, text.o_bias
+    )
+    return output, [key, value]
+
+
+def _mlp(
+    g: GraphBuilder, text: TextDims, source: TensorSource, prefix: str, hidden: ir.Value
+) -> ir.Value:
+    narrow, wide = text.hidden_size, text.intermediate_size
+    gate = _linear(g, source, [f"{prefix}.gate_proj"], narrow, wide, hidden, text.mlp_bias)
+    up = _linear(g, source, [f"{prefix}.up_proj"], narrow, wide, hidden, text.mlp_bias)
+    active = g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
+    return _linear(g, source, [f"{prefix}.down_proj"], wide, narrow, active, text.mlp_bias)
+
+
+def _head(
+    g: GraphBuilder,
+    text: TextDims,
+    source: TensorSource,
+    residual: ir.Value,
+    delta: ir.Value,
+    keep: ir.Value,
+) -> ir.Value:
+    # Slicing from −keep: 0 starts at the first position, which is "all", as in the reference.
+    start = g.op("Unsqueeze", g.op("Neg", keep), g.integers(0))
+    end, axis = g.integers(np.iinfo(np.int64).max), g.integers(1)
+    kept = [g.op("Slice", value, start, end, axis) for value in (residual, delta)]
+    normed, _ = _add_norm(g, text, source, "language_model.norm", kept[0], kept[1])
+    name = "lm_head.weight"
+    if text.tie_word_embeddings:
+        name = "language_model.embed_tokens.weight"
+    weight = linear(source, [name], text.hidden_size, text.vocab_size)
+    logits = g.op("MatMul", normed, g.compute_weight("lm_head.weight", weight), name="lm_head")
+    if g.compute == np.float32:
+        return logits
+    return g.op("Cast", logits, to=int(ir.DataType.FLOAT))
+
+
+def _linear(
+    g: GraphBuilder,
+    source: TensorSource,
+    prefixes: list[str],
+    in_size: int,
+    out_size: int,
+    hidden: ir.Value,
+    bias: bool,
+) -> ir.Value:
+    name = prefixes[0]
+    weight = linear(source, [f"{prefix}.weight" for prefix in prefixes], in_size, out_size)
+    product = g.op("MatMul", hidden, g.compute_weight(f"{name}.weight", weight), name=name)
+    if not bias:
+        return product
+    row = vectors(source, [f"{prefix}.bias" for prefix in prefixes])
+    return g.op("Add", product, g.vector(f"{name}.bias", row))

@@ -1,0 +1,70 @@
+"""Checkpoint tensors as the graphs store them: fp16, [K, N], checked for range.
+
+A linear layer is [out, in] in a checkpoint and [K, N] = [in, out] in a MatMul.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from llava_edge.convert.graph import LazyWeight
+from llava_edge.profiles.errors import CheckpointError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+FLOAT16 = np.dtype(np.float16)
+
+
+class TensorSource(Protocol):
+    """What graphs need of a checkpoint: tensors by canonical name."""
+
+    def read(self, name: str) -> Array:
+        """Load one tensor: float16, or float32 where the checkpoint holds more than fp16."""
+
+
+def as_float16(name: str, array: Array) -> Array:
+    """Round to fp16.
+
+    Raises:
+        CheckpointError: a value is not finite, or larger than fp16 holds; names tensor and value.
+    """
+    # Reductions over float16 are slow in numpy; a nan or inf survives min and max.
+    low, high = float(np.min(array, initial=0.0)), float(np.max(array, initial=0.0))
+    largest = max(-low, high)
+    if not np.isfinite(largest):
+        raise CheckpointError(
+            f"tensor {name} holds a value that is not a finite number; weights must be finite. "
+            "The checkpoint is damaged or its training diverged: fetch or save it again."
+        )
+    if largest > float(np.finfo(np.float16).max):
+        raise CheckpointError(
+            f"tensor {name} reaches {largest:.6g}; fp16 holds at most 65504. Storing it would "
+            "change the model, so it is refused."
+        )
+    return array.astype(np.float16, copy=False)
+
+
+def linear(source: TensorSource, names: Sequence[str], in_size: int, out_size: int) -> LazyWeight:
+    """Linear weights side by side along N, fp16 [in_size, out_size]; several names are packed."""
+
+    def load() -> Array:
+        parts = [as_float16(name, source.read(name)) for name in names]
+        joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=0)
+        return np.ascontiguousarray(joined.T)
+
+    return LazyWeight((in_size, out_size), FLOAT16, load)
+
+
+def reshaped(
+    source: TensorSource, name: str, shape: tuple[int, ...], change: Callable[[Array], Array]
+) -> LazyWeight:
+    """One tensor passed through ``change``, fp16 of ``shape``."""
+    return LazyWeight(shape, FLOAT16, lambda: change(as_float16(name, source.read(name))))
+
+
+def vectors(source: TensorSource, names: Sequence[str]) -> Array:
+    """Small parameters end to end, fp16-rounded, float32 (sum of lengths,)."""
+    parts = [as_float16(name, source.read(name)).astype(np.float32) for name in names]
+    return np.concatenate(parts)
