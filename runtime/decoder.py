@@ -1,0 +1,132 @@
+"""Decoder: prefill in chunks and one decode step, over the decoder graph.
+
+Knows embeddings and logits, nothing of text or images. Everything a step needs is bound once; a
+step writes one embedding row and two lengths in place and runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from llava_edge.profiles.errors import PromptError
+from llava_edge.profiles.model_dims import TextDims
+from llava_edge.runtime.kv_cache import KVCache
+from llava_edge.runtime.session import Array, Buffer, Session
+
+FillEmbeddings = Callable[[int, int, Array], None]
+"""``fill(start, stop, out)`` writes the embeddings of positions start..stop into ``out``."""
+
+
+class Decoder:
+    """The language model behind its graph.
+
+    Args:
+        session: the decoder graph.
+        text: dimensions of the language model.
+        capacity: positions of the cache.
+        chunk_tokens: largest number of positions computed at once in prefill; bounds activations.
+        dtype: float32 (cpu flavour) or float16 (cuda flavour) of embeddings and cache.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        text: TextDims,
+        capacity: int,
+        chunk_tokens: int,
+        dtype: type[np.float32] | type[np.float16],
+    ) -> None:
+        device = session.device
+        self.capacity = capacity
+        self._chunk_tokens = chunk_tokens
+        self._session = session
+        self._dtype = dtype
+        self._hidden = text.hidden_size
+        self.cache = KVCache(text, capacity, dtype, device)
+        # Lengths: total minus one on the device, the total itself in host memory. The total may
+        # be any bound up to the capacity, so it is set once (which is what graph capture needs).
+        self._last = Buffer((1,), np.int32, device)
+        self._total = Buffer.over(np.array(capacity, np.int32))
+        self._keep = Buffer.over(np.array(1, np.int64))
+        self._logits = Buffer((1, 1, text.vocab_size), np.float32, device)
+        self._row = Buffer((1, 1, text.hidden_size), dtype, device)
+        self._step = self._bind()
+        self._step.input("inputs_embeds", self._row)
+        self._prefill = self._bind()
+
+    def _bind(self) -> Any:
+        binding = self._session.binding()
+        binding.inputs(
+            {
+                "seqlens_k": self._last,
+                "total_sequence_length": self._total,
+                "logits_to_keep": self._keep,
+            }
+        )
+        binding.output("logits", self._logits)
+        self.cache.bind(binding)
+        return binding
+
+    @property
+    def length(self) -> int:
+        """Valid positions in the cache."""
+        return self.cache.length
+
+    def prefill(self, num_tokens: int, fill: FillEmbeddings) -> Array:
+        """Append ``num_tokens`` positions and return the last one's logits.
+
+        Returns:
+            float32 (vocab,). Valid until the next call.
+
+        Raises:
+            PromptError: the cache has no room, or there is nothing to compute.
+        """
+        if num_tokens < 1:
+            raise PromptError("an empty prompt was given; at least one token is needed")
+        if self.length + num_tokens > self.capacity:
+            raise PromptError(
+                f"{num_tokens} tokens were asked behind {self.length}; the context holds "
+                f"{self.capacity}. Shorten the prompt, lower the grid, or load a larger context."
+            )
+        chunk = np.empty((1, min(num_tokens, self._chunk_tokens), self._hidden), self._dtype)
+        for start in range(0, num_tokens, self._chunk_tokens):
+            stop = min(start + self._chunk_tokens, num_tokens)
+            rows = chunk[:, : stop - start]
+            fill(start, stop, rows[0])
+            self._prefill.input("inputs_embeds", self._device_rows(rows))
+            self._run(self._prefill, stop - start)
+        # The chunk's buffer must not outlive this call: it would pin its memory.
+        self._prefill.input("inputs_embeds", self._row)
+        return self._read_logits()
+
+    def step(self, row: Array) -> Array:
+        """Append one position given its embedding (hidden,) and return its logits (vocab,)."""
+        if self.length >= self.capacity:
+            raise PromptError(f"the context of {self.capacity} tokens is full")
+        self._row.write(row.reshape(1, 1, -1))
+        self._run(self._step, 1)
+        return self._read_logits()
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first ``length`` positions."""
+        self.cache.rewind(length)
+
+    def _device_rows(self, rows: Array) -> Buffer:
+        if self._session.device == "cpu":
+            return Buffer.over(rows)
+        buffer = Buffer(rows.shape, self._dtype, self._session.device)
+        buffer.write(rows)
+        return buffer
+
+    def _run(self, binding: Any, num_tokens: int) -> None:
+        total = self.length + num_tokens
+        self._last.write(np.array([total - 1], np.int32))
+        binding.run()
+        # Only now: a failed call leaves the old length, and what it wrote is ignored.
+        self.cache.length = total
+
+    def _read_logits(self) -> Array:
+        return self._logits.read().reshape(-1)

@@ -1,0 +1,45 @@
+"""KVCache: preallocated keys and values of every layer, and how much of them is valid.
+
+Rows at and behind ``length`` are ignored by the kernel, so rewinding is setting a number.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.model_dims import TextDims
+from llava_edge.runtime.session import Binding, Buffer, DeviceKind
+
+
+class KVCache:
+    """One buffer per layer and part, ``[1, kv_heads, capacity, head_dim]``, past and present."""
+
+    def __init__(
+        self, text: TextDims, capacity: int, dtype: type[np.generic], device: DeviceKind
+    ) -> None:
+        self.capacity = capacity
+        self.length = 0
+        shape = (1, text.num_key_value_heads, capacity, text.head_dim)
+        self._buffers = {
+            f"{layer}.{part}": Buffer(shape, dtype, device)
+            for layer in range(text.num_hidden_layers)
+            for part in ("key", "value")
+        }
+
+    def bind(self, binding: Binding) -> None:
+        """Bind every buffer as past and as present: the kernel writes new rows in place."""
+        for name, buffer in self._buffers.items():
+            binding.input(f"past_key_values.{name}", buffer)
+            binding.output(f"present.{name}", buffer)
+
+    def rewind(self, length: int) -> None:
+        """Keep the first ``length`` positions."""
+        if not 0 <= length <= self.length:
+            raise RequestError(f"cannot rewind a cache of {self.length} positions to {length}")
+        self.length = length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())

@@ -1,0 +1,122 @@
+"""Sampling: the next token from logits, by numpy, seeded.
+
+The order of operations is transformers': repetition penalty, temperature, top-k, top-p.
+
+Source: transformers ``RepetitionPenaltyLogitsProcessor``, ``TemperatureLogitsWarper``,
+``TopKLogitsWarper``, ``TopPLogitsWarper`` 5.23.0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from llava_edge.profiles.errors import RequestError
+from llava_edge.runtime.session import Array
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """What to do with the logits; the defaults are greedy.
+
+    Attributes:
+        temperature: 0 takes the largest logit; larger values flatten the distribution.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens whose probability reaches top_p; 1 keeps all.
+        repetition_penalty: divides positive logits (multiplies negative ones) of tokens that
+            occur in prompt or answer; 1 changes nothing.
+        seed: makes sampling repeatable; None draws one.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            faults.append(f"temperature {self.temperature} must be 0 (greedy) or larger")
+        if self.top_k < 0:
+            faults.append(f"top_k {self.top_k} must be 0 (off) or larger")
+        if not 0 < self.top_p <= 1:
+            faults.append(f"top_p {self.top_p} must lie in (0, 1]")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            faults.append(f"repetition_penalty {self.repetition_penalty} must be larger than 0")
+        if self.seed is not None and self.seed < 0:
+            faults.append(f"seed {self.seed} must be 0 or larger")
+        if faults:
+            raise RequestError("sampling options cannot be used: " + "; ".join(faults))
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the answer does not depend on a seed."""
+        return self.temperature == 0.0 or self.top_k == 1
+
+
+class Sampler:
+    """Chooses tokens and remembers which have occurred.
+
+    Args:
+        options: validated options.
+        vocab_size: length of the logits.
+        num_text_tokens: rows at or above are padding of the table; they are never drawn.
+        seen: tokens of the prompt, for the repetition penalty.
+    """
+
+    def __init__(
+        self,
+        options: SamplingOptions,
+        vocab_size: int,
+        num_text_tokens: int,
+        seen: Iterable[int] = (),
+    ) -> None:
+        self._options = options
+        self._num_text_tokens = num_text_tokens
+        self._generator = np.random.default_rng(options.seed)
+        self._seen = np.zeros(vocab_size, bool)
+        if options.repetition_penalty != 1.0:
+            self._seen[np.fromiter(seen, np.int64)] = True
+
+    def choose(self, logits: Array) -> int:
+        """The next token id from float32 (vocab,) logits, which are left unchanged."""
+        options = self._options
+        if options.repetition_penalty != 1.0:
+            logits = self._penalised(logits)
+        # Greedy is faithful to the reference: padding rows are masked only where chance decides.
+        token = int(np.argmax(logits)) if options.is_greedy else self._draw(logits)
+        if options.repetition_penalty != 1.0:
+            self._seen[token] = True
+        return token
+
+    def probabilities(self, logits: Array) -> tuple[Array, Array]:
+        """Kept token ids by falling logit, and their probabilities (float64, summing to 1)."""
+        options = self._options
+        scaled = logits[: self._num_text_tokens].astype(np.float64) / options.temperature
+        ids = np.arange(scaled.size)
+        if 0 < options.top_k < scaled.size:
+            # Ties with the k-th logit stay, as in the reference.
+            ids = np.flatnonzero(scaled >= np.partition(scaled, -options.top_k)[-options.top_k])
+        ids = ids[np.argsort(-scaled[ids], kind="stable")]
+        kept = scaled[ids]
+        weights = np.exp(kept - kept[0])
+        weights /= weights.sum()
+        if options.top_p < 1.0:
+            before = np.cumsum(weights) - weights
+            last = int(np.searchsorted(before, options.top_p, side="left"))
+            ids, weights = ids[:last], weights[:last] / weights[:last].sum()
+        return ids, weights
+
+    def _draw(self, logits: Array) -> int:
+        ids, weights = self.probabilities(logits)
+        index = int(np.searchsorted(np.cumsum(weights), self._generator.random(), side="right"))
+        return int(ids[min(index, ids.size - 1)])
+
+    def _penalised(self, logits: Array) -> Array:
+        penalty = self._options.repetition_penalty
+        changed = np.where(logits > 0, logits / penalty, logits * penalty)
+        return np.where(self._seen, changed, logits)

@@ -1,0 +1,176 @@
+"""Sessions and buffers: the one file that touches ONNX Runtime's untyped API.
+
+A buffer is bound once and changed in place; on the CPU it shares its memory with a numpy array.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime as ort
+
+from llava_edge.profiles.errors import EngineError, OutOfMemoryError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+DeviceKind = Literal["cpu", "cuda"]
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_OUT_OF_MEMORY = ("failed to allocate memory", "out of memory", "bad allocation", "bad_alloc")
+
+
+def available_devices() -> tuple[DeviceKind, ...]:
+    """Kinds of device that the installed ONNX Runtime can use, best first."""
+    providers = ort.get_available_providers()
+    kinds: tuple[DeviceKind, ...] = ("cuda", "cpu")
+    return tuple(kind for kind in kinds if _PROVIDERS[kind] in providers)
+
+
+class Buffer:
+    """A tensor at a fixed address, bound as input, output or both.
+
+    Attributes:
+        array: the same memory as numpy on the CPU; None on another device.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: type[np.generic], device: DeviceKind) -> None:
+        self.shape = tuple(shape)
+        self.dtype = np.dtype(dtype)
+        self.array: Array | None = None
+        with _mapped_errors(f"allocating {self.dtype.name}{list(self.shape)} on {device}"):
+            if device == "cpu":
+                # Written once here: memory that is only promised is taken back by killing.
+                self.array = np.empty(self.shape, self.dtype)
+                self.array.fill(0)
+                self.value = ort.OrtValue.ortvalue_from_numpy(self.array)
+            else:
+                zeros = np.zeros(self.shape, self.dtype)
+                self.value = ort.OrtValue.ortvalue_from_numpy(zeros, device, 0)
+
+    @classmethod
+    def over(cls, array: Array) -> Buffer:
+        """A CPU buffer that shares memory with a contiguous array."""
+        buffer = cls.__new__(cls)
+        buffer.shape, buffer.dtype, buffer.array = array.shape, array.dtype, array
+        buffer.value = ort.OrtValue.ortvalue_from_numpy(array)
+        return buffer
+
+    def write(self, array: Array) -> None:
+        """Replace the whole content."""
+        if self.array is not None:
+            self.array[...] = array
+        else:
+            contiguous = np.ascontiguousarray(array, self.dtype).reshape(self.shape)
+            self.value.update_inplace(contiguous)
+
+    def read(self) -> Array:
+        """The content as numpy: the memory itself on the CPU, a copy elsewhere."""
+        if self.array is not None:
+            return self.array
+        copied: Array = self.value.numpy()
+        return copied
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held on the device."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """How a session is opened. ``threads`` 0 lets ONNX Runtime take every physical core."""
+
+    device: DeviceKind = "cpu"
+    threads: int = 0
+    log_level: int = 3
+
+
+class Session:
+    """One graph, loaded. ``run_seconds`` adds up the time spent inside ONNX Runtime."""
+
+    def __init__(self, path: Path, options: SessionOptions) -> None:
+        self.device = options.device
+        self.run_seconds = 0.0
+        settings = ort.SessionOptions()
+        settings.intra_op_num_threads = options.threads
+        settings.log_severity_level = options.log_level
+        # The arena would keep the largest prefill's activations for good (measured: it never
+        # shrinks); the cache and all fixed buffers are ours anyway.
+        settings.enable_cpu_mem_arena = False
+        # Patterns that grow with the chunk length are not worth planning for: lengths vary.
+        settings.enable_mem_pattern = False
+        with _mapped_errors(f"opening {path.name}"):
+            self._session = ort.InferenceSession(
+                str(path), settings, providers=[_PROVIDERS[options.device]]
+            )
+        self.providers: tuple[str, ...] = tuple(self._session.get_providers())
+
+    def binding(self) -> Binding:
+        """A fresh, empty set of bound inputs and outputs."""
+        return Binding(self, self._session.io_binding())
+
+    def run_bound(self, binding: Any) -> None:
+        """Run with everything bound; used by Binding alone."""
+        start = time.perf_counter()
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise _map_error(error, "running the graph") from error
+        finally:
+            self.run_seconds += time.perf_counter() - start
+
+
+class Binding:
+    """Inputs and outputs of one kind of call, bound once and run many times."""
+
+    def __init__(self, session: Session, binding: Any) -> None:
+        self._session = session
+        self._binding = binding
+        self._bound: dict[str, Buffer] = {}
+
+    def input(self, name: str, buffer: Buffer) -> None:
+        """Bind an input; binding a name again replaces it."""
+        self._binding.bind_ortvalue_input(name, buffer.value)
+        self._bound[f"in {name}"] = buffer
+
+    def output(self, name: str, buffer: Buffer) -> None:
+        """Bind an output to a buffer of exactly its shape."""
+        self._binding.bind_ortvalue_output(name, buffer.value)
+        self._bound[f"out {name}"] = buffer
+
+    def inputs(self, buffers: Mapping[str, Buffer]) -> None:
+        """Bind several inputs."""
+        for name, buffer in buffers.items():
+            self.input(name, buffer)
+
+    def run(self) -> None:
+        """Run the graph once.
+
+        Raises:
+            OutOfMemoryError: the provider could not allocate.
+            EngineError: anything else that ONNX Runtime reports.
+        """
+        self._session.run_bound(self._binding)
+
+
+@contextmanager
+def _mapped_errors(act: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise _map_error(error, act) from error
+
+
+def _map_error(error: Exception, act: str) -> Exception:
+    text = str(error).strip().replace("\n", " ")
+    if isinstance(error, MemoryError) or any(mark in text.lower() for mark in _OUT_OF_MEMORY):
+        return OutOfMemoryError(
+            f"memory ran out while {act}: {text[:300]}. Use a smaller context, a lower grid, or "
+            "an artifact of lower precision."
+        )
+    return EngineError(f"ONNX Runtime {ort.__version__} failed while {act}: {text[:500]}")
