@@ -1,0 +1,55 @@
+# llava-edge. Every target does its own set-up in .venv and is quick when nothing changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := cpu,convert,bench,dev
+PACKAGES := profiles runtime convert bench
+READY := $(VENV)/ready
+
+PROFILE ?= cpu-16gb
+CHECKPOINT ?=
+OUT ?=
+PRECISION ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo convert test lint typecheck format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(READY) ## create .venv and install everything at pinned versions
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(READY) ## convert the small checkpoint and ask it about a drawn picture, beside the reference
+	$(BIN)/python -m llava_edge.convert.demo
+
+convert: $(READY) ## make convert PROFILE=a100 [CHECKPOINT=folder or hub id] [OUT=folder] [PRECISION=fp16]
+	$(BIN)/llava-edge convert $(CHECKPOINT) $(OUT) --profile $(PROFILE) $(if $(PRECISION),--precision $(PRECISION))
+
+test: $(READY) ## the whole test suite, on all cores
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+lint: $(READY) build/typing ## ruff (style, docstrings, formatting) and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+typecheck: $(READY) build/typing ## mypy --strict over the packages
+	$(BIN)/mypy
+
+format: $(READY) ## rewrite the sources the way lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove everything that can be made again, .venv included
+	rm -rf $(VENV) build dist *.egg-info artifacts .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# mypy does not run import hooks, and the editable install is one: links give it a real folder.
+build/typing:
+	mkdir -p $@/llava_edge
+	cd $@/llava_edge && for p in $(PACKAGES); do ln -sfn ../../../$$p $$p; done
