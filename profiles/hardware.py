@@ -33,7 +33,8 @@ class HardwareProfile:
     """What a plan needs to know of a machine; sizes in bytes, rates per second.
 
     ``kind``: ``cpu`` has host memory only, ``cuda`` a device beside the host, ``unified`` one
-    memory for both (Jetson, DGX Spark), counted in ``memory_bytes``. ``memory_bytes``,
+    memory for both (Jetson, DGX Spark), counted in ``memory_bytes``. ``host_memory_bytes`` is None
+    where a GPU board says nothing of its host; the host is then no constraint. ``memory_bytes``,
     ``bandwidth`` and the peaks are those of ONE device; ``num_devices`` of them make the machine.
     Rates are None where nobody stated them; predictions that need them are then None as well.
     On ``cpu`` ``peak_fp16`` is the float32 rate, since that is what the flavour computes in.
@@ -46,7 +47,7 @@ class HardwareProfile:
     kind: Kind
     memory_bytes: int
     system_reserve_bytes: int
-    host_memory_bytes: int
+    host_memory_bytes: int | None
     host_reserve_bytes: int
     bandwidth: float | None
     peak_fp16: float | None
@@ -82,10 +83,12 @@ class HardwareProfile:
         return self.memory_bytes - self.system_reserve_bytes
 
     @property
-    def host_budget_bytes(self) -> int:
+    def host_budget_bytes(self) -> int | None:
         """What the host leaves to us; the same memory as ``budget_bytes`` unless ``cuda``."""
         if self.kind != "cuda":
             return self.budget_bytes
+        if self.host_memory_bytes is None:
+            return None
         return self.host_memory_bytes - self.host_reserve_bytes
 
 
@@ -178,17 +181,9 @@ class _Reader:
         kind = self.choice("kind", get_args(Kind), None)
         memory = self.size("memory", None)
         reserve = self.size("system_reserve", 0)
-        host_memory = self.size("host_memory", None if kind == "cuda" else memory)
-        host_reserve = self.size("host_reserve", 0 if kind == "cuda" else reserve)
+        host_memory, host_reserve = self.host(kind, memory, reserve)
         if memory <= reserve:
             self.faults.append(f"system_reserve {reserve} leaves nothing of memory {memory}")
-        if host_memory <= host_reserve:
-            self.faults.append(f"host_reserve {host_reserve} leaves nothing of {host_memory}")
-        if kind != "cuda" and {"host_memory", "host_reserve"} & set(self.raw):
-            self.faults.append(
-                f"kind {kind!r} has one memory: give memory and system_reserve, not host_memory "
-                "or host_reserve"
-            )
         capability = self.capability(kind)
         self.check_rtx_target(capability)
         profile = HardwareProfile(
@@ -211,6 +206,22 @@ class _Reader:
             sources=self.sources(),
         )
         return None if self.faults else profile
+
+    def host(self, kind: str, memory: int, reserve: int) -> tuple[int | None, int]:
+        if kind != "cuda":
+            if {"host_memory", "host_reserve"} & set(self.raw):
+                self.faults.append(
+                    f"kind {kind!r} has one memory: give memory and system_reserve, not "
+                    "host_memory or host_reserve"
+                )
+            return memory, reserve
+        if "host_memory" not in self.raw:
+            return None, self.size("host_reserve", 0)
+        host_memory = self.size("host_memory", None)
+        host_reserve = self.size("host_reserve", 0)
+        if host_memory <= host_reserve:
+            self.faults.append(f"host_reserve {host_reserve} leaves nothing of {host_memory}")
+        return host_memory, host_reserve
 
     def choice(self, key: str, allowed: tuple[str, ...], default: str | None) -> Any:
         value = self.raw.get(key, default)
