@@ -1,0 +1,92 @@
+"""Image processor settings: from a checkpoint's JSON to the values the runtime computes with.
+
+The runtime does one thing (AnyRes tiles, bicubic, black padding, rescale, normalise). A checkpoint
+that asks its processor for anything else is refused here, all differences together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llava_edge.profiles.errors import CheckpointError
+from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.runtime.manifest import ImageProcessing, Reference
+
+BICUBIC = 3
+"""Pillow's number of the bicubic filter, as the hub's files write it."""
+
+_MUST_BE_TRUE = ("do_convert_rgb", "do_normalize", "do_pad", "do_rescale", "do_resize")
+
+
+def read_image_processing(
+    settings: Mapping[str, Any],
+    dims: ModelDims,
+    pinpoints: tuple[tuple[int, int], ...],
+    reference: Reference,
+) -> ImageProcessing:
+    """Check a ``preprocessor_config.json`` against the model and keep what is computed with.
+
+    Args:
+        settings: the checkpoint's image processor values.
+        dims: the model's dimensions.
+        pinpoints: (height, width) candidates that the artifact will use.
+        reference: how ties between grids are decided.
+
+    Raises:
+        CheckpointError: the processor would do something else than the runtime does.
+    """
+    tile = dims.vision.image_size
+    faults = [
+        f"{key} is false; the runtime always does it"
+        for key in _MUST_BE_TRUE
+        if settings.get(key) is False
+    ]
+    if settings.get("resample", BICUBIC) != BICUBIC:
+        faults.append(f"resample is {settings['resample']}; only bicubic ({BICUBIC}) is done")
+    for key in ("size", "crop_size"):
+        side = _side(settings.get(key, tile))
+        if side != tile:
+            faults.append(f"{key} is {settings[key]}; the tower's tiles are {tile}x{tile}")
+    own = settings.get("image_grid_pinpoints")
+    if own is not None and dims.image_grid_pinpoints:
+        listed = tuple((int(height), int(width)) for height, width in own)
+        if listed != dims.image_grid_pinpoints:
+            faults.append(
+                f"image_grid_pinpoints {[list(p) for p in listed]} differ from those of "
+                f"config.json {[list(p) for p in dims.image_grid_pinpoints]}"
+            )
+    mean = _triple(settings, "image_mean", faults)
+    std = _triple(settings, "image_std", faults)
+    if faults:
+        listed_faults = "\n  - ".join(faults)
+        raise CheckpointError(
+            f"the image processor's settings cannot be kept faithfully:\n  - {listed_faults}"
+        )
+    return ImageProcessing(
+        tile_size=tile,
+        patch_size=dims.vision.patch_size,
+        image_grid_pinpoints=pinpoints,
+        image_mean=mean,
+        image_std=std,
+        rescale_factor=float(settings.get("rescale_factor", 1 / 255)),
+        reference=reference,
+    )
+
+
+def _side(size: Any) -> int | None:
+    """One side in pixels of a size given as a number, a shortest edge, or height and width."""
+    if isinstance(size, Mapping):
+        if "shortest_edge" in size:
+            return int(size["shortest_edge"])
+        height, width = size.get("height"), size.get("width")
+        return int(height) if height is not None and height == width else None
+    return int(size)
+
+
+def _triple(settings: Mapping[str, Any], key: str, faults: list[str]) -> tuple[float, float, float]:
+    values = settings.get(key)
+    if not isinstance(values, Sequence) or len(values) != 3:
+        faults.append(f"{key} is {values!r}; three numbers are needed")
+        return (0.0, 0.0, 0.0)
+    return (float(values[0]), float(values[1]), float(values[2]))

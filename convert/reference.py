@@ -1,0 +1,57 @@
+"""The reference: transformers' own model and processor, in float32, at the pinned version.
+
+Used to show its answer beside ours and by tests; the runtime never sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL.Image import Image
+
+REFERENCE = f"transformers {transformers.__version__}"
+
+
+class ReferenceModel:
+    """A checkpoint folder in Hugging Face layout, loaded whole in float32 on the CPU."""
+
+    def __init__(self, folder: Path) -> None:
+        self.processor: Any = transformers.LlavaNextProcessor.from_pretrained(folder)
+        self.model: Any = transformers.LlavaNextForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32
+        ).eval()
+
+    def render(self, prompt: str, num_images: int) -> str:
+        """One user turn through the checkpoint's chat template, images first."""
+        content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
+        rendered: str = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        return rendered
+
+    def prepare(self, text: str, images: Sequence[Image]) -> Any:
+        """Model inputs of a finished prompt."""
+        return self.processor(images=list(images) or None, text=text, return_tensors="pt")
+
+    def greedy(self, inputs: Any, max_new_tokens: int) -> list[int]:
+        """New token ids of the greedy answer, the stop token included."""
+        with torch.no_grad():
+            ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        new: list[int] = ids[0, inputs["input_ids"].shape[1] :].tolist()
+        return new
+
+    def logits(self, inputs: Any, appended: Sequence[int] = ()) -> torch.Tensor:
+        """float32 (tokens + appended, vocab) of the prompt with ``appended`` ids behind it."""
+        values = dict(inputs)
+        if appended:
+            tail = torch.tensor([list(appended)])
+            values["input_ids"] = torch.cat([values["input_ids"], tail], dim=1)
+            values["attention_mask"] = torch.ones_like(values["input_ids"])
+        with torch.no_grad():
+            output = self.model(**values)
+        logits: torch.Tensor = output.logits[0].float()
+        return logits

@@ -1,0 +1,52 @@
+"""Answer: what one request gave, what it took, and on what it ran."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llava_edge.runtime.generate import FinishReason
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall-clock seconds of one request.
+
+    ``ttft_seconds`` runs from the start of the work (not of the waiting for other requests) to the
+    first token. ``decode_tokens_per_second`` counts the tokens after the first; None when there is
+    only one.
+    """
+
+    preprocess_seconds: float
+    vision_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    ttft_seconds: float
+    decode_tokens_per_second: float | None
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Largest memory this process has held so far; device bytes are None on the CPU."""
+
+    host_bytes: int
+    device_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Result of one request.
+
+    ``token_ids`` include the stop token, ``text`` does not; ``prompt_tokens`` include
+    ``image_tokens``. ``degraded`` lists what was lowered to make the request fit; empty if nothing.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    image_tokens: int
+    finish_reason: FinishReason
+    timings: Timings
+    peak_memory: PeakMemory
+    device: str
+    engine: str
+    degraded: tuple[str, ...] = ()

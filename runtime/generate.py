@@ -1,0 +1,72 @@
+"""The loop: logits to tokens until a stop, the length or the context ends it.
+
+Knows token ids only; text is the stream decoder's matter.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from llava_edge.runtime.decoder import Decoder
+from llava_edge.runtime.sampling import Sampler
+from llava_edge.runtime.session import Array
+
+FinishReason = Literal["stop", "length", "context"]
+
+
+@dataclass
+class LoopResult:
+    """Filled while the loop runs.
+
+    ``finish_reason``: ``stop`` a stop token came; ``length`` the number asked for was reached;
+    ``context`` the cache is full. ``decode_seconds`` counts from the first token to the last.
+    """
+
+    finish_reason: FinishReason = "length"
+    first_token_at: float = 0.0
+    decode_seconds: float = 0.0
+    num_tokens: int = 0
+
+
+def generate_tokens(
+    decoder: Decoder,
+    logits: Array,
+    sampler: Sampler,
+    embed: Callable[[int], Array],
+    stop_ids: frozenset[int],
+    max_new_tokens: int,
+    result: LoopResult,
+) -> Iterator[int]:
+    """Yield token ids, the stop token included.
+
+    Args:
+        decoder: holds the prompt.
+        logits: float32 (vocab,) of the prompt's last position.
+        sampler: chooses.
+        embed: token id → embedding row (hidden,).
+        stop_ids: ids that end the answer.
+        max_new_tokens: at least 1.
+        result: filled as the loop goes, also when the consumer stops early.
+    """
+    while True:
+        token = sampler.choose(logits)
+        now = time.perf_counter()
+        if result.num_tokens == 0:
+            result.first_token_at = now
+        result.decode_seconds = now - result.first_token_at
+        result.num_tokens += 1
+        if token in stop_ids:
+            result.finish_reason = "stop"
+        elif result.num_tokens >= max_new_tokens:
+            result.finish_reason = "length"
+        elif decoder.length >= decoder.capacity:
+            result.finish_reason = "context"
+        else:
+            yield token
+            logits = decoder.step(embed(token))
+            continue
+        yield token
+        return

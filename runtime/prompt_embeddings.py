@@ -1,0 +1,78 @@
+"""PromptEmbeddings: what the decoder reads at each position of a prompt.
+
+Text positions are rows of the embedding table, image positions rows of the tile features. Both are
+fetched chunk by chunk, so a prompt of any length costs one chunk and the features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from llava_edge.profiles.anyres import TileLayout
+from llava_edge.runtime.image_features import packing_index
+from llava_edge.runtime.session import Array
+
+
+class Rows(Protocol):
+    """Reads embedding rows."""
+
+    def rows(self, ids: Array, out: Array) -> Array:
+        """Write the rows of ``ids`` into ``out`` (len(ids), hidden)."""
+
+
+class PromptEmbeddings:
+    """Embeddings of one prompt.
+
+    Args:
+        ids: int64 (num_tokens,), each image already as many ids as it costs.
+        image_token_id: the id that marks image positions.
+        layouts: geometry of each image, in order of appearance.
+        patches_per_side: patches along one side of a tile.
+        features: (total tiles · patches + 1, hidden): the tiles of all images one after another
+            and the newline row last.
+        table: the embedding table.
+    """
+
+    def __init__(
+        self,
+        ids: Array,
+        image_token_id: int,
+        layouts: Sequence[TileLayout],
+        patches_per_side: int,
+        features: Array,
+        table: Rows,
+    ) -> None:
+        self._ids = ids
+        self._features = features
+        self._table = table
+        newline_row = features.shape[0] - 1
+        sources: list[Array] = []
+        base = 0
+        for layout in layouts:
+            num_rows = layout.num_tiles * patches_per_side**2
+            index = packing_index(layout, patches_per_side)
+            # packing_index counts within one image; its own newline row lies behind its tiles.
+            sources.append(np.where(index == num_rows, newline_row, index + base))
+            base += num_rows
+        self._feature_rows = np.full(ids.shape, -1, np.int64)
+        if sources:
+            self._feature_rows[ids == image_token_id] = np.concatenate(sources)
+
+    def fill(self, start: int, stop: int, out: Array) -> None:
+        """Write the embeddings of positions start..stop into ``out`` (stop − start, hidden)."""
+        rows = self._feature_rows[start:stop]
+        is_image = rows >= 0
+        if is_image.all():
+            np.take(self._features, rows, axis=0, out=out)
+            return
+        text = ~is_image
+        ids = self._ids[start:stop]
+        if not is_image.any():
+            self._table.rows(ids, out)
+            return
+        out[is_image] = self._features[rows[is_image]]
+        wanted = np.empty((int(text.sum()), out.shape[1]), out.dtype)
+        out[text] = self._table.rows(ids[text], wanted)

@@ -1,0 +1,89 @@
+"""``llava-edge run ARTIFACT``: ask one question about pictures and stream the answer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from llava_edge.runtime.pipeline import LlavaEdge
+from llava_edge.runtime.progress import ProgressLine
+from llava_edge.runtime.records import to_json
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    options = _parser().parse_args(argv)
+    progress = ProgressLine()
+    model = LlavaEdge.load(
+        options.artifact,
+        device=options.device,
+        threads=options.threads,
+        context_tokens=options.context,
+        require_verified=options.require_verified,
+        allow_slow=options.allow_slow,
+        progress=progress,
+    )
+    stream = model.stream(
+        options.prompt,
+        images=options.image,
+        raw=options.raw,
+        image_marks=not options.no_image_marks,
+        grid=options.grid,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+        progress=progress,
+    )
+    # With --json the answer stands in the object; the live text then goes where progress goes.
+    live = sys.stderr if options.json else sys.stdout
+    for piece in stream:
+        progress.clear()
+        print(piece, end="", flush=True, file=live)
+    progress.clear()
+    print(file=live)
+    answer = stream.answer
+    timings = answer.timings
+    rate = timings.decode_tokens_per_second
+    print(
+        f"{answer.prompt_tokens} prompt tokens ({answer.image_tokens} of images), "
+        f"{len(answer.token_ids)} new ({answer.finish_reason}); first token after "
+        f"{timings.ttft_seconds:.2f} s"
+        + (f", then {rate:.1f} tokens/s" if rate is not None else "")
+        + f"; peak memory {answer.peak_memory.host_bytes / 2**20:.0f} MiB; {answer.engine} on "
+        f"{answer.device}",
+        file=sys.stderr,
+    )
+    if options.json:
+        print(json.dumps(to_json(answer)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llava-edge run", description="Ask an artifact about pictures."
+    )
+    parser.add_argument("artifact", help="folder that llava-edge convert wrote")
+    parser.add_argument("--prompt", required=True, help="question; <image> marks where images go")
+    parser.add_argument("--image", action="append", default=[], help="picture file; repeatable")
+    parser.add_argument("--raw", action="store_true", help="the prompt is finished: no template")
+    parser.add_argument(
+        "--no-image-marks", action="store_true", help="take <image> in the prompt as plain text"
+    )
+    parser.add_argument("--grid", help="lower the AnyRes grid, for instance base or 1x2")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--context", type=int, help="positions of the cache; default: the plan's")
+    parser.add_argument("--threads", type=int, default=0, help="0: one a physical core")
+    parser.add_argument("--require-verified", action="store_true")
+    parser.add_argument("--allow-slow", action="store_true", help="run a cuda artifact on the CPU")
+    parser.add_argument("--json", action="store_true", help="one JSON object as last stdout line")
+    return parser

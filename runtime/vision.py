@@ -1,0 +1,62 @@
+"""VisionEncoder: tiles to projected patch features, a few tiles at a time.
+
+One call of the graph per batch bounds the activations; the results land side by side in one buffer.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.runtime.session import Array, Buffer, Session
+
+
+class VisionEncoder:
+    """Tower and projector behind their graph.
+
+    Args:
+        session: the vision graph.
+        dims: model dimensions.
+        tiles_per_batch: tiles computed at once.
+        dtype: float32 (cpu flavour) or float16 (cuda flavour) of pixels and features.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        dims: ModelDims,
+        tiles_per_batch: int,
+        dtype: type[np.float32] | type[np.float16],
+    ) -> None:
+        self._session = session
+        self._tiles_per_batch = tiles_per_batch
+        self._dtype = dtype
+        self.num_patches = dims.vision.num_patches
+
+    def encode(self, pixel_values: Array, out: Array) -> None:
+        """Write the features of all tiles.
+
+        Args:
+            pixel_values: float32 (num_tiles, 3, T, T).
+            out: (num_tiles, patches, hidden) in the flavour's type, contiguous.
+        """
+        num_tiles = pixel_values.shape[0]
+        for start in range(0, num_tiles, self._tiles_per_batch):
+            stop = min(start + self._tiles_per_batch, num_tiles)
+            tiles = np.ascontiguousarray(pixel_values[start:stop], self._dtype)
+            self._encode_batch(tiles, out[start:stop])
+
+    def _encode_batch(self, tiles: Array, out: Array) -> None:
+        binding = self._session.binding()
+        if self._session.device == "cpu":
+            binding.input("pixel_values", Buffer.over(tiles))
+            binding.output("image_features", Buffer.over(out))
+            binding.run()
+            return
+        pixels = Buffer(tiles.shape, self._dtype, self._session.device)
+        pixels.write(tiles)
+        features = Buffer(out.shape, self._dtype, self._session.device)
+        binding.input("pixel_values", pixels)
+        binding.output("image_features", features)
+        binding.run()
+        out[...] = features.read()
