@@ -82,10 +82,22 @@ class Turn:
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """A chat template compiled into plain text; see runtime/prompt.py for how it is put together.
+    """A chat template compiled into plain text; runtime/prompt.py puts prompts together from it.
 
-    ``special_tokens`` are the control tokens that the segments themselves may hold.
-    ``add_bos``: the tokenizer puts the bos token first.
+    A prompt is ``prefix``, then ``default_system`` or the system turn, then user and assistant
+    turns, then ``generation_prompt``. Inside a user turn ``image`` and ``video`` are what one
+    medium renders as, mark included; ``text_separator`` stands between two text parts that follow
+    each other, ``text_after`` behind the last one and before a medium.
+
+    Attributes:
+        default_system: literal text in place of a system turn where none is given.
+        system: None where the template refuses system turns.
+        user_after_system: opens a user turn right after a system turn, in place of
+            ``user.before``.
+        media_first: media stand before all text of their turn, images before videos; else in the
+            order of the parts.
+        stripped_roles: roles whose text loses its outer white space.
+        special_tokens: control tokens that the segments themselves may hold.
     """
 
     source: Literal["template", "builtin"]
@@ -94,13 +106,15 @@ class PromptFormat:
     default_system: str
     system: Turn | None
     user: Turn
+    user_after_system: str
     assistant: Turn
     generation_prompt: str
+    text_separator: str
+    text_after: str
     image: str
     video: str
     media_first: bool
-    strip_text: bool
-    add_bos: bool
+    stripped_roles: tuple[str, ...]
     special_tokens: tuple[str, ...]
 
 
