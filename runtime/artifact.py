@@ -1,0 +1,303 @@
+"""Opening an artifact: everything about the folder is checked before anything in it is used.
+
+The order is from cheap to dear, and no step trusts what a later one checks: the manifest's own
+digest and contents, the folder's listing, sizes, SHA-256 of the files, then the graphs' operators,
+weights files, inputs and outputs. Faults of one step are reported together.
+
+The checks speak of the folder as it was when it was read. Whoever can write to it afterwards can
+exchange a file between check and use; keep artifacts where only their owner writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from llava_edge.profiles.errors import ArtifactError
+from llava_edge.runtime.digests import DigestCache, hash_files
+from llava_edge.runtime.graph_check import graph_faults, spec_faults
+from llava_edge.runtime.manifest import GraphSpec, Manifest
+from llava_edge.runtime.manifest_check import (
+    CERTIFICATE,
+    MANIFEST,
+    MAX_FILES,
+    MAX_NAME_DEPTH,
+    UNLISTED,
+    manifest_faults,
+)
+from llava_edge.runtime.onnx_header import read_onnx_header
+from llava_edge.runtime.records import from_json
+from llava_edge.runtime.regular_file import read_bounded
+from llava_edge.runtime.sealed_json import check_seal, parse_strict
+
+_LOG = logging.getLogger(__name__)
+_MANIFEST_LIMIT = 8 << 20
+_CERTIFICATE_LIMIT = 8 << 20
+_NOT_OPENED = "gptq/"
+_AGAIN = "Copy the artifact again, or convert again."
+
+READERS: Mapping[int, Callable[[Any], Manifest]] = {
+    1: lambda document: from_json(Manifest, document, MANIFEST),
+}
+"""How each schema version ever released becomes today's Manifest."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An opened artifact. ``verified`` means that its certificate is for it and says passed.
+
+    ``certificate`` is the parsed certificate whenever there is one with a right digest, also when
+    it belongs to another manifest. ``manifest_sha256`` is the SHA-256 of ``manifest.json`` as it
+    lies in the folder, the value that a certificate refers to.
+    """
+
+    folder: Path
+    manifest: Manifest
+    manifest_sha256: str
+    certificate: Mapping[str, Any] | None
+    verified: bool
+
+    def path(self, name: str) -> Path:
+        """Where a listed file lies.
+
+        Raises:
+            ArtifactError: the manifest does not list it.
+        """
+        if name not in self.manifest.files:
+            raise ArtifactError(f"{self.folder / MANIFEST} lists no file {name!r:.120}. {_AGAIN}")
+        return self.folder / name
+
+
+def open_artifact(
+    folder: str | os.PathLike[str],
+    *,
+    verify_digests: bool = True,
+    require_verified: bool = False,
+    hash_everything: bool = False,
+) -> Artifact:
+    """Check an artifact and return it.
+
+    Args:
+        folder: the artifact; the path to it may go through links, nothing inside may.
+        verify_digests: hash the files that running opens (all but ``gptq/``), or take the digests
+            from the cache where the files are untouched since.
+        require_verified: refuse an artifact without a certificate of its own.
+        hash_everything: hash all files anew and do not ask the cache.
+
+    Raises:
+        ArtifactError: something is missing, damaged, unsafe, unlisted, of a newer schema, or not
+            verified although that is required. The message names the files.
+    """
+    root = _resolve(Path(folder))
+    manifest, manifest_sha256 = read_manifest(root)
+    check_listing(root, manifest)
+    if verify_digests or hash_everything:
+        _check_digests(root, manifest, hash_everything)
+    check_graphs(root, manifest)
+    certificate = _read_certificate(root)
+    reason = _unverified(certificate, manifest_sha256)
+    if reason is not None:
+        message = f"{root} is not verified: {reason}"
+        advice = "Run `llava-edge verify` with the checkpoint it was made from."
+        if require_verified:
+            raise ArtifactError(f"{message}, and a verified artifact is required. {advice}")
+        _LOG.warning("%s. %s", message, advice)
+    return Artifact(
+        folder=root,
+        manifest=manifest,
+        manifest_sha256=manifest_sha256,
+        certificate=certificate,
+        verified=reason is None,
+    )
+
+
+def _resolve(folder: Path) -> Path:
+    try:
+        root = folder.resolve(strict=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ArtifactError(
+            f"there is no artifact at {folder}: {error}. Convert a checkpoint into it first."
+        ) from error
+    if not root.is_dir():
+        raise ArtifactError(f"{root} is not a folder. Give the folder that holds {MANIFEST}.")
+    return root
+
+
+def read_manifest(root: Path) -> tuple[Manifest, str]:
+    """The manifest of a folder and the SHA-256 of its bytes.
+
+    Raises:
+        ArtifactError: it is missing, damaged, of an unknown schema version or impossible.
+    """
+    path = root / MANIFEST
+    if not os.path.lexists(path):
+        raise ArtifactError(
+            f"{root} holds no {MANIFEST}, so it is no artifact or an unfinished one. {_AGAIN}"
+        )
+    data = read_bounded(path, _MANIFEST_LIMIT)
+    document = parse_strict(data, str(path))
+    # Before the seal and the contents: a newer schema may differ in both.
+    reader = _reader(document, path)
+    check_seal(data, document, str(path))
+    try:
+        manifest = reader(document)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}. {_AGAIN}") from error
+    _raise(path, manifest_faults(manifest))
+    return manifest, hashlib.sha256(data).hexdigest()
+
+
+def _reader(document: Any, path: Path) -> Callable[[Any], Manifest]:
+    stated = document.get("schema_version") if isinstance(document, dict) else None
+    if type(stated) is not int:
+        raise ArtifactError(f"{path} states no schema_version, so it is no manifest. {_AGAIN}")
+    if stated in READERS:
+        return READERS[stated]
+    known = ", ".join(map(str, sorted(READERS)))
+    tools = document.get("tools")
+    writer = tools.get("llava-edge") if isinstance(tools, dict) else None
+    reads = f"llava-edge {writer!s:.40}" if isinstance(writer, str) else "a newer llava-edge"
+    raise ArtifactError(
+        f"{path} has schema_version {stated}; this is llava-edge {_own_version()}, which reads "
+        f"{known}. Install {reads} or later to open it, or convert again with this one."
+    )
+
+
+def _own_version() -> str:
+    try:
+        return version("llava-edge")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def check_listing(root: Path, manifest: Manifest) -> None:
+    """Compare the folder's files and their sizes with the manifest's list.
+
+    Raises:
+        ArtifactError: a file is missing, of another size, not listed, or no plain file.
+    """
+    faults: list[str] = []
+    found: dict[str, int] = {}
+    for name, status in _walk(root, "", faults, MAX_FILES + len(UNLISTED)):
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "no regular file"
+            faults.append(f"{ascii(name)[1:-1]} is {kind}; an artifact holds plain files only")
+        elif name in manifest.files:
+            found[name] = status.st_size
+        elif name not in UNLISTED:
+            faults.append(f"{ascii(name)[1:-1]} is not listed in {MANIFEST}; remove it")
+    for name, entry in manifest.files.items():
+        if name in found and found[name] != entry.bytes:
+            faults.append(f"{name} has {found[name]} bytes; {MANIFEST} says {entry.bytes}")
+        elif name not in found and not any(fault.startswith(f"{name} ") for fault in faults):
+            faults.append(f"{name} is missing")
+    _raise(root, faults)
+
+
+def _walk(
+    root: Path, prefix: str, faults: list[str], limit: int
+) -> Iterator[tuple[str, os.stat_result]]:
+    """Everything below a folder that is no folder, without following links."""
+    pending = [prefix]
+    seen = 0
+    while pending:
+        prefix = pending.pop()
+        try:
+            with os.scandir(root / prefix) as entries:
+                for entry in entries:
+                    seen += 1
+                    name = prefix + entry.name
+                    if seen > limit:
+                        faults.append(f"the folder holds more than {limit} files")
+                        return
+                    if entry.is_dir(follow_symlinks=False):
+                        if name.count("/") + 1 >= MAX_NAME_DEPTH:
+                            faults.append(f"{ascii(name)[1:201]} is nested too deeply")
+                        else:
+                            pending.append(f"{name}/")
+                    else:
+                        yield name, entry.stat(follow_symlinks=False)
+        except OSError as error:
+            faults.append(
+                f"{ascii(prefix)[1:-1] or 'the folder'} cannot be listed: {error.strerror}"
+            )
+
+
+def _check_digests(root: Path, manifest: Manifest, everything: bool) -> None:
+    if everything:
+        digests = hash_files([root / name for name in manifest.files])
+        actual = {name: digests[root / name] for name in manifest.files}
+    else:
+        opened = [name for name in manifest.files if not name.startswith(_NOT_OPENED)]
+        actual = DigestCache(root).hash_files(opened)
+    _raise(
+        root,
+        [
+            f"{name} is damaged: its SHA-256 is {digest}, {MANIFEST} says "
+            f"{manifest.files[name].sha256}"
+            for name, digest in actual.items()
+            if digest != manifest.files[name].sha256
+        ],
+    )
+
+
+def check_graphs(root: Path, manifest: Manifest) -> None:
+    """Judge every graph of the artifact, and compare the two named ones with their GraphSpec.
+
+    Raises:
+        ArtifactError: a graph is malformed, does what graphs may not, or differs from its spec.
+    """
+    specs: dict[str, list[GraphSpec]] = {}
+    for spec in (manifest.vision, manifest.decoder):
+        specs.setdefault(spec.file, []).append(spec)
+    for name in manifest.files:
+        if not name.endswith(".onnx") or name.startswith(_NOT_OPENED):
+            continue
+        header = read_onnx_header(root / name)
+        beside = name.rpartition("/")[0]
+        sizes = {
+            other.rpartition("/")[2]: entry.bytes
+            for other, entry in manifest.files.items()
+            if other.rpartition("/")[0] == beside
+        }
+        faults = graph_faults(header, sizes)
+        for spec in specs.get(name, []):
+            faults += spec_faults(header, spec)
+        _raise(root / name, faults)
+
+
+def _read_certificate(root: Path) -> Mapping[str, Any] | None:
+    path = root / CERTIFICATE
+    if not os.path.lexists(path):
+        return None
+    data = read_bounded(path, _CERTIFICATE_LIMIT)
+    document = parse_strict(data, str(path))
+    check_seal(data, document, str(path))
+    if not isinstance(document, dict) or not isinstance(document.get("manifest_sha256"), str):
+        raise ArtifactError(f"{path} does not say which manifest it is for. {_AGAIN}")
+    return document
+
+
+def _unverified(certificate: Mapping[str, Any] | None, manifest_sha256: str) -> str | None:
+    """Why an artifact does not count as verified; None when it does."""
+    if certificate is None:
+        return f"it has no {CERTIFICATE}"
+    if certificate["manifest_sha256"] != manifest_sha256:
+        return f"its {CERTIFICATE} was issued for another {MANIFEST}"
+    if certificate.get("passed") is not True:
+        return f"its {CERTIFICATE} says that verification did not pass"
+    return None
+
+
+def _raise(where: Path, faults: list[str]) -> None:
+    if faults:
+        listed = "\n  - ".join(faults[:20])
+        rest = f"\n  - and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise ArtifactError(f"{where} is refused:\n  - {listed}{rest}\n{_AGAIN}")
