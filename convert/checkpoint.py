@@ -1,0 +1,369 @@
+"""Checkpoint: a folder of weights and configuration, opened, checked and read tensor by tensor.
+
+Opening reads headers and JSON only. Whatever is wrong with the folder is said here, so that no
+later stage meets a missing shard or a tensor of another shape after an hour of work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from llava_edge.convert import original_config
+from llava_edge.convert.layouts import canonical_tensors
+from llava_edge.convert.safetensors_file import TensorRef, read_header, read_tensor
+from llava_edge.profiles.errors import CheckpointError, shorten
+from llava_edge.profiles.model_dims import ModelDims
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_MAX_JSON_BYTES = 64 << 20
+_BLOCK_BYTES = 1 << 22
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_SNAPSHOT = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
+_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint.
+
+    Attributes:
+        folder: where it lies.
+        config: configuration in the words of Hugging Face, also for original checkpoints.
+        dims: sizes read from it; ``tie_word_embeddings`` says whether the head really is shared.
+        layout: ``hub``, ``transformers-4.52``, ``transformers-5.6`` or ``original``.
+        tensors: canonical names (see ``layouts``) to places in files.
+        weight_files: files that hold the weights, sorted by name.
+        source_id: hub id where the folder lies in a hub cache, else the folder's name.
+        revision: commit of the hub repository, where known.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    dims: ModelDims
+    layout: str
+    tensors: Mapping[str, TensorRef]
+    weight_files: tuple[Path, ...]
+    source_id: str
+    revision: str | None
+
+    def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
+        """Read one tensor by canonical name; bfloat16 comes back as float32.
+
+        Args:
+            name: canonical name.
+            rows: range of the first axis, all when left out.
+
+        Raises:
+            CheckpointError: the checkpoint has no such tensor, or its file changed.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder} holds no tensor {name!r}")
+        return read_tensor(self.tensors[name], rows)
+
+    def digest(self, progress: Progress | None = None) -> str:
+        """Digest of everything that decides what the model computes.
+
+        SHA-256, in hex, over one line a file, sorted by name: ``<sha256 of the file>  <bytes>
+        <name>`` and a newline, for ``config.json`` and all weight files. Names are those inside the
+        folder, so a copy of the folder has the same digest.
+
+        Args:
+            progress: told how many bytes are done after each block.
+
+        Raises:
+            CheckpointError: a file can no longer be read.
+        """
+        files = sorted((self.folder / CONFIG_FILE, *self.weight_files), key=lambda file: file.name)
+        whole = hashlib.sha256()
+        done = 0
+        try:
+            total = sum(file.stat().st_size for file in files)
+            for file in files:
+                single = hashlib.sha256()
+                size = 0
+                with open(file, "rb") as stream:
+                    while block := stream.read(_BLOCK_BYTES):
+                        single.update(block)
+                        size += len(block)
+                        done += len(block)
+                        if progress is not None:
+                            progress(done, total)
+                whole.update(f"{single.hexdigest()}  {size}  {file.name}\n".encode())
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder} changed while it was read: {error.strerror or error}"
+            ) from error
+        return whole.hexdigest()
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors as stored, a shared head counted once."""
+        return sum(
+            ref.nbytes for ref in {(r.file, r.offset): r for r in self.tensors.values()}.values()
+        )
+
+    def preprocessor_config(self) -> dict[str, Any]:
+        """Values of the image processor.
+
+        Taken from ``preprocessor_config.json``, else from ``image_processor`` in the
+        ``processor_config.json`` that transformers 5 writes. Checkpoints in the original layout
+        have neither; theirs are those of the CLIP processor at the tower's tile size.
+
+        Raises:
+            CheckpointError: a Hugging Face checkpoint has neither file, or one is no JSON object.
+        """
+        own = _optional_json(self.folder / "preprocessor_config.json")
+        if own is not None:
+            return own
+        nested = (_optional_json(self.folder / "processor_config.json") or {}).get(
+            "image_processor"
+        )
+        if isinstance(nested, dict):
+            return nested
+        if self.layout != "original":
+            raise CheckpointError(
+                f"{self.folder} has neither preprocessor_config.json nor an image_processor entry "
+                "in processor_config.json; without them the pixel values are a guess. Copy the "
+                "file from the model's repository."
+            )
+        side = self.dims.vision.image_size
+        return {
+            "image_processor_type": "LlavaNextImageProcessor",
+            "crop_size": {"height": side, "width": side},
+            "do_center_crop": True,
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_pad": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_grid_pinpoints": [list(point) for point in self.dims.image_grid_pinpoints],
+            "image_mean": list(_CLIP_MEAN),
+            "image_std": list(_CLIP_STD),
+            "resample": 3,
+            "rescale_factor": 1 / 255,
+            "size": {"shortest_edge": side},
+        }
+
+    def generation_config(self) -> dict[str, Any]:
+        """``generation_config.json``, or nothing where there is none.
+
+        Raises:
+            CheckpointError: the file is no JSON object.
+        """
+        return _optional_json(self.folder / "generation_config.json") or {}
+
+
+def open_checkpoint(
+    folder: Path, source_id: str | None = None, revision: str | None = None
+) -> Checkpoint:
+    """Open a checkpoint folder and check it against its own configuration.
+
+    Args:
+        folder: holds ``config.json`` and safetensors files.
+        source_id: what to call it; read from the path or taken as the folder's name otherwise.
+        revision: hub commit; read from the path of a hub cache otherwise.
+
+    Raises:
+        CheckpointError: the folder is no LLaVA-NeXT checkpoint, is incomplete, damaged, unsafe
+            (pickle files, names that leave the folder), or contradicts its configuration.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is no folder. Give a folder with config.json and safetensors files."
+        )
+    raw = _required_json(folder / CONFIG_FILE)
+    _refuse_quantised(raw)
+    config = original_config.to_hugging_face(raw) if original_config.is_original(raw) else raw
+    dims = ModelDims.from_config(config)
+    files = _weight_files(folder)
+    layout, tensors = canonical_tensors(_read_headers(folder, files), dims)
+    if (layout == "original") != original_config.is_original(raw):
+        raise CheckpointError(
+            f"{folder} has weights in the {layout} layout and a config.json of the other kind. "
+            "Take both from one repository."
+        )
+    head, table = tensors["lm_head.weight"], tensors["language_model.embed_tokens.weight"]
+    # A stored head wins over the flag, as it does in transformers.
+    text = replace(dims.text, tie_word_embeddings=head == table)
+    known_id, known_revision = _hub_origin(folder)
+    return Checkpoint(
+        folder=folder,
+        config=config,
+        dims=replace(dims, text=text),
+        layout=layout,
+        tensors=tensors,
+        weight_files=tuple(sorted(files)),
+        source_id=source_id or known_id or folder.resolve().name,
+        revision=revision or known_revision,
+    )
+
+
+def _refuse_quantised(config: Mapping[str, Any]) -> None:
+    text = config.get("text_config")
+    nested = text.get("quantization_config") if isinstance(text, Mapping) else None
+    found = config.get("quantization_config") or nested
+    if found:
+        method = found.get("quant_method") if isinstance(found, Mapping) else found
+        raise CheckpointError(
+            f"config.json says that the weights are already quantised ({method}). Quantising twice "
+            "loses accuracy that no check could give back; give the float16 or bfloat16 checkpoint."
+        )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model, in transformers' order of preference."""
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    if (folder / INDEX_FILE).is_file():
+        return _indexed_files(folder)
+    found = sorted(
+        file for file in folder.glob("*.safetensors") if file.name != "adapter_model.safetensors"
+    )
+    if not found:
+        raise CheckpointError(_no_weights(folder))
+    _check_shard_count(folder, found)
+    return found
+
+
+def _indexed_files(folder: Path) -> list[Path]:
+    names = sorted(set(_weight_map(folder).values()))
+    outside = [name for name in names if not _is_plain_name(name)]
+    if outside:
+        raise CheckpointError(
+            f"{INDEX_FILE} names files outside the folder: {shorten(outside)}. Weight files are "
+            "plain names next to the index; do not use this checkpoint unless you know why."
+        )
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} is incomplete: {INDEX_FILE} names {len(names)} files, missing are "
+            f"{shorten(missing)}. Fetch them into the folder."
+        )
+    return [folder / name for name in names]
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    mapping = _required_json(folder / INDEX_FILE).get("weight_map")
+    if (
+        not isinstance(mapping, dict)
+        or not mapping
+        or not all(isinstance(value, str) for value in mapping.values())
+    ):
+        raise CheckpointError(
+            f"{folder / INDEX_FILE} has no weight_map of tensor names to files. Fetch it again."
+        )
+    return mapping
+
+
+def _is_plain_name(name: str) -> bool:
+    return (
+        name.endswith(".safetensors")
+        and not any(mark in name for mark in ("/", "\\", "\0"))
+        and name not in {".", ".."}
+    )
+
+
+def _check_shard_count(folder: Path, found: Sequence[Path]) -> None:
+    """Without an index the names still say how many shards there must be."""
+    matches = [match for file in found if (match := _SHARD.fullmatch(file.name))]
+    wanted = {
+        f"{match['stem']}-{number:05}-of-{match['count']}.safetensors"
+        for match in matches
+        if int(match["count"]) <= 10_000
+        for number in range(1, int(match["count"]) + 1)
+    }
+    missing = sorted(wanted - {file.name for file in found})
+    if missing:
+        raise CheckpointError(
+            f"{folder} is incomplete: its shards say there are more, missing are "
+            f"{shorten(missing)}. Fetch them into the folder."
+        )
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+    if not pickles:
+        return f"{folder} holds no *.safetensors file. Give a folder with the model's weights."
+    return (
+        f"{folder} holds its weights as pickle files only ({shorten(pickles)}). Pickle runs code "
+        "while it loads, so it is never read. Fetch a safetensors revision of the model, or "
+        "convert it where you trust it: load it with transformers' from_pretrained and call "
+        "save_pretrained(folder, safe_serialization=True)."
+    )
+
+
+def _read_headers(folder: Path, files: Sequence[Path]) -> dict[str, TensorRef]:
+    stored: dict[str, TensorRef] = {}
+    faults: list[str] = []
+    for file in files:
+        try:
+            header = read_header(file)
+        except CheckpointError as error:
+            faults.append(str(error))
+            continue
+        faults += [
+            f"tensor {name} lies in both {stored[name].file.name} and {file.name}"
+            for name in header
+            if name in stored
+        ]
+        stored.update(header)
+    if not faults and (folder / INDEX_FILE).is_file() and files[0].name != SINGLE_FILE:
+        absent = [
+            f"{name} (in {file})"
+            for name, file in _weight_map(folder).items()
+            if name not in stored or stored[name].file.name != file
+        ]
+        if absent:
+            faults.append(f"{INDEX_FILE} names tensors that are not there: {shorten(absent)}")
+    if faults:
+        listed = "\n  - ".join(faults)
+        raise CheckpointError(f"{folder} cannot be read:\n  - {listed}")
+    return stored
+
+
+def _hub_origin(folder: Path) -> tuple[str | None, str | None]:
+    """Id and commit, where the folder is a snapshot in a Hugging Face cache."""
+    absolute = folder.absolute()
+    if absolute.parent.name != "snapshots":
+        return None, None
+    match = _SNAPSHOT.fullmatch(absolute.parent.parent.name)
+    return (f"{match['owner']}/{match['name']}", absolute.name) if match else (None, None)
+
+
+def _optional_json(file: Path) -> dict[str, Any] | None:
+    return _required_json(file) if file.is_file() else None
+
+
+def _required_json(file: Path) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > _MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{file} has more than {_MAX_JSON_BYTES} bytes, which no such file has."
+            )
+        value = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{file.parent} has no {file.name}. Give the folder that holds it next to the weights."
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is no valid JSON: {error}. Fetch it again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} holds no JSON object. Fetch it again.")
+    return value
