@@ -1,0 +1,93 @@
+"""Sizes of the buffers that the runtime allocates itself.
+
+The plan sums these and the runtime calls the same functions for its own buffers, so that what was
+planned and what is taken cannot drift apart. Pure arithmetic on dimensions; nothing is allocated.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from llava_edge.profiles.hardware import Flavour
+from llava_edge.profiles.model_dims import ModelDims, TextDims, VisionDims
+
+CacheType = Literal["float32", "float16", "int8"]
+_CACHE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "int8": 1}
+
+LOGIT_BYTES = 4
+"""Logits leave the graph in float32 in both flavours: sampling never sees fp16 ties."""
+
+PIXEL_BYTES = 4
+"""The image processor works in float32."""
+
+MIN_TEXT_TOKENS = 512
+"""Room kept beside one full image for question and answer."""
+
+
+def default_cache_type(flavour: Flavour) -> CacheType:
+    """Cache type where nothing else was asked: the type the flavour computes in."""
+    return "float32" if flavour == "cpu" else "float16"
+
+
+def kv_cache_bytes(text: TextDims, context_tokens: int, cache: CacheType) -> int:
+    """Keys and values of all layers for ``context_tokens`` positions.
+
+    An int8 cache has one float32 scale a layer and part, which the graph carries.
+    """
+    rows = 2 * text.num_hidden_layers * context_tokens
+    return rows * text.key_value_size * _CACHE_BYTES[cache]
+
+
+def rope_table_bytes(text: TextDims, context_tokens: int, flavour: Flavour) -> int:
+    """Cosine and sine tables, ``[context_tokens, head_dim / 2]`` each."""
+    return context_tokens * text.head_dim * (4 if flavour == "cpu" else 2)
+
+
+def prefill_chunk_tokens(default_chunk: int, context_tokens: int) -> int:
+    """Positions computed at once in prefill: the profile's chunk, never more than the context."""
+    return max(1, min(default_chunk, context_tokens))
+
+
+def prompt_embedding_bytes(text: TextDims, chunk_tokens: int, flavour: Flavour) -> int:
+    """One chunk of ``inputs_embeds`` and the fp16 rows that are read into it."""
+    return chunk_tokens * text.hidden_size * (_activation(flavour) + 2)
+
+
+def logits_bytes(text: TextDims, kept_tokens: int = 1) -> int:
+    """Logits of the last ``kept_tokens`` positions, float32."""
+    return kept_tokens * text.vocab_size * LOGIT_BYTES
+
+
+def tiles_per_batch(flavour: Flavour, num_tiles: int) -> int:
+    """Tiles encoded at once.
+
+    One on the CPU, where a batch is no faster and every tile costs its attention scores; all tiles
+    of one image on a GPU, at most eight.
+    """
+    return 1 if flavour == "cpu" else max(1, min(num_tiles, 8))
+
+
+def pixel_value_bytes(vision: VisionDims, num_tiles: int) -> int:
+    """``pixel_values`` of that many tiles or frames, float32 [tiles, 3, T, T]."""
+    return num_tiles * 3 * vision.image_size**2 * PIXEL_BYTES
+
+
+def image_feature_bytes(dims: ModelDims, num_tiles: int, flavour: Flavour) -> int:
+    """Projected features of that many tiles and the newline row."""
+    rows = num_tiles * dims.vision.num_patches + 1
+    return rows * dims.text.hidden_size * _activation(flavour)
+
+
+def video_feature_bytes(dims: ModelDims, num_frames: int, flavour: Flavour) -> int:
+    """Projected, pooled features of a video and the newline row."""
+    rows = num_frames * video_tokens_per_frame(dims.vision) + 1
+    return rows * dims.text.hidden_size * _activation(flavour)
+
+
+def video_tokens_per_frame(vision: VisionDims) -> int:
+    """Tokens of one frame after 2x2 pooling with stride 2; 144 at 336/14."""
+    return (vision.patches_per_side // 2) ** 2
+
+
+def _activation(flavour: Flavour) -> int:
+    return 4 if flavour == "cpu" else 2

@@ -1,0 +1,172 @@
+"""How weights lie in files and in memory: precision, group size, bytes of each part.
+
+    file       what is downloaded to the board and read at load
+    resident   what the engine keeps; on cpu fp16 becomes float32, packed integers gain block sums
+
+Sources: GPTQ groups and MatMulNBits' layout (scales in the activation type, no zero points when
+symmetric); on the CPU its int8 kernels keep one float32 sum a block beside the scale, and
+MatMulIntegerToFloat one int32 sum a column.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.hardware import Flavour, Int8Isa
+from llava_edge.profiles.model_dims import ModelDims, TextDims
+from llava_edge.profiles.parameters import (
+    Matrix,
+    decoder_matrices,
+    decoder_vectors,
+    projector_parameters,
+    vision_parameters,
+)
+
+PrecisionName = Literal["fp16", "int8", "int4"]
+PRECISIONS: tuple[PrecisionName, ...] = get_args(PrecisionName)
+"""From the most to the least exact."""
+
+PER_CHANNEL = -1
+"""Group size that means one scale for a whole output channel, as in a GPTQ checkpoint."""
+
+_BITS = {"fp16": 16, "int8": 8, "int4": 4}
+_GROUPS = (128, 64, 32)
+_FP16_BYTES = 2
+
+
+@dataclass(frozen=True)
+class PartPrecisions:
+    """Precision of each part of an artifact; the body's precision names the whole."""
+
+    language_model: PrecisionName
+    lm_head: PrecisionName
+    vision_tower: PrecisionName
+    projector: PrecisionName
+    embeddings: PrecisionName
+
+
+def part_precisions(precision: str) -> PartPrecisions:
+    """What each part is stored in when the artifact is ``precision``.
+
+    An int8 head goes with every quantised body: it costs half of fp16 and little accuracy.
+
+    Raises:
+        RequestError: the name is unknown.
+    """
+    if precision not in PRECISIONS:
+        raise RequestError(
+            f"precision {precision!r:.40} is unknown; precisions are {', '.join(PRECISIONS)}"
+        )
+    head: PrecisionName = "fp16" if precision == "fp16" else "int8"
+    return PartPrecisions(precision, head, "fp16", "fp16", "fp16")
+
+
+def activation_bytes(flavour: Flavour) -> int:
+    """Bytes of one activation: float32 on cpu, float16 on cuda."""
+    return 4 if flavour == "cpu" else 2
+
+
+def group_size(text: TextDims, precision: str, flavour: Flavour, int8_isa: Int8Isa = "vnni") -> int:
+    """Weights that share a scale, one size for the whole body.
+
+    int8 on a CPU with int8 instructions is per channel, because its fast kernel holds no group
+    scales. Otherwise the largest of 128, 64, 32 that divides every input size, else per channel.
+    """
+    if precision == "int8" and flavour == "cpu" and int8_isa != "none":
+        return PER_CHANNEL
+    columns = {matrix.columns for matrix in decoder_matrices(text)}
+    for size in _GROUPS:
+        if all(count % size == 0 for count in columns):
+            return size
+    return PER_CHANNEL
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """Precision, group and flavour: everything a weight's size depends on."""
+
+    precision: str
+    group: int
+    flavour: Flavour
+
+    def file_bytes(self, matrix: Matrix) -> int:
+        """Bytes of the matrices in the artifact: packed weights and scales."""
+        return self._packed(matrix) + self._groups(matrix) * activation_bytes(self.flavour)
+
+    def resident_bytes(self, matrix: Matrix) -> int:
+        """Bytes the engine keeps once loaded."""
+        if self.precision == "fp16":
+            return matrix.parameters * activation_bytes(self.flavour)
+        sums = 4 * self._groups(matrix) if self.flavour == "cpu" else 0
+        return self.file_bytes(matrix) + sums
+
+    def _packed(self, matrix: Matrix) -> int:
+        return -(-matrix.parameters * _BITS[self.precision] // 8)
+
+    def _groups(self, matrix: Matrix) -> int:
+        if self.precision == "fp16":
+            return 0
+        group = matrix.columns if self.group == PER_CHANNEL else self.group
+        return matrix.rows * matrix.count * -(-matrix.columns // group)
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of each part, either in files or resident."""
+
+    decoder: int
+    lm_head: int
+    vision_tower: int
+    projector: int
+    embeddings: int
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return self.decoder + self.lm_head + self.vision_tower + self.projector + self.embeddings
+
+
+def weight_bytes(
+    dims: ModelDims,
+    precision: str,
+    flavour: Flavour,
+    int8_isa: Int8Isa = "vnni",
+    *,
+    resident: bool,
+) -> WeightBytes:
+    """Bytes of every part at a precision.
+
+    Resident embeddings are 0: rows are read from the file by position. Files hold the embedding
+    table and, for all but LLaVA-1.5, the newline row.
+    """
+    parts = part_precisions(precision)
+    text, vision = dims.text, dims.vision
+    body = WeightFormat(
+        parts.language_model, group_size(text, precision, flavour, int8_isa), flavour
+    )
+    head = WeightFormat(parts.lm_head, _head_group(text), flavour)
+    size = WeightFormat.resident_bytes if resident else WeightFormat.file_bytes
+    float_bytes = activation_bytes(flavour) if resident else _FP16_BYTES
+    newline = 0 if dims.model_type == "llava" else text.hidden_size
+    return WeightBytes(
+        decoder=sum(size(body, matrix) for matrix in decoder_matrices(text))
+        + decoder_vectors(text) * activation_bytes(flavour),
+        lm_head=size(head, head_matrix(text)),
+        vision_tower=vision_parameters(vision, vision.num_blocks_used) * float_bytes,
+        projector=projector_parameters(dims) * float_bytes,
+        embeddings=0 if resident else (text.vocab_size * text.hidden_size + newline) * _FP16_BYTES,
+    )
+
+
+def head_matrix(text: TextDims) -> Matrix:
+    """The head as a matrix."""
+    return Matrix(text.vocab_size, text.hidden_size, 1)
+
+
+def _head_group(text: TextDims) -> int:
+    for size in _GROUPS:
+        if text.hidden_size % size == 0:
+            return size
+    return PER_CHANNEL

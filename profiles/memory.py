@@ -1,0 +1,390 @@
+"""The memory model: a named term for everything that takes memory, phase by phase.
+
+Four phases follow one another: weights are loaded, tiles are encoded, the prompt is computed,
+tokens are decoded. Most terms live through several; what is needed is the largest phase, not the
+sum of all. Device and host are apart on a board with its own GPU memory; a CPU has the host alone;
+on a unified board both come out of one memory.
+
+The prediction is an upper bound: each term is taken at the largest input the plan allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+from llava_edge.profiles.buffers import (
+    CacheType,
+    default_cache_type,
+    image_feature_bytes,
+    kv_cache_bytes,
+    logits_bytes,
+    pixel_value_bytes,
+    prefill_chunk_tokens,
+    prompt_embedding_bytes,
+    rope_table_bytes,
+    tiles_per_batch,
+    video_feature_bytes,
+)
+from llava_edge.profiles.constants import Constants, memory_constants
+from llava_edge.profiles.formats import WeightBytes, activation_bytes, head_matrix, weight_bytes
+from llava_edge.profiles.hardware import Flavour, HardwareProfile, Int8Isa
+from llava_edge.profiles.model_dims import ModelDims, TextDims, VisionDims
+from llava_edge.profiles.parameters import decoder_matrices
+
+PHASES = ("load", "encode", "prefill", "decode")
+
+PLANNED_IMAGE_PIXELS = 24_000_000
+"""Pixels of the largest image a plan makes room for while it is decoded; a 24-megapixel photo."""
+
+
+@dataclass(frozen=True)
+class MemoryTerms:
+    """Bytes at one moment, by what takes them. Every field is a term; ``total`` adds them up.
+
+    Attributes:
+        decoder_weights: linear layers, norms and biases of the decoder, scales included.
+        lm_head: the head.
+        vision_tower: the tower up to the feature layer.
+        projector: both its layers.
+        rope_tables: cosine and sine for the whole context.
+        kv_cache: keys and values for the whole context.
+        load_transient: what loading holds beside the finished weights.
+        image_decoding: the largest image as decoded and as RGB copy.
+        pixel_values: all tiles or frames of the prompt.
+        vision_activations: one batch of tiles inside the tower.
+        image_features: projected features of all tiles or frames.
+        prompt_embeddings: one chunk of ``inputs_embeds``.
+        prefill_activations: one chunk, or one token, inside a decoder layer.
+        attention_workspace: what attention needs beside its inputs and outputs.
+        logits: the kept logits.
+        engine_workspace: sessions, library workspaces, dequantisation scratch.
+        driver_context: what the driver keeps for the process.
+        process: interpreter, libraries, tokenizer.
+        allocator_slack: rounding and fragments.
+    """
+
+    decoder_weights: int = 0
+    lm_head: int = 0
+    vision_tower: int = 0
+    projector: int = 0
+    embeddings: int = 0
+    rope_tables: int = 0
+    kv_cache: int = 0
+    load_transient: int = 0
+    image_decoding: int = 0
+    pixel_values: int = 0
+    vision_activations: int = 0
+    image_features: int = 0
+    prompt_embeddings: int = 0
+    prefill_activations: int = 0
+    attention_workspace: int = 0
+    logits: int = 0
+    engine_workspace: int = 0
+    driver_context: int = 0
+    process: int = 0
+    allocator_slack: int = 0
+
+    @property
+    def total(self) -> int:
+        """Sum of all terms."""
+        return sum(self.as_dict().values())
+
+    def as_dict(self) -> dict[str, int]:
+        """Terms by name, in the order of the fields."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def __add__(self, other: MemoryTerms) -> MemoryTerms:
+        mine, theirs = self.as_dict(), other.as_dict()
+        return MemoryTerms(**{name: mine[name] + theirs[name] for name in mine})
+
+    def with_slack(self, slack: int, share: float) -> MemoryTerms:
+        """The same with the allocator's part: a constant and a share of everything else."""
+        # Parts in a million keep the sum in integers, so that it is the same on every machine.
+        return replace(self, allocator_slack=slack + self.total * round(share * 1e6) // 1_000_000)
+
+
+Phases = Mapping[str, MemoryTerms]
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Terms of each phase. ``device`` is empty on a CPU, ``unified`` says both share one memory."""
+
+    device: Phases
+    host: Phases
+    unified: bool = False
+
+    @property
+    def device_bytes(self) -> int:
+        """Peak of the device: its largest phase, the host's included where they share."""
+        return self.device_peak.total if self.device else 0
+
+    @property
+    def host_bytes(self) -> int:
+        """Peak of the host alone, however the memory is shared."""
+        return _peak(self.host).total
+
+    @property
+    def device_peak(self) -> MemoryTerms:
+        """Terms of the phase that needs most of the device (of the one memory, if unified)."""
+        if not self.unified:
+            return _peak(self.device)
+        return _peak({name: self.device[name] + self.host[name] for name in PHASES})
+
+    @property
+    def host_peak(self) -> MemoryTerms:
+        """Terms of the phase that needs most of the host."""
+        return _peak(self.host)
+
+    @property
+    def peak(self) -> MemoryTerms:
+        """Terms that the budget is compared with: the device's, or the host's on a CPU."""
+        return self.device_peak if self.device else self.host_peak
+
+
+def _peak(phases: Phases) -> MemoryTerms:
+    return max(phases.values(), key=lambda terms: terms.total)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is run: context, media and how they are batched.
+
+    Attributes:
+        context_tokens: positions of the cache.
+        num_images: images in one prompt.
+        tiles_per_image: most tiles of one image, thumbnail included.
+        num_frames: frames of one video in the prompt; 0 for none.
+        cache: type of keys and values; None for the flavour's own.
+        chunk_tokens: positions computed at once in prefill.
+        batch_tiles: tiles encoded at once; None for ``tiles_per_batch``.
+        image_pixels: pixels of the largest image.
+    """
+
+    context_tokens: int
+    num_images: int = 1
+    tiles_per_image: int = 5
+    num_frames: int = 0
+    cache: CacheType | None = None
+    chunk_tokens: int = 512
+    batch_tiles: int | None = None
+    image_pixels: int = PLANNED_IMAGE_PIXELS
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of all images together, or frames if there are more of them."""
+        return max(self.num_images * self.tiles_per_image, self.num_frames)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The part of a profile that memory depends on."""
+
+    flavour: Flavour
+    unified: bool = False
+    int8_isa: Int8Isa = "vnni"
+    compute_capability: str | None = None
+
+    @classmethod
+    def of(cls, profile: HardwareProfile) -> Machine:
+        """That part of ``profile``."""
+        return cls(profile.flavour, profile.unified, profile.int8_isa, profile.compute_capability)
+
+
+def estimate_memory(
+    dims: ModelDims,
+    precision: str,
+    workload: Workload,
+    machine: Machine,
+    constants: Mapping[str, Constants] | None = None,
+) -> MemoryEstimate:
+    """Every term of every phase.
+
+    Args:
+        dims: the model.
+        precision: ``fp16``, ``int8`` or ``int4``; see ``formats.part_precisions``.
+        workload: context, images, batches.
+        machine: flavour and what else sizes depend on.
+        constants: groups as ``memory_constants`` gives them; None for the shipped ones.
+    """
+    groups = memory_constants() if constants is None else constants
+    if machine.flavour == "cpu":
+        host = _cpu_phases(dims, precision, workload, machine, groups["cpu"])
+        return MemoryEstimate(device={}, host=host)
+    device = _device_phases(dims, precision, workload, machine, groups["cuda"])
+    host = _cuda_host_phases(dims, workload, groups["cuda"])
+    return MemoryEstimate(device=device, host=host, unified=machine.unified)
+
+
+def _weights(weights: WeightBytes) -> MemoryTerms:
+    return MemoryTerms(
+        decoder_weights=weights.decoder,
+        lm_head=weights.lm_head,
+        vision_tower=weights.vision_tower,
+        projector=weights.projector,
+    )
+
+
+def _cpu_phases(
+    dims: ModelDims, precision: str, work: Workload, machine: Machine, c: Constants
+) -> Phases:
+    text = dims.text
+    resident = weight_bytes(dims, precision, "cpu", machine.int8_isa, resident=True)
+    stored = weight_bytes(dims, precision, "cpu", machine.int8_isa, resident=False)
+    loaded = _weights(resident) + MemoryTerms(
+        rope_tables=rope_table_bytes(text, work.context_tokens, "cpu"),
+        process=c.bytes("process") + text.vocab_size * c.bytes("tokenizer_per_token"),
+        engine_workspace=2 * c.bytes("session"),
+    )
+    ready = loaded + MemoryTerms(
+        kv_cache=_cache(text, work, "cpu"), logits=logits_bytes(text), image_features=0
+    )
+    share = c["cast_transient"] if precision == "fp16" else c["pack_transient"]
+    transient = int((stored.decoder + stored.lm_head) * share)
+    tower = int((stored.vision_tower + stored.projector) * c["cast_transient"])
+    largest = max(
+        *(matrix.rows * matrix.columns for matrix in decoder_matrices(text)),
+        head_matrix(text).parameters,
+    )
+    # One tensor exists twice while it is packed. Tower and decoder are opened one after the other.
+    load = loaded + MemoryTerms(
+        load_transient=max(transient, tower) + (4 * largest if precision == "fp16" else largest)
+    )
+    chunk = prefill_chunk_tokens(work.chunk_tokens, work.context_tokens)
+    media = MemoryTerms(image_features=_features(dims, work, "cpu"))
+    batch = work.batch_tiles or tiles_per_batch("cpu", work.tiles_per_image)
+    factor = c["activation_factor"]
+    encode = ready + media + _encode_host(dims, work)
+    encode += MemoryTerms(vision_activations=_vision_activations(dims, batch, "cpu", factor))
+    prefill = ready + media + _decoder_run(text, chunk, "cpu", precision, factor, c)
+    decode = ready + media + _decoder_run(text, 1, "cpu", precision, factor, c)
+    phases = dict(zip(PHASES, (load, encode, prefill, decode), strict=True))
+    return {n: p.with_slack(c.bytes("slack"), c["slack_share"]) for n, p in phases.items()}
+
+
+def _decoder_run(
+    text: TextDims, tokens: int, flavour: Flavour, precision: str, factor: float, c: Constants
+) -> MemoryTerms:
+    return MemoryTerms(
+        prompt_embeddings=prompt_embedding_bytes(text, tokens, flavour),
+        prefill_activations=_decoder_activations(text, tokens, flavour, precision, factor),
+        attention_workspace=c.bytes("attention_block") if flavour == "cpu" else 0,
+    )
+
+
+def _device_phases(
+    dims: ModelDims, precision: str, work: Workload, machine: Machine, c: Constants
+) -> Phases:
+    text = dims.text
+    weights = weight_bytes(dims, precision, "cuda", machine.int8_isa, resident=True)
+    scratch = 0
+    if precision != "fp16":
+        largest = max(2 * m.rows * m.columns for m in decoder_matrices(text))
+        scratch = min(largest, c.bytes("dequant_scratch_limit"))
+    ready = _weights(weights) + MemoryTerms(
+        rope_tables=rope_table_bytes(text, work.context_tokens, "cuda"),
+        driver_context=c.bytes("driver_context"),
+        engine_workspace=c.bytes("engine_workspace") + scratch,
+    )
+    loaded = ready
+    ready += MemoryTerms(kv_cache=_cache(text, work, "cuda"), logits=logits_bytes(text))
+    factor = c["activation_factor"]
+    batch = work.batch_tiles or tiles_per_batch("cuda", work.tiles_per_image)
+    # Each session's arena keeps what it once took, so the tower's part stays through prefill.
+    tower = MemoryTerms(
+        pixel_values=pixel_value_bytes(dims.vision, batch) // 2,
+        image_features=batch * dims.vision.num_patches * text.hidden_size * 2,
+        vision_activations=_vision_activations(dims, batch, "cuda", factor),
+    )
+    encode = ready + tower
+    chunk = prefill_chunk_tokens(work.chunk_tokens, work.context_tokens)
+    run = MemoryTerms(
+        prompt_embeddings=prompt_embedding_bytes(text, chunk, "cuda"),
+        prefill_activations=_decoder_activations(text, chunk, "cuda", precision, factor),
+        attention_workspace=_cuda_attention(text, chunk, work.context_tokens, machine),
+    )
+    prefill = encode + run
+    phases = dict(zip(PHASES, (loaded, encode, prefill, prefill), strict=True))
+    return {n: p.with_slack(c.bytes("slack"), c["slack_share"]) for n, p in phases.items()}
+
+
+def _cuda_host_phases(dims: ModelDims, work: Workload, c: Constants) -> Phases:
+    text = dims.text
+    base = MemoryTerms(
+        process=c.bytes("process") + text.vocab_size * c.bytes("tokenizer_per_token")
+    )
+    chunk = prefill_chunk_tokens(work.chunk_tokens, work.context_tokens)
+    media = MemoryTerms(image_features=_features(dims, work, "cuda"))
+    run = MemoryTerms(
+        prompt_embeddings=prompt_embedding_bytes(text, chunk, "cuda"), logits=logits_bytes(text)
+    )
+    return {
+        "load": base + MemoryTerms(load_transient=c.bytes("staging")),
+        "encode": base + media + _encode_host(dims, work),
+        "prefill": base + media + run,
+        "decode": base + media + MemoryTerms(logits=logits_bytes(text)),
+    }
+
+
+def _cache(text: TextDims, work: Workload, flavour: Flavour) -> int:
+    return kv_cache_bytes(text, work.context_tokens, work.cache or default_cache_type(flavour))
+
+
+def _features(dims: ModelDims, work: Workload, flavour: Flavour) -> int:
+    images = image_feature_bytes(dims, work.num_images * work.tiles_per_image, flavour)
+    frames = video_feature_bytes(dims, work.num_frames, flavour) if work.num_frames else 0
+    return images + frames
+
+
+def _encode_host(dims: ModelDims, work: Workload) -> MemoryTerms:
+    return MemoryTerms(
+        pixel_values=pixel_value_bytes(dims.vision, work.num_tiles),
+        # Decoded and converted to RGB, three bytes a pixel each.
+        image_decoding=6 * work.image_pixels,
+    )
+
+
+def _vision_activations(dims: ModelDims, tiles: int, flavour: Flavour, factor: float) -> int:
+    """One batch inside a tower block or the projector, whichever is larger.
+
+    Attention holds residual, normed, packed and reordered queries, keys and values, and the scores
+    before and after softmax; the MLP its input, residual and two inner tensors.
+    """
+    v: VisionDims = dims.vision
+    tokens, hidden = v.num_patches + 1, v.hidden_size
+    attention = tokens * hidden * 11 + 2 * v.num_attention_heads * tokens * tokens
+    mlp = tokens * (2 * hidden + 2 * v.intermediate_size)
+    projector = v.num_patches * (v.feature_size + hidden + 3 * dims.text.hidden_size)
+    elements = max(attention, mlp, projector) + tokens * hidden * (len(v.feature_layers) - 1)
+    return int(tiles * elements * activation_bytes(flavour) * factor)
+
+
+def _decoder_activations(
+    text: TextDims, tokens: int, flavour: Flavour, precision: str, factor: float
+) -> int:
+    """One chunk inside a decoder layer: attention or MLP, whichever is larger.
+
+    Attention holds residual, normed, packed and rotated queries, keys and values and its output;
+    the MLP residual, normed, gate, its sigmoid, their product and up. A quantised layer on the CPU
+    adds its input as integers and, scaled row by row, as float32.
+    """
+    size = activation_bytes(flavour)
+    packed = text.query_size + 2 * text.key_value_size
+    attention = 3 * text.hidden_size + 2 * packed + text.query_size
+    mlp = 2 * text.hidden_size + 4 * text.intermediate_size
+    widest = max(text.intermediate_size, text.query_size, text.hidden_size)
+    extra = widest * (size + 1) if flavour == "cpu" and precision != "fp16" else 0
+    return int(tokens * (max(attention, mlp) * size + extra) * factor)
+
+
+def _cuda_attention(text: TextDims, tokens: int, context: int, machine: Machine) -> int:
+    """Flash attention keeps a float32 sum a head and row; before 8.0 keys and values are expanded.
+
+    Source: ONNX Runtime, docs/contrib_ops/cuda/gqa.md (order of back ends).
+    """
+    sums = tokens * text.num_attention_heads * 4 * 2
+    rotated = tokens * (text.query_size + 2 * text.key_value_size) * 2
+    major = int((machine.compute_capability or "8.0").split(".")[0])
+    expanded = 2 * context * text.query_size * 2 if major < 8 else 0
+    return sums + rotated + expanded
