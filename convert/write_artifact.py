@@ -1,0 +1,551 @@
+"""ArtifactWriter: an artifact appears whole or not at all, and an interrupted one goes on.
+
+Beside the output ``OUT`` lies ``OUT.partial`` while the work is going on:
+
+    OUT.partial/.lock          held as long as a conversion writes here
+    OUT.partial/journal.json   the request and the finished parts, with sizes and digests
+    OUT.partial/artifact/      the files; renamed to OUT in one step at the end
+    OUT.partial/replaced/      the old OUT, for the moment of the exchange under ``force``
+
+Whatever the journal does not hold is removed before work goes on, so a part is there whole or not
+at all as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import math
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from llava_edge.convert.disk import (
+    free_bytes,
+    full_disk_reason,
+    show_bytes,
+    sync,
+    write_atomic,
+)
+from llava_edge.profiles.errors import (
+    ArtifactError,
+    ExportError,
+    LlavaEdgeError,
+    OutputExistsError,
+    RequestError,
+    shorten,
+)
+from llava_edge.runtime.artifact import check_graphs, check_listing, read_manifest
+from llava_edge.runtime.digests import hash_files
+from llava_edge.runtime.manifest import FileEntry, Manifest
+from llava_edge.runtime.manifest_check import CARD, CERTIFICATE, MANIFEST, UNLISTED, is_safe_name
+from llava_edge.runtime.records import from_json, to_json
+from llava_edge.runtime.regular_file import read_bounded
+from llava_edge.runtime.sealed_json import parse_strict, seal
+
+_LOG = logging.getLogger(__name__)
+_LOCK, _JOURNAL, _ARTIFACT, _REPLACED = ".lock", "journal.json", "artifact", "replaced"
+_REPORT = "failure.json"
+_JOURNAL_LIMIT = 64 << 20
+
+Stamp = tuple[int, int, int]
+"""size, mtime_ns and inode of a file in the making."""
+
+
+@dataclass
+class _Part:
+    """A finished part: its files, and the JSON value that its builder returned."""
+
+    files: dict[str, FileEntry]
+    value: Any = None
+
+
+@dataclass
+class _Journal:
+    request: dict[str, Any]
+    parts: dict[str, _Part] = field(default_factory=dict)
+
+    @property
+    def files(self) -> dict[str, FileEntry]:
+        return {name: entry for part in self.parts.values() for name, entry in part.files.items()}
+
+
+class ArtifactWriter:
+    """Writes one artifact. Use as a context manager, so that the lock is given back.
+
+    Args:
+        out: the artifact's folder; everything is written beside it until it is complete.
+        request_key: what the result depends on (checkpoint digest, options, tool version) as JSON
+            values. Finished parts are taken over only by a request with an equal key.
+        force: replace an existing artifact, and discard an unfinished conversion.
+        needed_bytes: what the whole artifact will take, for the message on a full disk.
+
+    Raises:
+        OutputExistsError: ``out`` exists and ``force`` is not set.
+        RequestError: another conversion into ``out`` is running; or an unfinished one with another
+            request is there; or what lies in the way was not written by this class.
+        ExportError: the folder cannot be created.
+
+    Attributes:
+        folder: where parts put their files, laid out as in the artifact.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        request_key: Mapping[str, Any],
+        *,
+        force: bool = False,
+        needed_bytes: int | None = None,
+    ) -> None:
+        self.out = Path(os.path.abspath(out))
+        if not self.out.name:
+            raise RequestError(f"{self.out} cannot be an output folder. Name a folder below it.")
+        self._partial = self.out.with_name(f"{self.out.name}.partial")
+        self.folder = self._partial / _ARTIFACT
+        self._force = force
+        self._needed_bytes = needed_bytes
+        self._lock = -1
+        self._asked: set[str] = set()
+        request = json.loads(json.dumps(dict(request_key), allow_nan=False))
+        self._refuse_existing()
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self._partial)
+            self._restore_replaced()
+            self._refuse_existing()
+            self._journal = self._open_journal(request)
+            self.folder.mkdir(exist_ok=True)
+            self._remove_unfinished()
+            self._write_journal()
+        except OSError as error:
+            self._release()
+            raise self._export_error("preparing the folder", error) from error
+        except BaseException:
+            self._release()
+            raise
+
+    def part(self, name: str, build: Callable[[Path], Any]) -> Any:
+        """Have one part of the artifact built, unless an earlier run finished it.
+
+        Args:
+            name: of the part, in the journal only.
+            build: called with ``folder``; creates files anywhere below it, touches no file of
+                another part, and returns a JSON value (or None).
+
+        Returns:
+            The JSON value of ``build``, now or when the part was built (lists for tuples).
+
+        Raises:
+            ExportError: writing failed, the disk is full, or the part left files that an artifact
+                cannot hold. Earlier parts stay for the next run.
+        """
+        self._asked.add(name)
+        finished = self._journal.parts.get(name)
+        if finished is not None:
+            if self._intact(finished):
+                _LOG.info("part %s is taken from %s", name, self._partial)
+                return finished.value
+            _LOG.warning("part %s in %s was changed and is built again", name, self._partial)
+            del self._journal.parts[name]
+            self._remove_unfinished()
+        with self._cleaning(f"part {name!r}"):
+            before = self._stamps()
+            value = json.loads(json.dumps(build(self.folder), allow_nan=False))
+            self._journal.parts[name] = _Part(self._seal_files(before), value)
+            try:
+                self._write_journal()
+            except BaseException:
+                del self._journal.parts[name]
+                raise
+        return value
+
+    def prepare(self, manifest: Manifest, card: str) -> Path:
+        """Complete the folder: manifest with all files, and the card. It can then be opened.
+
+        Args:
+            manifest: ``files`` and ``self_sha256`` are filled in here.
+            card: text of ``README.md``.
+
+        Returns:
+            ``folder``, which is still in ``OUT.partial``.
+
+        Raises:
+            ExportError: writing failed, or the runtime would refuse the result.
+        """
+        with self._cleaning("the manifest"):
+            for name in set(self._journal.parts) - self._asked:
+                # Left by an earlier run and not asked for by this one: nobody compared its files.
+                del self._journal.parts[name]
+            self._remove_unfinished()
+            complete = replace(manifest, files=self._journal.files, self_sha256="")
+            write_atomic(self.folder / CARD, card.encode("utf-8"))
+            write_atomic(self.folder / MANIFEST, seal(to_json(complete)))
+            try:
+                written, _ = read_manifest(self.folder)
+                check_listing(self.folder, written)
+                check_graphs(self.folder, written)
+            except ArtifactError as error:
+                raise ExportError(f"the artifact just written would be refused: {error}") from error
+        return self.folder
+
+    def publish(self) -> Path:
+        """Move the prepared folder to its place in one step, and return that.
+
+        Raises:
+            OutputExistsError: something appeared at ``out`` meanwhile.
+            ExportError: moving failed; the prepared folder stays.
+        """
+        self._refuse_existing()
+        old = self._partial / _REPLACED
+        try:
+            if os.path.lexists(self.out):
+                os.rename(self.out, old)
+            try:
+                os.rename(self.folder, self.out)
+            except BaseException:
+                self._restore_replaced()
+                raise
+            sync(self.out.parent)
+        except OSError as error:
+            raise self._export_error("moving the artifact to its place", error) from error
+        self._discard()
+        return self.out
+
+    def finish(self, manifest: Manifest, card: str) -> Path:
+        """``prepare`` and ``publish``."""
+        self.prepare(manifest, card)
+        return self.publish()
+
+    def keep_failed(self, report: Mapping[str, Any]) -> Path:
+        """Put what was written aside in ``OUT.failed`` with the report, for people to look at.
+
+        An older ``OUT.failed`` of this tool is replaced. Numbers that are not finite stand in the
+        report as text.
+
+        Raises:
+            RequestError: a folder of that name exists that this tool did not write.
+            ExportError: writing failed.
+        """
+        failed = self.out.with_name(f"{self.out.name}.failed")
+        if os.path.lexists(failed) and not (failed / _REPORT).is_file():
+            raise RequestError(f"{failed} exists and holds no {_REPORT}; move it out of the way.")
+        try:
+            text = json.dumps(_finite(report), indent=2, sort_keys=True, default=str)
+            write_atomic(self.folder / _REPORT, text.encode("utf-8") + b"\n")
+            if os.path.lexists(failed):
+                shutil.rmtree(failed)
+            os.rename(self.folder, failed)
+            sync(failed.parent)
+        except OSError as error:
+            raise self._export_error(f"keeping {failed}", error) from error
+        self._discard()
+        return failed
+
+    def close(self) -> None:
+        """Give the lock back; finished parts stay for the next run of the same request."""
+        if self._lock >= 0 and not self._journal.parts:
+            self._discard()
+        self._release()
+
+    def __enter__(self) -> ArtifactWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _refuse_existing(self) -> None:
+        if not os.path.lexists(self.out):
+            return
+        if not self._force:
+            raise OutputExistsError(
+                f"{self.out} exists. Nothing is overwritten unasked: add --force to replace it, or "
+                "name another output."
+            )
+        is_folder = self.out.is_dir()
+        if not is_folder or (any(self.out.iterdir()) and not (self.out / MANIFEST).is_file()):
+            raise RequestError(
+                f"{self.out} is no artifact (it holds no {MANIFEST}), so --force does not replace "
+                "it. Name another output, or remove it yourself."
+            )
+
+    def _restore_replaced(self) -> None:
+        """Undo an exchange that ended half way: the old artifact belongs where it was."""
+        old = self._partial / _REPLACED
+        if not os.path.lexists(old):
+            return
+        if os.path.lexists(self.out):
+            _remove(old)
+        else:
+            os.rename(old, self.out)
+
+    def _open_journal(self, request: dict[str, Any]) -> _Journal:
+        path = self._partial / _JOURNAL
+        if self._force or not path.exists():
+            _remove(self.folder)
+            return _Journal(request)
+        discard = "Add --force to discard it, or name another output."
+        try:
+            document = parse_strict(read_bounded(path, _JOURNAL_LIMIT), str(path))
+            if not isinstance(document, dict) or set(document) != {"request", "parts"}:
+                raise ArtifactError(f"{path} is no journal of this version")
+            there = from_json(dict[str, Any], document["request"], "request")
+            parts = from_json(dict[str, _Part], document["parts"], "parts")
+        except ArtifactError as error:
+            raise RequestError(
+                f"{self._partial} holds an unfinished conversion whose journal cannot be read "
+                f"({error}). {discard}"
+            ) from error
+        if there != request:
+            differing = [
+                f"{key} was {_brief(there.get(key))} and is now {_brief(request.get(key))}"
+                for key in sorted(set(there) | set(request))
+                if there.get(key) != request.get(key)
+            ]
+            raise RequestError(
+                f"{self._partial} holds an unfinished conversion of another request: "
+                f"{shorten(differing)}. {discard}"
+            )
+        if not all(is_safe_name(name) for part in parts.values() for name in part.files):
+            raise RequestError(f"{path} names files outside the artifact. {discard}")
+        return _Journal(request, parts)
+
+    def _write_journal(self) -> None:
+        document = {"request": self._journal.request, "parts": to_json(self._journal.parts)}
+        text = json.dumps(document, indent=1, allow_nan=False)
+        write_atomic(self._partial / _JOURNAL, text.encode("utf-8"))
+
+    def _stamps(self) -> dict[str, Stamp]:
+        """All files below ``folder``; links and the like too, so that they are noticed."""
+        stamps: dict[str, Stamp] = {}
+        for place, _, names in os.walk(self.folder):
+            for name in names:
+                path = Path(place, name)
+                status = path.lstat()
+                key = path.relative_to(self.folder).as_posix()
+                stamps[key] = (status.st_size, status.st_mtime_ns, status.st_ino)
+        return stamps
+
+    def _intact(self, part: _Part) -> bool:
+        paths = {name: self.folder / name for name in part.files}
+        try:
+            if any(path.lstat().st_size != part.files[n].bytes for n, path in paths.items()):
+                return False
+            digests = hash_files(paths.values())
+        except (OSError, ArtifactError):
+            return False
+        return all(digests[path] == part.files[name].sha256 for name, path in paths.items())
+
+    def _seal_files(self, before: Mapping[str, Stamp]) -> dict[str, FileEntry]:
+        """Flush the files that appeared since ``before`` and take their digests."""
+        after = self._stamps()
+        touched = sorted(name for name in before if after.get(name) != before[name])
+        if touched:
+            raise ExportError(f"the part changed files of another part: {shorten(touched)}")
+        fresh = sorted(set(after) - set(before))
+        unfit = [
+            name
+            for name in fresh
+            if name in UNLISTED
+            or not is_safe_name(name)
+            or not stat.S_ISREG((self.folder / name).lstat().st_mode)
+        ]
+        if unfit:
+            raise ExportError(f"an artifact cannot hold these files: {shorten(unfit)}")
+        paths = [self.folder / name for name in fresh]
+        for path in paths:
+            sync(path)
+        for place in sorted({path.parent for path in paths}):
+            sync(place)
+        digests = hash_files(paths)
+        return {
+            name: FileEntry(bytes=after[name][0], sha256=digests[path])
+            for name, path in zip(fresh, paths, strict=True)
+        }
+
+    @contextlib.contextmanager
+    def _cleaning(self, doing: str) -> Iterator[None]:
+        """Remove what was left unfinished when anything goes wrong, and say what to do."""
+        try:
+            yield
+        except BaseException as error:
+            written = self._unfinished_bytes()
+            with contextlib.suppress(OSError):
+                self._remove_unfinished()
+            if not isinstance(error, Exception):
+                raise
+            if isinstance(error, OSError) or full_disk_reason(error) is not None:
+                raise self._export_error(f"writing {doing}", error, written) from error
+            if isinstance(error, ArtifactError):
+                raise ExportError(f"writing {doing} of {self.out} failed: {error}") from error
+            raise
+
+    def _unfinished_bytes(self) -> int:
+        listed = self._journal.files
+        with contextlib.suppress(OSError):
+            return sum(stamp[0] for name, stamp in self._stamps().items() if name not in listed)
+        return 0
+
+    def _remove_unfinished(self) -> None:
+        """Remove what no finished part lists, and folders that are empty then."""
+        listed = self._journal.files
+        for place, _, names in os.walk(self.folder, topdown=False):
+            for name in names:
+                path = Path(place, name)
+                if path.relative_to(self.folder).as_posix() not in listed:
+                    path.unlink()
+            for link in Path(place).iterdir():
+                if link.is_symlink():
+                    link.unlink()
+            if Path(place) != self.folder and not any(Path(place).iterdir()):
+                Path(place).rmdir()
+
+    def _export_error(self, doing: str, error: BaseException, written: int = 0) -> LlavaEdgeError:
+        reason = full_disk_reason(error)
+        kept = sorted(self._journal.parts) if hasattr(self, "_journal") else []
+        resume = (
+            f"Finished parts ({', '.join(kept)}) are kept in {self._partial}: the same command "
+            "goes on from there."
+            if kept
+            else "Nothing is left half-written: run the same command again."
+        )
+        if reason is None:
+            return ExportError(f"{doing} of {self.out} failed: {error}. {resume}")
+        room = [f"{show_bytes(free_bytes(self.out.parent))} are free at {self.out.parent}"]
+        if self._needed_bytes is not None:
+            done = sum(entry.bytes for entry in self._journal.files.values())
+            left = max(self._needed_bytes - done, 0)
+            room.insert(0, f"{show_bytes(left)} are still needed")
+        elif written:
+            room.insert(0, f"more than {show_bytes(written)} are needed")
+        return ExportError(
+            f"{doing} of {self.out} failed: {reason}; {', '.join(room)}. Make room first. {resume}"
+        )
+
+    def _discard(self) -> None:
+        """Remove the partial folder and give the lock back; the lock goes last."""
+        try:
+            names = sorted(entry.name for entry in self._partial.iterdir())
+            for name in [name for name in names if name != _LOCK] + [_LOCK]:
+                _remove(self._partial / name)
+            self._partial.rmdir()
+        except OSError as error:
+            _LOG.warning("%s could not be removed: %s", self._partial, error)
+        self._release()
+
+    def _release(self) -> None:
+        descriptor, self._lock = self._lock, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def write_certificate(folder: Path, certificate: Mapping[str, Any]) -> Path:
+    """Seal a certificate for the manifest that lies in ``folder`` and put it there.
+
+    Args:
+        folder: an artifact, finished or prepared.
+        certificate: JSON values; ``passed`` decides whether the artifact counts as verified.
+            ``manifest_sha256`` and ``self_sha256`` are filled in here.
+
+    Raises:
+        ArtifactError: the folder's manifest is not in order.
+        ExportError: writing failed, or a value has no JSON form.
+    """
+    _, manifest_sha256 = read_manifest(folder)
+    path = folder / CERTIFICATE
+    data = seal({**certificate, "manifest_sha256": manifest_sha256})
+    try:
+        write_atomic(path, data)
+    except OSError as error:
+        raise ExportError(f"{path} cannot be written: {error.strerror}") from error
+    return path
+
+
+def _lock(partial: Path) -> int:
+    """Take the lock of a partial folder, creating both; return its descriptor."""
+    for _ in range(100):
+        with contextlib.suppress(FileExistsError):
+            partial.mkdir()
+        _refuse_foreign(partial)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            descriptor = os.open(partial / _LOCK, flags, 0o644)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held the lock may have finished and removed the folder meanwhile; a lock on
+            # a file that is no longer there protects nothing.
+            there = (partial / _LOCK).lstat()
+            here = os.fstat(descriptor)
+            if (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise RequestError(
+                f"another conversion is writing {partial}. Wait for it, or name another output."
+            ) from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    raise RequestError(f"{partial} is created and removed all the time; name another output.")
+
+
+def _refuse_foreign(partial: Path) -> None:
+    try:
+        if partial.is_symlink() or not partial.is_dir():
+            raise RequestError(
+                f"{partial} is no folder; it is needed for unfinished work. Move it."
+            )
+        ours = {_LOCK, _JOURNAL, _ARTIFACT, _REPLACED}
+        foreign = [
+            entry.name
+            for entry in partial.iterdir()
+            if entry.name not in ours and not entry.name.startswith(f".{_JOURNAL}.")
+        ]
+    except FileNotFoundError:
+        return
+    if foreign:
+        raise RequestError(
+            f"{partial} holds files that this tool did not write ({shorten(sorted(foreign))}). "
+            "Move them, or name another output."
+        )
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, link or folder, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity, and failures are where they occur."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
