@@ -9,10 +9,11 @@ Source of the defaults: transformers ``CLIPVisionConfig``, ``LlamaConfig``, ``Mi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llava_edge.profiles.config_section import Section
 from llava_edge.profiles.errors import CheckpointError
 
 Config = Mapping[str, Any]
@@ -136,33 +137,55 @@ class ModelDims:
                 f"{', '.join(sorted(_MODEL_TYPES))}. Give a LLaVA-NeXT checkpoint."
             )
         faults: list[str] = []
-        vision = _read_vision(config, faults)
-        text = _read_text(config, faults)
+        is_video = model_type == "llava_next_video"
+        top = Section("", config, {}, faults)
+        vision = _read_vision(top, faults)
+        text = _read_text(top, model_type, faults)
         pinpoints = _read_pinpoints(config, model_type, vision, faults)
-        image_token = _token(config, ("image_token_index", "image_token_id"), 32000)
-        video_token = _token(config, ("video_token_index", "video_token_id"), None)
-        if config.get("vision_feature_select_strategy", "default") != "default":
+        image_token = _read_token(top, "image_token", 32001 if is_video else 32000)
+        video_token = _read_token(top, "video_token", 32000) if is_video else None
+        strategy = top.word("vision_feature_select_strategy", "default")
+        if strategy != "default":
             faults.append(
-                "vision_feature_select_strategy is "
-                f"{config['vision_feature_select_strategy']!r}; only 'default' has a reference"
+                f"vision_feature_select_strategy is {strategy!r}; only 'default' has a reference"
             )
+        if is_video:
+            _check_video_pooling(top, faults)
         if faults:
             listed = "\n  - ".join(faults)
             raise CheckpointError(f"config.json cannot be converted faithfully:\n  - {listed}")
         assert vision is not None
         assert text is not None
-        assert image_token is not None
         return cls(
             model_type=model_type,
             vision=vision,
             text=text,
             image_grid_pinpoints=pinpoints,
             image_token_id=image_token,
-            video_token_id=video_token if model_type == "llava_next_video" else None,
+            video_token_id=video_token,
         )
 
 
 _MODEL_TYPES = frozenset({"llava_next", "llava_next_video", "llava"})
+_MAX_LAYERS = 1024
+# LlavaNextConfig fills in CLIP-L at 336 pixels only where there is no vision_config at all; a
+# vision_config that is there gets the (smaller) defaults of CLIPVisionConfig.
+_ABSENT_VISION: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+_VISION_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+}
 _TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {
         "vocab_size": 32000,
@@ -193,46 +216,46 @@ _TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32,
         "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-6,
+        "sliding_window": 4096,
     },
 }
 
 
-def _token(config: Config, keys: Sequence[str], default: int | None) -> int | None:
-    for key in keys:
-        if config.get(key) is not None:
-            return int(config[key])
-    return default
+def _read_token(top: Section, name: str, default: int) -> int:
+    key = f"{name}_index" if top.values.get(f"{name}_index") is not None else f"{name}_id"
+    return top.integer(key, default, minimum=0)
 
 
-def _read_vision(config: Config, faults: list[str]) -> VisionDims | None:
-    vision = config.get("vision_config")
-    if not isinstance(vision, Mapping):
-        vision = {}
-    if vision.get("model_type", "clip_vision_model") != "clip_vision_model":
-        faults.append(
-            f"vision tower is {vision['model_type']!r}; only clip_vision_model is exported"
-        )
+def _check_video_pooling(top: Section, faults: list[str]) -> None:
+    mode, stride = top.word("spatial_pool_mode", "average"), top.integer("spatial_pool_stride", 2)
+    if (mode, stride) != ("average", 2):
+        faults.append(f"video pooling is {mode} with stride {stride}; exported is average with 2")
+
+
+def _read_vision(top: Section, faults: list[str]) -> VisionDims | None:
+    absent = top.values.get("vision_config") is None
+    vision = top.section("vision_config", _ABSENT_VISION if absent else _VISION_DEFAULTS)
+    kind = vision.word("model_type", "clip_vision_model")
+    if kind != "clip_vision_model":
+        faults.append(f"vision tower is {kind!r}; only clip_vision_model is exported")
         return None
-    num_layers = int(vision.get("num_hidden_layers", 24))
-    raw_layers = config.get("vision_feature_layer", -2)
-    listed = list(raw_layers) if isinstance(raw_layers, Sequence) else [raw_layers]
-    # hidden_states has one entry more than there are blocks: entry 0 is the embedding output.
-    layers = tuple(int(k) + num_layers + 1 if int(k) < 0 else int(k) for k in listed)
+    num_layers = vision.integer("num_hidden_layers", maximum=_MAX_LAYERS)
     dims = VisionDims(
-        hidden_size=int(vision.get("hidden_size", 1024)),
-        intermediate_size=int(vision.get("intermediate_size", 4096)),
+        hidden_size=vision.integer("hidden_size"),
+        intermediate_size=vision.integer("intermediate_size"),
         num_hidden_layers=num_layers,
-        num_attention_heads=int(vision.get("num_attention_heads", 16)),
-        image_size=int(vision.get("image_size", 336)),
-        patch_size=int(vision.get("patch_size", 14)),
-        layer_norm_eps=float(vision.get("layer_norm_eps", 1e-5)),
-        hidden_act=str(vision.get("hidden_act", "quick_gelu")),
-        feature_layers=layers,
-        projector_hidden_act=str(config.get("projector_hidden_act", "gelu")),
-        projector_bias=bool(config.get("multimodal_projector_bias", True)),
+        num_attention_heads=vision.integer("num_attention_heads"),
+        image_size=vision.integer("image_size"),
+        patch_size=vision.integer("patch_size"),
+        layer_norm_eps=vision.number("layer_norm_eps", 1e-5),
+        hidden_act=vision.word("hidden_act", "quick_gelu"),
+        feature_layers=_read_feature_layers(top.values, num_layers, faults),
+        projector_hidden_act=top.word("projector_hidden_act", "gelu"),
+        projector_bias=top.flag("multimodal_projector_bias", True),
     )
-    if not layers or any(not 0 < k <= num_layers for k in layers):
-        faults.append(f"vision_feature_layer {raw_layers} is outside the {num_layers} blocks")
+    channels = vision.integer("num_channels", 3)
+    if channels != 3:
+        faults.append(f"vision_config.num_channels is {channels}; images have 3")
     if dims.image_size % dims.patch_size:
         faults.append(f"image_size {dims.image_size} is no multiple of patch {dims.patch_size}")
     if dims.hidden_size % dims.num_attention_heads:
@@ -247,50 +270,56 @@ def _read_vision(config: Config, faults: list[str]) -> VisionDims | None:
     return dims
 
 
-def _read_text(config: Config, faults: list[str]) -> TextDims | None:
-    text = config.get("text_config")
-    if not isinstance(text, Mapping):
-        text = {}
-    model_type = str(text.get("model_type", "llama"))
-    defaults = _TEXT_DEFAULTS.get(model_type)
+def _read_feature_layers(config: Config, num_layers: int, faults: list[str]) -> tuple[int, ...]:
+    raw = config.get("vision_feature_layer", -2)
+    listed = raw if isinstance(raw, (list, tuple)) else [raw]
+    if not listed or not all(type(layer) is int for layer in listed):
+        faults.append(f"vision_feature_layer is {raw!r:.80}, not an integer or a list of them")
+        return (num_layers,)
+    # hidden_states has one entry more than there are blocks: entry 0 is the embedding output.
+    layers = tuple(layer + num_layers + 1 if layer < 0 else layer for layer in listed)
+    if any(not 0 < layer <= num_layers for layer in layers):
+        faults.append(f"vision_feature_layer {raw} is outside the {num_layers} blocks")
+    return layers
+
+
+def _read_text(top: Section, model_type: str, faults: list[str]) -> TextDims | None:
+    raw = top.values.get("text_config")
+    kind = raw.get("model_type", "llama") if isinstance(raw, Mapping) else "llama"
+    defaults = _TEXT_DEFAULTS.get(kind) if isinstance(kind, str) else None
     if defaults is None:
         faults.append(
-            f"language model is {model_type!r}; exported are {', '.join(sorted(_TEXT_DEFAULTS))}"
+            f"language model is {kind!r}; exported are {', '.join(sorted(_TEXT_DEFAULTS))}"
         )
         return None
-
-    def get(key: str) -> Any:
-        value = text.get(key)
-        return defaults.get(key) if value is None else value
-
-    heads = int(get("num_attention_heads"))
-    kv_heads = get("num_key_value_heads")
-    num_layers = int(get("num_hidden_layers"))
+    text = top.section("text_config", defaults)
+    heads = text.integer("num_attention_heads")
+    hidden_size = text.integer("hidden_size")
+    num_layers = text.integer("num_hidden_layers", maximum=_MAX_LAYERS)
     theta, factor = _read_rope(text, faults)
-    attention_bias = bool(text.get("attention_bias", False))
-    head_dim = text.get("head_dim")
+    attention_bias = kind == "llama" and text.flag("attention_bias", False)
     dims = TextDims(
-        model_type=model_type,
-        vocab_size=int(get("vocab_size")),
-        hidden_size=int(get("hidden_size")),
-        intermediate_size=int(get("intermediate_size")),
+        model_type=kind,
+        vocab_size=text.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=text.integer("intermediate_size"),
         num_hidden_layers=num_layers,
         num_attention_heads=heads,
-        num_key_value_heads=int(heads if kv_heads is None else kv_heads),
-        head_dim=int(get("hidden_size")) // heads if head_dim is None else int(head_dim),
-        rms_norm_eps=float(get("rms_norm_eps")),
+        num_key_value_heads=_read_key_value_heads(text, heads),
+        head_dim=text.integer("head_dim", hidden_size // heads),
+        rms_norm_eps=text.number("rms_norm_eps"),
         rope_theta=theta,
         rope_factor=factor,
-        max_position_embeddings=int(get("max_position_embeddings")),
-        hidden_act=str(text.get("hidden_act", "silu")),
-        qkv_bias=model_type == "qwen2" or (model_type == "llama" and attention_bias),
-        o_bias=model_type == "llama" and attention_bias,
-        mlp_bias=model_type == "llama" and bool(text.get("mlp_bias", False)),
-        sliding_windows=_read_windows(text, defaults, model_type, num_layers),
-        tie_word_embeddings=bool(
-            config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-        ),
+        max_position_embeddings=text.integer("max_position_embeddings"),
+        hidden_act=text.word("hidden_act", "silu"),
+        qkv_bias=kind == "qwen2" or attention_bias,
+        o_bias=attention_bias,
+        mlp_bias=kind == "llama" and text.flag("mlp_bias", False),
+        sliding_windows=_read_windows(text, kind, num_layers),
+        tie_word_embeddings=_read_tie(top, text, model_type),
     )
+    if hidden_size % heads:
+        faults.append(f"hidden_size {hidden_size} is no multiple of {heads} heads")
     if dims.num_attention_heads % dims.num_key_value_heads:
         faults.append(f"{heads} query heads are no multiple of {dims.num_key_value_heads}")
     if dims.head_dim % 16:
@@ -303,36 +332,55 @@ def _read_text(config: Config, faults: list[str]) -> TextDims | None:
     return dims
 
 
-def _read_rope(text: Config, faults: list[str]) -> tuple[float, float]:
+def _read_key_value_heads(text: Section, heads: int) -> int:
+    """An explicit null means one a query head; an absent key, the library's default."""
+    if "num_key_value_heads" in text.values and text.values["num_key_value_heads"] is None:
+        return heads
+    return text.integer("num_key_value_heads", int(text.defaults.get("num_key_value_heads", heads)))
+
+
+def _read_tie(top: Section, text: Section, model_type: str) -> bool:
+    """LlavaNextConfig looks at the top level only; its two sisters at the language model, too."""
+    tied = top.flag("tie_word_embeddings", False)
+    inner = text.flag("tie_word_embeddings", False)
+    return tied or (inner and model_type != "llava_next")
+
+
+def _read_rope(text: Section, faults: list[str]) -> tuple[float, float]:
     """Theta and linear factor; transformers 5 nests both in ``rope_parameters``."""
-    scaling: Config = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    theta = float(scaling.get("rope_theta", text.get("rope_theta", 10000.0)))
-    kind = str(scaling.get("rope_type", scaling.get("type", "default")))
-    if kind == "linear":
-        return theta, float(scaling["factor"])
-    if kind != "default":
-        faults.append(f"rope scaling {kind!r} is not one of default, linear")
-    partial = float(text.get("partial_rotary_factor", scaling.get("partial_rotary_factor", 1.0)))
+    key = "rope_scaling" if text.values.get("rope_scaling") else "rope_parameters"
+    rope = text.section(key, {})
+    theta = rope.number("rope_theta", text.number("rope_theta", 10000.0))
+    partial = rope.number("partial_rotary_factor", text.number("partial_rotary_factor", 1.0))
     if partial != 1.0:
         faults.append(f"partial_rotary_factor {partial} is not 1")
+    kind = rope.word("rope_type", rope.word("type", "default"))
+    if kind == "linear":
+        return theta, rope.number("factor")
+    if kind != "default":
+        faults.append(f"rope scaling {kind!r} is not one of default, linear")
     return theta, 1.0
 
 
-def _read_windows(
-    text: Config, defaults: dict[str, Any], model_type: str, num_layers: int
-) -> tuple[int, ...]:
-    if model_type == "mistral":
-        # An explicit null means no window; an absent key means the library's 4096.
-        window = text["sliding_window"] if "sliding_window" in text else defaults["sliding_window"]
-        return (int(window or 0),) * num_layers
-    if model_type == "qwen2" and text.get("use_sliding_window", False):
-        window = int(text.get("sliding_window") or 0)
-        full = int(text.get("max_window_layers", 28))
-        types = text.get("layer_types")
-        if types is not None:
-            return tuple(window if kind == "sliding_attention" else 0 for kind in types)
-        return tuple(window if layer >= full else 0 for layer in range(num_layers))
-    return (0,) * num_layers
+def _read_windows(text: Section, kind: str, num_layers: int) -> tuple[int, ...]:
+    full = (0,) * num_layers
+    # An explicit null means no window; an absent key means the library's 4096.
+    has_window = text.values.get("sliding_window", text.defaults.get("sliding_window")) is not None
+    if not has_window or kind == "llama":
+        return full
+    if kind == "mistral":
+        return (text.integer("sliding_window"),) * num_layers
+    if not text.flag("use_sliding_window", False):
+        return full
+    window = text.integer("sliding_window")
+    types = text.values.get("layer_types")
+    if types is None:
+        first = text.integer("max_window_layers", 28, minimum=0)
+        return tuple(window if layer >= first else 0 for layer in range(num_layers))
+    if not isinstance(types, list) or len(types) != num_layers:
+        text.faults.append(f"text_config.layer_types does not name the {num_layers} layers")
+        return full
+    return tuple(window if kind == "sliding_attention" else 0 for kind in types)
 
 
 def _read_pinpoints(
@@ -341,7 +389,14 @@ def _read_pinpoints(
     if model_type == "llava":
         return ()
     raw = config.get("image_grid_pinpoints")
-    pinpoints = STOCK_PINPOINTS if raw is None else tuple((int(h), int(w)) for h, w in raw)
+    pinpoints: tuple[tuple[int, int], ...] = STOCK_PINPOINTS
+    if raw is not None:
+        if not _are_pairs(raw):
+            faults.append(
+                f"image_grid_pinpoints is {raw!r:.80}, not a list of (height, width) pairs"
+            )
+            return ()
+        pinpoints = tuple((height, width) for height, width in raw)
     if vision is not None and any(
         side % vision.image_size for point in pinpoints for side in point
     ):
@@ -350,3 +405,16 @@ def _read_pinpoints(
             f"tile side {vision.image_size}"
         )
     return pinpoints
+
+
+def _are_pairs(value: object) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and 0 < len(value) <= 1024
+        and all(
+            isinstance(point, (list, tuple))
+            and len(point) == 2
+            and all(type(side) is int and side > 0 for side in point)
+            for point in value
+        )
+    )
