@@ -1,0 +1,143 @@
+"""The speed model: rooflines for tower, prompt and decode. Every figure here is a prediction.
+
+    time = work / (peak of the profile · share that kind of work reaches)
+
+Tower and prompt are bound by arithmetic, decode by the bytes that each token streams. The shares
+are constants with their sources; see ``data/speed_constants.json``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llava_edge.profiles.buffers import CacheType, default_cache_type, kv_cache_bytes
+from llava_edge.profiles.constants import Constants, speed_constants
+from llava_edge.profiles.formats import weight_bytes
+from llava_edge.profiles.hardware import HardwareProfile
+from llava_edge.profiles.model_dims import ModelDims, TextDims
+from llava_edge.profiles.parameters import (
+    decoder_matrices,
+    head_parameters,
+    projector_parameters,
+)
+
+QUESTION_TOKENS = 64
+"""Text beside the media in the prompt that predictions speak of."""
+
+ANSWER_TOKENS = 128
+"""Answer that predictions speak of; decode is taken in its middle."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted, not measured; None where the profile states no rate.
+
+    Attributes:
+        vision_seconds: all tiles through tower and projector.
+        prefill_seconds: the prompt through the decoder.
+        decode_tokens_per_second: in the middle of an answer of ``ANSWER_TOKENS``.
+    """
+
+    vision_seconds: float | None
+    prefill_seconds: float | None
+    decode_tokens_per_second: float | None
+
+    @property
+    def ttft_seconds(self) -> float | None:
+        """Time to the first token, image processing on the host not counted."""
+        if self.vision_seconds is None or self.prefill_seconds is None:
+            return None
+        return self.vision_seconds + self.prefill_seconds
+
+    @property
+    def answer_seconds(self) -> float | None:
+        """Time of a whole answer of ``ANSWER_TOKENS``."""
+        if self.ttft_seconds is None or self.decode_tokens_per_second is None:
+            return None
+        return self.ttft_seconds + ANSWER_TOKENS / self.decode_tokens_per_second
+
+
+def predict_speed(
+    dims: ModelDims,
+    precision: str,
+    profile: HardwareProfile,
+    *,
+    media_tokens: int,
+    num_tiles: int,
+    cache: CacheType | None = None,
+    num_devices: int = 1,
+    constants: Mapping[str, Constants] | None = None,
+) -> Prediction:
+    """Predict one answer: media and a short question in, ``ANSWER_TOKENS`` out.
+
+    Args:
+        dims: the model.
+        precision: of the language model.
+        profile: the board.
+        media_tokens: image and video tokens of the prompt.
+        num_tiles: tiles and frames that go through the tower.
+        cache: type of the cache; None for the flavour's own.
+        num_devices: devices that share every layer.
+        constants: groups as ``speed_constants`` gives them; None for the shipped ones.
+    """
+    groups = speed_constants() if constants is None else constants
+    flavour = profile.flavour
+    shares = groups[flavour]
+    scale = 1.0 + (num_devices - 1) * groups["cuda"]["link"]
+    prompt = media_tokens + QUESTION_TOKENS
+    kind = cache or default_cache_type(flavour)
+
+    vision = prefill = None
+    float_rate = profile.peak_fp16
+    rate = _matmul_rate(profile, precision, shares)
+    if float_rate is not None and rate is not None:
+        vision = vision_operations(dims) * num_tiles / (float_rate * shares["vision"])
+        linear = prefill_operations(dims.text, prompt) / rate
+        scores = attention_operations(dims.text, prompt) / (float_rate * shares["attention"])
+        prefill = (linear + scores) / scale
+    decode = None
+    if profile.bandwidth is not None:
+        context = prompt + ANSWER_TOKENS // 2
+        weights = weight_bytes(dims, precision, flavour, profile.int8_isa, resident=True)
+        streamed = weights.decoder + weights.lm_head + kv_cache_bytes(dims.text, context, kind)
+        quantised = flavour == "cuda" and precision == "int4"
+        share = shares["bandwidth_int4" if quantised else "bandwidth"]
+        seconds = streamed / (profile.bandwidth * share * scale) + shares["step"]
+        if flavour == "cpu" and float_rate is not None:
+            # One row against the cache is bound by arithmetic there, not by bytes.
+            one = attention_operations(dims.text, context) / context * 2
+            seconds += one / (float_rate * shares["attention_decode"])
+        decode = 1 / seconds
+    return Prediction(vision, prefill, decode)
+
+
+def vision_operations(dims: ModelDims) -> int:
+    """Operations (a multiply and an add are two) of one tile through tower and projector."""
+    v = dims.vision
+    tokens = v.num_patches + 1
+    block = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
+    scores = 2 * tokens * tokens * v.hidden_size
+    tower = v.num_blocks_used * (tokens * block + scores)
+    patches = v.num_patches * 3 * v.patch_size**2 * v.hidden_size
+    return 2 * (tower + patches + v.num_patches * projector_parameters(dims))
+
+
+def prefill_operations(text: TextDims, tokens: int) -> int:
+    """Operations of the linear layers for ``tokens`` positions and the head for one."""
+    body = sum(matrix.parameters for matrix in decoder_matrices(text))
+    return 2 * (tokens * body + head_parameters(text))
+
+
+def attention_operations(text: TextDims, tokens: int) -> int:
+    """Operations of causal attention over ``tokens`` positions: scores and mix, half of each."""
+    return 2 * tokens * tokens * text.query_size * text.num_hidden_layers
+
+
+def _matmul_rate(profile: HardwareProfile, precision: str, shares: Constants) -> float | None:
+    if profile.flavour == "cuda":
+        # Weight-only kernels: prompts run as float16 products whatever the weights are stored in.
+        return None if profile.peak_fp16 is None else profile.peak_fp16 * shares["matmul"]
+    if precision == "fp16" or profile.int8_isa == "none" or profile.peak_int8 is None:
+        return None if profile.peak_fp16 is None else profile.peak_fp16 * shares["matmul_fp16"]
+    return profile.peak_int8 * shares[f"matmul_{precision}"]
