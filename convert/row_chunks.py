@@ -1,0 +1,47 @@
+"""Rows of a matrix in chunks, spread over threads; each chunk is computed by one thread alone.
+
+Rows of a weight matrix are quantised independently of each other. One torch thread a chunk needs no
+barriers inside an operation, and makes a chunk's bytes independent of how many threads there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+_ELEMENTS_AT_A_TIME = 1 << 23
+_FEWEST_ROWS = 256
+# Each worker holds a few float64 copies of its chunk.
+_MOST_WORKERS = 4
+
+
+def map_rows(shape: Sequence[int], work: Callable[[slice], T]) -> list[T]:
+    """Call ``work`` with slices that cover all rows of a matrix [rows, columns]; results in order.
+
+    While it runs, torch in this process uses one thread an operation.
+    """
+    num_rows, num_columns = shape
+    step = max(_FEWEST_ROWS, _ELEMENTS_AT_A_TIME // num_columns)
+    chunks = [slice(first, min(first + step, num_rows)) for first in range(0, num_rows, step)]
+    workers = min(torch.get_num_threads(), len(chunks), _MOST_WORKERS)
+    with _one_torch_thread():
+        if workers == 1:
+            return [work(rows) for rows in chunks]
+        with ThreadPoolExecutor(workers, "rows") as pool:
+            return list(pool.map(work, chunks))
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
