@@ -1,0 +1,329 @@
+"""Tokenizer: from pieces of a prompt to ids, and from ids to text as it streams.
+
+Two promises. Ordinary prompts give the ids of the reference, because the whole string is encoded
+at once by the same library. And text of people never becomes a control id: where it would, the
+prompt is encoded again by a *sealed* tokenizer, whose control tokens answer to secret names only.
+
+The bos token is put first as tokenizer.json says, but not where the prompt opens with it already:
+the rule of ``processor.apply_chat_template(tokenize=True)`` in transformers 5.23. (The two-step
+way, ``tokenize=False`` and then ``processor(text=…)``, doubles it there.)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import threading
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Encoding
+from tokenizers import Tokenizer as Backend
+
+from llava_edge.profiles.errors import ArtifactError, PromptError
+from llava_edge.runtime.manifest import PromptFormat, TokenIds
+from llava_edge.runtime.prompt import Piece
+from llava_edge.runtime.stream_decoder import StreamDecoder
+
+
+class Tokenizer:
+    """``tokenizer.json`` with the ids that matter by name. Safe to share between threads."""
+
+    def __init__(self, backend: Backend, tokens: TokenIds, control: frozenset[int]) -> None:
+        self._backend = backend
+        self._tokens = tokens
+        self._control = control
+        self._added: Mapping[int, AddedToken] = backend.get_added_tokens_decoder()
+        self._unk = _unk_id(backend)
+        self._lock = threading.Lock()
+        self._sealed: _Sealed | None = None
+        names = {"image": tokens.image, "video": tokens.video}
+        self._marks = {k: self._added[i].content for k, i in names.items() if i is not None}
+
+    @classmethod
+    def open(
+        cls, path: Path, tokens: TokenIds, prompt_format: PromptFormat | None = None
+    ) -> Tokenizer:
+        """Load and check a ``tokenizer.json``.
+
+        Args:
+            path: the file.
+            tokens: special ids of the manifest.
+            prompt_format: segments whose control tokens must be single ids.
+
+        Raises:
+            ArtifactError: the file cannot be read, or does not hold the manifest's tokens.
+        """
+        try:
+            backend = Backend.from_str(path.read_text("utf-8"))
+        except Exception as error:  # The library raises bare Exception.
+            raise ArtifactError(
+                f"{path} is no tokenizer: {error}. Copy or convert the artifact again."
+            ) from error
+        backend.no_truncation()
+        backend.no_padding()
+        added = backend.get_added_tokens_decoder()
+        wanted = {"image": tokens.image, "video": tokens.video, "bos": tokens.bos}
+        named = {name: i for name, i in wanted.items() if i is not None}
+        faults = [
+            f"the manifest's {name} id {i} is no added token"
+            for name, i in named.items()
+            if i not in added and (name != "bos" or backend.id_to_token(i) is None)
+        ]
+        faults += [
+            f"the manifest's stop id {i} is no token"
+            for i in tokens.stop
+            if backend.id_to_token(i) is None
+        ]
+        contents = {token.content: i for i, token in added.items()}
+        written: tuple[str, ...] = ()
+        if prompt_format is not None:
+            written = prompt_format.special_tokens
+            faults += [
+                f"{t!r} of the prompt format is no token" for t in written if t not in contents
+            ]
+        if faults:
+            raise ArtifactError(
+                f"{path} does not fit its manifest: {'; '.join(faults)}. Convert again."
+            )
+        control = {i for i, token in added.items() if token.special}
+        control |= {*named.values(), *tokens.stop, *(contents[t] for t in written)}
+        return cls(backend, tokens, frozenset(control))
+
+    @property
+    def image_id(self) -> int:
+        """Id that marks the place of an image."""
+        return self._tokens.image
+
+    @property
+    def video_id(self) -> int | None:
+        """Id that marks the place of a video, where the model knows videos."""
+        return self._tokens.video
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of the beginning-of-sequence token, where the model has one."""
+        return self._tokens.bos
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        return self._tokens.stop
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids that text of people never becomes (``unk`` only where it is written out)."""
+        return self._control
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer itself puts the bos token first."""
+        ids = self._backend.encode("", add_special_tokens=True).ids
+        return bool(ids) and ids[0] == self._tokens.bos
+
+    def encode_pieces(self, pieces: Sequence[Piece]) -> list[int]:
+        """Ids of a prompt, one image or video id a mark.
+
+        Raises:
+            PromptError: a video mark for a model without videos, or the text cannot be encoded
+                without control ids.
+        """
+        merged = _merge(pieces)
+        for piece in merged:
+            if piece.kind in ("image", "video") and piece.kind not in self._marks:
+                raise PromptError(
+                    f"The prompt has a place for a {piece.kind}; this model knows no "
+                    f"{piece.kind} token. Leave it out or take a model that does."
+                )
+        runs = [(p.kind, self._marks.get(p.kind, p.text)) for p in merged]
+        add_special = self._adds_special(runs)
+        encoding = self._backend.encode(
+            "".join(text for _, text in runs), add_special_tokens=add_special
+        )
+        if self._clean(encoding, runs, unk_in_text=False):
+            return list(encoding.ids)
+        sealed = self._seal(runs)
+        hidden = [(k, t if k == "text" else sealed.hide(t)) for k, t in runs]
+        encoding = sealed.backend.encode(
+            "".join(text for _, text in hidden), add_special_tokens=add_special
+        )
+        if not self._clean(encoding, hidden, unk_in_text=True):
+            raise PromptError(
+                "The text holds control tokens that cannot be encoded as plain text. "
+                "A prompt's text must not steer the model's turns: remove them."
+            )
+        return list(encoding.ids)
+
+    def expand_media(
+        self, ids: Sequence[int], image_counts: Sequence[int], video_counts: Sequence[int] = ()
+    ) -> list[int]:
+        """Repeat each media id as often as its medium has feature rows, in order.
+
+        Raises:
+            PromptError: there are more or fewer marks than counts.
+        """
+        left = {self._tokens.image: list(image_counts)[::-1]}
+        if self._tokens.video is not None:
+            left[self._tokens.video] = list(video_counts)[::-1]
+        marks = [sum(i == key for i in ids) for key in left]
+        if marks != [len(counts) for counts in left.values()] or (
+            self._tokens.video is None and video_counts
+        ):
+            raise PromptError(
+                f"The prompt has {sum(marks)} media marks; {len(image_counts)} images and "
+                f"{len(video_counts)} videos were given. Each needs exactly one mark."
+            )
+        expanded: list[int] = []
+        for i in ids:
+            expanded += [i] * left[i].pop() if i in left else [i]
+        return expanded
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids without control tokens."""
+        plain = [i for i in ids if i not in self._control]
+        return str(self._backend.decode(plain, skip_special_tokens=True))
+
+    def stream(self) -> StreamDecoder:
+        """A decoder for one answer that arrives id by id."""
+        return StreamDecoder(self._backend, self._control)
+
+    def _adds_special(self, runs: Sequence[tuple[str, str]]) -> bool:
+        bos = self._tokens.bos
+        if bos is None or not runs or runs[0][0] != "template":
+            return True
+        content = self._backend.id_to_token(bos)
+        return not (content and runs[0][1].startswith(content))
+
+    def _clean(
+        self, encoding: Encoding, runs: Sequence[tuple[str, str]], *, unk_in_text: bool
+    ) -> bool:
+        """Whether control ids stand only where the template put them, and every mark is one id.
+
+        ``unk`` comes from unknown characters as well; only where it was written out it is control.
+        """
+        ids, offsets = encoding.ids, encoding.offsets
+        starts: list[int] = []
+        position = 0
+        for _, text in runs:
+            starts.append(position)
+            position += len(text)
+        whole = "".join(text for _, text in runs)
+        marks = 0
+        for index, added in enumerate(encoding.special_tokens_mask):
+            i = ids[index]
+            # The mask marks what the post-processor added, which is no part of the string.
+            if added or (i not in self._added and i not in self._control):
+                continue
+            start, end = _trim(whole, *offsets[index])
+            first = bisect_right(starts, start) - 1
+            last = bisect_right(starts, max(end - 1, start)) - 1
+            kinds = {kind for kind, _ in runs[first : last + 1]}
+            marks += i in (self._tokens.image, self._tokens.video)
+            if "text" not in kinds:
+                continue
+            # An ordinary added token is fine inside text, but not across a seam.
+            if i not in self._control and len(kinds) > 1:
+                return False
+            written = whole[start:end] == self._backend.id_to_token(i)
+            if i in self._control and (i != self._unk or (written and not unk_in_text)):
+                return False
+        wanted = sum(kind in ("image", "video") for kind, _ in runs)
+        # A finished prompt is all template text; its marks are split off, so counts agree there.
+        return marks == wanted
+
+    def _seal(self, runs: Sequence[tuple[str, str]]) -> _Sealed:
+        with self._lock:
+            if self._sealed is None or any(self._sealed.secret in text for _, text in runs):
+                self._sealed = _Sealed.make(self._backend, self._control)
+            return self._sealed
+
+
+@dataclass(frozen=True)
+class _Sealed:
+    """A tokenizer whose control tokens answer to secret names only.
+
+    Renaming keeps every rule of the library (white space around added tokens, dummy prefixes,
+    order of normalisation) where taking the tokens out and encoding runs apart would not.
+    """
+
+    backend: Backend
+    secret: str
+    pattern: re.Pattern[str]
+
+    @classmethod
+    def make(cls, backend: Backend, control: frozenset[int]) -> _Sealed:
+        secret = secrets.token_hex(12)
+        names = {i: name for i in control if (name := backend.id_to_token(i)) is not None}
+        document = json.loads(backend.to_str())
+        _rename(document, {name: secret + name for name in names.values()})
+        try:
+            sealed = Backend.from_str(json.dumps(document, ensure_ascii=False))
+        except Exception as error:  # The library raises bare Exception.
+            raise ArtifactError(
+                f"tokenizer.json cannot be sealed against control tokens in text: {error}. "
+                "Convert the checkpoint again."
+            ) from error
+        moved = [n for i, n in names.items() if sealed.token_to_id(secret + n) != i]
+        if moved:
+            raise ArtifactError(
+                f"tokenizer.json moves {moved[:5]} when its control tokens are renamed. "
+                "Convert the checkpoint again."
+            )
+        # The library takes the longest token that starts at the leftmost place.
+        added = backend.get_added_tokens_decoder()
+        longest_first = sorted((n for i, n in names.items() if i in added), key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        return cls(sealed, secret, pattern)
+
+    def hide(self, text: str) -> str:
+        """Template text with its control tokens under their secret names."""
+        return self.pattern.sub(lambda match: self.secret + match.group(), text)
+
+
+def _rename(document: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Rename tokens everywhere in a tokenizer.json; merges that would build one are dropped."""
+    for token in document["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = document["model"]
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {names.get(piece, piece): i for piece, i in vocab.items()}
+    else:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    if "merges" in model:
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        model["merges"] = [m for m in merges if not names.keys() & {m[0], m[1], m[0] + m[1]}]
+
+
+def _merge(pieces: Sequence[Piece]) -> list[Piece]:
+    """Neighbouring template pieces joined, so that a control token may span two segments."""
+    merged: list[Piece] = []
+    for piece in pieces:
+        if merged and piece.kind == merged[-1].kind and piece.kind in ("template", "text"):
+            merged[-1] = Piece(piece.kind, merged[-1].text + piece.text)
+        elif piece.text:
+            merged.append(piece)
+    return merged
+
+
+def _trim(text: str, start: int, end: int) -> tuple[int, int]:
+    """Offsets without outer white space, which an added token may swallow by its flags."""
+    run = text[start:end]
+    bare = run.strip()
+    lead = len(run) - len(run.lstrip())
+    return (start + lead, start + lead + len(bare)) if bare else (start, end)
+
+
+def _unk_id(backend: Backend) -> int | None:
+    """Id of what the model does not know; unigram models name it nowhere, so one is asked for."""
+    ids = backend.encode("\U0010fffd", add_special_tokens=False).ids
+    unk = ids[-1] if ids else None
+    added = backend.get_added_tokens_decoder()
+    return unk if unk in added else None
