@@ -297,11 +297,13 @@ def test_what_a_configuration_leaves_out_is_what_the_library_fills_in(
 
 
 def test_a_vision_config_that_is_there_gets_the_defaults_of_its_own_class() -> None:
-    config = {"model_type": "llava_next", "vision_config": {"image_size": 336}}
-    library = LlavaNextConfig(vision_config={"image_size": 336}).vision_config
-    with pytest.raises(CheckpointError, match="no multiple of patch 32"):
-        ModelDims.from_config(config)
-    assert (library.patch_size, library.hidden_size) == (32, 768)
+    config = {
+        "model_type": "llava_next",
+        "vision_config": {"patch_size": 14},
+        "image_grid_pinpoints": [[224, 448]],
+    }
+    assert ModelDims.from_config(config).vision.hidden_size == 768
+    assert_agrees_with_library(config)
 
 
 @pytest.mark.parametrize(
