@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from llava_edge.convert.checkpoint import open_checkpoint
+from llava_edge.convert.decoder_graph import build_decoder_graph, rope_tables
+from llava_edge.convert.random_checkpoint import write_random_checkpoint
+from llava_edge.convert.random_spec import preset
+from llava_edge.profiles.errors import PromptError, RequestError
+from llava_edge.profiles.model_dims import TextDims
+from llava_edge.runtime.decoder import Decoder, FillEmbeddings
+from llava_edge.runtime.session import Session, SessionOptions
+
+CONTEXT = 96
+CHUNK_BOUND = 1e-4
+"""Kernel bound of chunked against whole prefill, absolute, logits of about ±10: the largest gap
+measured was 3e-6."""
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TextDims]:
+    folder = tmp_path_factory.mktemp("decoder")
+    write_random_checkpoint(folder / "checkpoint", preset("odd"), seed=3)
+    checkpoint = open_checkpoint(folder / "checkpoint")
+    text = checkpoint.dims.text
+    build_decoder_graph(text, checkpoint, np.float32, CONTEXT).save(folder)
+    return folder / "model.onnx", text
+
+
+def make_decoder(graph: tuple[Path, TextDims], chunk_tokens: int) -> Decoder:
+    path, text = graph
+    session = Session(path, SessionOptions(threads=1))
+    return Decoder(session, text, CONTEXT, chunk_tokens, np.float32)
+
+
+def embeddings(text: TextDims, num_tokens: int, seed: int = 0) -> NDArray[np.float32]:
+    generator = np.random.default_rng(seed)
+    return generator.normal(0, 0.5, (num_tokens, text.hidden_size)).astype(np.float32)
+
+
+def filler(rows: NDArray[np.float32]) -> FillEmbeddings:
+    def fill(start: int, stop: int, out: NDArray[np.float32]) -> None:
+        out[...] = rows[start:stop]
+
+    return fill
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 39, 40])
+def test_chunked_prefill_equals_whole_prefill(graph: tuple[Path, TextDims], chunk: int) -> None:
+    rows = embeddings(graph[1], 40)
+    whole = make_decoder(graph, 64).prefill(40, filler(rows)).copy()
+
+    chunked = make_decoder(graph, chunk).prefill(40, filler(rows))
+
+    assert np.abs(chunked - whole).max() <= CHUNK_BOUND
+
+
+def test_decode_steps_equal_prefill_of_the_same_positions(graph: tuple[Path, TextDims]) -> None:
+    rows = embeddings(graph[1], 30)
+    whole = make_decoder(graph, 64).prefill(30, filler(rows), logits_to_keep=30).copy()
+    decoder = make_decoder(graph, 64)
+    decoder.prefill(20, filler(rows))
+
+    stepped = [decoder.step(row).copy() for row in rows[20:]]
+
+    assert np.abs(np.stack(stepped) - whole[20:]).max() <= CHUNK_BOUND
+
+
+def test_rewinding_forgets_what_came_after(graph: tuple[Path, TextDims]) -> None:
+    rows, others = embeddings(graph[1], 30), embeddings(graph[1], 30, seed=1)
+    decoder = make_decoder(graph, 64)
+    first = decoder.prefill(30, filler(rows)).copy()
+    decoder.rewind(20)
+    decoder.prefill(10, filler(others))
+    decoder.rewind(20)
+
+    again = decoder.prefill(10, filler(rows[20:]))
+
+    np.testing.assert_array_equal(again, first)
+
+
+def test_several_positions_of_logits_can_be_kept(graph: tuple[Path, TextDims]) -> None:
+    rows = embeddings(graph[1], 12)
+    decoder = make_decoder(graph, 64)
+    every = decoder.prefill(12, filler(rows), logits_to_keep=12).copy()
+    decoder.rewind(0)
+
+    last = decoder.prefill(12, filler(rows), logits_to_keep=3)
+
+    assert last.shape == (3, graph[1].vocab_size)
+    np.testing.assert_allclose(last, every[-3:], atol=CHUNK_BOUND)
+
+
+def test_the_cache_is_filled_to_its_last_position_and_no_further(
+    graph: tuple[Path, TextDims],
+) -> None:
+    rows = embeddings(graph[1], CONTEXT)
+    decoder = make_decoder(graph, 64)
+    decoder.prefill(CONTEXT - 1, filler(rows))
+    decoder.step(rows[-1])
+
+    with pytest.raises(PromptError, match="the context of 96 tokens is full"):
+        decoder.step(rows[-1])
+    with pytest.raises(PromptError, match="1 tokens were asked behind 96; the context holds 96"):
+        decoder.prefill(1, filler(rows))
+
+
+def test_an_empty_prompt_and_a_forward_rewind_are_refused(graph: tuple[Path, TextDims]) -> None:
+    decoder = make_decoder(graph, 64)
+
+    with pytest.raises(PromptError, match="empty prompt"):
+        decoder.prefill(0, filler(embeddings(graph[1], 1)))
+    with pytest.raises(RequestError, match="cannot rewind a cache of 0 positions to 5"):
+        decoder.rewind(5)
+
+
+def test_rope_tables_equal_the_reference_at_far_positions() -> None:
+    import torch
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(
+        hidden_size=256,
+        num_attention_heads=2,
+        rope_parameters={"rope_type": "linear", "factor": 2.5, "rope_theta": 10000.0},
+    )
+    positions = torch.arange(32768)[None]
+    cosine, sine = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
+    text = TextDims(
+        model_type="llama",
+        vocab_size=1,
+        hidden_size=256,
+        intermediate_size=1,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=128,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        rope_factor=2.5,
+        max_position_embeddings=32768,
+        hidden_act="silu",
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        sliding_windows=(0,),
+        tie_word_embeddings=False,
+    )
+
+    ours = rope_tables(text, 32768)
+
+    np.testing.assert_array_equal(ours[0], cosine[0, :, :64].numpy())
+    np.testing.assert_array_equal(ours[1], sine[0, :, :64].numpy())

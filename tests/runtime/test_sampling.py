@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from llava_edge.profiles.errors import RequestError
+from llava_edge.runtime.sampling import Sampler, SamplingOptions
+
+VOCAB = 50
+
+
+def logits(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 3, VOCAB).astype(np.float32)
+
+
+def test_the_default_takes_the_largest_logit() -> None:
+    sampler = Sampler(SamplingOptions(), 4, 4)
+
+    assert sampler.choose(np.array([0.0, 3.0, 2.0, 3.0], np.float32)) == 1
+
+
+def test_greedy_takes_a_padding_row_as_the_reference_does() -> None:
+    sampler = Sampler(SamplingOptions(), 4, 3)
+
+    assert sampler.choose(np.array([0.0, 1.0, 2.0, 3.0], np.float32)) == 3
+
+
+def test_sampling_never_draws_a_padding_row() -> None:
+    sampler = Sampler(SamplingOptions(temperature=1.0, seed=0), 4, 3)
+    row = np.array([0.0, 0.0, 0.0, 50.0], np.float32)
+
+    assert {sampler.choose(row) for _ in range(50)} == {0, 1, 2}
+
+
+def test_equal_seeds_draw_equal_tokens() -> None:
+    rows = [logits(seed) for seed in range(20)]
+    options = SamplingOptions(temperature=1.0, seed=7)
+    first, second = (Sampler(options, VOCAB, VOCAB) for _ in range(2))
+
+    assert [first.choose(row) for row in rows] == [second.choose(row) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.3, 5, 1.0), (1.0, 0, 0.8), (0.5, 12, 0.3), (1.0, 1000, 1e-6)],
+)
+def test_probabilities_equal_those_of_the_reference(
+    temperature: float, top_k: int, top_p: float
+) -> None:
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    for seed in range(30):
+        row = logits(seed)
+        reference = torch.softmax(warpers(None, torch.tensor(row)[None]), -1)[0].numpy()
+
+        ids, weights = Sampler(
+            SamplingOptions(temperature, top_k, top_p, seed=0), VOCAB, VOCAB
+        ).probabilities(row)
+
+        ours = np.zeros(VOCAB)
+        ours[ids] = weights
+        np.testing.assert_allclose(ours, reference, atol=1e-6)
+        assert ((ours > 0) == (reference > 0)).all()
+
+
+def test_repetition_penalty_equals_the_reference_over_prompt_and_answer() -> None:
+    options = SamplingOptions(repetition_penalty=1.7)
+    prompt = np.array([3, 9, 9, 41])
+    sampler = Sampler(options, VOCAB, VOCAB, prompt)
+    processor = RepetitionPenaltyLogitsProcessor(1.7)
+    ids = prompt.tolist()
+    for seed in range(40):
+        row = logits(seed)
+        expected = int(processor(torch.tensor([ids]), torch.tensor(row)[None]).argmax())
+
+        token = sampler.choose(row)
+
+        assert token == expected
+        ids.append(token)
+
+
+def test_drawn_frequencies_follow_the_probabilities() -> None:
+    sampler = Sampler(SamplingOptions(temperature=1.0, seed=3), 3, 3)
+    row = np.log(np.array([0.2, 0.3, 0.5], np.float32))
+
+    counts = np.bincount([sampler.choose(row) for _ in range(4000)], minlength=3)
+
+    # Four standard deviations of a binomial with n = 4000 are below 0.032.
+    np.testing.assert_allclose(counts / 4000, [0.2, 0.3, 0.5], atol=0.032)
+
+
+def test_all_wrong_options_are_named_together() -> None:
+    with pytest.raises(RequestError) as caught:
+        SamplingOptions(temperature=-1, top_k=-2, top_p=0, repetition_penalty=float("nan"), seed=-3)
+
+    for name in ("temperature -1", "top_k -2", "top_p 0", "repetition_penalty nan", "seed -3"):
+        assert name in str(caught.value)
