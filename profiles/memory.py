@@ -243,10 +243,10 @@ def _cpu_phases(
     share = c["cast_transient"] if precision == "fp16" else c["pack_transient"]
     transient = int((stored.decoder + stored.lm_head) * share)
     tower = int((stored.vision_tower + stored.projector) * c["cast_transient"])
-    largest = max(
-        *(matrix.rows * matrix.columns for matrix in decoder_matrices(text)),
-        head_matrix(text).parameters,
-    )
+    # Queries, keys and values are one matrix in the graph.
+    packed = (text.query_size + 2 * text.key_value_size) * text.hidden_size
+    single = (matrix.rows * matrix.columns for matrix in decoder_matrices(text))
+    largest = max(packed, head_matrix(text).parameters, *single)
     # One tensor exists twice while it is packed. Tower and decoder are opened one after the other.
     load = loaded + MemoryTerms(
         load_transient=max(transient, tower) + (4 * largest if precision == "fp16" else largest)

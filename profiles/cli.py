@@ -1,0 +1,253 @@
+"""``llava-edge plan``: which variant, precision, grid and context fit a board, and why not more."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TextIO
+
+from llava_edge.profiles.detect import detect_profile
+from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.hardware import HardwareProfile, load_profile
+from llava_edge.profiles.plan import DeploymentPlan, RejectedCandidate
+from llava_edge.profiles.planner import PlanRequest, PlanResult, nearest_fit, plan_deployment
+from llava_edge.profiles.sizes import format_bytes, parse_bytes
+from llava_edge.profiles.speed import ANSWER_TOKENS, QUESTION_TOKENS
+from llava_edge.profiles.variants import find_variant
+
+DEFAULT_FRAMES = 8
+"""Frames that ``--video`` alone plans for: what the reference's examples sample."""
+
+_CACHES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Plan and print; 0 where something fits, 2 where nothing does.
+
+    Raises:
+        RequestError: the request is malformed; the caller prints it.
+    """
+    arguments = build_parser().parse_args(argv)
+    profile = choose_profile(arguments)
+    request = build_request(arguments)
+    result = plan_deployment(profile, request, pareto=arguments.all)
+    plan = result.plan
+    write_report(result, profile, sys.stderr if arguments.json else sys.stdout)
+    if not plan.fits:
+        print(_misfit(profile, request, plan), file=sys.stderr)
+    if arguments.json:
+        document: dict[str, Any] = plan.to_json()
+        if arguments.all:
+            document["pareto"] = [other.to_json() for other in result.pareto]
+        print(json.dumps(document))
+    return 0 if plan.fits else 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's flags; ``convert`` adds the same ones with ``add_plan_arguments``."""
+    parser = argparse.ArgumentParser(
+        prog="llava-edge plan",
+        description="The largest variant, precision, AnyRes grid and context that fit a board.",
+    )
+    parser.add_argument("model", nargs="?", help="variant, hub id or checkpoint folder")
+    add_plan_arguments(parser)
+    parser.add_argument(
+        "--all", action="store_true", help="also the plans that no other beats (Pareto set)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return parser
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that describe board and wishes, the same for every command that plans."""
+    board = parser.add_argument_group("board")
+    board.add_argument("--profile", metavar="NAME|FILE", help="a board; default is this machine")
+    board.add_argument("--vram", metavar="SIZE", help="memory that is free for us, such as 24GiB")
+    board.add_argument("--detect", action="store_true", help="this machine as it is now")
+    board.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    board.add_argument("--engine", choices=("ort", "tensorrt", "tensorrt-rtx"), default="ort")
+    wish = parser.add_argument_group("wishes")
+    wish.add_argument("--prefer", choices=("largest", "quality", "speed"), default="largest")
+    wish.add_argument("--precision", choices=("fp16", "int8", "int4"))
+    wish.add_argument("--grid", help="base, 1x2, 2x2, 2x3, 2x4, 3x3 or 2x6")
+    wish.add_argument("--pinpoints", metavar="HxW,…", help="candidates of one's own, in pixels")
+    wish.add_argument("--context", type=int, metavar="TOKENS")
+    wish.add_argument("--images", type=int, default=1, metavar="N", help="images in one prompt")
+    wish.add_argument("--cache", choices=sorted(_CACHES), help="type of the key and value cache")
+    wish.add_argument(
+        "--video",
+        nargs="?",
+        type=int,
+        const=DEFAULT_FRAMES,
+        default=0,
+        metavar="FRAMES",
+        help=f"plan for a video model; {DEFAULT_FRAMES} frames unless said",
+    )
+
+
+def choose_profile(arguments: argparse.Namespace) -> HardwareProfile:
+    """The board that the flags of ``add_plan_arguments`` describe.
+
+    Raises:
+        RequestError: flags contradict each other, or the board is unknown.
+    """
+    name, vram, device = arguments.profile, arguments.vram, arguments.device
+    if name and arguments.detect:
+        raise RequestError("--profile and --detect were both given. Give one of them.")
+    if vram is None:
+        profile = load_profile(name) if name else detect_profile(device=device)
+    else:
+        memory = parse_bytes(vram)
+        if name or arguments.detect:
+            known = load_profile(name) if name else detect_profile(device=device)
+            profile = _with_memory(known, memory)
+        else:
+            profile = _vram_profile(memory, vram)
+    if device != "auto" and device != profile.flavour:
+        raise RequestError(
+            f"--device {device} was asked, but {profile.name} runs the {profile.flavour} flavour. "
+            "Name another board, or leave --device out."
+        )
+    return profile
+
+
+def build_request(arguments: argparse.Namespace) -> PlanRequest:
+    """The wishes that the flags of ``add_plan_arguments`` describe.
+
+    Raises:
+        RequestError: the model is unknown.
+    """
+    return PlanRequest(
+        variants=(find_variant(arguments.model),) if arguments.model else (),
+        precision=arguments.precision,
+        grid=arguments.grid,
+        pinpoints=arguments.pinpoints,
+        context_tokens=arguments.context,
+        num_images=arguments.images,
+        num_frames=arguments.video,
+        cache=_CACHES[arguments.cache] if arguments.cache else None,  # type: ignore[arg-type]
+        prefer=arguments.prefer,
+        engine=arguments.engine,
+    )
+
+
+def _vram_profile(memory: int, text: str) -> HardwareProfile:
+    """A GPU of which only the free memory is known: speeds stay unknown."""
+    return HardwareProfile(
+        name=f"vram-{text.replace(' ', '')}",
+        title=f"a GPU with {format_bytes(memory)} free",
+        kind="cuda",
+        memory_bytes=memory,
+        system_reserve_bytes=0,
+        host_memory_bytes=None,
+        host_reserve_bytes=0,
+        bandwidth=None,
+        peak_fp16=None,
+        peak_int8=None,
+        compute_capability=None,
+        providers=("CUDAExecutionProvider", "CPUExecutionProvider"),
+        int8_isa="none",
+        num_devices=1,
+        prefill_chunk=2048,
+        wheels="",
+        sources={"memory": "--vram"},
+    )
+
+
+def _with_memory(profile: HardwareProfile, memory: int) -> HardwareProfile:
+    shared = profile.kind != "cuda"
+    return replace(
+        profile,
+        memory_bytes=memory,
+        system_reserve_bytes=0,
+        host_memory_bytes=memory if shared else profile.host_memory_bytes,
+        host_reserve_bytes=0 if shared else profile.host_reserve_bytes,
+    )
+
+
+def _misfit(profile: HardwareProfile, request: PlanRequest, plan: DeploymentPlan) -> str:
+    nearest = nearest_fit(profile, request)
+    if nearest is None:
+        advice = "Nothing smaller fits either; free memory or name another board."
+    else:
+        advice = (
+            f"Nearest that fits: {nearest.variant} at {nearest.precision}, grid {nearest.grid}, "
+            f"context {nearest.context_tokens} ({format_bytes(nearest.memory.total_bytes)})."
+        )
+    short = plan.memory.shortfall_bytes
+    reason = (
+        f"the least, {plan.variant} at {plan.precision} with grid {plan.grid}, is short of "
+        f"{format_bytes(short)} ({short} bytes)"
+        if short
+        else plan.rejected[-1].reason
+    )
+    return f"error: nothing that was asked fits {profile.name}: {reason}. {advice}"
+
+
+def write_report(result: PlanResult, profile: HardwareProfile, out: TextIO) -> None:
+    """The answer, its terms and the larger candidates, for people."""
+    plan = result.plan
+    verdict = "fits" if plan.fits else "does NOT fit"
+    lines = [
+        f"{profile.title} ({profile.name})",
+        f"{plan.variant} at {plan.precision}, grid {plan.grid}, context {plan.context_tokens} "
+        f"tokens, engine {plan.engine}: {verdict}",
+        f"an image: at most {plan.max_tiles} tiles, {plan.max_image_tokens} tokens",
+        "",
+        *_terms(plan.memory.terms),
+        f"  {'total':22}{format_bytes(plan.memory.total_bytes):>12}",
+        f"  {'budget':22}{format_bytes(plan.memory.budget_bytes):>12}",
+    ]
+    if plan.memory.host_terms:
+        lines += ["", "host:", *_terms(plan.memory.host_terms)]
+        lines.append(f"  {'total':22}{format_bytes(plan.memory.host_total_bytes):>12}")
+    lines += ["", _speed(plan)]
+    lines += [f"note: {note}" for note in result.notes]
+    if plan.rejected:
+        lines += ["", "larger, and why not:"]
+        lines += [
+            f"  {r.variant} {r.precision} {r.grid}: {r.reason}"
+            for r in (plan.rejected if result.pareto else _nearest_of_each(plan))
+        ]
+    if result.pareto:
+        lines += ["", "not beaten by any other:"]
+        lines += [
+            f"  {p.variant:22} {p.precision:5} {p.grid:5} {p.context_tokens:6} tokens  "
+            f"{format_bytes(p.memory.total_bytes):>11}  {_rate(p)}"
+            for p in result.pareto
+        ]
+    print("\n".join(lines), file=out)
+
+
+def _nearest_of_each(plan: DeploymentPlan) -> list[RejectedCandidate]:
+    """Of each variant the candidate that needs least; people need no list of sixty lines."""
+    nearest: dict[str, RejectedCandidate] = {}
+    for candidate in plan.rejected:
+        best = nearest.get(candidate.variant)
+        # The chosen variant's last entry is the next larger context: always worth a line.
+        if best is None or candidate.total_bytes <= best.total_bytes:
+            nearest[candidate.variant] = candidate
+    last = plan.rejected[-1]
+    return [*(c for c in nearest.values() if c is not last), last]
+
+
+def _terms(terms: Mapping[str, int]) -> list[str]:
+    return [f"  {name:22}{format_bytes(count):>12}" for name, count in terms.items() if count]
+
+
+def _speed(plan: DeploymentPlan) -> str:
+    if plan.predicted.ttft_seconds is None:
+        return f"predicted, not measured: {_rate(plan)}"
+    return (
+        f"predicted, not measured: first token after {plan.predicted.ttft_seconds:.2f} s for a "
+        f"full prompt and {QUESTION_TOKENS} tokens of question, then {_rate(plan)} "
+        f"(in the middle of {ANSWER_TOKENS})"
+    )
+
+
+def _rate(plan: DeploymentPlan) -> str:
+    rate = plan.predicted.decode_tokens_per_second
+    return "speed unknown" if rate is None else f"{rate:.1f} tokens/s"

@@ -1,0 +1,291 @@
+"""This machine as a profile: driver, /proc, control groups, device tree.
+
+Memory counts as it is now: what other processes hold is kept back. Rates come from the board's
+shipped profile where the board is recognised, else they stay unknown.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llava_edge.profiles.errors import ProfileError
+from llava_edge.profiles.hardware import HardwareProfile, Int8Isa, load_profile
+from llava_edge.profiles.nvml import Gpu, GpuReport, read_gpus
+from llava_edge.profiles.sizes import GIB
+
+# Words in the driver's or device tree's name, least memory in bytes, shipped profile; first match.
+_BOARDS: tuple[tuple[tuple[str, ...], int, str], ...] = (
+    (("A100",), 60 * GIB, "a100"),
+    (("A100",), 0, "a100-40gb"),
+    (("H100",), 0, "h100"),
+    (("H200",), 0, "h200"),
+    (("L40S",), 0, "l40s"),
+    (("NVIDIA L4",), 20 * GIB, "l4"),
+    (("NVIDIA A10",), 20 * GIB, "a10"),
+    (("T4",), 12 * GIB, "t4"),
+    (("RTX 3060",), 10 * GIB, "rtx-3060-12gb"),
+    (("RTX 4060",), 7 * GIB, "rtx-4060-8gb"),
+    (("RTX 4070",), 10 * GIB, "rtx-4070-12gb"),
+    (("RTX 4090",), 20 * GIB, "rtx-4090"),
+    (("RTX 5090",), 28 * GIB, "rtx-5090"),
+    (("Thor",), 0, "jetson-thor"),
+    (("GB10",), 0, "dgx-spark"),
+    (("Orin", "Nano"), 5 * GIB, "jetson-orin-nano-8gb"),
+    (("Orin", "NX"), 12 * GIB, "jetson-orin-nx-16gb"),
+    (("Orin",), 40 * GIB, "jetson-agx-orin-64gb"),
+    (("Orin",), 20 * GIB, "jetson-agx-orin-32gb"),
+)
+# A longer name holds a shorter one of another board.
+_OTHERS = ("Ti", "SUPER", "Laptop", "A100X", "A10G", "A10M", "GH200", "NVL", "PCIe", "D v2")
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """What was found, before it becomes a profile.
+
+    ``memory_bytes`` is installed memory or the control group's limit, whichever is less;
+    ``available_bytes`` what of it can be taken now.
+    """
+
+    memory_bytes: int
+    available_bytes: int
+    limited_by_cgroup: bool
+    cpu_model: str
+    cpu_cores: int
+    int8_isa: Int8Isa
+    board: str | None
+    gpus: GpuReport
+
+
+def read_machine(root: Path = Path("/"), gpus: GpuReport | None = None) -> MachineFacts:
+    """Look at the machine; ``root`` and ``gpus`` stand in for it in tests.
+
+    Raises:
+        ProfileError: the kernel does not say how much memory there is.
+    """
+    meminfo = _meminfo(root / "proc" / "meminfo")
+    total = meminfo.get("MemTotal", 0)
+    if not total:
+        raise ProfileError(
+            f"{root}proc/meminfo does not say how much memory there is. Name a board with "
+            "--profile, or a GPU's memory with --vram."
+        )
+    available = meminfo.get("MemAvailable", meminfo.get("MemFree", total))
+    limit, used = _cgroup(root)
+    limited = limit is not None and limit < total
+    if limit is not None and limited:
+        total = limit
+        available = min(available, max(limit - used, 0))
+    cpu = _read(root / "proc" / "cpuinfo")
+    return MachineFacts(
+        memory_bytes=total,
+        available_bytes=min(available, total),
+        limited_by_cgroup=limited,
+        cpu_model=_cpu_field(cpu, "model name") or _cpu_field(cpu, "CPU part") or "unknown",
+        cpu_cores=max(1, sum(line.startswith("processor") for line in cpu.splitlines())),
+        int8_isa=read_int8_isa(cpu),
+        board=_board(root),
+        gpus=read_gpus() if gpus is None else gpus,
+    )
+
+
+def detect_profile(facts: MachineFacts | None = None, device: str = "auto") -> HardwareProfile:
+    """This machine as a profile; ``device`` ``cpu`` leaves the GPU aside.
+
+    Raises:
+        ProfileError: ``cuda`` was asked and there is no GPU, or nothing is left to plan with.
+    """
+    facts = read_machine() if facts is None else facts
+    gpus = facts.gpus.gpus
+    unified = facts.board is not None or any(gpu.total_bytes is None for gpu in gpus)
+    if device == "cuda" and not gpus and not unified:
+        raise ProfileError(
+            "--device cuda was asked, but the driver shows no NVIDIA GPU"
+            f"{': ' + facts.gpus.problem if facts.gpus.problem else ''}. Run llava-edge doctor."
+        )
+    if device == "cpu" or not (gpus or unified):
+        return _checked(_cpu_profile(facts))
+    if unified:
+        return _checked(_unified_profile(facts))
+    return _checked(_gpu_profile(facts))
+
+
+def read_int8_isa(cpuinfo: str) -> Int8Isa:
+    """Best int8 instructions in the flags of ``/proc/cpuinfo``."""
+    flags: set[str] = set()
+    for line in cpuinfo.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            flags.update(value.split())
+    if "amx_int8" in flags:
+        return "amx"
+    if flags & {"avx512_vnni", "avx_vnni"}:
+        return "vnni"
+    return "neon-dot" if "asimddp" in flags else "none"
+
+
+def known_board(name: str, memory_bytes: int) -> HardwareProfile | None:
+    """Shipped profile of the board with this name, if it is one of them."""
+    other = any(word in name for word in _OTHERS)
+    for words, least, profile in _BOARDS:
+        if all(word in name for word in words) and memory_bytes >= least:
+            return None if other else load_profile(profile)
+    return None
+
+
+def _cpu_profile(facts: MachineFacts) -> HardwareProfile:
+    base = load_profile("cpu-16gb")
+    sources = {
+        "memory": "control group limit" if facts.limited_by_cgroup else "MemTotal in /proc/meminfo",
+        "system_reserve": "what other processes hold now",
+        "int8_isa": "flags in /proc/cpuinfo",
+    }
+    return replace(
+        base,
+        name="this-machine",
+        title=f"{facts.cpu_model}, {facts.cpu_cores} threads",
+        memory_bytes=facts.memory_bytes,
+        system_reserve_bytes=facts.memory_bytes - facts.available_bytes,
+        host_memory_bytes=facts.memory_bytes,
+        host_reserve_bytes=facts.memory_bytes - facts.available_bytes,
+        bandwidth=None,
+        peak_fp16=None,
+        peak_int8=None,
+        int8_isa=facts.int8_isa,
+        sources=sources,
+    )
+
+
+def _gpu_profile(facts: MachineFacts) -> HardwareProfile:
+    gpus = facts.gpus.gpus
+    # A model is spread evenly, so the smallest of several decides; a plan for one takes the first.
+    first = gpus[0]
+    alike = [g for g in gpus if g.name == first.name]
+    total = min(_known(g.total_bytes) for g in alike)
+    free = min(_known(g.free_bytes) for g in alike)
+    board = known_board(first.name, total)
+    base = board or load_profile("rtx-4090")
+    return replace(
+        base,
+        name="this-machine",
+        title=f"{len(alike)} x {first.name}" if len(alike) > 1 else first.name,
+        memory_bytes=total,
+        system_reserve_bytes=total - free,
+        host_memory_bytes=facts.memory_bytes,
+        host_reserve_bytes=facts.memory_bytes - facts.available_bytes,
+        bandwidth=board.bandwidth if board else None,
+        peak_fp16=board.peak_fp16 if board else None,
+        peak_int8=board.peak_int8 if board else None,
+        compute_capability=first.compute_capability,
+        int8_isa=facts.int8_isa,
+        num_devices=len(alike),
+        sources=_board_sources(board, "the driver (NVML)"),
+    )
+
+
+def _unified_profile(facts: MachineFacts) -> HardwareProfile:
+    gpu = facts.gpus.gpus[0] if facts.gpus.gpus else Gpu("", None, None, None)
+    name = facts.board or gpu.name
+    board = known_board(name, facts.memory_bytes)
+    base = board or load_profile("jetson-orin-nano-8gb")
+    return replace(
+        base,
+        name="this-machine",
+        title=name,
+        memory_bytes=facts.memory_bytes,
+        system_reserve_bytes=facts.memory_bytes - facts.available_bytes,
+        host_memory_bytes=facts.memory_bytes,
+        host_reserve_bytes=facts.memory_bytes - facts.available_bytes,
+        bandwidth=board.bandwidth if board else None,
+        peak_fp16=board.peak_fp16 if board else None,
+        peak_int8=board.peak_int8 if board else None,
+        compute_capability=gpu.compute_capability or (board.compute_capability if board else None),
+        int8_isa=facts.int8_isa,
+        sources=_board_sources(board, "MemTotal in /proc/meminfo"),
+    )
+
+
+def _board_sources(board: HardwareProfile | None, memory: str) -> dict[str, str]:
+    sources = {"memory": memory, "system_reserve": "what is in use now"}
+    if board is not None:
+        rates = ("bandwidth", "peak_fp16", "peak_int8")
+        sources |= {key: board.sources[key] for key in rates if key in board.sources}
+    return sources
+
+
+def _known(value: int | None) -> int:
+    return 0 if value is None else value
+
+
+def _checked(profile: HardwareProfile) -> HardwareProfile:
+    if profile.budget_bytes <= 0:
+        raise ProfileError(
+            f"{profile.title}: all of its {profile.memory_bytes} bytes are in use. Stop what holds "
+            "them, or name a board with --profile."
+        )
+    return profile
+
+
+def _meminfo(path: Path) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for line in _read(path).splitlines():
+        key, _, rest = line.partition(":")
+        words = rest.split()
+        if words and words[0].isdigit():
+            found[key.strip()] = int(words[0]) * (1024 if words[1:] == ["kB"] else 1)
+    return found
+
+
+def _cgroup(root: Path) -> tuple[int | None, int]:
+    """Tightest memory limit above this process and what is used under it; version 2, else 1."""
+    base = root / "sys" / "fs" / "cgroup"
+    version2 = _own_group(root, "0::")
+    folder = base / version2.lstrip("/")
+    found: tuple[int | None, int] = (None, 0)
+    while True:
+        limit = _number(folder / "memory.max")
+        if limit is not None and (found[0] is None or limit < found[0]):
+            found = (limit, _number(folder / "memory.current") or 0)
+        if folder == base or base not in folder.parents:
+            break
+        folder = folder.parent
+    if found[0] is not None:
+        return found
+    limit = _number(base / "memory" / "memory.limit_in_bytes")
+    return limit, _number(base / "memory" / "memory.usage_in_bytes") or 0
+
+
+def _own_group(root: Path, prefix: str) -> str:
+    for line in _read(root / "proc" / "self" / "cgroup").splitlines():
+        if line.startswith(prefix):
+            # A group outside our view is written with leading dots.
+            path = os.path.normpath("/" + line[len(prefix) :].strip().lstrip("/"))
+            return path if path != "/" else ""
+    return ""
+
+
+def _board(root: Path) -> str | None:
+    model = _read(root / "proc" / "device-tree" / "model").strip("\0 \n")
+    return model if "Jetson" in model or "DGX Spark" in model else None
+
+
+def _cpu_field(cpuinfo: str, key: str) -> str:
+    for line in cpuinfo.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+def _number(path: Path) -> int | None:
+    text = _read(path).strip()
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

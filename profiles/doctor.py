@@ -1,0 +1,229 @@
+"""``llava-edge doctor``: what this machine has, what that means, what to install.
+
+Standard library only: packages are looked up by their metadata and none is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from llava_edge.profiles.detect import MachineFacts, detect_profile, known_board, read_machine
+from llava_edge.profiles.errors import ProfileError
+from llava_edge.profiles.hardware import RTX_CAPABILITIES, load_profile
+from llava_edge.profiles.sizes import format_bytes
+
+_PACKAGES = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx",
+    "torch",
+    "transformers",
+    "av",
+)
+_MINIMUM_RUNTIME = (1, 27)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Findings in the order in which they are read; ``ready`` says whether models can run now."""
+
+    facts: MachineFacts
+    architecture: str
+    packages: dict[str, str]
+    findings: tuple[str, ...]
+    install: tuple[str, ...]
+    ready: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        facts = self.facts
+        return {
+            "architecture": self.architecture,
+            "board": facts.board,
+            "cpu": {
+                "model": facts.cpu_model,
+                "threads": facts.cpu_cores,
+                "int8_isa": facts.int8_isa,
+            },
+            "memory": {
+                "total_bytes": facts.memory_bytes,
+                "available_bytes": facts.available_bytes,
+                "limited_by_cgroup": facts.limited_by_cgroup,
+            },
+            "driver": facts.gpus.driver,
+            "gpus": [
+                {
+                    "name": gpu.name,
+                    "total_bytes": gpu.total_bytes,
+                    "free_bytes": gpu.free_bytes,
+                    "compute_capability": gpu.compute_capability,
+                }
+                for gpu in facts.gpus.gpus
+            ],
+            "packages": self.packages,
+            "findings": list(self.findings),
+            "install": list(self.install),
+            "ready": self.ready,
+        }
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed package, None if it is not there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def diagnose(
+    facts: MachineFacts,
+    architecture: str,
+    lookup: Callable[[str], str | None] = installed_version,
+) -> Diagnosis:
+    """Draw conclusions; pure, so that any machine can be described in a test."""
+    packages = {name: found for name in _PACKAGES if (found := lookup(name)) is not None}
+    findings: list[str] = []
+    install: list[str] = []
+    has_gpu = bool(facts.gpus.gpus) or facts.board is not None
+    _memory_findings(facts, findings)
+    _gpu_findings(facts, findings)
+    ready = _runtime_findings(facts, architecture, has_gpu, packages, findings, install)
+    _tensorrt_findings(facts, packages, findings)
+    if "torch" not in packages:
+        findings.append(
+            "torch is not installed: artifacts run, but checkpoints cannot be converted"
+        )
+    return Diagnosis(facts, architecture, packages, tuple(findings), tuple(install), ready)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the diagnosis; with ``--json`` one JSON object as the last line of stdout."""
+    parser = argparse.ArgumentParser(
+        prog="llava-edge doctor",
+        description="What this machine has, what that means, what to install.",
+    )
+    parser.add_argument("--detect", action="store_true", help="this machine (the only choice)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    arguments = parser.parse_args(argv)
+    diagnosis = diagnose(read_machine(), platform.machine())
+    print(_report(diagnosis), file=sys.stderr if arguments.json else sys.stdout)
+    if arguments.json:
+        print(json.dumps(diagnosis.to_json()))
+    return 0
+
+
+def _memory_findings(facts: MachineFacts, findings: list[str]) -> None:
+    limited = " (limited by a control group)" if facts.limited_by_cgroup else ""
+    findings.append(
+        f"memory: {format_bytes(facts.available_bytes)} free of "
+        f"{format_bytes(facts.memory_bytes)}{limited}"
+    )
+    meaning = {
+        "amx": "int8 runs on AMX",
+        "vnni": "int8 runs on VNNI",
+        "neon-dot": "int8 runs on NEON dot products",
+        "none": "no int8 dot products: int8 artifacts for CPUs run through block kernels instead",
+    }
+    findings.append(f"CPU: {facts.cpu_model}, {facts.cpu_cores} threads; {meaning[facts.int8_isa]}")
+
+
+def _gpu_findings(facts: MachineFacts, findings: list[str]) -> None:
+    if facts.board:
+        findings.append(f"board: {facts.board}; GPU and CPU share the memory above")
+    if facts.gpus.problem:
+        findings.append(f"GPU: {facts.gpus.problem}")
+    for gpu in facts.gpus.gpus:
+        sizes = "memory shared with the host"
+        if gpu.total_bytes is not None and gpu.free_bytes is not None:
+            sizes = f"{format_bytes(gpu.free_bytes)} free of {format_bytes(gpu.total_bytes)}"
+        findings.append(
+            f"GPU: {gpu.name}, {sizes}, compute capability {gpu.compute_capability or 'unknown'}, "
+            f"driver {facts.gpus.driver or 'unknown'}"
+        )
+    if not facts.gpus.gpus and not facts.gpus.problem and not facts.board:
+        findings.append("GPU: the NVIDIA driver is not installed or shows none; models run on CPU")
+
+
+def _runtime_findings(
+    facts: MachineFacts,
+    architecture: str,
+    has_gpu: bool,
+    packages: dict[str, str],
+    findings: list[str],
+    install: list[str],
+) -> bool:
+    both = {"onnxruntime", "onnxruntime-gpu"} <= set(packages)
+    if both:
+        findings.append(
+            "onnxruntime and onnxruntime-gpu are both installed; they overwrite each other"
+        )
+        install.append("pip uninstall -y onnxruntime onnxruntime-gpu")
+    wanted = "onnxruntime-gpu" if has_gpu else "onnxruntime"
+    present = packages.get(wanted)
+    if present is not None and not both:
+        old = _version(present) < _MINIMUM_RUNTIME
+        findings.append(f"{wanted} {present} is installed" + (", too old" if old else ""))
+        if old:
+            install.append(f"pip install --upgrade '{wanted}>=1.27'")
+        return not old
+    if has_gpu and "onnxruntime" in packages and not both:
+        findings.append("onnxruntime without CUDA is installed; the GPU will not be used")
+    if not has_gpu:
+        install.append("pip install 'llava-edge[cpu]'")
+    elif architecture == "x86_64":
+        install.append("pip install 'llava-edge[gpu]'")
+    else:
+        install.append(_aarch64_wheels(facts))
+    # A CPU build still runs the cpu flavour on a machine that has a GPU as well.
+    return "onnxruntime" in packages and not both
+
+
+def _aarch64_wheels(facts: MachineFacts) -> str:
+    names = [facts.board or "", *(gpu.name for gpu in facts.gpus.gpus)]
+    for name in names:
+        board = known_board(name, facts.memory_bytes) if name else None
+        if board is not None:
+            return board.wheels
+    return load_profile("jetson-orin-nano-8gb").wheels
+
+
+def _tensorrt_findings(facts: MachineFacts, packages: dict[str, str], findings: list[str]) -> None:
+    for name in ("tensorrt", "tensorrt-rtx"):
+        if name in packages:
+            findings.append(f"{name} {packages[name]} is installed")
+    capabilities = {gpu.compute_capability for gpu in facts.gpus.gpus}
+    if capabilities and "tensorrt-rtx" not in packages and capabilities & set(RTX_CAPABILITIES):
+        findings.append(
+            "tensorrt-rtx supports this GPU and can run the vision tower: "
+            "pip install 'llava-edge[tensorrt]'"
+        )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    numbers = []
+    for part in text.split(".")[:2]:
+        digits = "".join(c for c in part if c.isascii() and c.isdigit())
+        numbers.append(int(digits or 0))
+    return tuple(numbers)
+
+
+def _report(diagnosis: Diagnosis) -> str:
+    lines = list(diagnosis.findings)
+    try:
+        profile = detect_profile(diagnosis.facts)
+        lines.append(f"plans on this machine may use {format_bytes(profile.budget_bytes)}")
+    except ProfileError as error:
+        lines.append(str(error))
+    if diagnosis.install:
+        lines += ["", "to install:", *(f"  {command}" for command in diagnosis.install)]
+    state = "can" if diagnosis.ready else "cannot"
+    lines += ["", f"This machine {state} run artifacts now."]
+    return "\n".join(lines)
