@@ -597,7 +597,10 @@ def _tensor(tensor: _Message) -> TensorHeader:
 
 def _value(info: _Message) -> ValueHeader:
     name = info.get("name", "")
-    tensor = info.get("type", {}).get("tensor_type")
+    kind = info.get("type", {})
+    if len(kind.keys() - {"denotation"}) > 1:
+        raise _RefusedError("a value has two types")
+    tensor = kind.get("tensor_type")
     if tensor is None:
         return ValueHeader(name=name, dtype=None, shape=None)
     number = tensor.get("elem_type", 0)

@@ -1,0 +1,448 @@
+"""An artifact opens when it is what its manifest says, and is refused by name when it is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+from llava_edge.convert.write_artifact import ArtifactWriter, write_certificate
+from llava_edge.convert.write_embeddings import write_embeddings
+from llava_edge.profiles.errors import ArtifactError
+from llava_edge.profiles.model_dims import ModelDims, TextDims, VisionDims
+from llava_edge.runtime import artifact as artifact_module
+from llava_edge.runtime.artifact import open_artifact
+from llava_edge.runtime.manifest import (
+    GraphSpec,
+    ImageProcessing,
+    Manifest,
+    Precision,
+    Source,
+    TensorSpec,
+    TokenIds,
+)
+from llava_edge.runtime.sealed_json import seal
+
+FILES = (
+    "vision/model.onnx",
+    "vision/weights.bin",
+    "decoder/model.onnx",
+    "decoder/weights.bin",
+    "embeddings.safetensors",
+    "tokenizer.json",
+)
+Edit = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    """The manifest of a model with a hidden size of 4 and 7 embedding rows; no files yet."""
+    vision = VisionDims(4, 8, 2, 2, 28, 14, 1e-5, "quick_gelu", (1,), "gelu", True)
+    text = TextDims(
+        "llama", 7, 4, 8, 1, 2, 2, 2, 1e-6, 1e4, 1.0, 64, "silu", False, False, False, (0,), False
+    )
+    x, y = TensorSpec("x", "float32", ("n", 4)), TensorSpec("y", "float32", ("n", 4))
+    return Manifest(
+        schema_version=1,
+        variant="toy",
+        flavour="cpu",
+        precision=Precision("fp32", "fp32", "fp32", "fp16", "float32"),
+        plan={},
+        model=ModelDims("llava_next", vision, text, ((28, 56),), 6, None),
+        image_processing=ImageProcessing(
+            28, 14, ((28, 56),), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 1 / 255
+        ),
+        tokens=TokenIds(image=6, video=None, bos=1, stop=(2,), num_text_tokens=7),
+        prompt=None,
+        vision=GraphSpec("vision/model.onnx", (x,), (y,)),
+        decoder=GraphSpec("decoder/model.onnx", (x,), (y,)),
+        embeddings="embeddings.safetensors",
+        tokenizer="tokenizer.json",
+        context_tokens=64,
+        source=Source("toy", None, "0" * 64, "hf"),
+        reference="none",
+        tools={"llava-edge": "0.1.0"},
+        conversion={},
+        files={},
+    )
+
+
+def toy_graph(*, location: str = "weights.bin", offset: str = "0", op: str = "MatMul") -> bytes:
+    """``y = x @ w`` with ``w`` float32 [4, 4] outside the graph."""
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4, 4], data_location=1)
+    for key, value in (("location", location), ("offset", offset), ("length", "64")):
+        weight.external_data.add(key=key, value=value)
+    shape = ["n", 4]
+    graph = helper.make_graph(
+        [helper.make_node(op, ["x", "w"], ["y"])],
+        "toy",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [weight],
+    )
+    imports = [helper.make_opsetid("", 21)]
+    model = helper.make_model(graph, ir_version=10, opset_imports=imports)
+    return bytes(model.SerializeToString())
+
+
+def build_graph(part: str, **options: str) -> Callable[[Path], None]:
+    def build(folder: Path) -> None:
+        (folder / part).mkdir()
+        (folder / part / "model.onnx").write_bytes(toy_graph(**options))
+        (folder / part / "weights.bin").write_bytes(np.eye(4, dtype=np.float32).tobytes())
+
+    return build
+
+
+def build_texts(folder: Path) -> None:
+    write_embeddings(folder / "embeddings.safetensors", [np.ones((7, 4))], np.ones(4))
+    (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.fixture
+def toy(tmp_path: Path, manifest: Manifest) -> Path:
+    """A whole artifact with a certificate that says passed."""
+    with ArtifactWriter(tmp_path / "toy", {}) as writer:
+        writer.part("vision", build_graph("vision"))
+        writer.part("decoder", build_graph("decoder"))
+        writer.part("texts", build_texts)
+        folder = writer.finish(manifest, "a toy\n")
+    write_certificate(folder, {"passed": True})
+    return folder
+
+
+def edit_manifest(folder: Path, edit: Edit) -> None:
+    """Change the manifest and seal it again, as somebody who knows how would."""
+    document = json.loads((folder / "manifest.json").read_text())
+    edit(document)
+    (folder / "manifest.json").write_bytes(seal(document))
+
+
+def relist(folder: Path, name: str) -> None:
+    """Enter a changed or added file into the manifest."""
+    data = (folder / name).read_bytes()
+    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    edit_manifest(folder, lambda document: document["files"].update({name: entry}))
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_whole_artifact_opens_verified(toy: Path, manifest: Manifest) -> None:
+    artifact = open_artifact(toy, require_verified=True)
+    assert artifact.verified
+    assert artifact.certificate is not None
+    assert artifact.certificate["passed"] is True
+    assert artifact.path("vision/model.onnx") == toy / "vision/model.onnx"
+    assert set(artifact.manifest.files) == set(FILES)
+    blank = dataclasses.replace(artifact.manifest, files={}, self_sha256="")
+    assert blank == manifest
+    assert (
+        artifact.manifest_sha256 == hashlib.sha256((toy / "manifest.json").read_bytes()).hexdigest()
+    )
+
+
+def test_a_link_to_the_artifact_is_followed(toy: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(toy)
+    assert open_artifact(tmp_path / "link").folder == toy.resolve()
+
+
+def test_a_path_that_is_not_listed_has_no_place(toy: Path) -> None:
+    with pytest.raises(ArtifactError, match="lists no file"):
+        open_artifact(toy).path("../secret")
+
+
+@pytest.mark.parametrize("where", [0, 0.5, -1], ids=["first byte", "middle byte", "last byte"])
+@pytest.mark.parametrize("name", [*FILES, "manifest.json", "certificate.json"])
+def test_one_changed_byte_is_refused_by_name(toy: Path, name: str, where: float) -> None:
+    size = (toy / name).stat().st_size
+    flip(toy / name, int(size * where) if where >= 0 else size - 1)
+    with pytest.raises(ArtifactError, match=re.escape(name)):
+        open_artifact(toy)
+
+
+def test_every_single_changed_byte_of_the_manifest_is_refused(toy: Path) -> None:
+    path = toy / "manifest.json"
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        flip(path, position)
+        with pytest.raises(ArtifactError, match=r"manifest\.json"):
+            artifact_module.read_manifest(toy)
+        path.write_bytes(whole)
+
+
+def test_digests_are_left_out_only_when_asked(toy: Path) -> None:
+    flip(toy / "tokenizer.json", 0)
+    open_artifact(toy, verify_digests=False)
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json is damaged"):
+        open_artifact(toy)
+
+
+def test_the_gptq_folder_is_hashed_only_when_everything_is(toy: Path) -> None:
+    (toy / "gptq").mkdir()
+    (toy / "gptq/model.safetensors").write_bytes(b"weights")
+    relist(toy, "gptq/model.safetensors")
+    (toy / "gptq/model.safetensors").write_bytes(b"WEIGHTS")
+    open_artifact(toy)
+    with pytest.raises(ArtifactError, match=r"gptq/model\.safetensors is damaged"):
+        open_artifact(toy, hash_everything=True)
+    (toy / "gptq/model.safetensors").write_bytes(b"short")
+    with pytest.raises(ArtifactError, match="has 5 bytes"):
+        open_artifact(toy)
+
+
+def test_a_missing_file_is_named(toy: Path) -> None:
+    (toy / "decoder/weights.bin").unlink()
+    (toy / "tokenizer.json").unlink()
+    with pytest.raises(ArtifactError, match=r"decoder/weights\.bin is missing\n.*tokenizer\.json"):
+        open_artifact(toy)
+
+
+@pytest.mark.parametrize("name", ["extra.bin", "vision/extra.bin", "manifest.json.bak", ".hidden"])
+def test_a_file_that_is_not_listed_is_refused(toy: Path, name: str) -> None:
+    (toy / name).write_bytes(b"")
+    with pytest.raises(ArtifactError, match=re.escape(name)):
+        open_artifact(toy)
+
+
+def test_the_card_may_be_changed_or_missing(toy: Path) -> None:
+    (toy / "README.md").write_text("my own words")
+    open_artifact(toy)
+    (toy / "README.md").unlink()
+    open_artifact(toy)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vision/weights.bin", "README.md", "vision"])
+def test_a_symbolic_link_inside_is_refused_wherever_it_leads(
+    toy: Path, tmp_path: Path, name: str
+) -> None:
+    (toy / name).rename(tmp_path / "moved")
+    (toy / name).symlink_to(tmp_path / "moved")
+    with pytest.raises(ArtifactError, match=f"{name} is a symbolic link"):
+        open_artifact(toy)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "certificate.json"])
+def test_a_linked_manifest_or_certificate_is_refused(toy: Path, tmp_path: Path, name: str) -> None:
+    (toy / name).rename(tmp_path / "moved")
+    (toy / name).symlink_to(tmp_path / "moved")
+    with pytest.raises(ArtifactError, match="symbolic link"):
+        open_artifact(toy)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "certificate.json", "tokenizer.json"])
+def test_a_pipe_in_place_of_a_file_does_not_block(toy: Path, name: str) -> None:
+    (toy / name).unlink()
+    os.mkfifo(toy / name)
+    with pytest.raises(ArtifactError, match=r"no regular file|not a regular file"):
+        open_artifact(toy)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret",
+        "vision/../../secret",
+        "/etc/passwd",
+        "",
+        ".",
+        "vision//weights.bin",
+        "./tokenizer.json",
+        "a\\b",
+        "a\x00b",
+        "a b\n",
+        "a/b/c/d/e",
+        "manifest.json",
+        "certificate.json",
+        "README.md",
+    ],
+)
+def test_a_listed_name_that_leads_elsewhere_is_refused(toy: Path, name: str) -> None:
+    entry = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    edit_manifest(toy, lambda document: document["files"].update({name: entry}))
+    with pytest.raises(ArtifactError, match=r"plain path|not to be listed"):
+        open_artifact(toy)
+
+
+def test_a_schema_of_the_future_names_the_tool_that_reads_it(toy: Path) -> None:
+    def edit(document: dict[str, Any]) -> None:
+        document.update(schema_version=99, something_new={"a": 1}, tools={"llava-edge": "7.2.0"})
+
+    edit_manifest(toy, edit)
+    with pytest.raises(ArtifactError, match=r"schema_version 99.*Install llava-edge 7\.2\.0"):
+        open_artifact(toy)
+
+
+@pytest.mark.parametrize("value", [None, "1", True, 0, -1, 1.0], ids=repr)
+def test_a_schema_version_that_never_was_is_refused(toy: Path, value: object) -> None:
+    edit_manifest(toy, lambda document: document.update(schema_version=value))
+    with pytest.raises(ArtifactError, match="schema_version"):
+        open_artifact(toy)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda d: d.update(extra=1), r"unknown keys: extra"),
+        (lambda d: d["model"]["text"].update(extra=1), r"text has unknown keys"),
+        (lambda d: d.pop("source"), "lacks keys: source"),
+        (lambda d: d["model"]["text"].update(num_attention_heads=0), "num_attention_heads is 0"),
+        (lambda d: d["model"]["text"].update(vocab_size=1 << 40), "vocab_size is"),
+        (lambda d: d["model"]["text"].update(sliding_windows=[]), "one window a layer"),
+        (lambda d: d["model"]["vision"].update(feature_layers=[]), "outside the tower"),
+        (lambda d: d["image_processing"].update(tile_size=0), "tile_size is 0"),
+        (lambda d: d["image_processing"].update(image_std=[0, 1, 1]), "impossible"),
+        (lambda d: d["image_processing"].update(image_grid_pinpoints=[[28, 29]]), "multiples"),
+        (lambda d: d["tokens"].update(image=-1), r"tokens\.image is -1"),
+        (lambda d: d["tokens"].update(stop=[-5]), r"tokens\.stop"),
+        (lambda d: d["tokens"].update(num_text_tokens=8), r"num_text_tokens is 8 of 7"),
+        (lambda d: d.update(context_tokens=0), "context_tokens is 0"),
+        (lambda d: d.update(flavour="tpu"), "flavour is 'tpu'"),
+        (lambda d: d.update(embeddings="other.safetensors"), "does not list it"),
+        (lambda d: d["vision"].update(file="tokenizer.json"), r"not an \.onnx file"),
+        (lambda d: d["vision"].update(inputs=[]), "lists 0"),
+        (lambda d: d["vision"]["inputs"][0].update(name="z"), "manifest says z"),
+        (lambda d: d["decoder"]["outputs"][0].update(dtype="float16"), "manifest says y float16"),
+        (lambda d: d["decoder"]["inputs"][0].update(shape=["n", 5]), "manifest says x"),
+        (lambda d: d["decoder"]["inputs"][0].update(shape=[True, 4]), "has a size True"),
+        (lambda d: d["files"]["tokenizer.json"].update(sha256="00"), "impossible size or digest"),
+    ],
+)
+def test_a_well_sealed_manifest_with_an_impossible_value_is_refused(
+    toy: Path, edit: Edit, message: str
+) -> None:
+    edit_manifest(toy, edit)
+    with pytest.raises(ArtifactError, match=message):
+        open_artifact(toy)
+
+
+def test_several_faults_are_reported_together(toy: Path) -> None:
+    def edit(document: dict[str, Any]) -> None:
+        document["model"]["text"]["head_dim"] = 0
+        document["context_tokens"] = -1
+
+    edit_manifest(toy, edit)
+    with pytest.raises(ArtifactError, match=r"head_dim is 0(.|\n)*context_tokens is -1"):
+        open_artifact(toy)
+
+
+def test_an_oversized_manifest_is_refused_before_it_is_parsed(toy: Path) -> None:
+    (toy / "manifest.json").write_bytes(b"[" * ((8 << 20) + 1))
+    with pytest.raises(ArtifactError, match="at most 8388608 are read"):
+        open_artifact(toy)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"op": "If"}, "outside the allowed set: If"),
+        ({"location": "../vision/weights.bin"}, "no plain file name"),
+        ({"location": "/etc/passwd"}, "no plain file name"),
+        ({"location": "*/_ORT_MEM_ADDR_/*"}, "no plain file name"),
+        ({"location": "secret.bin"}, "does not list beside the graph"),
+        ({"offset": "4"}, r"ends at 68; weights\.bin has 64"),
+    ],
+)
+def test_a_graph_that_reaches_too_far_is_refused_even_if_listed(
+    toy: Path, options: dict[str, str], message: str
+) -> None:
+    (toy / "decoder/model.onnx").write_bytes(toy_graph(**options))
+    relist(toy, "decoder/model.onnx")
+    with pytest.raises(ArtifactError, match=message):
+        open_artifact(toy)
+
+
+def test_graphs_that_the_manifest_does_not_name_are_judged_too(toy: Path) -> None:
+    (toy / "decoder/second.onnx").write_bytes(toy_graph(op="Loop"))
+    relist(toy, "decoder/second.onnx")
+    with pytest.raises(ArtifactError, match=r"second\.onnx(.|\n)*Loop"):
+        open_artifact(toy)
+
+
+def test_what_the_checks_let_through_runs(toy: Path) -> None:
+    session = onnxruntime.InferenceSession(open_artifact(toy).path("vision/model.onnx"))
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    np.testing.assert_array_equal(session.run(None, {"x": x})[0], x)
+
+
+def test_without_certificate_there_is_a_warning_and_nothing_is_claimed(
+    toy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (toy / "certificate.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        artifact = open_artifact(toy)
+    assert not artifact.verified
+    assert artifact.certificate is None
+    assert "has no certificate.json" in caplog.text
+    with pytest.raises(ArtifactError, match="a verified artifact is required"):
+        open_artifact(toy, require_verified=True)
+
+
+def test_a_certificate_for_another_manifest_does_not_count(
+    toy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit_manifest(toy, lambda document: document.update(variant="toy2"))
+    with caplog.at_level(logging.WARNING):
+        artifact = open_artifact(toy)
+    assert not artifact.verified
+    assert artifact.certificate is not None
+    assert "issued for another manifest.json" in caplog.text
+    with pytest.raises(ArtifactError, match="issued for another"):
+        open_artifact(toy, require_verified=True)
+
+
+def test_a_certificate_that_says_failed_does_not_count(toy: Path) -> None:
+    write_certificate(toy, {"passed": False})
+    assert not open_artifact(toy).verified
+
+
+def test_a_certificate_that_names_no_manifest_is_refused(toy: Path) -> None:
+    (toy / "certificate.json").write_bytes(seal({"passed": True}))
+    with pytest.raises(ArtifactError, match=r"certificate\.json does not say which manifest"):
+        open_artifact(toy)
+
+
+@pytest.mark.parametrize("name", ["missing", "file"])
+def test_a_place_that_is_no_folder_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError):
+        open_artifact(tmp_path / name)
+
+
+def test_a_folder_without_manifest_is_no_artifact(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"holds no manifest\.json"):
+        open_artifact(tmp_path)
+
+
+def test_a_folder_with_too_many_files_is_given_up(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifact_module, "MAX_FILES", 2)
+    with pytest.raises(ArtifactError, match="holds more than 5 files"):
+        open_artifact(toy)
+
+
+def test_a_name_that_is_no_text_is_shown_as_escapes(toy: Path) -> None:
+    (toy / os.fsdecode(b"\xff\x1b[2J")).write_bytes(b"")
+    with pytest.raises(ArtifactError, match=r"\\udcff\\x1b\[2J is not listed"):
+        open_artifact(toy)
