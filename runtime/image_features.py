@@ -1,0 +1,81 @@
+"""Image features: from features of tiles to the tokens the language model reads, in one row gather.
+
+Source of the order: transformers 5.23.0 ``LlavaNextModel.pack_image_features``. Its chain of views,
+permutations and concatenations moves whole rows only, so it is one list of row numbers, made from
+integers before any feature exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llava_edge.profiles.anyres import TileLayout
+
+
+def packing_index(layout: TileLayout, patches_per_side: int) -> NDArray[np.int64]:
+    """Row numbers of the packed sequence.
+
+    Args:
+        layout: of the image.
+        patches_per_side: patches along one side of a tile.
+
+    Returns:
+        int64, (num_image_tokens,): rows of the features of all tiles, one after another, as a
+        matrix of ``num_tiles * patches_per_side**2`` rows; the number behind the last row stands
+        for the newline. First the thumbnail, then the kept rows of the stitched tiles from left to
+        right, each ended by a newline. A thumbnail alone is ended by one newline.
+    """
+    side = patches_per_side
+    thumbnail = np.arange(side * side, dtype=np.int64)
+    newline = layout.num_tiles * side * side
+    if not layout.rows:
+        return np.append(thumbnail, newline)
+    rows = np.arange(layout.first_row, layout.first_row + layout.kept_rows, dtype=np.int64)
+    columns = np.arange(
+        layout.first_column, layout.first_column + layout.kept_columns, dtype=np.int64
+    )
+    # Patch (r, c) of the stitched map is patch (r % side, c % side) of tile (r // side, c // side).
+    row_start = (rows // side * layout.columns + 1) * side * side + rows % side * side
+    column_start = columns // side * side * side + columns % side
+    packed = np.full((layout.kept_rows, layout.kept_columns + 1), newline, np.int64)
+    packed[:, :-1] = row_start[:, None] + column_start
+    return np.concatenate((thumbnail, packed.ravel()))
+
+
+def pack_image_features(
+    features: NDArray[Any],
+    image_newline: NDArray[Any],
+    index: NDArray[np.int64],
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """Gather the rows that ``index`` names.
+
+    Args:
+        features: projected features of the tiles, (num_tiles, patches, hidden) or flat over the
+            first two, contiguous.
+        image_newline: (hidden,); converted to the type of ``features``.
+        index: from ``packing_index``.
+        out: where to write, (num_image_tokens, hidden) of the type of ``features``; a new array if
+            None.
+
+    Returns:
+        ``out``: (num_image_tokens, hidden).
+
+    Raises:
+        ValueError: shapes or types do not go together, or the index reaches past the newline; a
+            fault of the caller, not of the image.
+    """
+    rows = features.reshape(-1, features.shape[-1])
+    newline = rows.shape[0]
+    if index.size and not (index.min() >= 0 and index.max() <= newline):
+        raise ValueError(f"index runs from {index.min()} to {index.max()} over {newline} rows")
+    if out is None:
+        out = np.empty((index.shape[0], rows.shape[1]), rows.dtype)
+    # Clipping brings the newline's number to the last row, which is then overwritten: no copy of
+    # the features is made to append one row.
+    np.take(rows, index, axis=0, out=out, mode="clip")
+    out[index == newline] = image_newline
+    return out

@@ -1,0 +1,87 @@
+"""ImageProcessor: an image becomes normalised tiles, bit-equal to the reference.
+
+Source: transformers 5.23.0 ``LlavaNextImageProcessorPil``. Its steps for each tile (resize, centre
+crop, rescale in float64, round to float32, subtract mean, divide by std) map each 8-bit value of a
+channel to one float32, whatever the pixel; so they are done once for the 256 values and looked up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from llava_edge.profiles.anyres import AnyRes, TileLayout
+from llava_edge.runtime.images import convert_to_rgb
+from llava_edge.runtime.manifest import ImageProcessing
+
+
+@dataclass(frozen=True)
+class ImageTiles:
+    """Tiles of one image.
+
+    Attributes:
+        pixel_values: float32, (num_tiles, 3, tile_size, tile_size), normalised; the thumbnail
+            first, then the tiles row by row.
+        layout: where they lie and which of their features are kept.
+    """
+
+    pixel_values: NDArray[np.float32]
+    layout: TileLayout
+
+
+class ImageProcessor:
+    """Cuts images into tiles by the values of one artifact; holds no state between calls.
+
+    Raises:
+        RequestError: tile size, patch size and candidates do not go together.
+    """
+
+    def __init__(self, processing: ImageProcessing) -> None:
+        self.anyres = AnyRes(
+            processing.tile_size,
+            processing.patch_size,
+            processing.image_grid_pinpoints,
+            processing.reference,
+        )
+        values = np.arange(256, dtype=np.float64) * processing.rescale_factor
+        mean = np.array(processing.image_mean, dtype=np.float32)[:, None]
+        std = np.array(processing.image_std, dtype=np.float32)[:, None]
+        self._normalized = (values.astype(np.float32) - mean) / std
+
+    def preprocess(self, image: Image.Image) -> ImageTiles:
+        """Resize, pad, cut and normalise.
+
+        Args:
+            image: as ``open_image`` returns it; other modes are converted as the reference does.
+
+        Returns:
+            Tiles and their layout.
+        """
+        image = convert_to_rgb(image)
+        layout = self.anyres.layout(image.height, image.width)
+        tile = self.anyres.tile_size
+        pixel_values = np.empty((layout.num_tiles, 3, tile, tile), np.float32)
+        # The thumbnail does not keep the aspect ratio.
+        self._normalize(_resized(image, tile, tile), pixel_values[0])
+        if layout.rows:
+            canvas = np.zeros((layout.rows * tile, layout.columns * tile, 3), np.uint8)
+            top, left = layout.pad_top, layout.pad_left
+            height, width = layout.resized_height, layout.resized_width
+            canvas[top : top + height, left : left + width] = _resized(image, height, width)
+            for index in range(layout.rows * layout.columns):
+                row, column = divmod(index, layout.columns)
+                part = canvas[row * tile : (row + 1) * tile, column * tile : (column + 1) * tile]
+                self._normalize(part, pixel_values[index + 1])
+        return ImageTiles(pixel_values, layout)
+
+    def _normalize(self, tile: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+        for channel in range(3):
+            # "clip" writes straight into out; no 8-bit value is outside the table.
+            np.take(self._normalized[channel], tile[..., channel], out=out[channel], mode="clip")
+
+
+def _resized(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))

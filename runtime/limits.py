@@ -1,0 +1,56 @@
+"""Limits: how much of what comes from outside is taken in, checked before work is done on it.
+
+One frozen dataclass, so that an application sees all limits in one place and changes them in one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from llava_edge.profiles.errors import RequestError
+
+READABLE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""Image file formats whose headers ``image_header`` reads."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper bounds for images and prompts; each must be at least 1.
+
+    Attributes:
+        max_image_bytes: size of an image file.
+        max_image_pixels: width times height; a decoded pixel takes 4 bytes in Pillow.
+        max_image_side: longer side in pixels.
+        max_image_ratio: longer side over shorter side.
+        max_image_frames: frames of an animated image, of which the first is used.
+        image_formats: file formats, out of ``READABLE_FORMATS``; told by content, not by name.
+        max_images: images of one request.
+        max_prompt_characters: characters of one prompt.
+
+    Raises:
+        RequestError: a bound is below 1 or a format is none that can be read; all are named.
+    """
+
+    max_image_bytes: int = 128 * 2**20
+    max_image_pixels: int = 2**26
+    max_image_side: int = 32_768
+    max_image_ratio: int = 1_000
+    max_image_frames: int = 1_000
+    image_formats: tuple[str, ...] = READABLE_FORMATS
+    max_images: int = 64
+    max_prompt_characters: int = 2**20
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{field.name} is {value!r}; it must be a whole number of at least 1"
+            for field in fields(self)
+            if field.name.startswith("max_")
+            and (not isinstance(value := getattr(self, field.name), int) or value < 1)
+        ]
+        if unknown := sorted(set(self.image_formats) - set(READABLE_FORMATS)):
+            faults.append(
+                f"image_formats holds {', '.join(unknown)}; readable are "
+                f"{', '.join(READABLE_FORMATS)}"
+            )
+        if faults:
+            raise RequestError("limits: " + "; ".join(faults))
