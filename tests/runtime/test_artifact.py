@@ -86,10 +86,12 @@ def manifest() -> Manifest:
 
 def toy_graph(*, location: str = "weights.bin", offset: str = "0", op: str = "MatMul") -> bytes:
     """``y = x @ w`` with ``w`` float32 [4, 4] outside the graph."""
-    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4, 4], data_location=1)
+    weight = TensorProto(
+        name="w", data_type=TensorProto.FLOAT, dims=[4, 4], data_location="EXTERNAL"
+    )
     for key, value in (("location", location), ("offset", offset), ("length", "64")):
         weight.external_data.add(key=key, value=value)
-    shape = ["n", 4]
+    shape: list[str | int | None] = ["n", 4]
     graph = helper.make_graph(
         [helper.make_node(op, ["x", "w"], ["y"])],
         "toy",

@@ -25,7 +25,9 @@ from llava_edge.runtime.onnx_header import (
 
 
 def external(name: str, location: str = "weights.bin", offset: int = 0) -> TensorProto:
-    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT16, dims=[3, 2], data_location=1)
+    tensor = TensorProto(
+        name=name, data_type=TensorProto.FLOAT16, dims=[3, 2], data_location="EXTERNAL"
+    )
     for key, value in (("location", location), ("offset", str(offset)), ("length", "12")):
         tensor.external_data.add(key=key, value=value)
     return tensor
