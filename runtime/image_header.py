@@ -96,17 +96,16 @@ def _read_jpeg(data: bytes, max_frames: int) -> ImageHeader:
     position = 2
     for _ in range(_MAX_CHUNKS):
         marker = data.find(b"\xff", position)
-        if marker < 0:
-            break
-        start = marker
-        while data[marker] == 0xFF:
+        start, marker = position, len(data) if marker < 0 else marker
+        # Any number of FF may stand before a marker's own.
+        while data[marker : marker + 2] == b"\xff\xff" and marker - start <= _MAX_JUNK:
             marker += 1
-            if marker - start > _MAX_JUNK:
-                raise _damaged(f"more than {_MAX_JUNK} bytes between JPEG segments")
-        # One byte 0xFF belongs to the marker itself.
-        junk += marker - 1 - position
+        junk += max(marker - start, 0)
         if junk > _MAX_JUNK:
             raise _damaged(f"more than {_MAX_JUNK} bytes between JPEG segments")
+        marker += 1
+        if marker >= len(data):
+            break
         kind = data[marker]
         position = marker + 1
         if kind == 0xDA:

@@ -88,13 +88,10 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
 
 def _read_file(label: str, path: str | os.PathLike[str], limits: Limits) -> bytes:
     try:
-        # Without O_NONBLOCK, opening a named pipe would wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
-                raise ImageError(f"{label} is {kind}; give an image file")
+                raise ImageError(f"{label} is no regular file; give an image file")
             _check_bytes(label, status.st_size, limits)
             # A file that grows while it is read stays within the limit as well.
             return file.read(limits.max_image_bytes)
@@ -102,6 +99,11 @@ def _read_file(label: str, path: str | os.PathLike[str], limits: Limits) -> byte
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         hint = " Images are files on this machine; nothing is fetched." if _is_url(path) else ""
         raise ImageError(f"{label} cannot be read: {reason}.{hint}") from error
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    # Opening a named pipe would otherwise wait for a writer.
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _is_url(path: str | os.PathLike[str]) -> bool:

@@ -1,0 +1,344 @@
+"""Anything given as an image becomes RGB or an ImageError; limits hold before decoding."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import tracemalloc
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.image_transforms import convert_to_rgb as reference_convert_to_rgb
+
+from llava_edge.profiles.errors import ImageError, OutOfMemoryError
+from llava_edge.runtime import images
+from llava_edge.runtime.images import convert_to_rgb, open_image
+from llava_edge.runtime.limits import Limits
+
+
+def picture(height: int = 40, width: int = 30, mode: str = "RGB") -> Image.Image:
+    draw = np.random.default_rng([height, width])
+    return Image.fromarray(draw.integers(0, 256, (height, width, 3), np.uint8)).convert(mode)
+
+
+def encoded(kind: str, image: Image.Image | None = None, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    (image or picture()).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_that_declares(height: int, width: int) -> bytes:
+    """A PNG of a few bytes with a sound header and next to no pixels behind it."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        checksum = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(1000))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I"])
+def test_pillow_images_convert_as_the_reference_does(mode: str) -> None:
+    image = picture(mode="LA").convert(mode) if mode == "PA" else picture(mode=mode)
+    expected = reference_convert_to_rgb(image, return_numpy=True)
+    assert np.array_equal(np.asarray(open_image(image)), expected)
+    assert np.array_equal(np.asarray(convert_to_rgb(image)), expected)
+
+
+def test_an_rgb_image_is_not_copied() -> None:
+    image = picture()
+    assert open_image(image) is image
+
+
+def test_a_transparent_file_loses_alpha_while_an_image_is_laid_on_white() -> None:
+    clear_red = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    assert open_image(encoded("PNG", clear_red)).getpixel((0, 0)) == (255, 0, 0)
+    assert open_image(clear_red).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_sources_of_every_kind_give_the_same_pixels(tmp_path: Path) -> None:
+    image = picture()
+    path = tmp_path / "no-extension"
+    path.write_bytes(encoded("PNG", image))
+    content = path.read_bytes()
+    for source in (path, str(path), content, bytearray(content), memoryview(content), image):
+        assert np.array_equal(np.asarray(open_image(source)), np.asarray(image))
+    assert np.array_equal(np.asarray(open_image(np.asarray(image))), np.asarray(image))
+
+
+def test_a_grey_array_becomes_three_equal_channels() -> None:
+    grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    for array in (grey, grey[..., None]):
+        assert np.array_equal(np.asarray(open_image(array)), np.repeat(grey[..., None], 3, -1))
+
+
+def test_changing_the_array_later_does_not_change_the_image() -> None:
+    array = np.zeros((4, 4, 3), np.uint8)
+    image = open_image(array)
+    array[:] = 200
+    assert image.getpixel((0, 0)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4, 3), np.uint16),
+        np.zeros((4, 4, 2), np.uint8),
+        np.zeros((3, 4, 4, 3), np.uint8),
+        np.zeros(4, np.uint8),
+        np.zeros((), np.uint8),
+    ],
+    ids=["float", "uint16", "2-channels", "4-dim", "1-dim", "0-dim"],
+)
+def test_arrays_of_other_types_and_shapes_are_refused(array: Any) -> None:
+    with pytest.raises(ImageError, match="arrays must be uint8 of shape height x width"):
+        open_image(array)
+
+
+@pytest.mark.parametrize(
+    "source", [np.zeros((0, 5, 3), np.uint8), Image.new("RGB", (5, 0)), png_that_declares(0, 5)]
+)
+def test_an_image_without_pixels_is_refused(source: Any) -> None:
+    with pytest.raises(ImageError, match="has no pixel"):
+        open_image(source)
+
+
+@pytest.mark.parametrize("source", [None, 7, ["a.png"], {"url": "x"}, io.BytesIO(b"x")])
+def test_other_types_are_refused(source: Any) -> None:
+    with pytest.raises(ImageError, match="give a path, bytes, a Pillow image or a uint8 array"):
+        open_image(source)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"gone\.png' cannot be read: No such file") as caught:
+        open_image(tmp_path / "gone.png")
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize("url", ["https://example.org/a.png", "data:image/png;base64,AAAA"])
+def test_an_address_is_not_fetched(url: str) -> None:
+    with pytest.raises(ImageError, match="nothing is fetched"):
+        open_image(url)
+
+
+def test_a_path_that_no_system_can_hold_is_refused() -> None:
+    with pytest.raises(ImageError, match="cannot be read"):
+        open_image("a\0b.png")
+    with pytest.raises(ImageError, match="cannot be read"):
+        open_image("x" * 10_000)
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="cannot be read: Is a directory"):
+        open_image(tmp_path)
+
+
+def test_a_named_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ImageError, match="no regular file"):
+        open_image(tmp_path / "pipe")
+
+
+def test_a_device_is_refused() -> None:
+    with pytest.raises(ImageError, match="no regular file"):
+        open_image("/dev/zero")
+
+
+def test_an_unreadable_text_file_is_refused_with_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    path.write_text("this is no photograph\n")
+    with pytest.raises(ImageError, match=r"photo\.jpg.*starts with b'this is "):
+        open_image(path)
+
+
+@pytest.mark.parametrize("kind", ["PPM", "ICO", "TGA", "PCX", "SGI", "ICNS", "EPS"])
+def test_formats_that_are_not_listed_are_refused(kind: str) -> None:
+    with pytest.raises(ImageError, match="Give a JPEG, PNG, WebP, GIF, BMP or TIFF"):
+        open_image(encoded(kind))
+
+
+def test_the_list_of_formats_can_be_shortened() -> None:
+    limits = Limits(image_formats=("PNG", "WEBP"))
+    assert open_image(encoded("PNG"), limits).size == (30, 40)
+    with pytest.raises(ImageError, match="is a GIF file; allowed formats are PNG, WEBP"):
+        open_image(encoded("GIF"), limits)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_a_file_cut_off_anywhere_is_refused(kind: str) -> None:
+    data = encoded(kind)
+    refused = 0
+    for length in range(0, len(data) - 1, max(1, len(data) // 60)):
+        try:
+            open_image(data[:length])
+        except ImageError:
+            refused += 1
+    # The last bytes of some formats hold nothing that decoding needs.
+    assert refused >= 57
+
+
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(30_000, 30_000), (9_400, 9_400), (14_000, 14_000), (2**31 - 1, 2**31 - 1)],
+)
+def test_a_declared_size_is_refused_before_memory_is_taken(height: int, width: int) -> None:
+    data = png_that_declares(height, width)
+    tracemalloc.start()
+    with pytest.raises(ImageError, match=f"is {height}x{width}.*max_image_pixels"):
+        open_image(data)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+def gif_whose_frame_is(height: int, width: int) -> bytes:
+    data = bytearray(encoded("GIF", picture(mode="L")))
+    frame = data.index(b"\x2c", 13 + 768)
+    struct.pack_into("<HHHH", data, frame + 1, 0, 0, width, height)
+    return bytes(data)
+
+
+def bmp_that_declares(height: int, width: int) -> bytes:
+    data = bytearray(encoded("BMP"))
+    struct.pack_into("<ii", data, 18, width, height)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        gif_whose_frame_is(10_000, 10_000),
+        bmp_that_declares(10_000, 10_000),
+        b"RIFF\0\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + b"\x0f\x27\0" * 2,
+        encoded("JPEG").replace(
+            b"\x11\x08" + struct.pack(">HH", 40, 30),
+            b"\x11\x08" + struct.pack(">HH", 10_000, 10_000),
+        ),
+    ],
+    ids=["gif-frame", "bmp", "webp", "jpeg"],
+)
+def test_sizes_between_pillows_warning_and_refusal_are_refused_without_a_warning(
+    data: bytes,
+) -> None:
+    with pytest.raises(ImageError, match=r"is 10000x10000.*max_image_pixels"):
+        open_image(data)
+
+
+def test_pillows_own_bound_holds_where_a_caller_allows_more() -> None:
+    with pytest.raises(ImageError, match="are more than 89478485"):
+        open_image(png_that_declares(9_500, 9_500), Limits(max_image_pixels=10**9))
+
+
+LIMITS = Limits(max_image_pixels=5_000, max_image_side=200, max_image_ratio=8)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "rules"),
+    [
+        (71, 71, ["5041 pixels", "max_image_pixels"]),
+        (201, 24, ["longer than 200", "8 times"]),
+        (24, 201, ["longer than 200", "8 times"]),
+        (9, 73, ["8 times the shorter"]),
+        (300, 30, ["max_image_pixels", "max_image_side", "max_image_ratio"]),
+    ],
+)
+@pytest.mark.parametrize("form", ["file", "pillow", "array"])
+def test_every_limit_that_is_passed_is_named(
+    form: str, height: int, width: int, rules: list[str]
+) -> None:
+    image = picture(height, width)
+    source = {"file": encoded("PNG", image), "pillow": image, "array": np.asarray(image)}[form]
+    with pytest.raises(ImageError) as caught:
+        open_image(source, LIMITS)
+    for rule in [f"{height}x{width}", *rules]:
+        assert rule in str(caught.value)
+
+
+@pytest.mark.parametrize(("height", "width"), [(70, 71), (25, 200), (9, 72)])
+def test_what_is_just_within_the_limits_is_taken(height: int, width: int) -> None:
+    assert open_image(encoded("PNG", picture(height, width)), LIMITS).size == (width, height)
+
+
+def animated(kind: str, frames: int) -> bytes:
+    rest = [Image.new("RGB", (8, 8), (20 * step, 0, 0)) for step in range(1, frames)]
+    return encoded(kind, Image.new("RGB", (8, 8), "blue"), save_all=True, append_images=rest)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_too_many_frames_are_refused_and_of_fewer_the_first_is_taken(kind: str) -> None:
+    data = animated(kind, 12)
+    with pytest.raises(ImageError, match=r"more than 11 frames \(max_image_frames\)"):
+        open_image(data, Limits(max_image_frames=11))
+    red, green, blue = np.asarray(open_image(data, Limits(max_image_frames=12)))[0, 0]
+    assert blue > 240
+    assert max(red, green) < 15
+
+
+def test_a_file_larger_than_the_limit_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "huge.png"
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ImageError, match=r"huge\.png' has 1099511627776 bytes; at most"):
+        open_image(path)
+
+
+def test_content_larger_than_the_limit_is_refused() -> None:
+    data = encoded("PNG")
+    with pytest.raises(ImageError, match="max_image_bytes"):
+        open_image(data, Limits(max_image_bytes=len(data) - 1))
+    assert open_image(data, Limits(max_image_bytes=len(data))).size == (30, 40)
+
+
+def test_a_palette_with_alpha_values_opens_without_a_warning() -> None:
+    image = picture().quantize(20)
+    data = encoded("PNG", image, transparency=bytes(range(20)))
+    assert open_image(data).mode == "RGB"
+
+
+def test_running_out_of_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(image: Image.Image) -> Image.Image:
+        raise MemoryError
+
+    monkeypatch.setattr(images, "convert_to_rgb", exhausted)
+    with pytest.raises(OutOfMemoryError, match="image of mode L"):
+        open_image(Image.new("L", (3, 3)))
+
+
+def test_a_mode_that_cannot_be_converted_is_refused() -> None:
+    with pytest.raises(ImageError, match=r"mode La cannot be decoded: ValueError"):
+        open_image(Image.new("La", (3, 3)))
+
+
+SEEDS = [encoded(kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")]
+SEEDS += [animated("GIF", 3), animated("WEBP", 3), encoded("PNG", picture(mode="P"))]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    data=st.sampled_from(SEEDS),
+    places=st.lists(st.tuples(st.integers(0, 5_000), st.integers(0, 255)), min_size=1, max_size=12),
+)
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_a_file_with_changed_bytes_is_opened_or_refused(
+    data: bytes, places: list[tuple[int, int]]
+) -> None:
+    changed = bytearray(data)
+    for place, value in places:
+        # Half of the changes fall into the first bytes, where headers are.
+        changed[place % (64 if place % 2 else len(changed))] = value
+    try:
+        image = open_image(bytes(changed), Limits(max_image_pixels=200_000))
+    except ImageError:
+        return
+    assert image.mode == "RGB"

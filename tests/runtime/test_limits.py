@@ -1,0 +1,26 @@
+"""Limits are checked when they are made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llava_edge.profiles.errors import RequestError
+from llava_edge.runtime.limits import READABLE_FORMATS, Limits
+
+
+def test_defaults_hold_any_photograph() -> None:
+    limits = Limits()
+    # 50 megapixels, the common full resolution of telephones.
+    assert limits.max_image_pixels >= 8160 * 6144
+    assert limits.max_image_side >= 8160
+    assert limits.image_formats == READABLE_FORMATS
+
+
+def test_all_bad_limits_are_named_at_once() -> None:
+    wrong: dict[str, Any] = {"max_images": 0, "max_image_pixels": 1.5, "image_formats": ("EPS",)}
+    with pytest.raises(RequestError) as caught:
+        Limits(**wrong)
+    for part in ("max_images is 0", "max_image_pixels is 1.5", "holds EPS; readable are JPEG"):
+        assert part in str(caught.value)
