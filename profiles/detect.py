@@ -15,21 +15,21 @@ from llava_edge.profiles.hardware import HardwareProfile, Int8Isa, load_profile
 from llava_edge.profiles.nvml import Gpu, GpuReport, read_gpus
 from llava_edge.profiles.sizes import GIB
 
-# Words in the driver's or device tree's name, least memory in bytes, shipped profile; first match.
+# Whole words in the driver's or device tree's name, least memory in bytes, shipped profile; first match.
 _BOARDS: tuple[tuple[tuple[str, ...], int, str], ...] = (
     (("A100",), 60 * GIB, "a100"),
     (("A100",), 0, "a100-40gb"),
     (("H100",), 0, "h100"),
     (("H200",), 0, "h200"),
     (("L40S",), 0, "l40s"),
-    (("NVIDIA L4",), 20 * GIB, "l4"),
-    (("NVIDIA A10",), 20 * GIB, "a10"),
+    (("L4",), 20 * GIB, "l4"),
+    (("A10",), 20 * GIB, "a10"),
     (("T4",), 12 * GIB, "t4"),
-    (("RTX 3060",), 10 * GIB, "rtx-3060-12gb"),
-    (("RTX 4060",), 7 * GIB, "rtx-4060-8gb"),
-    (("RTX 4070",), 10 * GIB, "rtx-4070-12gb"),
-    (("RTX 4090",), 20 * GIB, "rtx-4090"),
-    (("RTX 5090",), 28 * GIB, "rtx-5090"),
+    (("RTX", "3060"), 10 * GIB, "rtx-3060-12gb"),
+    (("RTX", "4060"), 7 * GIB, "rtx-4060-8gb"),
+    (("RTX", "4070"), 10 * GIB, "rtx-4070-12gb"),
+    (("RTX", "4090"), 20 * GIB, "rtx-4090"),
+    (("RTX", "5090"), 28 * GIB, "rtx-5090"),
     (("Thor",), 0, "jetson-thor"),
     (("GB10",), 0, "dgx-spark"),
     (("Orin", "Nano"), 5 * GIB, "jetson-orin-nano-8gb"),
@@ -37,8 +37,8 @@ _BOARDS: tuple[tuple[tuple[str, ...], int, str], ...] = (
     (("Orin",), 40 * GIB, "jetson-agx-orin-64gb"),
     (("Orin",), 20 * GIB, "jetson-agx-orin-32gb"),
 )
-# A longer name holds a shorter one of another board.
-_OTHERS = ("Ti", "SUPER", "Laptop", "A100X", "A10G", "A10M", "GH200", "NVL", "PCIe", "D v2")
+# Words that make another board of a name.
+_OTHERS = frozenset({"Ti", "SUPER", "Laptop", "NVL", "PCIe", "D"})
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,12 @@ def read_int8_isa(cpuinfo: str) -> Int8Isa:
 
 def known_board(name: str, memory_bytes: int) -> HardwareProfile | None:
     """Shipped profile of the board with this name, if it is one of them."""
-    other = any(word in name for word in _OTHERS)
+    found = set(name.replace("-", " ").split())
+    if found & _OTHERS:
+        return None
     for words, least, profile in _BOARDS:
-        if all(word in name for word in words) and memory_bytes >= least:
-            return None if other else load_profile(profile)
+        if found.issuperset(words) and memory_bytes >= least:
+            return load_profile(profile)
     return None
 
 

@@ -1,0 +1,96 @@
+import json
+from collections.abc import Callable
+
+import pytest
+
+from llava_edge.profiles.detect import MachineFacts
+from llava_edge.profiles.doctor import Diagnosis, diagnose, main
+from llava_edge.profiles.hardware import Int8Isa
+from llava_edge.profiles.nvml import Gpu, GpuReport
+
+GIB = 1 << 30
+L4 = Gpu("NVIDIA L4", 22 * GIB, 21 * GIB, "8.9")
+THOR = Gpu("NVIDIA Thor", None, None, "11.0")
+
+
+def machine(board: str | None = None, *gpus: Gpu, isa: Int8Isa = "vnni") -> MachineFacts:
+    return MachineFacts(8 * GIB, 4 * GIB, False, "CPU", 4, isa, board, GpuReport(gpus, "580"))
+
+
+def packages(**found: str) -> Callable[[str], str | None]:
+    return {name.replace("_", "-"): version for name, version in found.items()}.get
+
+
+def examine(facts: MachineFacts, architecture: str = "x86_64", **found: str) -> Diagnosis:
+    return diagnose(facts, architecture, packages(**found))
+
+
+def test_a_bare_cpu_machine_is_told_the_extra() -> None:
+    found = examine(machine())
+    assert found.install == ("pip install 'llava-edge[cpu]'",)
+    assert not found.ready
+
+
+def test_a_ready_machine_needs_nothing() -> None:
+    found = examine(machine(), onnxruntime="1.32.0", torch="2.13.0")
+    assert found.install == ()
+    assert found.ready
+
+
+def test_a_gpu_wants_the_gpu_build() -> None:
+    found = examine(machine(None, L4), onnxruntime="1.32.0")
+    assert found.install == ("pip install 'llava-edge[gpu]'",)
+    assert any("the GPU will not be used" in line for line in found.findings)
+    assert found.ready
+
+
+def test_both_builds_at_once_are_a_fault() -> None:
+    found = examine(machine(None, L4), onnxruntime="1.32.0", onnxruntime_gpu="1.31.1")
+    assert any("overwrite each other" in line for line in found.findings)
+    assert found.install[0].startswith("pip uninstall")
+    assert found.install[1] == "pip install 'llava-edge[gpu]'"
+    assert not found.ready
+
+
+def test_an_old_build_is_to_be_upgraded() -> None:
+    found = examine(machine(), onnxruntime="1.20.1")
+    assert found.install == ("pip install --upgrade 'onnxruntime>=1.27'",)
+    assert not found.ready
+
+
+@pytest.mark.parametrize(
+    ("facts", "origin"),
+    [
+        (machine("NVIDIA Jetson Orin Nano Developer Kit"), "pypi.jetson-ai-lab.io/jp6"),
+        (machine("NVIDIA Jetson AGX Thor Developer Kit", THOR), "JetPack 7"),
+        (machine(None, Gpu("NVIDIA GB10", None, None, "12.1")), "DGX Spark"),
+        (machine("NVIDIA Jetson Future"), "pypi.jetson-ai-lab.io"),
+    ],
+    ids=["Orin Nano", "Thor", "Spark", "unknown Jetson"],
+)
+def test_aarch64_gpus_are_told_where_wheels_come_from(facts: MachineFacts, origin: str) -> None:
+    (command,) = examine(facts, "aarch64").install
+    assert origin in command
+    assert "PyPI has no onnxruntime-gpu wheel for aarch64" in command
+
+
+def test_tensorrt_rtx_is_offered_only_where_the_matrix_lists_the_gpu() -> None:
+    offered = [
+        any("tensorrt-rtx supports this GPU" in line for line in examine(machine(None, g)).findings)
+        for g in (L4, Gpu("NVIDIA A100", 80 * GIB, 79 * GIB, "8.0"))
+    ]
+    assert offered == [True, False]
+
+
+def test_missing_int8_instructions_are_said() -> None:
+    assert any("no int8 dot products" in f for f in examine(machine(isa="none")).findings)
+
+
+def test_the_command_ends_with_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--json"]) == 0
+    captured = capsys.readouterr()
+    document = json.loads(captured.out.splitlines()[-1])
+    assert document["memory"]["total_bytes"] > 0
+    assert "run artifacts now" in captured.err
+    assert main([]) == 0
+    assert "run artifacts now" in capsys.readouterr().out

@@ -1,0 +1,164 @@
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava_edge.profiles.buffers import (
+    kv_cache_bytes,
+    logits_bytes,
+    prefill_chunk_tokens,
+    rope_table_bytes,
+    tiles_per_batch,
+    video_feature_bytes,
+    video_tokens_per_frame,
+)
+from llava_edge.profiles.constants import memory_constants, speed_constants
+from llava_edge.profiles.memory import (
+    PHASES,
+    Machine,
+    MemoryEstimate,
+    MemoryTerms,
+    Workload,
+    estimate_memory,
+)
+from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.variants import find_variant
+
+CPU = Machine("cpu")
+CUDA = Machine("cuda", compute_capability="8.0")
+
+
+@pytest.fixture(scope="module")
+def dims() -> ModelDims:
+    return find_variant("llava-v1.6-mistral-7b").dims
+
+
+def test_terms_add_up_in_every_phase(dims: ModelDims) -> None:
+    estimate = estimate_memory(dims, "int4", Workload(3440), CUDA)
+    for terms in (*estimate.device.values(), *estimate.host.values()):
+        assert terms.total == sum(terms.as_dict().values())
+    assert set(estimate.device) == set(estimate.host) == set(PHASES)
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_per_token"),
+    [
+        ("llava-v1.6-mistral-7b", 131_072),
+        ("llava-next-72b", 2_621_440),
+        ("llava-next-110b", 327_680),
+    ],
+)
+def test_the_cache_of_a_token_is_the_published_one(name: str, bytes_per_token: int) -> None:
+    text = find_variant(name).dims.text
+    assert kv_cache_bytes(text, 1, "float16") == bytes_per_token
+    assert kv_cache_bytes(text, 7, "float32") == 14 * bytes_per_token
+    assert kv_cache_bytes(text, 2, "int8") == bytes_per_token
+
+
+def test_buffers_have_the_sizes_of_their_shapes(dims: ModelDims) -> None:
+    assert rope_table_bytes(dims.text, 100, "cpu") == 2 * 100 * 64 * 4
+    assert logits_bytes(dims.text) == 32064 * 4
+    assert prefill_chunk_tokens(512, 100) == 100
+    assert prefill_chunk_tokens(512, 4096) == 512
+    assert tiles_per_batch("cpu", 5) == 1
+    assert tiles_per_batch("cuda", 5) == 5
+    assert video_tokens_per_frame(dims.vision) == 144
+    assert video_feature_bytes(dims, 8, "cpu") == (8 * 144 + 1) * 4096 * 4
+
+
+def test_the_need_is_the_largest_phase_and_not_the_sum(dims: ModelDims) -> None:
+    estimate = estimate_memory(dims, "fp16", Workload(3440), CPU)
+    totals = {name: terms.total for name, terms in estimate.host.items()}
+    assert estimate.host_bytes == max(totals.values()) < sum(totals.values())
+    assert estimate.device_bytes == 0
+    assert estimate.host["load"].load_transient > 0
+    assert estimate.host["decode"].load_transient == 0
+
+
+def test_fp16_on_a_cpu_is_planned_at_four_bytes_a_weight(dims: ModelDims) -> None:
+    cpu = estimate_memory(dims, "fp16", Workload(3440), CPU).host["decode"]
+    cuda = estimate_memory(dims, "fp16", Workload(3440), CUDA).device["decode"]
+    assert cpu.decoder_weights == 2 * cuda.decoder_weights
+    assert cpu.vision_tower == 2 * cuda.vision_tower
+
+
+def test_a_unified_board_adds_device_and_host(dims: ModelDims) -> None:
+    apart = estimate_memory(dims, "int4", Workload(3440), CUDA)
+    shared = estimate_memory(dims, "int4", Workload(3440), replace(CUDA, unified=True))
+    sums = [apart.device[name].total + apart.host[name].total for name in PHASES]
+    assert shared.peak.total == shared.device_bytes == max(sums)
+    assert apart.peak.total == max(terms.total for terms in apart.device.values())
+
+
+def test_cards_without_flash_attention_need_expanded_keys(dims: ModelDims) -> None:
+    old = estimate_memory(dims, "int4", Workload(3440), Machine("cuda", compute_capability="7.5"))
+    new = estimate_memory(dims, "int4", Workload(3440), CUDA)
+    grown = old.device["prefill"].attention_workspace - new.device["prefill"].attention_workspace
+    assert grown == 2 * 3440 * 4096 * 2
+
+
+def test_terms_of_two_parts_add_term_by_term() -> None:
+    both = MemoryTerms(kv_cache=2, logits=3) + MemoryTerms(kv_cache=5)
+    assert (both.kv_cache, both.logits, both.total) == (7, 3, 10)
+    assert both.with_slack(4, 0.5).allocator_slack == 9
+
+
+def test_every_constant_names_where_it_comes_from() -> None:
+    for group in (*memory_constants().values(), *speed_constants().values()):
+        assert set(group.values) == set(group.sources)
+        assert all(len(source) > 5 for source in group.sources.values())
+
+
+def test_a_fit_may_replace_known_constants_only(dims: ModelDims) -> None:
+    groups = memory_constants()
+    changed = {**groups, "cpu": groups["cpu"].replace(cast_transient=0.0)}
+    less = estimate_memory(dims, "fp16", Workload(3440), CPU, changed)
+    assert less.host_bytes < estimate_memory(dims, "fp16", Workload(3440), CPU).host_bytes
+    with pytest.raises(KeyError, match="guess"):
+        groups["cpu"].replace(guess=1.0)
+
+
+WORKLOADS = st.builds(
+    Workload,
+    context_tokens=st.integers(64, 40_000),
+    num_images=st.integers(0, 5),
+    tiles_per_image=st.integers(1, 13),
+    num_frames=st.integers(0, 64),
+    chunk_tokens=st.integers(1, 4096),
+    batch_tiles=st.integers(1, 8),
+    image_pixels=st.integers(1, 10**8),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    work=WORKLOADS,
+    field=st.sampled_from(
+        [
+            "context_tokens",
+            "num_images",
+            "tiles_per_image",
+            "num_frames",
+            "chunk_tokens",
+            "batch_tiles",
+            "image_pixels",
+        ]
+    ),
+    more=st.integers(1, 3000),
+    precision=st.sampled_from(["fp16", "int8", "int4"]),
+    machine=st.sampled_from([CPU, CUDA, replace(CUDA, unified=True)]),
+)
+def test_more_work_never_needs_less_memory(
+    work: Workload, field: str, more: int, precision: str, machine: Machine
+) -> None:
+    small = find_variant("llava-v1.6-mistral-7b").dims
+    groups = memory_constants()
+
+    def estimate(w: Workload) -> MemoryEstimate:
+        return estimate_memory(small, precision, w, machine, groups)
+
+    before = estimate(work)
+    after = estimate(replace(work, **{field: getattr(work, field) + more}))
+    assert after.peak.total >= before.peak.total
+    assert after.host_bytes >= before.host_bytes

@@ -1,0 +1,385 @@
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava_edge.profiles.distributed import Parallelism, parallelisms
+from llava_edge.profiles.errors import BudgetError, RequestError
+from llava_edge.profiles.hardware import HardwareProfile, load_profile, parse_profile, profile_names
+from llava_edge.profiles.plan import DeploymentPlan
+from llava_edge.profiles.planner import (
+    CONTEXT_STEP,
+    PlanRequest,
+    nearest_fit,
+    plan_deployment,
+)
+from llava_edge.profiles.variants import find_variant, load_variants
+
+KEYS = [
+    *("profile", "variant", "precision", "grid", "max_tiles", "max_image_tokens"),
+    *("context_tokens", "engine", "memory", "predicted", "fits", "rejected"),
+]
+SIZE = {v.name: v.parameters for v in load_variants()}
+
+
+@cache
+def shipped(name: str) -> DeploymentPlan:
+    """Plans of shipped boards are asked for by several tests."""
+    return plan_deployment(load_profile(name)).plan
+
+
+def gpu(memory: int) -> HardwareProfile:
+    return parse_profile(f'kind = "cuda"\nmemory = {memory}', "gpu")
+
+
+def ask(variant: str, **wishes: object) -> PlanRequest:
+    return PlanRequest(variants=(find_variant(variant),), **wishes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_board_gets_a_plan_whose_terms_add_up(name: str) -> None:
+    plan = shipped(name)
+    document = plan.to_json()
+    memory = document["memory"]
+    terms = [
+        count
+        for key, count in memory.items()
+        if key.endswith("_bytes") and key not in ("total_bytes", "budget_bytes")
+    ]
+    assert plan.fits
+    assert sum(terms) == memory["total_bytes"] <= memory["budget_bytes"]
+    assert memory["budget_bytes"] == load_profile(name).budget_bytes
+    assert list(document) == KEYS
+    assert set(document["predicted"]) == {"decode_tokens_per_second", "ttft_seconds"}
+    for rejected in document["rejected"]:
+        assert set(rejected) == {"variant", "precision", "grid", "total_bytes", "reason"}
+        assert rejected["reason"]
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_a_plan_survives_json(name: str) -> None:
+    plan = shipped(name)
+    assert DeploymentPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_a_plan_holds_one_full_image_and_512_tokens_of_text(name: str) -> None:
+    plan = shipped(name)
+    assert plan.context_tokens >= plan.max_image_tokens + 512
+    assert plan.context_tokens <= find_variant(plan.variant).dims.text.max_positions
+
+
+@pytest.mark.parametrize(
+    ("grid", "tiles", "tokens"),
+    [
+        ("base", 1, 577),
+        ("1x2", 3, 1776),
+        ("2x2", 5, 2928),
+        ("2x3", 7, 4104),
+        ("2x4", 9, 5280),
+        ("3x3", 10, 5832),
+        ("2x6", 13, 7632),
+    ],
+)
+def test_grids_have_their_real_tiles_and_tokens(grid: str, tiles: int, tokens: int) -> None:
+    result = plan_deployment(load_profile("a100"), ask("llava-v1.6-mistral-7b", grid=grid))
+    assert result.plan.fits
+    assert (result.plan.grid, result.plan.max_tiles) == (grid, tiles)
+    assert result.plan.max_image_tokens == tokens
+    beyond = any("was not trained on" in note for note in result.notes)
+    assert beyond == (tokens > 2928)
+
+
+def test_grids_beyond_the_positions_are_refused() -> None:
+    plan = plan_deployment(load_profile("a100"), ask("llava-v1.6-vicuna-7b", grid="3x3")).plan
+    assert not plan.fits
+    assert {r.reason for r in plan.rejected} == {
+        "5832 media tokens and 512 of text need 6344 positions; the model has 4096"
+    }
+
+
+def test_pinpoints_of_ones_own_are_planned_and_named() -> None:
+    request = ask("llava-v1.6-mistral-7b", pinpoints="336x336")
+    plan = plan_deployment(load_profile("a100"), request).plan
+    assert (plan.grid, plan.max_tiles, plan.max_image_tokens) == ("336x336", 2, 1176)
+
+
+def test_larger_grids_are_never_chosen_unasked() -> None:
+    plan = plan_deployment(load_profile("h200"), ask("llava-v1.6-mistral-7b")).plan
+    assert plan.grid == "2x2"
+
+
+def test_the_forerunner_takes_one_tile_without_a_newline() -> None:
+    plan = plan_deployment(load_profile("rtx-4090"), ask("llava-1.5-7b")).plan
+    assert (plan.grid, plan.max_tiles, plan.max_image_tokens) == ("base", 1, 576)
+    with pytest.raises(RequestError, match="one tile"):
+        plan_deployment(load_profile("rtx-4090"), ask("llava-1.5-7b", grid="2x2"))
+
+
+def test_two_images_need_twice_the_tokens() -> None:
+    plan = plan_deployment(load_profile("a100"), ask("llava-v1.6-vicuna-7b", num_images=2)).plan
+    # Two full images of 2928 tokens exceed 4096 positions; two of 1776 do not.
+    assert (plan.grid, plan.context_tokens) == ("1x2", 4096)
+
+
+def test_a_video_counts_its_pooled_frames() -> None:
+    plan = plan_deployment(load_profile("l40s"), PlanRequest(num_frames=32)).plan
+    assert plan.variant == "LLaVA-NeXT-Video-7B"
+    assert plan.rejected[0].reason == (
+        "4608 media tokens and 512 of text need 5120 positions; the model has 4096"
+    )
+    few = plan_deployment(load_profile("l40s"), PlanRequest(num_frames=8)).plan
+    assert few.variant == "LLaVA-NeXT-Video-34B"
+
+
+BOUNDARIES = ("rtx-4060-8gb", "a10", "a100-40gb", "jetson-orin-nx-16gb", "cpu-16gb", "l40s")
+
+
+@pytest.mark.parametrize("name", BOUNDARIES)
+def test_every_larger_candidate_fits_at_its_own_size_and_not_one_byte_below(name: str) -> None:
+    board = load_profile(name)
+    plan = shipped(name)
+
+    def chosen(budget: int) -> tuple[str, str, str]:
+        resized = replace(board, memory_bytes=budget, system_reserve_bytes=0)
+        found = plan_deployment(resized).plan
+        return found.variant, found.precision, found.grid
+
+    *larger, context = plan.rejected
+    assert all(r.total_bytes > board.budget_bytes for r in plan.rejected)
+    nearest = min(larger, key=lambda r: r.total_bytes)
+    wanted = (nearest.variant, nearest.precision, nearest.grid)
+    assert chosen(nearest.total_bytes) == wanted
+    assert chosen(nearest.total_bytes - 1) != wanted
+    # The last entry is the same candidate with the next larger context.
+    if (context.variant, context.precision, context.grid) == (
+        plan.variant,
+        plan.precision,
+        plan.grid,
+    ):
+        resized = replace(board, memory_bytes=context.total_bytes, system_reserve_bytes=0)
+        below = replace(resized, memory_bytes=context.total_bytes - 1)
+        pinned = ask(plan.variant, precision=plan.precision, grid=plan.grid)
+        assert plan_deployment(resized, pinned).plan.context_tokens > plan.context_tokens
+        assert plan_deployment(below, pinned).plan.context_tokens == plan.context_tokens
+
+
+def test_a_plan_fits_its_own_total_exactly_and_not_a_byte_less() -> None:
+    plan = plan_deployment(gpu(24 << 30), ask("llava-v1.6-mistral-7b", precision="int4")).plan
+    pinned = ask("llava-v1.6-mistral-7b", precision="int4", context_tokens=plan.context_tokens)
+    total = plan.memory.total_bytes
+    assert plan_deployment(gpu(total), pinned).plan.fits
+    short = plan_deployment(gpu(total - 1), replace(pinned, grid="2x2")).plan
+    assert not short.fits
+    assert short.memory.shortfall_bytes == 1
+    with pytest.raises(BudgetError, match="short of 1 bytes"):
+        short.require_fit()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    memory=st.integers(1 << 30, 260 << 30),
+    more=st.integers(0, 40 << 30),
+    kind=st.sampled_from(["cuda", "cpu", "unified"]),
+)
+def test_more_memory_never_gives_a_smaller_model_or_grid(memory: int, more: int, kind: str) -> None:
+    def plan(size: int) -> DeploymentPlan:
+        return plan_deployment(parse_profile(f'kind = "{kind}"\nmemory = {size}', "x")).plan
+
+    less, larger = plan(memory), plan(memory + more)
+    if not less.fits:
+        return
+    assert larger.fits
+    assert SIZE[larger.variant] >= SIZE[less.variant]
+    if larger.variant == less.variant:
+        assert larger.max_image_tokens >= less.max_image_tokens
+        if larger.grid == less.grid and larger.precision == less.precision:
+            assert larger.context_tokens >= less.context_tokens
+
+
+def test_nothing_fits_a_gigabyte_and_the_plan_says_so() -> None:
+    plan = plan_deployment(gpu(1 << 30)).plan
+    assert not plan.fits
+    assert len(plan.rejected) == 7 * 3 * 3
+    assert nearest_fit(gpu(1 << 30), PlanRequest()) is None
+
+
+def test_the_nearest_that_fits_gives_way_in_precision_before_the_variant() -> None:
+    request = ask("llava-v1.6-34b", precision="fp16", grid="2x2")
+    nearest = nearest_fit(load_profile("a10"), request)
+    assert nearest is not None
+    assert (nearest.variant, nearest.precision) == ("llava-v1.6-34b", "int4")
+    smaller = nearest_fit(load_profile("rtx-4060-8gb"), request)
+    assert smaller is not None
+    assert smaller.variant == "llama3-llava-next-8b"
+
+
+def test_one_gpu_that_cannot_hold_the_model_leads_to_the_distributed_engine() -> None:
+    result = plan_deployment(load_profile("4xa100"), ask("llava-next-72b", precision="fp16"))
+    plan = result.plan
+    assert plan.fits
+    assert plan.distributed
+    parallel = Parallelism.parse(plan.engine)
+    assert parallel == Parallelism(tensor=2, pipeline=1) or parallel == Parallelism(tensor=4)
+    assert any("one device cannot hold it" in note for note in result.notes)
+    small = plan_deployment(load_profile("4xa100"), ask("llava-v1.6-mistral-7b")).plan
+    assert small.engine == "ort"
+    assert Parallelism.parse("ort") is None
+
+
+def test_tensor_parallelism_divides_heads_and_the_mlp() -> None:
+    text = find_variant("llava-v1.6-34b").dims.text
+    assert [(p.tensor, p.pipeline) for p in parallelisms(text, "fp16", 8)] == [
+        *((2, 1), (1, 2), (4, 1), (2, 2), (1, 4)),
+        *((8, 1), (4, 2), (2, 4), (1, 8)),
+    ]
+    odd = replace(text, num_attention_heads=6, num_key_value_heads=3)
+    assert [p.tensor for p in parallelisms(odd, "fp16", 4)] == [1, 1]
+
+
+def test_the_host_can_be_what_does_not_fit() -> None:
+    board = parse_profile('kind = "cuda"\nmemory = "80 GiB"\nhost_memory = "256 MiB"', "x")
+    plan = plan_deployment(board, ask("llava-v1.6-mistral-7b", grid="base")).plan
+    assert not plan.fits
+    assert "the host needs" in plan.rejected[0].reason
+    assert plan.memory.shortfall_bytes == plan.memory.host_total_bytes - (256 << 20)
+
+
+def test_preferences_differ_where_they_should() -> None:
+    board = load_profile("l40s")
+    plans = {
+        prefer: plan_deployment(board, PlanRequest(prefer=prefer)).plan  # type: ignore[arg-type]
+        for prefer in ("largest", "quality", "speed")
+    }
+    # 72B fits with a smaller grid only; quality keeps the full grid, speed the quickest answer.
+    assert (plans["largest"].variant, plans["largest"].grid) == ("llava-next-72b", "1x2")
+    assert (plans["quality"].variant, plans["quality"].grid) == ("llava-v1.6-34b", "2x2")
+    assert plans["speed"].grid == "2x2"
+    assert SIZE[plans["speed"].variant] < 9e9
+    assert plans["speed"].precision == "int4"
+
+
+def test_without_rates_the_fastest_is_the_one_that_streams_least() -> None:
+    plan = plan_deployment(gpu(48 << 30), PlanRequest(prefer="speed")).plan
+    assert plan.predicted.decode_tokens_per_second is None
+    assert (plan.variant, plan.precision, plan.grid) == ("llava-v1.6-vicuna-7b", "int4", "2x2")
+
+
+def test_no_plan_of_the_pareto_set_beats_another() -> None:
+    front = plan_deployment(load_profile("rtx-4090"), pareto=True).pareto
+    assert len(front) > 3
+    assert all(plan.fits for plan in front)
+    scores = [
+        (
+            SIZE[p.variant],
+            p.max_image_tokens,
+            -["fp16", "int8", "int4"].index(p.precision),
+            p.predicted.decode_tokens_per_second or 0.0,
+        )
+        for p in front
+    ]
+    for mine in scores:
+        assert not any(
+            o != mine and all(x >= y for x, y in zip(o, mine, strict=True)) for o in scores
+        )
+
+
+def test_contexts_are_the_smallest_multiples_of_the_step_or_all_positions() -> None:
+    plan = plan_deployment(gpu(17 << 30), ask("llava-v1.6-mistral-7b", precision="fp16")).plan
+    assert plan.fits
+    assert plan.context_tokens % CONTEXT_STEP == 0
+    assert 3440 < plan.context_tokens < 32768
+
+
+@pytest.mark.parametrize(
+    ("wishes", "named"),
+    [
+        ({"precision": "int3"}, "int3"),
+        ({"grid": "5x5"}, "5x5"),
+        ({"pinpoints": "300x300"}, "300x300"),
+        ({"grid": "2x2", "pinpoints": "336x336"}, "both given"),
+        ({"context_tokens": 0}, "context is 0"),
+        ({"num_images": 0}, "images is 0"),
+        ({"num_frames": -1}, "frames is -1"),
+        ({"num_frames": 8}, "takes images only"),
+        ({"engine": "tensorrt-rtx"}, "8.0"),
+        ({"cache": "float32"}, "float32"),
+        ({"prefer": "cheapest"}, "cheapest"),
+    ],
+)
+def test_malformed_requests_are_named(wishes: dict[str, object], named: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        plan_deployment(load_profile("a100"), ask("llava-v1.6-mistral-7b", **wishes))
+    assert named in str(caught.value)
+
+
+def test_an_engine_is_taken_where_the_board_supports_it() -> None:
+    request = ask("llava-v1.6-mistral-7b", engine="tensorrt-rtx")
+    assert plan_deployment(load_profile("rtx-4090"), request).plan.engine == "tensorrt-rtx"
+
+
+def test_a_smaller_cache_type_fits_more_context() -> None:
+    board = load_profile("cpu-16gb")
+    request = ask("llava-v1.6-vicuna-13b", precision="int4")
+    wide = plan_deployment(board, request).plan
+    narrow = plan_deployment(board, replace(request, cache="int8")).plan
+    assert narrow.context_tokens > wide.context_tokens
+
+
+def test_a_folder_plans_like_a_published_variant(tmp_path: Path) -> None:
+    config = {
+        "model_type": "llava_next",
+        "image_token_index": 32000,
+        "text_config": {
+            "model_type": "mistral",
+            "vocab_size": 32064,
+            "max_position_embeddings": 32768,
+            "sliding_window": None,
+            "rope_theta": 1e6,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "image_size": 336,
+            "patch_size": 14,
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    mine = plan_deployment(load_profile("a10"), ask(str(tmp_path))).plan
+    known = plan_deployment(load_profile("a10"), ask("llava-v1.6-mistral-7b")).plan
+    assert replace(mine, variant=known.variant, rejected=()) == replace(known, rejected=())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"extra": 1}, "unknown key 'extra'"),
+        ({"variant": 5}, "variant must be text"),
+        ({"max_tiles": True}, "max_tiles must be a whole number"),
+        ({"fits": "yes"}, "fits"),
+        ({"rejected": [{}]}, "variant must be text"),
+        ({"predicted": {"ttft_seconds": "soon"}}, "ttft_seconds"),
+        ({"memory": {"kv_cache_bytes": 1, "total_bytes": 2, "budget_bytes": 3}}, "add up to 1"),
+        ({"memory": {"magic_bytes": 1}}, "magic_bytes"),
+        ({"memory": []}, "memory must be an object"),
+    ],
+)
+def test_what_is_no_plan_is_refused_by_name(change: dict[str, object], named: str) -> None:
+    document = {**shipped("a10").to_json(), **change}
+    with pytest.raises(RequestError) as caught:
+        DeploymentPlan.from_json(document)
+    assert named in str(caught.value)
+
+
+def test_a_plan_lacking_a_key_is_refused() -> None:
+    document = shipped("a10").to_json()
+    del document["grid"]
+    with pytest.raises(RequestError, match="missing key 'grid'"):
+        DeploymentPlan.from_json(document)

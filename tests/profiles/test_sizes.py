@@ -1,0 +1,31 @@
+import pytest
+
+from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.sizes import format_bytes, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("24GiB", 24 << 30),
+        ("24 gib", 24 << 30),
+        ("1.5GiB", 3 << 29),
+        ("8GB", 8_000_000_000),
+        ("512MiB", 512 << 20),
+        ("1", 1),
+    ],
+)
+def test_a_size_is_read_with_its_unit(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "-1GiB", "0", "1e9", "24 Gigs", "0.1", "９GiB", "9" * 99]
+)
+def test_what_is_no_size_is_refused_by_name(text: str) -> None:
+    with pytest.raises(RequestError, match="not a memory size"):
+        parse_bytes(text)
+
+
+def test_sizes_are_written_with_a_binary_unit() -> None:
+    assert [format_bytes(n) for n in (5, 1536, 3 << 29)] == ["5 B", "1.50 KiB", "1.50 GiB"]
