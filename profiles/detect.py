@@ -15,7 +15,7 @@ from llava_edge.profiles.hardware import HardwareProfile, Int8Isa, load_profile
 from llava_edge.profiles.nvml import Gpu, GpuReport, read_gpus
 from llava_edge.profiles.sizes import GIB
 
-# Whole words in the driver's or device tree's name, least memory in bytes, shipped profile; first match.
+# Whole words of a name, least memory in bytes, shipped profile; the first match counts.
 _BOARDS: tuple[tuple[tuple[str, ...], int, str], ...] = (
     (("A100",), 60 * GIB, "a100"),
     (("A100",), 0, "a100-40gb"),
