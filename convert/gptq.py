@@ -75,6 +75,7 @@ def quantize_weight(
     order: ColumnOrder = "gar",
     scale_search: bool = True,
     never_worse: bool = True,
+    reduce_range: bool = False,
     name: str = "weight",
 ) -> QuantizedWeight:
     """Quantise one matrix so that its output on the calibration rows changes least.
@@ -96,6 +97,7 @@ def quantize_weight(
         order: ``gar`` by group-aware importance, ``none`` as the columns stand.
         scale_search: search scales weighted by H, or take the plain absolute maximum.
         never_worse: a row where rounding to nearest beats the solver on H keeps the rounding.
+        reduce_range: keep 8-bit codes within 7 bits, see ``round_to_nearest``.
         name: what an error message calls the matrix.
 
     Raises:
@@ -106,12 +108,22 @@ def quantize_weight(
     if isinstance(hessian, torch.Tensor):
         hessian = Hessian.of(hessian)
     _check(weight, hessian, damp_percent, block_size, group_size, name)
-    rounded = round_to_nearest(weight, bits=bits, group_size=group_size, name=name)
+    rounded = round_to_nearest(
+        weight, bits=bits, group_size=group_size, reduce_range=reduce_range, name=name
+    )
     dead_columns = int((hessian.diagonal() == 0).sum())
     if dead_columns == weight.shape[1]:
         return replace(rounded, report=replace(rounded.report, dead_columns=dead_columns))
     settings = _Settings(
-        bits, group_size, damp_percent, block_size, order, scale_search, never_worse, name
+        bits=bits,
+        range_bits=bits - reduce_range,
+        group_size=group_size,
+        damp_percent=damp_percent,
+        block_size=block_size,
+        order=order,
+        scale_search=scale_search,
+        never_worse=never_worse,
+        name=name,
     )
     solution = _solve(weight, hessian, settings)
     return _keep_better(weight, hessian, rounded, solution, settings)
@@ -120,6 +132,7 @@ def quantize_weight(
 @dataclass(frozen=True)
 class _Settings:
     bits: int
+    range_bits: int
     group_size: int
     damp_percent: float
     block_size: int
@@ -168,7 +181,7 @@ def _row_scales(weight: torch.Tensor, diagonal: torch.Tensor, settings: _Setting
 
     def work(rows: slice) -> torch.Tensor:
         values = _columns_first(weight[rows], diagonal == 0)
-        return find_scales(values, diagonal, settings.bits, search=settings.scale_search)
+        return find_scales(values, diagonal, settings.range_bits, search=settings.scale_search)
 
     return torch.cat(map_rows(weight.shape, work))
 
@@ -245,7 +258,7 @@ def _solve_rows(
                 later = deltas[k + 1 - start : top - start]
                 target = torch.addmv(pending[k], later.T, lower[k + 1 : top, k])
                 target.div_(pivots[k]).add_(values[k])
-                code = nearest_codes(target, scale, settings.bits)
+                code = nearest_codes(target, scale, settings.range_bits)
                 codes[k] = unsigned(code, settings.bits)
                 rounded = code.mul_(scale)
                 delta = torch.sub(values[k], rounded, out=deltas[k - start])
@@ -264,7 +277,7 @@ def _group_scales(
     top: int,
     settings: _Settings,
 ) -> torch.Tensor:
-    """Scales of the group that ends at place ``top``, for its weights as finished columns left them.
+    """Scales of the group that ends at place ``top``, for weights as finished columns left them.
 
     That is w + x with x L_gg = pending over the group: the best answer of all columns to come to
     the errors made so far.
@@ -273,7 +286,8 @@ def _group_scales(
     square = factor.lower[places, places]
     moved = torch.linalg.solve_triangular(square.T, pending[places], upper=True)
     moved += values[places]
-    return find_scales(moved, factor.diagonal[places], settings.bits, search=settings.scale_search)
+    diagonal = factor.diagonal[places]
+    return find_scales(moved, diagonal, settings.range_bits, search=settings.scale_search)
 
 
 def _keep_better(
@@ -340,10 +354,10 @@ def _check(
             f"{name} has {weight.shape[1]} columns, its Hessian blocks {shapes}; the blocks must "
             "be square and cover the columns"
         )
-    if group_size != PER_CHANNEL and any(edge % group_size for edge in hessian.edges):
+    if group_size != PER_CHANNEL and any(edge % group_size for edge in hessian.edges[1:-1]):
         raise RequestError(
-            f"the Hessian of {name} is cut at the columns {list(hessian.edges)}; cuts must fall on "
-            f"multiples of group_size {group_size}"
+            f"the Hessian of {name} is cut at the columns {list(hessian.edges[1:-1])}; cuts must "
+            f"fall on multiples of group_size {group_size}"
         )
     for low, _, block in hessian.ranges():
         # A sum is not finite where any element is not, and needs no mask of the matrix's size.

@@ -38,12 +38,12 @@ class QuantizationReport:
 
     ``relative_error`` is ||X (W - Ŵ)^T||² / ||X W^T||² over the calibration rows X, and
     ``rtn_relative_error`` the same for rounding to nearest with the MSE scale; both are None where
-    no Hessian was given. ``mse`` is the plain mean of (W - Ŵ)². ``dead_columns`` counts inputs that
-    were zero in every calibration row, ``rows_rounded`` the rows that keep rounding to nearest
-    because the solver did not beat it there.
+    no Hessian was given. ``mse`` is the plain mean of (W - Ŵ)², None where W is unknown.
+    ``dead_columns`` counts inputs that were zero in every calibration row, ``rows_rounded`` the
+    rows that keep rounding to nearest because the solver did not beat it there.
     """
 
-    mse: float
+    mse: float | None = None
     relative_error: float | None = None
     rtn_relative_error: float | None = None
     damp_percent: float | None = None
@@ -102,6 +102,7 @@ def round_to_nearest(
     bits: int,
     group_size: int,
     scale: ScaleRule = "mse",
+    reduce_range: bool = False,
     name: str = "weight",
 ) -> QuantizedWeight:
     """Round each weight to the nearest code.
@@ -111,14 +112,18 @@ def round_to_nearest(
         bits: 4 or 8.
         group_size: 128, 64, 32, or -1 for one scale a row.
         scale: ``absmax`` covers the largest weight, ``mse`` minimises the squared error.
+        reduce_range: keep 8-bit codes within -64 … 63 scales. Processors that add two products of
+            uint8 and int8 in 16 bits (AVX2 and AVX-512 without VNNI) saturate beyond; the layouts
+            stay those of 8 bits.
         name: what an error message calls the matrix.
 
     Raises:
-        RequestError: bits or group size are not among those above.
+        RequestError: bits or group size are not among those above, or 4 bits are to be reduced.
         CheckpointError: the matrix is malformed, not finite, or K is no multiple of the group.
     """
-    check_settings(bits, group_size)
+    check_settings(bits, group_size, reduce_range)
     check_weight(weight, group_size, name)
+    range_bits = bits - reduce_range
     num_rows, num_columns = weight.shape
     group = num_columns if group_size == PER_CHANNEL else group_size
     qweight = np.empty((num_rows, num_columns), np.uint8)
@@ -129,8 +134,8 @@ def round_to_nearest(
         squared = 0.0
         for index, low in enumerate(range(0, num_columns, group)):
             part = values[low : low + group]
-            found = find_scales(part, None, bits, search=scale == "mse")
-            codes = nearest_codes(part, found, bits)
+            found = find_scales(part, None, range_bits, search=scale == "mse")
+            codes = nearest_codes(part, found, range_bits)
             scales[rows, index] = found.to(torch.float16).numpy()
             qweight[rows, low : low + group] = unsigned(codes, bits).T.numpy()
             squared += float(codes.mul_(found).sub_(part).square_().sum())
@@ -154,7 +159,7 @@ def find_scales(
     Args:
         values: float64 [columns, rows]; columns first, so that a column is contiguous.
         column_weights: h, float64 [columns]; None weighs all columns alike.
-        bits: 4 or 8.
+        bits: range of the codes: -2^(bits-1) … 2^(bits-1) - 1.
         search: whether to search at all.
 
     Returns:
@@ -166,8 +171,8 @@ def find_scales(
         column_weights = torch.ones(values.shape[0], dtype=torch.float64)
     # Slices that stay in the processor's cache: every candidate passes over them again.
     step = max(64, _ELEMENTS_AT_A_TIME // values.shape[0])
-    found = [_search(part.contiguous(), column_weights, bits) for part in values.split(step, dim=1)]
-    return torch.cat(found)
+    parts = [values[:, first : first + step] for first in range(0, values.shape[1], step)]
+    return torch.cat([_search(part.contiguous(), column_weights, bits) for part in parts])
 
 
 def _search(values: torch.Tensor, column_weights: torch.Tensor, bits: int) -> torch.Tensor:
@@ -212,7 +217,7 @@ def unsigned(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return (codes + float(2 ** (bits - 1))).to(torch.uint8)
 
 
-def check_settings(bits: int, group_size: int) -> None:
+def check_settings(bits: int, group_size: int, reduce_range: bool) -> None:
     """Refuse what neither the kernels nor the checkpoint format have.
 
     Raises:
@@ -223,6 +228,8 @@ def check_settings(bits: int, group_size: int) -> None:
         faults.append(f"bits is {bits}; allowed are 4, 8")
     if group_size not in GROUP_SIZES:
         faults.append(f"group_size is {group_size}; allowed are 128, 64, 32, -1 (per channel)")
+    if reduce_range and bits == 4:
+        faults.append("reduce_range is for 8 bits; 4-bit products do not saturate")
     if faults:
         raise RequestError("quantisation settings cannot be met: " + "; ".join(faults))
 
