@@ -23,7 +23,8 @@ class ReferenceModel:
         self.processor: Any = transformers.LlavaNextProcessor.from_pretrained(folder)
         self.model: Any = transformers.LlavaNextForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32
-        ).eval()
+        )
+        self.model.eval()
 
     def render(self, prompt: str, num_images: int) -> str:
         """One user turn through the checkpoint's chat template, images first."""

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llava_edge.runtime.answer import Answer, Timings
     from llava_edge.runtime.limits import Limits
-    from llava_edge.runtime.pipeline import AnswerStream, LlavaEdge
+    from llava_edge.runtime.pipeline import LlavaEdge
+    from llava_edge.runtime.stream import AnswerStream
 
 _HOMES = {
     "Answer": "answer",
-    "AnswerStream": "pipeline",
+    "AnswerStream": "stream",
     "Limits": "limits",
     "LlavaEdge": "pipeline",
     "Timings": "answer",

@@ -75,11 +75,17 @@ class Decoder:
         """Valid positions in the cache."""
         return self.cache.length
 
-    def prefill(self, num_tokens: int, fill: FillEmbeddings) -> Array:
-        """Append ``num_tokens`` positions and return the last one's logits.
+    def prefill(self, num_tokens: int, fill: FillEmbeddings, logits_to_keep: int = 1) -> Array:
+        """Append ``num_tokens`` positions and return the logits of the last ones.
+
+        Args:
+            num_tokens: positions to append.
+            fill: writes their embeddings, chunk by chunk.
+            logits_to_keep: how many of the last positions to return logits for; no more than the
+                last chunk holds.
 
         Returns:
-            float32 (vocab,). Valid until the next call.
+            float32 (logits_to_keep, vocab). Valid until the next call.
 
         Raises:
             PromptError: the cache has no room, or there is nothing to compute.
@@ -91,16 +97,39 @@ class Decoder:
                 f"{num_tokens} tokens were asked behind {self.length}; the context holds "
                 f"{self.capacity}. Shorten the prompt, lower the grid, or load a larger context."
             )
-        chunk = np.empty((1, min(num_tokens, self._chunk_tokens), self._hidden), self._dtype)
-        for start in range(0, num_tokens, self._chunk_tokens):
-            stop = min(start + self._chunk_tokens, num_tokens)
+        size = min(num_tokens, self._chunk_tokens)
+        last_start = (num_tokens - 1) // size * size
+        if not 1 <= logits_to_keep <= num_tokens - last_start:
+            raise ValueError(
+                f"logits of {logits_to_keep} positions asked, the last chunk has "
+                f"{num_tokens - last_start}"
+            )
+        chunk = np.empty((1, size, self._hidden), self._dtype)
+        for start in range(0, num_tokens, size):
+            stop = min(start + size, num_tokens)
             rows = chunk[:, : stop - start]
             fill(start, stop, rows[0])
-            self._prefill.input("inputs_embeds", self._device_rows(rows))
-            self._run(self._prefill, stop - start)
-        # The chunk's buffer must not outlive this call: it would pin its memory.
-        self._prefill.input("inputs_embeds", self._row)
-        return self._read_logits()
+            keep = logits_to_keep if start == last_start else 1
+            logits = self._run_chunk(self._device_rows(rows), stop - start, keep)
+        kept: Array = logits.read()[0]
+        return kept
+
+    def _run_chunk(self, rows: Buffer, num_tokens: int, keep: int) -> Buffer:
+        logits = self._logits
+        if keep > 1:
+            shape = (1, keep, logits.shape[-1])
+            logits = Buffer(shape, np.float32, self._session.device)
+        self._keep.write(np.array(keep, np.int64))
+        self._prefill.input("inputs_embeds", rows)
+        self._prefill.output("logits", logits)
+        try:
+            self._run(self._prefill, num_tokens)
+        finally:
+            # Buffers of one call must not outlive it: a binding would pin their memory.
+            self._prefill.input("inputs_embeds", self._row)
+            self._prefill.output("logits", self._logits)
+            self._keep.write(np.array(1, np.int64))
+        return logits
 
     def step(self, row: Array) -> Array:
         """Append one position given its embedding (hidden,) and return its logits (vocab,)."""
@@ -108,7 +137,8 @@ class Decoder:
             raise PromptError(f"the context of {self.capacity} tokens is full")
         self._row.write(row.reshape(1, 1, -1))
         self._run(self._step, 1)
-        return self._read_logits()
+        last: Array = self._logits.read()[0, 0]
+        return last
 
     def rewind(self, length: int) -> None:
         """Forget all but the first ``length`` positions."""
@@ -127,6 +157,3 @@ class Decoder:
         binding.run()
         # Only now: a failed call leaves the old length, and what it wrote is ignored.
         self.cache.length = total
-
-    def _read_logits(self) -> Array:
-        return self._logits.read().reshape(-1)

@@ -22,10 +22,11 @@ class LoopResult:
     """Filled while the loop runs.
 
     ``finish_reason``: ``stop`` a stop token came; ``length`` the number asked for was reached;
-    ``context`` the cache is full. ``decode_seconds`` counts from the first token to the last.
+    ``context`` the cache is full; None while tokens still come. It is set before the last token
+    is yielded. ``decode_seconds`` counts from the first token to the last.
     """
 
-    finish_reason: FinishReason = "length"
+    finish_reason: FinishReason | None = None
     first_token_at: float = 0.0
     decode_seconds: float = 0.0
     num_tokens: int = 0

@@ -19,7 +19,7 @@ from llava_edge.runtime.session import Array
 class Rows(Protocol):
     """Reads embedding rows."""
 
-    def rows(self, ids: Array, out: Array) -> Array:
+    def rows(self, ids: Array, *, out: Array) -> Array:
         """Write the rows of ``ids`` into ``out`` (len(ids), hidden)."""
 
 
@@ -71,8 +71,8 @@ class PromptEmbeddings:
         text = ~is_image
         ids = self._ids[start:stop]
         if not is_image.any():
-            self._table.rows(ids, out)
+            self._table.rows(ids, out=out)
             return
         out[is_image] = self._features[rows[is_image]]
         wanted = np.empty((int(text.sum()), out.shape[1]), out.dtype)
-        out[text] = self._table.rows(ids[text], wanted)
+        out[text] = self._table.rows(ids[text], out=wanted)

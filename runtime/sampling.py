@@ -9,7 +9,6 @@ Source: transformers ``RepetitionPenaltyLogitsProcessor``, ``TemperatureLogitsWa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,7 +64,7 @@ class Sampler:
         options: validated options.
         vocab_size: length of the logits.
         num_text_tokens: rows at or above are padding of the table; they are never drawn.
-        seen: tokens of the prompt, for the repetition penalty.
+        seen: int64 (tokens,) ids of the prompt, for the repetition penalty.
     """
 
     def __init__(
@@ -73,14 +72,14 @@ class Sampler:
         options: SamplingOptions,
         vocab_size: int,
         num_text_tokens: int,
-        seen: Iterable[int] = (),
+        seen: Array | None = None,
     ) -> None:
         self._options = options
         self._num_text_tokens = num_text_tokens
         self._generator = np.random.default_rng(options.seed)
         self._seen = np.zeros(vocab_size, bool)
-        if options.repetition_penalty != 1.0:
-            self._seen[np.fromiter(seen, np.int64)] = True
+        if seen is not None:
+            self._seen[seen[seen < vocab_size]] = True
 
     def choose(self, logits: Array) -> int:
         """The next token id from float32 (vocab,) logits, which are left unchanged."""

@@ -1,0 +1,95 @@
+"""The parts of an artifact: each builder writes its files below a folder, streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.decoder_graph import build_decoder_graph
+from llava_edge.convert.graph import GraphBuilder
+from llava_edge.convert.tokenizer_files import prepare_tokenizer
+from llava_edge.convert.vision_graph import build_vision_graph
+from llava_edge.convert.weights import Array
+from llava_edge.convert.write_embeddings import write_embeddings
+from llava_edge.runtime.manifest import Flavour
+from llava_edge.runtime.records import to_json
+
+Report = Callable[[str, int, int], None]
+"""``report(stage, done, total)`` in bytes."""
+
+EMBEDDINGS_FILE = "embeddings.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
+_EMBEDDING_ROWS = 4096
+
+
+class PartBuilders:
+    """Builders for one checkpoint and one board; what they return is JSON.
+
+    Args:
+        checkpoint: where tensors are read from.
+        flavour: decides the type that the graphs compute in.
+        context_tokens: positions that the decoder's rotary tables cover.
+        report: told about bytes written.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, flavour: Flavour, context_tokens: int, report: Report
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._context_tokens = context_tokens
+        self._report = report
+        self._compute: type[np.float32] | type[np.float16] = (
+            np.float32 if flavour == "cpu" else np.float16
+        )
+
+    def vision(self, folder: Path) -> Any:
+        """Tower and projector; returns their GraphSpec."""
+        graph = build_vision_graph(self._checkpoint.dims, self._checkpoint, self._compute)
+        return self._save(graph, folder, "vision")
+
+    def decoder(self, folder: Path) -> Any:
+        """The language model without its embeddings; returns its GraphSpec."""
+        text = self._checkpoint.dims.text
+        graph = build_decoder_graph(text, self._checkpoint, self._compute, self._context_tokens)
+        return self._save(graph, folder, "decoder")
+
+    def embeddings(self, folder: Path) -> None:
+        """Embedding rows and the newline."""
+        newline = None
+        if "image_newline" in self._checkpoint.tensors:
+            newline = self._checkpoint.read("image_newline")
+        write_embeddings(folder / EMBEDDINGS_FILE, self._embedding_rows(), newline)
+
+    def tokenizer(self, folder: Path) -> Any:
+        """``tokenizer.json``; returns the TokenIds."""
+        tokens = prepare_tokenizer(
+            self._checkpoint.folder,
+            self._checkpoint.config,
+            folder / TOKENIZER_FILE,
+            self._checkpoint.dims.text.vocab_size,
+        )
+        return to_json(tokens)
+
+    def _save(self, graph: GraphBuilder, folder: Path, name: str) -> Any:
+        (folder / name).mkdir()
+        done = 0
+
+        def progress(_: str, nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            self._report(name, done, graph.nbytes)
+
+        graph.save(folder / name, progress)
+        return to_json(graph.spec(f"{name}/model.onnx"))
+
+    def _embedding_rows(self) -> Iterator[Array]:
+        text = self._checkpoint.dims.text
+        row_bytes = 2 * text.hidden_size
+        for start in range(0, text.vocab_size, _EMBEDDING_ROWS):
+            stop = min(start + _EMBEDDING_ROWS, text.vocab_size)
+            yield self._checkpoint.read("language_model.embed_tokens.weight", slice(start, stop))
+            self._report("embeddings", stop * row_bytes, text.vocab_size * row_bytes)

@@ -1,0 +1,354 @@
+"""LlavaEdge: open an artifact, ask about images.
+
+    from llava_edge.runtime import LlavaEdge
+
+    model = LlavaEdge.load("artifact")
+    print(model.generate("What is the total?", images=["receipt.jpg"]).text)
+
+One object may be used by many threads; requests queue. No network, no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import numpy as np
+
+from llava_edge.profiles.errors import PromptError
+from llava_edge.runtime.answer import Answer, PeakMemory, Timings
+from llava_edge.runtime.artifact import Artifact, open_artifact
+from llava_edge.runtime.decoder import Decoder
+from llava_edge.runtime.embeddings import EmbeddingTable
+from llava_edge.runtime.generate import LoopResult, generate_tokens
+from llava_edge.runtime.host_memory import peak_host_bytes
+from llava_edge.runtime.images import ImageSource
+from llava_edge.runtime.limits import Limits
+from llava_edge.runtime.manifest import Flavour
+from llava_edge.runtime.placement import Device, check_host_memory, choose_device
+from llava_edge.runtime.progress import ReportProgress, no_progress
+from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
+from llava_edge.runtime.request import PromptOptions, Request, RequestBuilder
+from llava_edge.runtime.sampling import Sampler, SamplingOptions
+from llava_edge.runtime.session import Array, DeviceKind, Session, SessionOptions
+from llava_edge.runtime.stream import AnswerStream
+from llava_edge.runtime.tokenizer import Tokenizer
+from llava_edge.runtime.vision import VisionEncoder
+
+_PREFILL_CHUNK: dict[Flavour, int] = {"cpu": 512, "cuda": 2048}
+_TILES_PER_BATCH: dict[Flavour, int] = {"cpu": 1, "cuda": 16}
+
+
+class LlavaEdge:
+    """A loaded artifact. Make one with ``load``; close it or use it as a context manager."""
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        device: DeviceKind,
+        threads: int,
+        context_tokens: int,
+        limits: Limits,
+        progress: ReportProgress,
+    ) -> None:
+        manifest = artifact.manifest
+        flavour = manifest.flavour
+        self.artifact = artifact
+        self.device = device
+        self.context_tokens = context_tokens
+        self._dims = manifest.model
+        self._tokens = manifest.tokens
+        self._dtype: type[np.float32] | type[np.float16] = (
+            np.float32 if flavour == "cpu" else np.float16
+        )
+        self._lock = threading.Lock()
+        self._tokenizer = Tokenizer.open(
+            artifact.path(manifest.tokenizer), manifest.tokens, manifest.prompt
+        )
+        self._requests = RequestBuilder(manifest, self._tokenizer, limits)
+        self._table = EmbeddingTable(artifact.path(manifest.embeddings), self._dims)
+        options = SessionOptions(device=device, threads=threads)
+        progress("loading", 0, 2)
+        vision = Session(artifact.path(manifest.vision.file), options)
+        progress("loading", 1, 2)
+        decoder = Session(artifact.path(manifest.decoder.file), options)
+        progress("loading", 2, 2)
+        self._vision = VisionEncoder(vision, self._dims, _TILES_PER_BATCH[flavour], self._dtype)
+        self._decoder = Decoder(
+            decoder, self._dims.text, context_tokens, _PREFILL_CHUNK[flavour], self._dtype
+        )
+
+    @classmethod
+    def load(
+        cls,
+        artifact: str | os.PathLike[str],
+        device: Device = "auto",
+        *,
+        threads: int = 0,
+        context_tokens: int | None = None,
+        require_verified: bool = False,
+        allow_slow: bool = False,
+        limits: Limits | None = None,
+        progress: ReportProgress = no_progress,
+    ) -> LlavaEdge:
+        """Open an artifact.
+
+        Args:
+            artifact: folder that ``llava-edge convert`` wrote.
+            device: ``auto`` takes what the artifact was made for. A cpu artifact does not run on
+                cuda; a cuda artifact runs on the CPU only with ``allow_slow``.
+            threads: of the CPU provider; 0 lets it take every physical core.
+            context_tokens: positions of the cache, at most the artifact's; fewer take less memory.
+            require_verified: refuse an artifact without its certificate.
+            allow_slow: see ``device``.
+            limits: bounds on what is accepted as input.
+            progress: told about loading.
+
+        Raises:
+            ArtifactError: the artifact is damaged, unsafe or not verified.
+            EngineError: the device is not there, or does not suit the artifact.
+            OutOfMemoryError: cache and weights do not fit what is free now.
+        """
+        opened = open_artifact(artifact, require_verified=require_verified)
+        manifest = opened.manifest
+        chosen = choose_device(device, manifest.flavour, allow_slow)
+        context = manifest.context_tokens if context_tokens is None else context_tokens
+        if not 1 <= context <= manifest.context_tokens:
+            raise PromptError(
+                f"a context of {context} tokens was asked; the artifact was made for 1 to "
+                f"{manifest.context_tokens}. Convert again with --context for a longer one."
+            )
+        if chosen == "cpu":
+            check_host_memory(opened, context)
+        return cls(opened, chosen, threads, context, limits or Limits(), progress)
+
+    def generate(self, prompt: str, images: Sequence[ImageSource] = (), **options: Any) -> Answer:
+        """Answer a question; takes the options of ``stream``.
+
+        Returns:
+            The whole answer.
+        """
+        with self.stream(prompt, images, **options) as stream:
+            for _ in stream:
+                pass
+            return stream.answer
+
+    def stream(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] = (),
+        *,
+        raw: bool = False,
+        image_marks: bool = True,
+        grid: str | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        progress: ReportProgress = no_progress,
+    ) -> AnswerStream:
+        """Answer a question piece by piece. Everything about the input is checked at once.
+
+        Args:
+            prompt: the question. ``<image>`` marks where each image goes; without marks they go
+                where the model's template puts them, first.
+            images: paths, bytes, PIL images or uint8 arrays.
+            raw: the prompt is finished; no template is applied and every image needs its mark.
+            image_marks: whether ``<image>`` in the prompt is a mark or plain text.
+            grid: lower the AnyRes grid, for instance ``base`` or ``1x2``.
+            max_new_tokens: at most so many tokens.
+            temperature: 0 is greedy; see ``SamplingOptions`` for the rest.
+            top_k: see ``SamplingOptions``.
+            top_p: see ``SamplingOptions``.
+            repetition_penalty: see ``SamplingOptions``.
+            seed: see ``SamplingOptions``.
+            progress: told about tiles and prompt chunks.
+
+        Returns:
+            An iterator of text; its ``answer`` is there once it ended.
+
+        Raises:
+            ImageError: an image is refused.
+            PromptError: the prompt is empty, too long, or its marks do not match the images.
+            RequestError: a sampling option or the grid is out of range.
+        """
+        sampling = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed)
+        if max_new_tokens < 1:
+            raise PromptError(f"max_new_tokens is {max_new_tokens}; at least 1 is needed")
+        options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
+        request = self._requests.build(prompt, images, options)
+        self._check_length(request)
+        return AnswerStream(self._run(request, sampling, max_new_tokens, progress))
+
+    def count_tokens(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] = (),
+        *,
+        raw: bool = False,
+        image_marks: bool = True,
+        grid: str | None = None,
+    ) -> int:
+        """Exactly how many tokens a prompt takes, images included, before running anything."""
+        options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
+        return self._requests.build(prompt, images, options, with_pixels=False).num_tokens
+
+    def teacher_forced_logits(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] = (),
+        token_ids: Sequence[int] = (),
+        *,
+        raw: bool = False,
+        image_marks: bool = True,
+        grid: str | None = None,
+    ) -> Array:
+        """Logits behind the prompt and behind each given token, by the decode path.
+
+        Args:
+            prompt: as in ``stream``.
+            images: as in ``stream``.
+            token_ids: tokens that are taken as the answer, whatever the logits say.
+            raw: as in ``stream``.
+            image_marks: as in ``stream``.
+            grid: as in ``stream``.
+
+        Returns:
+            float32 (1 + len(token_ids), vocab).
+        """
+        options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
+        request = self._requests.build(prompt, images, options)
+        self._check_length(request)
+        rows = np.empty((1 + len(token_ids), self._dims.text.vocab_size), np.float32)
+        with self._lock:
+            rows[0], _, _ = self._prefill(request, no_progress)
+            for index, token in enumerate(token_ids, start=1):
+                row = self._table.rows(np.array([token]), dtype=self._dtype)
+                rows[index] = self._decoder.step(row[0])
+        return rows
+
+    def close(self) -> None:
+        """Wait for the request in progress and let go of files; idempotent."""
+        with self._lock:
+            self._table.close()
+
+    def __enter__(self) -> LlavaEdge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_length(self, request: Request) -> None:
+        if request.num_tokens < self.context_tokens:
+            return
+        raise PromptError(
+            f"the prompt takes {request.num_tokens} tokens ({request.image_tokens} of them for "
+            f"{len(request.layouts)} images); the context holds {self.context_tokens} and the "
+            "answer needs at least one. Shorten the text, give fewer images, lower the grid, or "
+            "load or convert with a larger context."
+        )
+
+    def _run(
+        self,
+        request: Request,
+        sampling: SamplingOptions,
+        max_new_tokens: int,
+        progress: ReportProgress,
+    ) -> Generator[str, None, Answer]:
+        with self._lock:
+            started = time.perf_counter()
+            logits, vision_seconds, prefill_seconds = self._prefill(request, progress)
+            vocab_size = self._dims.text.vocab_size
+            sampler = Sampler(sampling, vocab_size, self._tokens.num_text_tokens, request.ids)
+            row = np.empty((1, self._dims.text.hidden_size), self._dtype)
+            stop_ids = frozenset(self._tokens.stop)
+            result = LoopResult()
+            decoder = self._tokenizer.stream()
+            token_ids: list[int] = []
+            text: list[str] = []
+            for token in generate_tokens(
+                self._decoder,
+                logits,
+                sampler,
+                lambda token: self._table.rows(np.array([token]), out=row)[0],
+                stop_ids,
+                max_new_tokens,
+                result,
+            ):
+                token_ids.append(token)
+                ended = result.finish_reason is not None
+                piece = "" if token in stop_ids else decoder.push(token)
+                if ended:
+                    piece += decoder.finish()
+                if piece:
+                    text.append(piece)
+                    yield piece
+            rate = None
+            if result.num_tokens > 1:
+                rate = (result.num_tokens - 1) / max(result.decode_seconds, 1e-9)
+            waited = result.first_token_at - started
+            timings = Timings(
+                preprocess_seconds=request.preprocess_seconds,
+                vision_seconds=vision_seconds,
+                prefill_seconds=prefill_seconds,
+                decode_seconds=result.decode_seconds,
+                ttft_seconds=request.preprocess_seconds + waited,
+                decode_tokens_per_second=rate,
+            )
+            assert result.finish_reason is not None
+            return Answer(
+                text="".join(text),
+                token_ids=tuple(token_ids),
+                prompt_tokens=request.num_tokens,
+                image_tokens=request.image_tokens,
+                finish_reason=result.finish_reason,
+                timings=timings,
+                peak_memory=PeakMemory(host_bytes=peak_host_bytes(), device_bytes=None),
+                device=self.device,
+                engine="ort",
+            )
+
+    def _prefill(self, request: Request, progress: ReportProgress) -> tuple[Array, float, float]:
+        """Logits (vocab,) of the prompt's last position; seconds of vision and of prefill."""
+        started = time.perf_counter()
+        embeddings = self._embed(request, progress)
+        encoded = time.perf_counter()
+        total = request.num_tokens
+
+        def fill(start: int, stop: int, out: Array) -> None:
+            progress("prompt", start, total)
+            embeddings.fill(start, stop, out)
+
+        self._decoder.rewind(0)
+        logits = self._decoder.prefill(total, fill)[0]
+        progress("prompt", total, total)
+        return logits, encoded - started, time.perf_counter() - encoded
+
+    def _embed(self, request: Request, progress: ReportProgress) -> PromptEmbeddings:
+        patches = self._dims.vision.num_patches
+        total = sum(layout.num_tiles for layout in request.layouts)
+        features = np.empty((total * patches + 1, self._dims.text.hidden_size), self._dtype)
+        newline = self._table.image_newline
+        # Only models without tiles have no newline row, and then nothing refers to it.
+        features[-1] = 0 if newline is None else newline
+        done = 0
+        for pixels in request.pixel_values:
+            progress("tiles", done, total)
+            rows = features[done * patches : (done + len(pixels)) * patches]
+            self._vision.encode(pixels, rows.reshape(len(pixels), patches, -1))
+            done += len(pixels)
+        if total:
+            progress("tiles", total, total)
+        return PromptEmbeddings(
+            request.ids,
+            self._tokens.image,
+            request.layouts,
+            self._dims.vision.patches_per_side,
+            features,
+            self._table,
+        )

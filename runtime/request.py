@@ -1,0 +1,151 @@
+"""Request: a question made ready for the model, all of it checked before any work starts.
+
+Prompt and images go in; token ids with every image expanded to its exact cost, and its tiles, come
+out. Knows no session.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from llava_edge.profiles.anyres import AnyRes, TileLayout, lower_pinpoints
+from llava_edge.profiles.errors import PromptError
+from llava_edge.runtime.image_processor import ImageProcessor
+from llava_edge.runtime.images import ImageSource, open_image
+from llava_edge.runtime.limits import Limits
+from llava_edge.runtime.manifest import ImageProcessing, Manifest
+from llava_edge.runtime.prompt import Piece, compose, raw_pieces, user_message
+from llava_edge.runtime.session import Array
+from llava_edge.runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How prompt and images are read; see ``LlavaEdge.stream``."""
+
+    raw: bool = False
+    image_marks: bool = True
+    grid: str | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A question made ready.
+
+    Attributes:
+        ids: int64 (num_tokens,), each image as many ids as it costs.
+        layouts: geometry of each image, in order of appearance.
+        pixel_values: tiles of each image, float32 (num_tiles, 3, T, T); empty when only counted.
+        preprocess_seconds: what making it took.
+    """
+
+    ids: Array
+    layouts: tuple[TileLayout, ...]
+    pixel_values: tuple[Array, ...]
+    preprocess_seconds: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole prompt."""
+        return int(self.ids.size)
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens that stand for images."""
+        return sum(layout.num_image_tokens for layout in self.layouts)
+
+
+class RequestBuilder:
+    """Makes requests for one artifact."""
+
+    def __init__(self, manifest: Manifest, tokenizer: Tokenizer, limits: Limits) -> None:
+        self._manifest = manifest
+        self._tokenizer = tokenizer
+        self._limits = limits
+
+    def build(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource],
+        options: PromptOptions,
+        *,
+        with_pixels: bool = True,
+    ) -> Request:
+        """Check and prepare.
+
+        Args:
+            prompt: text of the user, or a finished prompt with ``options.raw``.
+            images: one for each mark.
+            options: how to read them.
+            with_pixels: cut the tiles as well; without, only tokens are counted.
+
+        Raises:
+            ImageError: an image is refused.
+            PromptError: the prompt is empty or too large, or marks and images do not match.
+            RequestError: the grid is unknown or larger than the artifact's.
+        """
+        start = time.perf_counter()
+        self._check_sizes(prompt, images)
+        pieces = self._pieces(prompt, len(images), options)
+        processing = self._processing(options.grid)
+        anyres = AnyRes(
+            processing.tile_size,
+            processing.patch_size,
+            processing.image_grid_pinpoints,
+            processing.reference,
+        )
+        processor = ImageProcessor(processing)
+        layouts: list[TileLayout] = []
+        pixel_values: list[Array] = []
+        for source in images:
+            image = open_image(source, self._limits)
+            if with_pixels:
+                tiles = processor.preprocess(image)
+                layouts.append(tiles.layout)
+                pixel_values.append(tiles.pixel_values)
+            else:
+                layouts.append(anyres.layout(image.height, image.width))
+        counts = [layout.num_image_tokens for layout in layouts]
+        ids = self._tokenizer.expand_media(self._tokenizer.encode_pieces(pieces), counts)
+        return Request(
+            ids=np.asarray(ids, np.int64),
+            layouts=tuple(layouts),
+            pixel_values=tuple(pixel_values),
+            preprocess_seconds=time.perf_counter() - start,
+        )
+
+    def _check_sizes(self, prompt: str, images: Sequence[ImageSource]) -> None:
+        if isinstance(images, (str, bytes, os.PathLike)):
+            raise PromptError("images must be a list of images; wrap the one you have: [image]")
+        if len(images) > self._limits.max_images:
+            raise PromptError(
+                f"{len(images)} images were given; at most {self._limits.max_images} are accepted"
+            )
+        if len(prompt) > self._limits.max_prompt_characters:
+            raise PromptError(
+                f"the prompt has {len(prompt)} characters; at most "
+                f"{self._limits.max_prompt_characters} are accepted"
+            )
+
+    def _pieces(self, prompt: str, num_images: int, options: PromptOptions) -> tuple[Piece, ...]:
+        if options.raw:
+            return raw_pieces(prompt, images=num_images)
+        prompt_format = self._manifest.prompt
+        if prompt_format is None:
+            raise PromptError(
+                "this artifact has no chat template; give a finished prompt with raw=True (--raw)"
+            )
+        message = user_message(prompt, images=num_images)
+        return compose(prompt_format, (message,), image_marks=options.image_marks)
+
+    def _processing(self, grid: str | None) -> ImageProcessing:
+        processing = self._manifest.image_processing
+        if grid is None:
+            return processing
+        lowered = lower_pinpoints(processing.image_grid_pinpoints, grid, processing.tile_size)
+        return replace(processing, image_grid_pinpoints=lowered)
