@@ -8,6 +8,7 @@ from typing import Any
 
 from llava_edge.convert.random_tokenizer import Backbone
 from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.variants import find_variant
 
 _STOCK_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 _ARCHITECTURES: Mapping[str, str] = {
@@ -59,6 +60,15 @@ class RandomSpec:
             return self.pinpoints
         side = self.image_size
         return tuple((rows * side, columns * side) for rows, columns in _STOCK_GRIDS)
+
+    @classmethod
+    def from_variant(cls, name: str) -> RandomSpec:
+        """The spec of a published variant at its full size.
+
+        Raises:
+            RequestError: there is no such variant.
+        """
+        return cls.from_dims(find_variant(name).dims)
 
     @classmethod
     def from_dims(cls, dims: ModelDims) -> RandomSpec:
