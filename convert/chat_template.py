@@ -7,7 +7,6 @@ shows in the check: its text and that of the segments differ.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from llava_edge.convert.template_process import (
     TemplateLimits,
     render_all,
 )
+from llava_edge.convert.text_files import read_object, read_text
 from llava_edge.profiles.errors import CheckpointError
 from llava_edge.runtime.manifest import PromptFormat, Turn
 from llava_edge.runtime.prompt import (
@@ -34,7 +34,6 @@ from llava_edge.runtime.prompt import (
     user_message,
 )
 
-_MAX_JSON_BYTES = 64 << 20
 _LATER = 86_400.0 * 400 + 40_000.0
 _FIRST, _SECOND = "Zq1ask", "Zq2ask"
 _ANSWER, _SYSTEM = "Zq3say", "Zq4rule"
@@ -130,23 +129,23 @@ def find_template(folder: Path) -> str | None:
         CheckpointError: a file cannot be read, or several templates have no default.
     """
     for name in ("processor_config.json", "chat_template.json"):
-        found = _default(_read_json(folder / name).get("chat_template"), name)
+        found = _default(read_object(folder / name).get("chat_template"), name)
         if found is not None:
             return found
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
-        return _read_text(jinja)
+        return read_text(jinja)
     name = "tokenizer_config.json"
-    return _default(_read_json(folder / name).get("chat_template"), name)
+    return _default(read_object(folder / name).get("chat_template"), name)
 
 
 def special_tokens_map(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Special tokens by name, as the reference hands them to the template."""
-    settings = _read_json(folder / "tokenizer_config.json")
+    settings = read_object(folder / "tokenizer_config.json")
     sources = [settings]
     if "added_tokens_decoder" not in settings:
         # Older checkpoints: the reference lets this file overrule the other one.
-        sources.append(_read_json(folder / "special_tokens_map.json"))
+        sources.append(read_object(folder / "special_tokens_map.json"))
     found: dict[str, str] = {}
     if "LlamaTokenizer" in str(settings.get("tokenizer_class", "")) and config.get(
         "model_type"
@@ -441,34 +440,13 @@ def _default(value: object, name: str) -> str | None:
 
 
 def _added_tokens(folder: Path) -> tuple[str, ...]:
-    found: set[str] = set(_read_json(folder / "added_tokens.json"))
-    settings = _read_json(folder / "tokenizer_config.json")
-    listed = [*_read_json(folder / "tokenizer.json").get("added_tokens", [])]
+    found: set[str] = set(read_object(folder / "added_tokens.json"))
+    settings = read_object(folder / "tokenizer_config.json")
+    listed = [*read_object(folder / "tokenizer.json").get("added_tokens", [])]
     decoder = settings.get("added_tokens_decoder")
     listed += decoder.values() if isinstance(decoder, Mapping) else []
     found |= {t["content"] for t in listed if isinstance(t, Mapping) and t.get("content")}
     return tuple(sorted(found))
-
-
-def _read_text(file: Path) -> str:
-    try:
-        if file.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{file} has more than {_MAX_JSON_BYTES} bytes.")
-        return file.read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}. Fetch it again.") from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(_read_text(file))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is no valid JSON: {error}. Fetch it again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} holds no JSON object. Fetch it again.")
-    return value
 
 
 def _other_form(conversation: str, fault: str) -> CheckpointError:
