@@ -54,7 +54,8 @@ def read_image_header(data: bytes, max_frames: int) -> ImageHeader:
         if data.startswith(magic, offset) and (reader is not _read_webp or data[:4] == b"RIFF"):
             try:
                 return reader(data, max_frames)
-            except (struct.error, IndexError) as error:
+            except (struct.error, IndexError, OverflowError) as error:
+                # OverflowError: an offset of 64 bits, farther than any file reaches.
                 name = reader.__name__.removeprefix("_read_").upper()
                 raise ImageError(
                     f"image is cut off: its {name} header goes on after {len(data)} bytes. "

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llava_edge.profiles.errors import ImageError, OutOfMemoryError, RequestError
 from llava_edge.runtime.image_header import read_image_header
@@ -211,7 +211,10 @@ def _decoded(label: str, decode: Callable[[], T]) -> T:
         raise OutOfMemoryError(f"{label}: memory ran out while it was decoded") from error
     except Exception as error:
         # Decoders of damaged files raise nearly anything: OSError, SyntaxError, struct.error …
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        if isinstance(error, UnidentifiedImageError):
+            # Its own text names a buffer's address.
+            reason = "its header is not understood"
         raise ImageError(
-            f"{label} cannot be decoded: {type(error).__name__}: {str(error)[:200]}. "
-            "The file may be cut off or damaged."
+            f"{label} cannot be decoded: {reason}. The file may be cut off or damaged."
         ) from error

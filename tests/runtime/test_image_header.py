@@ -81,11 +81,12 @@ def test_an_old_bitmap_header_has_short_sides() -> None:
     assert read_image_header(data, 1) == ImageHeader("BMP", 3, 40_000)
 
 
-def test_the_largest_of_several_jpeg_frame_headers_counts() -> None:
+@pytest.mark.parametrize("place", ["before", "behind"])
+def test_the_largest_of_several_jpeg_frame_headers_counts(place: str) -> None:
     data = encoded("JPEG", "RGB", 8, 8)
-    start = data.index(b"\xff\xc0")
+    start = data.index(b"\xff\xc0") + (19 if place == "behind" else 0)
     second = b"\xff\xc0" + struct.pack(">HBHH", 8, 8, 60_000, 50_000) + b"\0"
-    header = read_image_header(data[: start + 19] + second + data[start + 19 :], 1)
+    header = read_image_header(data[:start] + second + data[start:], 1)
     assert (header.height, header.width) == (60_000, 50_000)
 
 
@@ -136,6 +137,7 @@ def test_a_tiff_directory_that_points_at_itself_ends_the_count() -> None:
         (b"RIFF\0\0\0\0WEBPVP8X\x0a\0\0\0\0", "cut off: its WEBP header"),
         (b"BM\0", "cut off: its BMP header"),
         (b"II*\0\xff\xff\xff\x7f", "cut off: its TIFF header"),
+        (b"II+\0\x08\0\0\0" + b"\xff" * 8, "cut off: its TIFF header"),
         (b"xxxx\0\0\0\0WEBPVP8X", "starts with b'xxxx"),
     ],
 )
