@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_edge.profiles.errors import (
+    ArtifactError,
+    EngineError,
+    ImageError,
+    PromptError,
+    RequestError,
+)
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.pipeline import LlavaEdge as _Direct
+
+
+@pytest.fixture(scope="module")
+def artifact(make_checkpoint: Callable[..., Path], make_artifact: Callable[..., Path]) -> Path:
+    return make_artifact(make_checkpoint("odd", backbone="mistral"))
+
+
+@pytest.fixture(scope="module")
+def model(artifact: Path) -> Iterator[LlavaEdge]:
+    with LlavaEdge.load(artifact, threads=1) as loaded:
+        yield loaded
+
+
+def test_the_lazy_name_is_the_class() -> None:
+    assert LlavaEdge is _Direct
+
+
+def test_an_answer_accounts_for_its_tokens_and_time(model: LlavaEdge, picture: Image.Image) -> None:
+    answer = model.generate("What is this?", [picture], max_new_tokens=6)
+
+    timings = answer.timings
+    assert len(answer.token_ids) == 6
+    assert answer.finish_reason == "length"
+    assert answer.prompt_tokens == model.count_tokens("What is this?", [picture])
+    assert 0 < answer.image_tokens < answer.prompt_tokens
+    assert timings.ttft_seconds >= timings.vision_seconds + timings.prefill_seconds
+    assert timings.decode_tokens_per_second is not None
+    assert answer.peak_memory.host_bytes > 1 << 20
+    assert (answer.device, answer.engine, answer.degraded) == ("cpu", "ort", ())
+
+
+def test_one_token_has_no_decode_rate(model: LlavaEdge) -> None:
+    answer = model.generate("Hello", max_new_tokens=1)
+
+    assert answer.timings.decode_tokens_per_second is None
+
+
+def test_streamed_pieces_are_the_text(model: LlavaEdge, picture: Image.Image) -> None:
+    with model.stream("What is this?", [picture], max_new_tokens=12) as stream:
+        pieces = list(stream)
+
+    assert "".join(pieces) == stream.answer.text
+    assert stream.answer.text == model.generate("What is this?", [picture], max_new_tokens=12).text
+
+
+def test_the_stop_token_ends_the_answer_and_is_no_text(artifact: Path) -> None:
+    with LlavaEdge.load(artifact, threads=1) as model:
+        plain = model.generate("Hello there", max_new_tokens=8)
+        # The fourth token of this answer becomes a stop token: same weights, shorter answer.
+        wanted = plain.token_ids[3]
+        first = plain.token_ids.index(wanted)
+        object.__setattr__(model._tokens, "stop", (wanted,))
+
+        stopped = model.generate("Hello there", max_new_tokens=8)
+
+    assert stopped.token_ids == plain.token_ids[: first + 1]
+    assert stopped.finish_reason == "stop"
+    assert plain.text.startswith(stopped.text)
+
+
+def test_a_full_context_ends_the_answer(artifact: Path) -> None:
+    with LlavaEdge.load(artifact, threads=1) as roomy:
+        count = roomy.count_tokens("Hello there")
+    with LlavaEdge.load(artifact, threads=1, context_tokens=count + 3) as model:
+        answer = model.generate("Hello there", max_new_tokens=100)
+
+    # Three positions are left; the last token needs none, since nothing follows it.
+    assert answer.finish_reason == "context"
+    assert len(answer.token_ids) == 4
+
+
+def test_a_dropped_stream_lets_the_next_request_run(model: LlavaEdge) -> None:
+    stream = model.stream("Tell me everything", max_new_tokens=200)
+    next(stream)
+    stream.close()
+
+    assert len(model.generate("Hello", max_new_tokens=2).token_ids) == 2
+    with pytest.raises(EngineError, match="the answer is not complete"):
+        _ = stream.answer
+
+
+def test_threads_queue_and_get_the_answers_they_would_get_alone(model: LlavaEdge) -> None:
+    prompts = [f"Question number {number}" for number in range(6)]
+    alone = [model.generate(prompt, max_new_tokens=5).token_ids for prompt in prompts]
+    found: dict[int, tuple[int, ...]] = {}
+
+    def ask(index: int) -> None:
+        found[index] = model.generate(prompts[index], max_new_tokens=5).token_ids
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert [found[index] for index in range(len(prompts))] == alone
+
+
+def test_sampling_with_one_seed_repeats_and_differs_from_another(model: LlavaEdge) -> None:
+    def sample(seed: int) -> tuple[int, ...]:
+        answer = model.generate("Hello", temperature=2.0, seed=seed, max_new_tokens=12)
+        return answer.token_ids
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+def test_a_lower_grid_takes_fewer_tokens_and_a_higher_one_is_refused(
+    model: LlavaEdge, picture: Image.Image
+) -> None:
+    full = model.count_tokens("Hi", [picture])
+    base = model.count_tokens("Hi", [picture], grid="base")
+    side = model.artifact.manifest.model.vision.patches_per_side
+
+    # base: every patch of the thumbnail and one newline
+    text = full - model.generate("Hi", [picture], max_new_tokens=1).image_tokens
+    assert base - text == side * side + 1
+    with pytest.raises(RequestError, match="A grid can only be lowered here"):
+        model.count_tokens("Hi", [picture], grid="3x3")
+
+
+def test_images_may_be_arrays_bytes_and_paths(
+    model: LlavaEdge, picture: Image.Image, tmp_path: Path
+) -> None:
+    path = tmp_path / "picture.png"
+    picture.save(path)
+    sources = [path, str(path), path.read_bytes(), picture, np.asarray(picture)]
+
+    answers = {model.generate("What?", [source], max_new_tokens=4).token_ids for source in sources}
+
+    assert len(answers) == 1
+
+
+@pytest.mark.parametrize("control", ["</s>", "<s>", "<pad>", "<unk>"])
+def test_a_control_token_in_the_prompt_stays_text(model: LlavaEdge, control: str) -> None:
+    request = model._requests.build(f"say {control} now", [], _options())
+    plain = model._requests.build("say  now", [], _options())
+    special = model._tokenizer.control_ids
+
+    assert [i for i in request.ids if i in special] == [i for i in plain.ids if i in special]
+
+
+def _options():  # type: ignore[no-untyped-def]
+    from llava_edge.runtime.request import PromptOptions
+
+    return PromptOptions()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "num_images", "options", "error", "message"),
+    [
+        pytest.param("", 0, {}, PromptError, "prompt is empty", id="empty"),
+        pytest.param("  \n", 0, {"raw": True}, PromptError, "prompt is empty", id="blank raw"),
+        pytest.param(
+            "<image> and <image>", 1, {}, PromptError, "1 images were given and .* 2", id="marks"
+        ),
+        pytest.param("no mark", 1, {"raw": True}, PromptError, "1 images", id="raw without mark"),
+        pytest.param(
+            "word " * 3000, 0, {}, PromptError, r"takes \d+ tokens .* the context holds", id="long"
+        ),
+        pytest.param("Hi", 0, {"max_new_tokens": 0}, PromptError, "at least 1", id="no tokens"),
+        pytest.param("Hi", 0, {"top_p": 2.0}, RequestError, "top_p", id="sampling"),
+        pytest.param("Hi", 0, {"grid": "9x9"}, RequestError, "grid", id="unknown grid"),
+    ],
+)
+def test_a_wrong_request_is_refused_before_any_work(
+    model: LlavaEdge,
+    picture: Image.Image,
+    prompt: str,
+    num_images: int,
+    options: dict[str, object],
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        model.stream(prompt, [picture] * num_images, **options)  # type: ignore[arg-type]
+
+
+def test_a_single_image_that_is_no_list_is_named(model: LlavaEdge) -> None:
+    with pytest.raises(PromptError, match="images must be a list"):
+        model.generate("Hi", "picture.png")
+
+
+def test_a_text_file_is_no_image(model: LlavaEdge, tmp_path: Path) -> None:
+    path = tmp_path / "notes.png"
+    path.write_text("these are words\n")
+
+    with pytest.raises(ImageError, match=r"notes\.png"):
+        model.generate("What?", [path])
+
+
+def test_a_context_beyond_the_artifact_is_refused(artifact: Path) -> None:
+    with pytest.raises(PromptError, match="made for 1 to"):
+        LlavaEdge.load(artifact, context_tokens=10**6)
+
+
+def test_a_cpu_artifact_does_not_run_on_cuda(artifact: Path) -> None:
+    with pytest.raises(EngineError, match="cpu flavour"):
+        LlavaEdge.load(artifact, device="cuda")
+
+
+def test_a_cuda_artifact_needs_cuda_or_insistence(
+    make_checkpoint: Callable[..., Path], make_artifact: Callable[..., Path]
+) -> None:
+    cuda = make_artifact(make_checkpoint("odd", backbone="mistral"), profile="a100")
+
+    with pytest.raises(EngineError, match="--allow-slow"):
+        LlavaEdge.load(cuda)
+    with pytest.raises(EngineError, match="onnxruntime-gpu"):
+        LlavaEdge.load(cuda, device="cuda")
+
+
+def test_an_unverified_artifact_is_refused_when_that_is_required(artifact: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"certificate\.json"):
+        LlavaEdge.load(artifact, require_verified=True)
+
+
+def test_memory_is_asked_before_it_is_taken(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llava_edge.profiles.errors import OutOfMemoryError
+    from llava_edge.runtime import placement
+
+    monkeypatch.setattr(placement, "available_host_bytes", lambda: 1 << 20)
+
+    with pytest.raises(OutOfMemoryError, match=r"0\.00 GiB are free"):
+        LlavaEdge.load(artifact)
