@@ -29,6 +29,9 @@ class Decoder:
         capacity: positions of the cache.
         chunk_tokens: largest number of positions computed at once in prefill; bounds activations.
         dtype: float32 (cpu flavour) or float16 (cuda flavour) of embeddings and cache.
+
+    Attributes:
+        step_seconds: time spent inside ONNX Runtime by all decode steps so far.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Decoder:
         self._session = session
         self._dtype = dtype
         self._hidden = text.hidden_size
+        self.step_seconds = 0.0
         self.cache = KVCache(text, capacity, dtype, device)
         # Lengths: total minus one on the device, the total itself in host memory. The total may
         # be any bound up to the capacity, so it is set once (which is what graph capture needs).
@@ -136,7 +140,9 @@ class Decoder:
         if self.length >= self.capacity:
             raise PromptError(f"the context of {self.capacity} tokens is full")
         self._row.write(row.reshape(1, 1, -1))
+        before = self._session.run_seconds
         self._run(self._step, 1)
+        self.step_seconds += self._session.run_seconds - before
         last: Array = self._logits.read()[0, 0]
         return last
 

@@ -95,12 +95,18 @@ class EmbeddingTable:
                 f"out must be float32 or float16 [{ids.size}, {self.hidden_size}], "
                 f"got {out.dtype} {list(out.shape)}"
             )
-        outside = np.unique(ids[(ids < 0) | (ids >= self.vocab_size)])
-        if outside.size:
+        if ids.size == 0:
+            return out
+        if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
+            outside = np.unique(ids[(ids < 0) | (ids >= self.vocab_size)])
             raise PromptError(
                 f"token ids {shorten([str(i) for i in outside])} have no embedding; this model "
                 f"has rows 0 to {self.vocab_size - 1}. Encode the prompt with its own tokenizer."
             )
+        if ids.size == 1:
+            # A decode step: sorting out neighbours would cost more than the read.
+            out[0] = self._run(int(ids[0]), 1)[0]
+            return out
         for start in range(0, ids.size, _BLOCK_ROWS):
             block = slice(start, start + _BLOCK_ROWS)
             distinct, places = np.unique(ids[block], return_inverse=True)
@@ -110,21 +116,24 @@ class EmbeddingTable:
     def _distinct_rows(self, ids: Array) -> Array:
         """Rows of ascending distinct ids; neighbours come with one read."""
         table = np.empty((ids.size, self.hidden_size), _HALF)
-        stride = 2 * self.hidden_size
         runs = np.split(np.arange(ids.size), np.flatnonzero(np.diff(ids) != 1) + 1)
+        for run in runs:
+            first, count = int(run[0]), len(run)
+            table[first : first + count] = self._run(int(ids[first]), count)
+        return table
+
+    def _run(self, first: int, count: int) -> Array:
+        """``count`` neighbouring rows from ``first`` on, by one read."""
+        stride = 2 * self.hidden_size
         # The lock keeps close() from giving the descriptor away in the middle of a read.
         with self._lock:
             if self._descriptor < 0:
                 raise ArtifactError(f"{self.path} is closed; load the artifact again")
-            for run in runs:
-                first, count = int(run[0]), len(run)
-                length = count * stride
-                offset = self._start + int(ids[first]) * stride
-                data = read_at(self._descriptor, offset, length, self.path)
-                if len(data) != length:
-                    raise _truncated(self.path)
-                table[first : first + count] = np.frombuffer(data, _HALF).reshape(count, -1)
-        return table
+            offset = self._start + first * stride
+            data = read_at(self._descriptor, offset, count * stride, self.path)
+        if len(data) != count * stride:
+            raise _truncated(self.path)
+        return np.frombuffer(data, _HALF).reshape(count, -1)
 
     def close(self) -> None:
         """Give the file back; further calls do nothing."""

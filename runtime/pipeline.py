@@ -232,6 +232,11 @@ class LlavaEdge:
                 rows[index] = self._decoder.step(row[0])
         return rows
 
+    @property
+    def decode_run_seconds(self) -> float:
+        """Time that all decode steps so far spent inside ONNX Runtime; the rest is our loop."""
+        return self._decoder.step_seconds
+
     def close(self) -> None:
         """Wait for the request in progress and let go of files; idempotent."""
         with self._lock:
