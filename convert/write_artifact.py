@@ -114,6 +114,7 @@ class ArtifactWriter:
         self._needed_bytes = needed_bytes
         self._lock = -1
         self._asked: set[str] = set()
+        self._journal = _Journal({})
         request = json.loads(json.dumps(dict(request_key), allow_nan=False))
         self._refuse_existing()
         try:
@@ -131,6 +132,11 @@ class ArtifactWriter:
         except BaseException:
             self._release()
             raise
+
+    @property
+    def finished_bytes(self) -> int:
+        """Bytes of the parts that are finished, by this run or an earlier one."""
+        return sum(entry.bytes for entry in self._journal.files.values())
 
     def part(self, name: str, build: Callable[[Path], Any]) -> Any:
         """Have one part of the artifact built, unless an earlier run finished it.
@@ -414,7 +420,7 @@ class ArtifactWriter:
 
     def _export_error(self, doing: str, error: BaseException, written: int = 0) -> LlavaEdgeError:
         reason = full_disk_reason(error)
-        kept = sorted(self._journal.parts) if hasattr(self, "_journal") else []
+        kept = sorted(self._journal.parts)
         resume = (
             f"Finished parts ({', '.join(kept)}) are kept in {self._partial}: the same command "
             "goes on from there."
@@ -425,8 +431,7 @@ class ArtifactWriter:
             return ExportError(f"{doing} of {self.out} failed: {error}. {resume}")
         room = [f"{show_bytes(free_bytes(self.out.parent))} are free at {self.out.parent}"]
         if self._needed_bytes is not None:
-            done = sum(entry.bytes for entry in self._journal.files.values())
-            left = max(self._needed_bytes - done, 0)
+            left = max(self._needed_bytes - self.finished_bytes, 0)
             room.insert(0, f"{show_bytes(left)} are still needed")
         elif written:
             room.insert(0, f"more than {show_bytes(written)} are needed")

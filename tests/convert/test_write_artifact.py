@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +167,8 @@ def test_nothing_is_at_the_output_before_the_end(out: Path, manifest: Manifest) 
 def test_finished_parts_and_their_values_are_taken_over(out: Path, manifest: Manifest) -> None:
     with ArtifactWriter(out, KEY) as writer:
         first = writer.part("vision", build_graph("vision"))
+        size = (writer.folder / "vision" / "model.onnx").stat().st_size
+        assert writer.finished_bytes == size
     with ArtifactWriter(out, {"grid": (1, 2), **KEY}) as writer:
         assert writer.part("vision", never) == first == {"shape": [1, 2], "op": "Neg"}
         write_all(writer, manifest)
@@ -408,6 +412,28 @@ def test_a_second_conversion_into_the_same_output_is_refused_and_later_goes_on(
                 ArtifactWriter(out, KEY, force=force)
     with ArtifactWriter(out, KEY) as second:
         second.part("texts", never)
+
+
+def test_a_lock_on_a_folder_that_was_just_removed_is_taken_anew(
+    out: Path, partial: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fcntl.flock
+    calls: list[int] = []
+
+    def flock(descriptor: int, operation: int) -> None:
+        real(descriptor, operation)
+        calls.append(descriptor)
+        if len(calls) == 1:
+            # The conversion that held the lock ends between open and lock of this one.
+            shutil.rmtree(partial)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", flock)
+        writer = ArtifactWriter(out, KEY)
+    with writer:
+        assert len(calls) == 2
+        with pytest.raises(RequestError, match="another conversion"):
+            ArtifactWriter(out, KEY)
 
 
 def test_of_many_processes_one_writes_and_the_others_are_refused(out: Path) -> None:

@@ -65,6 +65,17 @@ def test_a_document_without_a_seal_of_its_own_is_refused(data: bytes) -> None:
         check_seal(data, parse_strict(data, "x"), "x")
 
 
+def test_a_second_seal_inside_is_refused_even_if_the_first_is_right() -> None:
+    inner = b'{"a": {"self_sha256": "' + b"0" * 64 + b'"}, '
+    blank = inner + b'"self_sha256": ""}'
+    digest = hashlib.sha256(blank).hexdigest().encode()
+    data = inner + b'"self_sha256": "' + digest + b'"}'
+    swapped = b'{"self_sha256": "' + digest + b'", ' + inner[1:-2] + b"}"
+    for text in (data, swapped):
+        with pytest.raises(ArtifactError, match="exactly one digest"):
+            check_seal(text, parse_strict(text, "x"), "x")
+
+
 @pytest.mark.parametrize(
     "document", [{"a": float("nan")}, {"a": object()}, {"a": {"self_sha256": ""}}], ids=repr
 )
