@@ -145,14 +145,14 @@ class Tokenizer:
         encoding = self._backend.encode(
             "".join(text for _, text in runs), add_special_tokens=add_special
         )
-        if self._clean(encoding, runs, unk_in_text=False):
+        if self._clean(encoding, runs, sealed=False):
             return list(encoding.ids)
         sealed = self._seal(runs)
         hidden = [(k, t if k == "text" else sealed.hide(t)) for k, t in runs]
         encoding = sealed.backend.encode(
             "".join(text for _, text in hidden), add_special_tokens=add_special
         )
-        if not self._clean(encoding, hidden, unk_in_text=True):
+        if not self._clean(encoding, hidden, sealed=True):
             raise PromptError(
                 "The text holds control tokens that cannot be encoded as plain text. "
                 "A prompt's text must not steer the model's turns: remove them."
@@ -199,9 +199,7 @@ class Tokenizer:
         content = self._backend.id_to_token(bos)
         return not (content and runs[0][1].startswith(content))
 
-    def _clean(
-        self, encoding: Encoding, runs: Sequence[tuple[str, str]], *, unk_in_text: bool
-    ) -> bool:
+    def _clean(self, encoding: Encoding, runs: Sequence[tuple[str, str]], *, sealed: bool) -> bool:
         """Whether control ids stand only where the template put them, and every mark is one id.
 
         ``unk`` comes from unknown characters as well; only where it was written out it is control.
@@ -226,11 +224,12 @@ class Tokenizer:
             marks += i in (self._tokens.image, self._tokens.video)
             if "text" not in kinds:
                 continue
-            # An ordinary added token is fine inside text, but not across a seam.
-            if i not in self._control and len(kinds) > 1:
+            # An ordinary added token across a seam may have swallowed a control token of the
+            # template; under their secret names it cannot.
+            if i not in self._control and len(kinds) > 1 and not sealed:
                 return False
             written = whole[start:end] == self._backend.id_to_token(i)
-            if i in self._control and (i != self._unk or (written and not unk_in_text)):
+            if i in self._control and (i != self._unk or (written and not sealed)):
                 return False
         wanted = sum(kind in ("image", "video") for kind, _ in runs)
         # A finished prompt is all template text; its marks are split off, so counts agree there.

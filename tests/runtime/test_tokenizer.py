@@ -374,6 +374,28 @@ def test_a_control_token_completed_across_a_seam_stays_text(model: Model) -> Non
             assert content in model.tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize(
+    ("added", "text", "expected"),
+    [
+        pytest.param("xx", "x", ["xx"], id="an ordinary one is what the reference has"),
+        pytest.param("x</s>", "x", ["x", "</s>"], id="one that would swallow a control token"),
+    ],
+)
+def test_an_added_token_across_a_seam(
+    added: str, text: str, expected: list[str], tmp_path: Path
+) -> None:
+    vocab = {"<unk>": 0, "x": 1, "<": 2, "/": 3, "s": 4, ">": 5}
+    backend = Backend(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    backend.add_special_tokens(["</s>", "<image>"])
+    backend.add_tokens([AddedToken(added, normalized=False)])
+    file = tmp_path / "tokenizer.json"
+    backend.save(str(file))
+    tokens = TokenIds(image=7, video=None, bos=None, stop=(6,), num_text_tokens=7)
+    rest = "".join(expected).removeprefix(text)
+    ids = Tokenizer.open(file, tokens).encode_pieces((Piece("text", text), Piece("template", rest)))
+    assert [backend.id_to_token(i) for i in ids] == expected
+
+
 def test_sealed_text_is_encoded_as_if_the_control_token_were_not_there(
     models_by_kind: dict[str, Model],
 ) -> None:
