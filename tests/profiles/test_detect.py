@@ -71,11 +71,17 @@ def test_memory_and_cpu_are_read_from_proc(make_root: MakeRoot) -> None:
             "sys/fs/cgroup/a/b/memory.max": "max\n",
         },
         {
+            "proc/self/cgroup": "0::/a/b\n",
+            "sys/fs/cgroup/a/memory.max": str(9 * GIB),
+            "sys/fs/cgroup/a/b/memory.max": str(4 * GIB),
+            "sys/fs/cgroup/a/b/memory.current": str(GIB),
+        },
+        {
             "sys/fs/cgroup/memory/memory.limit_in_bytes": str(4 * GIB),
             "sys/fs/cgroup/memory/memory.usage_in_bytes": str(GIB),
         },
     ],
-    ids=["version 2", "version 2, limit on the parent", "version 1"],
+    ids=["version 2", "limit on the parent", "tighter than the parent", "version 1"],
 )
 def test_a_control_group_limits_the_memory(make_root: MakeRoot, files: dict[str, str]) -> None:
     found = read_machine(make_root(**files), NO_GPU)

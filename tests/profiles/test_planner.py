@@ -239,6 +239,8 @@ def test_tensor_parallelism_divides_heads_and_the_mlp() -> None:
     ]
     odd = replace(text, num_attention_heads=6, num_key_value_heads=3)
     assert [p.tensor for p in parallelisms(odd, "fp16", 4)] == [1, 1]
+    six = replace(text, num_attention_heads=6, num_key_value_heads=1)
+    assert [p.tensor for p in parallelisms(six, "fp16", 4)] == [2, 1, 2, 1]
 
 
 def test_the_host_can_be_what_does_not_fit() -> None:
@@ -247,6 +249,15 @@ def test_the_host_can_be_what_does_not_fit() -> None:
     assert not plan.fits
     assert "the host needs" in plan.rejected[0].reason
     assert plan.memory.shortfall_bytes == plan.memory.host_total_bytes - (256 << 20)
+
+
+def test_the_full_grid_comes_before_the_higher_precision() -> None:
+    request = ask("llava-v1.6-mistral-7b", precision="int8", grid="base")
+    memory = plan_deployment(gpu(80 << 30), replace(request, context_tokens=1089)).plan.memory
+    tight = gpu(memory.total_bytes)
+    assert plan_deployment(tight, request).plan.fits
+    plan = plan_deployment(tight, replace(request, precision=None, grid=None)).plan
+    assert (plan.precision, plan.grid) == ("int4", "2x2")
 
 
 def test_preferences_differ_where_they_should() -> None:

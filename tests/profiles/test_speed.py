@@ -44,6 +44,16 @@ def test_decode_streams_weights_and_cache(dims: ModelDims, a100: HardwareProfile
     )
 
 
+def test_a_prompt_pays_for_its_weights_and_for_its_square(
+    dims: ModelDims, a100: HardwareProfile
+) -> None:
+    groups = speed_constants()
+    free = {**groups, "cuda": groups["cuda"].replace(matmul=1.0, attention=0.5)}
+    found = predict_speed(dims, "int4", a100, media_tokens=936, num_tiles=1, constants=free)
+    linear, square = prefill_operations(dims.text, 1000), attention_operations(dims.text, 1000)
+    assert found.prefill_seconds == pytest.approx((linear + 2 * square) / 312e12)
+
+
 def test_unknown_rates_give_no_prediction(dims: ModelDims, a100: HardwareProfile) -> None:
     blind = replace(a100, bandwidth=None, peak_fp16=None, peak_int8=None)
     found = predict_speed(dims, "int4", blind, media_tokens=2928, num_tiles=5)
