@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from llava_edge.runtime.records import to_json
 
 Report = Callable[[str, int, int], None]
 """``report(stage, done, total)`` in bytes."""
+
+_LOG = logging.getLogger(__name__)
 
 EMBEDDINGS_FILE = "embeddings.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
@@ -71,6 +74,8 @@ class PartBuilders:
             self._checkpoint.config,
             folder / TOKENIZER_FILE,
             self._checkpoint.dims.text.vocab_size,
+            source_id=self._checkpoint.source_id,
+            report=_LOG.warning,
         )
         return to_json(tokens)
 

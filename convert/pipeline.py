@@ -23,7 +23,7 @@ from llava_edge.convert.image_settings import read_image_processing
 from llava_edge.convert.parts import EMBEDDINGS_FILE, TOKENIZER_FILE, PartBuilders, Report
 from llava_edge.convert.reference import REFERENCE
 from llava_edge.convert.request import ConvertRequest, TileSettings, choose_tiles
-from llava_edge.convert.write_artifact import ArtifactWriter
+from llava_edge.convert.write_artifact import ArtifactWriter, refuse_existing
 from llava_edge.profiles.hardware import HardwareProfile, load_profile
 from llava_edge.runtime.manifest import (
     SCHEMA_VERSION,
@@ -79,6 +79,7 @@ def convert_checkpoint(request: ConvertRequest, report: Report) -> Conversion:
     profile = load_profile(request.profile)
     checkpoint = _open(request)
     out = request.out or default_output(checkpoint, request, profile)
+    refuse_existing(out, force=request.force)
     job = _prepare(request, profile, checkpoint, report)
     key = {
         "checkpoint": job.digest,
@@ -91,7 +92,7 @@ def convert_checkpoint(request: ConvertRequest, report: Report) -> Conversion:
     }
     needed = _needed_bytes(checkpoint)
     with ArtifactWriter(out, key, force=request.force, needed_bytes=needed) as writer:
-        check_free_space(writer.folder, needed)
+        check_free_space(writer.folder, max(0, needed - writer.finished_bytes))
         build = PartBuilders(checkpoint, profile.flavour, job.tiles.context_tokens, report)
         vision = from_json(GraphSpec, writer.part("vision", build.vision))
         decoder = from_json(GraphSpec, writer.part("decoder", build.decoder))

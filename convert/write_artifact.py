@@ -77,6 +77,27 @@ class _Journal:
         return {name: entry for part in self.parts.values() for name, entry in part.files.items()}
 
 
+def refuse_existing(out: Path, *, force: bool) -> None:
+    """Say no to an output that must not be replaced; callers ask before work starts.
+
+    Raises:
+        OutputExistsError: ``out`` exists and ``force`` is not set.
+        RequestError: ``out`` is something else than an artifact, which ``force`` does not replace.
+    """
+    if not os.path.lexists(out):
+        return
+    if not force:
+        raise OutputExistsError(
+            f"{out} exists. Nothing is overwritten unasked: add --force to replace it, or "
+            "name another output."
+        )
+    if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
+        raise RequestError(
+            f"{out} is no artifact (it holds no {MANIFEST}), so --force does not replace "
+            "it. Name another output, or remove it yourself."
+        )
+
+
 class ArtifactWriter:
     """Writes one artifact. Use as a context manager, so that the lock is given back.
 
@@ -273,19 +294,7 @@ class ArtifactWriter:
         self.close()
 
     def _refuse_existing(self) -> None:
-        if not os.path.lexists(self.out):
-            return
-        if not self._force:
-            raise OutputExistsError(
-                f"{self.out} exists. Nothing is overwritten unasked: add --force to replace it, or "
-                "name another output."
-            )
-        is_folder = self.out.is_dir()
-        if not is_folder or (any(self.out.iterdir()) and not (self.out / MANIFEST).is_file()):
-            raise RequestError(
-                f"{self.out} is no artifact (it holds no {MANIFEST}), so --force does not replace "
-                "it. Name another output, or remove it yourself."
-            )
+        refuse_existing(self.out, force=self._force)
 
     def _restore_replaced(self) -> None:
         """Undo an exchange that ended half way: the old artifact belongs where it was."""

@@ -105,10 +105,12 @@ def open_artifact(
     reason = _unverified(certificate, manifest_sha256)
     if reason is not None:
         message = f"{root} is not verified: {reason}"
-        advice = "Run `llava-edge verify` with the checkpoint it was made from."
         if require_verified:
-            raise ArtifactError(f"{message}, and a verified artifact is required. {advice}")
-        _LOG.warning("%s. %s", message, advice)
+            raise ArtifactError(
+                f"{message}, and a verified artifact is required. Take one whose certificate "
+                "belongs to it, or do without the requirement."
+            )
+        _LOG.warning("%s", message)
     return Artifact(
         folder=root,
         manifest=manifest,

@@ -269,7 +269,10 @@ class LlavaEdge:
             started = time.perf_counter()
             logits, vision_seconds, prefill_seconds = self._prefill(request, progress)
             vocab_size = self._dims.text.vocab_size
-            sampler = Sampler(sampling, vocab_size, self._tokens.num_text_tokens, request.ids)
+            places = [i for i in (self._tokens.image, self._tokens.video) if i is not None]
+            sampler = Sampler(
+                sampling, vocab_size, self._tokens.num_text_tokens, request.ids, places
+            )
             row = np.empty((1, self._dims.text.hidden_size), self._dtype)
             stop_ids = frozenset(self._tokens.stop)
             result = LoopResult()

@@ -9,6 +9,7 @@ Source: transformers ``RepetitionPenaltyLogitsProcessor``, ``TemperatureLogitsWa
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +66,7 @@ class Sampler:
         vocab_size: length of the logits.
         num_text_tokens: rows at or above are padding of the table; they are never drawn.
         seen: int64 (tokens,) ids of the prompt, for the repetition penalty.
+        never: ids that are places, not words (image, video); they are never drawn.
     """
 
     def __init__(
@@ -73,9 +75,11 @@ class Sampler:
         vocab_size: int,
         num_text_tokens: int,
         seen: Array | None = None,
+        never: Sequence[int] = (),
     ) -> None:
         self._options = options
         self._num_text_tokens = num_text_tokens
+        self._never = [token for token in never if token < num_text_tokens]
         self._generator = np.random.default_rng(options.seed)
         self._seen = np.zeros(vocab_size, bool)
         if seen is not None:
@@ -96,8 +100,9 @@ class Sampler:
         """Kept token ids by falling logit, and their probabilities (float64, summing to 1)."""
         options = self._options
         scaled = logits[: self._num_text_tokens].astype(np.float64) / options.temperature
-        ids = np.arange(scaled.size)
-        if 0 < options.top_k < scaled.size:
+        scaled[self._never] = -np.inf
+        ids = np.flatnonzero(scaled > -np.inf)
+        if 0 < options.top_k < ids.size:
             # Ties with the k-th logit stay, as in the reference.
             ids = np.flatnonzero(scaled >= np.partition(scaled, -options.top_k)[-options.top_k])
         ids = ids[np.argsort(-scaled[ids], kind="stable")]

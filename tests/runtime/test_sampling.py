@@ -40,6 +40,16 @@ def test_sampling_never_draws_a_padding_row() -> None:
     assert {sampler.choose(row) for _ in range(50)} == {0, 1, 2}
 
 
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_sampling_never_draws_the_place_of_an_image(top_k: int) -> None:
+    sampler = Sampler(SamplingOptions(temperature=1.0, top_k=top_k, seed=0), 4, 4, never=[1, 9])
+    row = np.array([1.0, 50.0, 1.0, 0.5], np.float32)
+
+    drawn = {sampler.choose(row) for _ in range(80)}
+
+    assert drawn == ({0, 2, 3} if top_k == 0 else {0, 2})
+
+
 def test_equal_seeds_draw_equal_tokens() -> None:
     rows = [logits(seed) for seed in range(20)]
     options = SamplingOptions(temperature=1.0, seed=7)
