@@ -321,6 +321,10 @@ def test_an_earlier_download_serves_when_the_hub_is_away(
         plan = plan_download(REPO, revision, cache)
         assert (plan.offline, plan.bytes_to_fetch, plan.revision) == (True, 0, COMMIT)
         assert download(plan) == folder
+    refs = folder.parent.parent / "refs"
+    refs.mkdir(exist_ok=True)
+    (refs / "a-tag").write_text(COMMIT)
+    assert plan_download(REPO, "a-tag", cache).revision == COMMIT
     for revision in ("other-branch", "d" * 40):
         with pytest.raises(HubError, match="cannot be reached"):
             plan_download(REPO, revision, cache)
