@@ -220,11 +220,18 @@ class AnyRes:
                 target, side = canvas_width, width
             else:
                 target, side = canvas_height, height
-            # Rounding can only take a pixel away, so a candidate that loses before it has lost.
-            if min((width * target // side) * (height * target // side), area) < best_effective:
+            shown_width, width_rest = divmod(width * target, side)
+            shown_height, height_rest = divmod(height * target, side)
+            effective = min(shown_width * shown_height, area)
+            if effective < best_effective:
+                # Rounding can only take pixels away, so what loses before it has lost.
                 continue
-            shown = _scaled_floor(width, target, side) * _scaled_floor(height, target, side)
-            effective = min(shown, area)
+            if (shown_width - 1) * (shown_height - 1) < area:
+                if not width_rest:
+                    shown_width -= _rounding_of_product(shown_width, width, target, side) < 0
+                if not height_rest:
+                    shown_height -= _rounding_of_product(shown_height, height, target, side) < 0
+                effective = min(shown_width * shown_height, area)
             wasted = canvas_height * canvas_width - effective
             if effective > best_effective or (effective == best_effective and wasted < best_wasted):
                 best, best_effective, best_wasted = candidate, effective, wasted
@@ -347,19 +354,11 @@ def _pinpoint_faults(pinpoints: Pinpoints, tile_size: int) -> list[str]:
     return faults
 
 
-def _scaled_floor(length: int, target: int, side: int) -> int:
-    """``int(length * (target / side))`` as doubles give it."""
-    whole, rest = divmod(length * target, side)
-    if rest:
-        # At least 1/side away from a whole number, farther than two roundings reach.
-        return whole
-    return whole - (_rounding_of_product(whole, length, target, side) < 0)
-
-
 def _scaled_ceil(length: int, target: int, side: int) -> int:
     """``math.ceil(length * (target / side))`` as doubles give it."""
     whole, rest = divmod(length * target, side)
     if rest:
+        # At least 1/side away from a whole number, farther than two roundings reach.
         return whole + 1
     return whole + (_rounding_of_product(whole, length, target, side) > 0)
 
