@@ -1,7 +1,7 @@
 """Original configurations: from the names of the LLaVA repositories to those of Hugging Face.
 
 The original training code keeps the language model's fields at the top level, names the vision
-tower instead of describing it, and lists grids as (width, height). What cannot be said in the
+tower instead of describing it, and reads grids as (width, height). What cannot be said in the
 other form is refused, all reasons together.
 
 Sources: LLaVA ``llava/model/language_model/*.py``, ``llava/mm_utils.py`` and
@@ -75,9 +75,11 @@ def is_original(config: Mapping[str, Any]) -> bool:
 def to_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
     """Say an original configuration in the words of ``LlavaNextConfig``.
 
-    ``image_grid_pinpoints`` come back as (height, width) in the order of the file, so the first
-    candidate is the one that the original code, too, takes first. The image mark has no row in
-    these checkpoints; ``image_token_index`` is the first id behind the table.
+    ``image_grid_pinpoints`` stay as the file lists them. The original code reads the pairs as
+    (width, height), conversions to Hugging Face copy them and read (height, width); which of the
+    two holds is the choice of ``reference`` in ``AnyRes``, and turning the list here would turn it
+    twice. The image mark has no row in these checkpoints; ``image_token_index`` is the first id
+    behind the table.
 
     Raises:
         CheckpointError: the configuration asks for something that LLaVA-NeXT does not do; all
@@ -178,4 +180,4 @@ def _pinpoints(raw: object, faults: list[str]) -> list[list[int]] | None:
     ):
         faults.append(f"image_grid_pinpoints {raw!r:.200} is no list of (width, height) pairs")
         return None
-    return [[height, width] for width, height in value]
+    return [list(point) for point in value]

@@ -22,6 +22,7 @@ from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
 from llava_edge.convert.original_config import to_hugging_face
 from llava_edge.convert.random_checkpoint import write_random_checkpoint
 from llava_edge.convert.random_spec import preset
+from llava_edge.profiles.anyres import AnyRes
 from llava_edge.profiles.errors import CheckpointError
 from llava_edge.profiles.model_dims import ModelDims
 
@@ -115,7 +116,7 @@ def original_config(folder: Path) -> dict[str, Any]:
         "model_type": "llava_llama",
         "architectures": ["LlavaLlamaForCausalLM"],
         "image_aspect_ratio": "anyres",
-        "image_grid_pinpoints": [[w, h] for h, w in config["image_grid_pinpoints"]],
+        "image_grid_pinpoints": config["image_grid_pinpoints"],
         "mm_hidden_size": SPEC.vision_hidden_size,
         "mm_patch_merge_type": "spatial_unpad",
         "mm_projector_type": "mlp2x_gelu",
@@ -199,7 +200,11 @@ def test_a_released_original_configuration_names_its_tower_only(pristine: Path) 
     dims = open_dims(config)
     assert (dims.vision.hidden_size, dims.vision.image_size) == (1024, 336)
     assert dims.text.model_type == "mistral"
-    assert dims.image_grid_pinpoints == ((672, 336), (336, 1008))
+    listed = dims.image_grid_pinpoints
+    assert listed == ((336, 672), (1008, 336))
+    # The original reads (width, height): a tall candidate of two tiles, then a wide one of three.
+    assert AnyRes(336, 14, listed, "original").candidates == ((672, 336), (336, 1008))
+    assert AnyRes(336, 14, listed, "hf").candidates == listed
 
 
 def open_dims(config: dict[str, Any]) -> ModelDims:
