@@ -3,8 +3,8 @@
 GPTQ (Frantar et al., arXiv 2210.17323) rounds a matrix column by column and lets the columns still
 to come make up for each error, H being the second moment of the layer's inputs. The paper works
 with a Cholesky factor of H^-1. Here H itself is factored, which needs no inverse, a quarter of the
-arithmetic and one matrix less of memory. The two are the same procedure (Chee et al.,
-arXiv 2307.13304, theorem 6): with the columns laid out in reverse order of treatment and
+arithmetic and one matrix less of memory. The two are the same procedure (LDLQ and OPTQ in Chee et
+al., arXiv 2307.13304): with the columns laid out in reverse order of treatment and
 H = L L^T, column k is rounded at
 
     w_k + sum_{j > k} (w_j - ŵ_j) L_jk / L_kk,

@@ -303,6 +303,15 @@ def test_smaller_blocks_repeat_the_scale_and_change_no_value(bits: int) -> None:
     np.testing.assert_array_equal(unpack_matmul_nbits(fine, 256), quantized.dequantize())
 
 
+@pytest.mark.parametrize(("bits", "byte"), [(4, 0x88), (8, 0x80)])
+def test_what_fills_the_last_block_stands_for_zero(bits: int, byte: int) -> None:
+    packed = to_matmul_nbits(counting(3, 72, bits, -1), block_size=32)
+
+    assert packed.weight.shape == (3, 3, 32 * bits // 8)
+    assert (packed.weight[:, 2, 8 * bits // 8 :] == byte).all()
+    assert packed.scales.tolist() == [[1, 1, 1], [2, 2, 2], [3, 3, 3]]
+
+
 @pytest.mark.parametrize(
     ("group_size", "block_size"),
     [
