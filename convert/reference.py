@@ -21,10 +21,8 @@ class ReferenceModel:
 
     def __init__(self, folder: Path) -> None:
         self.processor: Any = transformers.LlavaNextProcessor.from_pretrained(folder)
-        self.model: Any = transformers.LlavaNextForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32
-        )
-        self.model.eval()
+        loader: Any = transformers.LlavaNextForConditionalGeneration
+        self.model: Any = loader.from_pretrained(folder, dtype=torch.float32).eval()
 
     def render(self, prompt: str, num_images: int) -> str:
         """One user turn through the checkpoint's chat template, images first."""

@@ -127,7 +127,7 @@ class Decoder:
         self._prefill.input("inputs_embeds", rows)
         self._prefill.output("logits", logits)
         try:
-            self._run(self._prefill, num_tokens)
+            self._run(self._prefill, num_tokens, shrink=True)
         finally:
             # Buffers of one call must not outlive it: a binding would pin their memory.
             self._prefill.input("inputs_embeds", self._row)
@@ -157,9 +157,9 @@ class Decoder:
         buffer.write(rows)
         return buffer
 
-    def _run(self, binding: Any, num_tokens: int) -> None:
+    def _run(self, binding: Any, num_tokens: int, *, shrink: bool = False) -> None:
         total = self.length + num_tokens
         self._last.write(np.array([total - 1], np.int32))
-        binding.run()
+        binding.run(shrink=shrink)
         # Only now: a failed call leaves the old length, and what it wrote is ignored.
         self.cache.length = total

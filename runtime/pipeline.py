@@ -24,7 +24,7 @@ from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.generate import LoopResult, generate_tokens
-from llava_edge.runtime.host_memory import peak_host_bytes
+from llava_edge.runtime.host_memory import map_large_blocks, peak_host_bytes
 from llava_edge.runtime.images import ImageSource
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.manifest import Flavour
@@ -70,6 +70,7 @@ class LlavaEdge:
         )
         self._requests = RequestBuilder(manifest, self._tokenizer, limits)
         self._table = EmbeddingTable(artifact.path(manifest.embeddings), self._dims)
+        map_large_blocks()
         options = SessionOptions(device=device, threads=threads)
         progress("loading", 0, 2)
         vision = Session(artifact.path(manifest.vision.file), options)

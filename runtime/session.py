@@ -99,9 +99,6 @@ class Session:
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = options.threads
         settings.log_severity_level = options.log_level
-        # The arena would keep the largest prefill's activations for good (measured: it never
-        # shrinks); the cache and all fixed buffers are ours anyway.
-        settings.enable_cpu_mem_arena = False
         # Patterns that grow with the chunk length are not worth planning for: lengths vary.
         settings.enable_mem_pattern = False
         with _mapped_errors(f"opening {path.name}"):
@@ -109,16 +106,22 @@ class Session:
                 str(path), settings, providers=[_PROVIDERS[options.device]]
             )
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
+        # The arena keeps what it once took. A prompt's activations are given back after the run;
+        # measured on a full-size tower, the arena's peak is 0.4 GiB below plain allocation's.
+        self._shrinking = ort.RunOptions()
+        if options.device == "cpu":
+            key = "memory.enable_memory_arena_shrinkage"
+            self._shrinking.add_run_config_entry(key, "cpu:0")
 
     def binding(self) -> Binding:
         """A fresh, empty set of bound inputs and outputs."""
         return Binding(self, self._session.io_binding())
 
-    def run_bound(self, binding: Any) -> None:
+    def run_bound(self, binding: Any, *, shrink: bool) -> None:
         """Run with everything bound; used by Binding alone."""
         start = time.perf_counter()
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, self._shrinking if shrink else None)
         except Exception as error:
             raise _map_error(error, "running the graph") from error
         finally:
@@ -148,14 +151,17 @@ class Binding:
         for name, buffer in buffers.items():
             self.input(name, buffer)
 
-    def run(self) -> None:
+    def run(self, *, shrink: bool = False) -> None:
         """Run the graph once.
+
+        Args:
+            shrink: give the memory of activations back afterwards.
 
         Raises:
             OutOfMemoryError: the provider could not allocate.
             EngineError: anything else that ONNX Runtime reports.
         """
-        self._session.run_bound(self._binding)
+        self._session.run_bound(self._binding, shrink=shrink)
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class VisionEncoder:
         if self._session.device == "cpu":
             binding.input("pixel_values", Buffer.over(tiles))
             binding.output("image_features", Buffer.over(out))
-            binding.run()
+            binding.run(shrink=True)
             return
         pixels = Buffer(tiles.shape, self._dtype, self._session.device)
         pixels.write(tiles)
