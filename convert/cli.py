@@ -6,50 +6,49 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from llava_edge.convert.pipeline import convert_checkpoint
+from llava_edge.convert.planning import PRECISIONS
 from llava_edge.convert.request import ConvertRequest
+from llava_edge.profiles.cli import add_plan_arguments, build_request, choose_profile
+from llava_edge.profiles.errors import RequestError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = _parser().parse_args(argv)
+    if options.checkpoint and options.model:
+        raise RequestError(
+            f"CHECKPOINT {options.checkpoint} and --model {options.model} were both given; --model "
+            "says what to plan for where no checkpoint is named. Give one of them."
+        )
     request = ConvertRequest(
         checkpoint=options.checkpoint,
         out=options.out,
-        profile=options.profile,
-        precision=options.precision,
-        grid=options.grid,
-        pinpoints=options.pinpoints,
-        context=options.context,
+        profile=choose_profile(options),
+        wishes=replace(build_request(options), precision=options.precision or PRECISIONS[0]),
         reference=options.reference,
-        revision=options.revision,
         use_template=not options.no_template,
         force=options.force,
     )
     start = time.perf_counter()
     with StageBars() as bars:
-        conversion = convert_checkpoint(request, bars)
+        conversion = convert_checkpoint(request, bars, bars.say)
     seconds = time.perf_counter() - start
     manifest = conversion.manifest
     size = conversion.artifact_bytes / 2**20
     print(
         f"{conversion.folder}: {manifest.variant}, {manifest.flavour} flavour, "
-        f"{request.precision}, grid {manifest.plan['grid']} "
+        f"{manifest.plan['precision']}, grid {manifest.plan['grid']} "
         f"(at most {manifest.plan['max_image_tokens']} tokens an image), context "
         f"{manifest.context_tokens}, {size:.1f} MiB in {seconds:.1f} s",
         file=sys.stderr,
     )
-    if not manifest.conversion["is_trained_grid"]:
-        print(
-            f"note: the weights were not trained on every candidate of grid "
-            f"{manifest.plan['grid']}; answers about large images may be worse",
-            file=sys.stderr,
-        )
     if options.json:
         result = {
             "artifact": str(conversion.folder),
@@ -81,6 +80,10 @@ class StageBars:
         assert self._bar is not None
         self._bar.update(done - self._bar.n)
 
+    def say(self, line: str) -> None:
+        """Print a line on stderr, above the bar."""
+        tqdm.write(line, file=sys.stderr)
+
     def close(self) -> None:
         """Remove the bar."""
         if self._bar is not None:
@@ -98,19 +101,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llava-edge convert", description="Turn a LLaVA-NeXT checkpoint into an artifact."
     )
-    parser.add_argument("checkpoint", help="folder with safetensors files, or a hub id")
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        help="folder with safetensors files, or a hub id (owner/name@revision); "
+        "default: the variant that the plan chooses",
+    )
     parser.add_argument(
         "out", nargs="?", type=Path, help="default: artifacts/<variant>-<precision>-<profile>"
     )
-    parser.add_argument("--profile", default="cpu-16gb", help="board: a name or a TOML file")
-    parser.add_argument("--precision", choices=("fp16",), default="fp16")
-    parser.add_argument("--grid", help="AnyRes candidates by name: base, 1x2, 2x2, …")
-    parser.add_argument("--pinpoints", help="AnyRes candidates in pixels: HxW,HxW,…")
-    parser.add_argument("--context", type=int, help="positions of the cache")
+    parser.add_argument("--model", help="variant to plan for where no checkpoint is given")
+    add_plan_arguments(parser)
     parser.add_argument(
         "--reference", choices=("hf", "original"), help="order of candidates on ties"
     )
-    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument(
         "--no-template", action="store_true", help="leave the chat template out: raw prompts only"
     )

@@ -6,25 +6,28 @@ touched; whatever fails later leaves finished parts for the next run and nothing
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from llava_edge.convert.card import write_card
 from llava_edge.convert.chat_template import compile_chat_template
 from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
+from llava_edge.convert.checkpoint_source import resolve_source
 from llava_edge.convert.disk import check_free_space
+from llava_edge.convert.hub import fetch_checkpoint
 from llava_edge.convert.image_settings import read_image_processing
 from llava_edge.convert.parts import EMBEDDINGS_FILE, TOKENIZER_FILE, PartBuilders, Report
+from llava_edge.convert.planning import ArtifactPlan, choose, plan_artifact
+from llava_edge.convert.preflight import check_download
 from llava_edge.convert.reference import REFERENCE
-from llava_edge.convert.request import ConvertRequest, TileSettings, choose_tiles
+from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.write_artifact import ArtifactWriter, refuse_existing
-from llava_edge.profiles.hardware import HardwareProfile, load_profile
+from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.variants import find_variant, load_variants
 from llava_edge.runtime.manifest import (
     SCHEMA_VERSION,
     GraphSpec,
@@ -36,6 +39,8 @@ from llava_edge.runtime.manifest import (
     TokenIds,
 )
 from llava_edge.runtime.records import from_json, to_json
+
+Say = Callable[[str], None]
 
 _TOOLS = ("llava-edge", "onnx-ir", "onnxruntime", "tokenizers", "torch", "transformers")
 _TEXTS_BYTES = 64 << 20
@@ -56,44 +61,38 @@ class _Job:
     """A request with everything that was read and decided before writing."""
 
     request: ConvertRequest
-    profile: HardwareProfile
     checkpoint: Checkpoint
-    tiles: TileSettings
+    planned: ArtifactPlan
     processing: ImageProcessing
     prompt: PromptFormat | None
     digest: str
 
 
-def convert_checkpoint(request: ConvertRequest, report: Report) -> Conversion:
+def convert_checkpoint(request: ConvertRequest, report: Report, say: Say) -> Conversion:
     """Convert one checkpoint for one board.
 
     Args:
         request: what was asked.
         report: told about progress, stage by stage, in bytes.
+        say: prints what was decided, a line at a time.
 
     Raises:
         RequestError: the request cannot be met or the checkpoint cannot be kept faithfully.
         HubError: a hub id was given and the hub could not be reached.
         ExportError: writing failed; the same command resumes.
     """
-    profile = load_profile(request.profile)
-    checkpoint = _open(request)
-    out = request.out or default_output(checkpoint, request, profile)
+    checkpoint = _open(request, report, say)
+    planned = plan_artifact(request, checkpoint)
+    out = request.out or default_output(planned)
     refuse_existing(out, force=request.force)
-    job = _prepare(request, profile, checkpoint, report)
-    key = {
-        "checkpoint": job.digest,
-        "profile": profile.name,
-        "flavour": profile.flavour,
-        "precision": request.precision,
-        "tiles": to_json(job.tiles),
-        "template": request.use_template,
-        "tool": version("llava-edge"),
-    }
+    for note in planned.notes:
+        say(f"note: {note}")
+    job = _prepare(request, checkpoint, planned, report)
     needed = _needed_bytes(checkpoint)
-    with ArtifactWriter(out, key, force=request.force, needed_bytes=needed) as writer:
+    with ArtifactWriter(out, _key(job), force=request.force, needed_bytes=needed) as writer:
         check_free_space(writer.folder, max(0, needed - writer.finished_bytes))
-        build = PartBuilders(checkpoint, profile.flavour, job.tiles.context_tokens, report)
+        flavour, context = request.profile.flavour, planned.plan.context_tokens
+        build = PartBuilders(checkpoint, flavour, context, report)
         vision = from_json(GraphSpec, writer.part("vision", build.vision))
         decoder = from_json(GraphSpec, writer.part("decoder", build.decoder))
         writer.part("embeddings", build.embeddings)
@@ -104,36 +103,55 @@ def convert_checkpoint(request: ConvertRequest, report: Report) -> Conversion:
     return Conversion(folder, manifest, size)
 
 
-def default_output(
-    checkpoint: Checkpoint, request: ConvertRequest, profile: HardwareProfile
-) -> Path:
+def default_output(planned: ArtifactPlan) -> Path:
     """``artifacts/<variant>-<precision>-<profile>``."""
-    return Path("artifacts") / f"{variant_name(checkpoint)}-{request.precision}-{profile.name}"
+    plan = planned.plan
+    return Path("artifacts") / f"{plan.variant}-{plan.precision}-{plan.profile}"
 
 
-def variant_name(checkpoint: Checkpoint) -> str:
-    """The last part of the source's id, without a trailing ``-hf``, safe as a file name."""
-    name = checkpoint.source_id.rstrip("/").split("/")[-1].removesuffix("-hf")
-    return re.sub(r"[^A-Za-z0-9._-]", "-", name) or "checkpoint"
+def _open(request: ConvertRequest, report: Report, say: Say) -> Checkpoint:
+    source = resolve_source(request.checkpoint or _planned_id(request, say))
+    if source.folder is not None:
+        return open_checkpoint(source.folder)
+    assert source.repo_id is not None
+    _check_known(request, source.repo_id)
+    parent = request.out.parent if request.out is not None else Path("artifacts")
+    folder = fetch_checkpoint(
+        source.repo_id,
+        source.revision,
+        progress=lambda done, total: report("download", done, total),
+        announce=lambda plan: check_download(plan, parent, say),
+    )
+    return open_checkpoint(folder)
 
 
-def _open(request: ConvertRequest) -> Checkpoint:
-    folder = Path(request.checkpoint)
-    if folder.exists():
-        return open_checkpoint(folder)
-    # Loaded only when a hub is meant: a folder works without the hub's client.
-    from llava_edge.convert.hub import fetch_checkpoint
+def _planned_id(request: ConvertRequest, say: Say) -> str:
+    """Hub id of the variant that the plan chooses where no checkpoint was named."""
+    plan, _ = choose(request, request.wishes)
+    hub_id = find_variant(plan.variant).hub_id
+    if hub_id is None:
+        raise RequestError(
+            f"{plan.variant} was chosen and has no hub id. Give CHECKPOINT, a folder or a hub id."
+        )
+    say(f"{request.profile.name} takes {plan.variant} at {plan.precision}, grid {plan.grid}")
+    return hub_id
 
-    return open_checkpoint(fetch_checkpoint(request.checkpoint, request.revision))
+
+def _check_known(request: ConvertRequest, repo_id: str) -> None:
+    """A published variant that cannot fit is refused before it is downloaded."""
+    for variant in load_variants():
+        if repo_id in (variant.hub_id, variant.original_id):
+            choose(request, replace(request.wishes, variants=(variant,)))
 
 
 def _prepare(
-    request: ConvertRequest, profile: HardwareProfile, checkpoint: Checkpoint, report: Report
+    request: ConvertRequest, checkpoint: Checkpoint, planned: ArtifactPlan, report: Report
 ) -> _Job:
-    dims = checkpoint.dims
-    tiles = choose_tiles(request, dims, checkpoint.layout)
     processing = read_image_processing(
-        checkpoint.preprocessor_config(), dims, tiles.pinpoints, tiles.reference
+        checkpoint.preprocessor_config(),
+        checkpoint.dims,
+        planned.grid.pinpoints,
+        planned.reference,
     )
     prompt = None
     if request.use_template:
@@ -141,30 +159,36 @@ def _prepare(
             checkpoint.folder, checkpoint.config, source_id=checkpoint.source_id
         )
     digest = checkpoint.digest(lambda done, total: report("digest", done, total))
-    return _Job(request, profile, checkpoint, tiles, processing, prompt, digest)
+    return _Job(request, checkpoint, planned, processing, prompt, digest)
+
+
+def _key(job: _Job) -> dict[str, object]:
+    """What the artifact's bytes depend on; a finished part is taken over only under equal keys."""
+    plan, profile = job.planned.plan, job.request.profile
+    return {
+        "checkpoint": job.digest,
+        "profile": profile.name,
+        "flavour": profile.flavour,
+        "precision": plan.precision,
+        "pinpoints": to_json(job.planned.grid.pinpoints),
+        "reference": job.planned.reference,
+        "context": plan.context_tokens,
+        "template": job.request.use_template,
+        "tool": version("llava-edge"),
+    }
 
 
 def _needed_bytes(checkpoint: Checkpoint) -> int:
     """Upper bound of the artifact: every weight as fp16, and texts."""
-    shapes: Mapping[str, Any] = checkpoint.tensors
-    return _TEXTS_BYTES + sum(2 * int(np.prod(ref.shape)) for ref in shapes.values())
+    shapes = (ref.shape for ref in checkpoint.tensors.values())
+    return _TEXTS_BYTES + sum(2 * int(np.prod(shape)) for shape in shapes)
 
 
 def _manifest(job: _Job, tokens: TokenIds, vision: GraphSpec, decoder: GraphSpec) -> Manifest:
-    checkpoint, tiles, flavour = job.checkpoint, job.tiles, job.profile.flavour
-    variant = variant_name(checkpoint)
-    plan = {
-        "profile": job.profile.name,
-        "variant": variant,
-        "precision": job.request.precision,
-        "grid": tiles.grid,
-        "max_tiles": tiles.max_tiles,
-        "max_image_tokens": tiles.max_image_tokens,
-        "context_tokens": tiles.context_tokens,
-        "engine": "ort",
-    }
+    checkpoint, plan = job.checkpoint, job.planned.plan
+    flavour = job.request.profile.flavour
     precision = Precision(
-        language_model=job.request.precision,
+        language_model=plan.precision,
         lm_head="fp16",
         vision_tower="fp16",
         embeddings="fp16",
@@ -172,10 +196,10 @@ def _manifest(job: _Job, tokens: TokenIds, vision: GraphSpec, decoder: GraphSpec
     )
     return Manifest(
         schema_version=SCHEMA_VERSION,
-        variant=variant,
+        variant=plan.variant,
         flavour=flavour,
         precision=precision,
-        plan=plan,
+        plan=plan.to_json(),
         model=checkpoint.dims,
         image_processing=job.processing,
         tokens=tokens,
@@ -184,10 +208,10 @@ def _manifest(job: _Job, tokens: TokenIds, vision: GraphSpec, decoder: GraphSpec
         decoder=decoder,
         embeddings=EMBEDDINGS_FILE,
         tokenizer=TOKENIZER_FILE,
-        context_tokens=tiles.context_tokens,
+        context_tokens=plan.context_tokens,
         source=Source(checkpoint.source_id, checkpoint.revision, job.digest, checkpoint.layout),
         reference=REFERENCE,
         tools={name: version(name) for name in _TOOLS},
-        conversion={"is_trained_grid": tiles.is_trained},
+        conversion={"is_trained_grid": not job.planned.grid.beyond_stock},
         files={},
     )

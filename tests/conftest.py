@@ -33,9 +33,11 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointMaker
 
 @pytest.fixture(scope="session")
 def make_artifact(tmp_path_factory: pytest.TempPathFactory) -> ArtifactMaker:
-    """``make_artifact(checkpoint, profile=…)``: an artifact of it, converted once."""
+    """``make_artifact(checkpoint, profile=…, **wishes)``: an artifact of it, converted once."""
     from llava_edge.convert.pipeline import convert_checkpoint
     from llava_edge.convert.request import ConvertRequest
+    from llava_edge.profiles.hardware import load_profile
+    from llava_edge.profiles.planner import PlanRequest
     from llava_edge.runtime.progress import no_progress
 
     made: dict[str, Path] = {}
@@ -44,8 +46,15 @@ def make_artifact(tmp_path_factory: pytest.TempPathFactory) -> ArtifactMaker:
         key = repr((checkpoint, sorted(changes.items())))
         if key not in made:
             out = tmp_path_factory.mktemp("artifact") / "artifact"
-            request = ConvertRequest(checkpoint=str(checkpoint), out=out, **changes)  # type: ignore[arg-type]
-            made[key] = convert_checkpoint(request, no_progress).folder
+            profile = load_profile(str(changes.get("profile", "cpu-16gb")))
+            wishes = {name: value for name, value in changes.items() if name != "profile"}
+            request = ConvertRequest(
+                checkpoint=str(checkpoint),
+                out=out,
+                profile=profile,
+                wishes=PlanRequest(**{"precision": "fp16", **wishes}),  # type: ignore[arg-type]
+            )
+            made[key] = convert_checkpoint(request, no_progress, print).folder
         return made[key]
 
     return make

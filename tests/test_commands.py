@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -46,7 +49,8 @@ def test_convert_and_run_give_one_json_object_as_last_line(
     out, image = tmp_path / "artifact", tmp_path / "picture.png"
     picture.save(image)
 
-    assert cli.main(["convert", str(checkpoint), str(out), "--json"]) == 0
+    command = ["convert", str(checkpoint), str(out), "--profile", "cpu-16gb", "--json"]
+    assert cli.main(command) == 0
     converted = json.loads(capsys.readouterr().out.splitlines()[-1])
     question = ["--prompt", "What?", "--image", str(image), "--max-new-tokens", "3"]
     code = cli.main(["run", str(out), *question, "--json"])
@@ -157,9 +161,12 @@ def test_a_checkpoint_that_cannot_be_kept_is_refused_and_nothing_is_written(
         pytest.param(["--profile", "toaster"], "toaster", id="unknown profile"),
         pytest.param(["--grid", "7x7"], "7x7", id="unknown grid"),
         pytest.param(["--pinpoints", "71x70"], "71x70", id="pinpoints off the tile"),
-        pytest.param(["--grid", "2x2", "--pinpoints", "70x70"], "both", id="grid and pinpoints"),
+        pytest.param(["--grid", "2x2", "--pinpoints", "70x70"], "pinpoints were both", id="both"),
         pytest.param(["--context", "9999999"], "positions", id="context beyond the model"),
-        pytest.param(["--context", "20"], "cannot hold", id="context below one image"),
+        pytest.param(["--engine", "tensorrt"], "--engine", id="engine not built yet"),
+        pytest.param(["--model", "llava-v1.6-34b"], "both given", id="checkpoint and model"),
+        pytest.param(["--vram", "1MiB"], "Nearest|smaller", id="too little memory"),
+        pytest.param(["--context", "20"], "20", id="context below one image"),
     ],
 )
 def test_a_wrong_option_is_refused_and_nothing_is_written(
@@ -173,8 +180,34 @@ def test_a_wrong_option_is_refused_and_nothing_is_written(
 
     assert cli.main(["convert", str(checkpoint), str(out), *arguments]) == 2
 
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
     assert_nothing_written(tmp_path, out)
+
+
+def test_without_a_checkpoint_the_plan_names_one_and_an_unreachable_hub_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nothing listens on port 9 of this machine.
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    out = tmp_path / "artifact"
+
+    started = time.monotonic()
+    done = subprocess.run(
+        [str(PROGRAM), "convert", "--profile", "a100", "--model", "llava-v1.6-mistral-7b"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=tmp_path,
+    )
+
+    assert done.returncode == 1, done.stderr
+    assert time.monotonic() - started < 25
+    assert "a100 takes llava-v1.6-mistral-7b at fp16" in done.stderr
+    assert "CHECKPOINT=" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not out.exists()
+    assert not (tmp_path / "artifacts").exists()
 
 
 def test_an_existing_output_is_kept_unless_forced(

@@ -1,0 +1,139 @@
+"""ArtifactPlan: the plan of one conversion, from the same search that ``llava-edge plan`` runs.
+
+Convert exports exactly what the plan chose, or what was pinned if that fits; otherwise it refuses
+with the shortfall and the nearest that fits.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.request import ConvertRequest
+from llava_edge.profiles.errors import BudgetError, RequestError
+from llava_edge.profiles.grids import GridChoice, asked_grid, asked_pinpoints
+from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.parameters import total_parameters
+from llava_edge.profiles.plan import DeploymentPlan
+from llava_edge.profiles.planner import PlanRequest, nearest_fit, plan_deployment
+from llava_edge.profiles.sizes import format_bytes
+from llava_edge.profiles.variants import Variant
+from llava_edge.runtime.manifest import Reference
+
+PRECISIONS = ("fp16",)
+"""What can be exported so far, best first."""
+
+
+@dataclass(frozen=True)
+class ArtifactPlan:
+    """What will be exported.
+
+    ``grid`` holds the candidates in the order that decides ties under ``reference``.
+    """
+
+    plan: DeploymentPlan
+    grid: GridChoice
+    reference: Reference
+    notes: tuple[str, ...]
+
+
+def plan_artifact(request: ConvertRequest, checkpoint: Checkpoint) -> ArtifactPlan:
+    """Plan one checkpoint for one board.
+
+    Raises:
+        BudgetError: what was asked does not fit; names the shortfall and what would.
+        RequestError: the request is malformed, or asks for what is not exported yet.
+    """
+    _check_kind(checkpoint)
+    wishes = replace(request.wishes, variants=(as_variant(checkpoint),))
+    plan, notes = choose(request, wishes)
+    reference = request.reference or ("original" if checkpoint.layout == "original" else "hf")
+    return ArtifactPlan(plan, _grid(checkpoint.dims, request, plan), reference, notes)
+
+
+def choose(request: ConvertRequest, wishes: PlanRequest) -> tuple[DeploymentPlan, tuple[str, ...]]:
+    """The plan for some candidates, and what is worth knowing about it.
+
+    Raises:
+        BudgetError: nothing that was asked fits.
+        RequestError: the plan needs something that is not exported yet.
+    """
+    if wishes.engine != "ort":
+        raise RequestError(
+            f"--engine {wishes.engine} was asked; this version exports graphs for ONNX Runtime "
+            "(ort) only. Leave --engine out."
+        )
+    result = plan_deployment(request.profile, wishes)
+    plan = result.plan
+    if not plan.fits:
+        raise BudgetError(_misfit(request, wishes, plan))
+    if plan.distributed:
+        raise RequestError(
+            f"{plan.variant} at {plan.precision} needs several devices of {request.profile.name}: "
+            f"{plan.engine}. An artifact runs on one; serve the checkpoint with that engine, or "
+            "ask for a lower --precision or a smaller model."
+        )
+    return plan, result.notes
+
+
+def as_variant(checkpoint: Checkpoint) -> Variant:
+    """An opened checkpoint as a candidate of the planner."""
+    parameters = total_parameters(checkpoint.dims)
+    return Variant(
+        name=variant_name(checkpoint.source_id),
+        kind="image",
+        dims=checkpoint.dims,
+        parameters=parameters,
+        hub_id=None,
+        original_id=None,
+        checkpoint_dtype="float16",
+        license="see the checkpoint",
+        license_status="not read",
+        prompt_family=None,
+        base_model=None,
+        sources={"config": str(checkpoint.folder)},
+    )
+
+
+def variant_name(source_id: str) -> str:
+    """The last part of a source's id, without a trailing ``-hf``, safe as a file name."""
+    name = source_id.rstrip("/").split("/")[-1].removesuffix("-hf")
+    return re.sub(r"[^A-Za-z0-9._-]", "-", name) or "checkpoint"
+
+
+def _check_kind(checkpoint: Checkpoint) -> None:
+    kind = checkpoint.dims.model_type
+    if kind != "llava_next":
+        raise RequestError(
+            f"{checkpoint.folder} is a {kind} model; this version converts llava_next models "
+            "(LLaVA 1.6 for images). It can be planned for: llava-edge plan."
+        )
+
+
+def _grid(dims: ModelDims, request: ConvertRequest, plan: DeploymentPlan) -> GridChoice:
+    """The candidates behind the plan's grid: a name, or a list of one's own."""
+    if request.wishes.pinpoints is not None:
+        return asked_pinpoints(dims, request.wishes.pinpoints)
+    if "," in plan.grid:
+        return asked_pinpoints(dims, plan.grid)
+    return asked_grid(dims, plan.grid)
+
+
+def _misfit(request: ConvertRequest, wishes: PlanRequest, plan: DeploymentPlan) -> str:
+    memory = plan.memory
+    nearest = nearest_fit(request.profile, wishes)
+    advice = "Nothing smaller fits either: free memory or name another board."
+    if nearest is not None:
+        advice = (
+            f"Nearest that fits: {nearest.variant} at {nearest.precision}, grid {nearest.grid}, "
+            f"context {nearest.context_tokens} ({format_bytes(nearest.memory.total_bytes)})."
+        )
+    if not memory.shortfall_bytes:
+        reason = plan.rejected[-1].reason if plan.rejected else "it does not go together"
+        return f"nothing that was asked fits {request.profile.name}: {reason}. {advice}"
+    return (
+        f"{plan.variant} at {plan.precision} with grid {plan.grid} and {plan.context_tokens} "
+        f"tokens of context needs {format_bytes(memory.total_bytes)}; {request.profile.name} "
+        f"leaves {format_bytes(memory.budget_bytes)}, {memory.shortfall_bytes} bytes less. {advice}"
+    )

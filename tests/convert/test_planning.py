@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llava_edge.convert.checkpoint import open_checkpoint
+from llava_edge.convert.planning import plan_artifact, variant_name
+from llava_edge.convert.request import ConvertRequest
+from llava_edge.profiles.errors import BudgetError, RequestError
+from llava_edge.profiles.hardware import HardwareProfile, load_profile
+from llava_edge.profiles.plan import DeploymentPlan
+from llava_edge.profiles.planner import PlanRequest, plan_deployment
+from llava_edge.profiles.variants import read_folder
+
+
+@pytest.fixture(scope="module")
+def folder(make_checkpoint: Callable[..., Path]) -> Path:
+    return make_checkpoint("odd")
+
+
+def request_for(profile: HardwareProfile | None = None, **wishes: object) -> ConvertRequest:
+    return ConvertRequest(
+        checkpoint="unused",
+        profile=profile or load_profile("cpu-16gb"),
+        wishes=PlanRequest(**{"precision": "fp16", **wishes}),  # type: ignore[arg-type]
+    )
+
+
+def test_convert_takes_exactly_what_plan_chooses(folder: Path) -> None:
+    planned = plan_artifact(request_for(), open_checkpoint(folder))
+
+    wishes = PlanRequest(variants=(read_folder(folder),), precision="fp16")
+    assert planned.plan == plan_deployment(load_profile("cpu-16gb"), wishes).plan
+    assert DeploymentPlan.from_json(planned.plan.to_json()) == planned.plan
+
+
+def test_the_checkpoints_own_order_of_candidates_is_kept(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+
+    full = plan_artifact(request_for(), checkpoint).grid.pinpoints
+    low = plan_artifact(request_for(grid="1x2"), checkpoint).grid.pinpoints
+
+    assert full == checkpoint.dims.image_grid_pinpoints
+    assert low == tuple(point for point in full if point in {(70, 140), (140, 70)})
+
+
+def test_candidates_beyond_the_checkpoints_are_said_to_be_untrained(folder: Path) -> None:
+    planned = plan_artifact(request_for(grid="3x3"), open_checkpoint(folder))
+
+    assert planned.grid.beyond_stock
+    assert any("not trained" in note for note in planned.notes)
+    assert not plan_artifact(request_for(), open_checkpoint(folder)).grid.beyond_stock
+
+
+def test_what_does_not_fit_is_refused_with_the_shortfall_and_the_nearest(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    whole = plan_artifact(
+        request_for(context_tokens=2048, grid="2x2"), checkpoint
+    ).plan.memory.total_bytes
+    board = replace(load_profile("cpu-16gb"), memory_bytes=whole - 1, system_reserve_bytes=0)
+
+    with pytest.raises(BudgetError, match=r" 1 bytes less\. Nearest that fits: odd at fp16"):
+        plan_artifact(request_for(board, context_tokens=2048, grid="2x2"), checkpoint)
+
+
+def test_engines_that_are_not_built_and_other_kinds_of_model_are_refused(
+    folder: Path, make_checkpoint: Callable[..., Path]
+) -> None:
+    with pytest.raises(RequestError, match="--engine tensorrt"):
+        plan_artifact(request_for(engine="tensorrt"), open_checkpoint(folder))
+    video = open_checkpoint(make_checkpoint("odd", model_type="llava_next_video"))
+    with pytest.raises(RequestError, match="is a llava_next_video model"):
+        plan_artifact(request_for(), video)
+
+
+@pytest.mark.parametrize(
+    ("source_id", "name"),
+    [
+        ("llava-hf/llava-v1.6-mistral-7b-hf", "llava-v1.6-mistral-7b"),
+        ("my folder/", "my-folder"),
+        ("…", "-"),
+        ("", "checkpoint"),
+    ],
+)
+def test_the_variant_is_named_after_its_source(source_id: str, name: str) -> None:
+    assert variant_name(source_id) == name
