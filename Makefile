@@ -8,6 +8,7 @@ READY := $(VENV)/ready
 
 PROFILE ?= cpu-16gb
 CHECKPOINT ?=
+MODEL ?=
 OUT ?=
 PRECISION ?=
 
@@ -27,8 +28,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## convert the small checkpoint and ask it about a drawn picture, beside the reference
 	$(BIN)/python -m llava_edge.convert.demo
 
-convert: $(READY) ## make convert PROFILE=a100 [CHECKPOINT=folder or hub id] [OUT=folder] [PRECISION=fp16]
-	$(BIN)/llava-edge convert $(CHECKPOINT) $(OUT) --profile $(PROFILE) $(if $(PRECISION),--precision $(PRECISION))
+convert: $(READY) ## make convert PROFILE=a100 [CHECKPOINT=folder or hub id | MODEL=name] [OUT=folder] [PRECISION=fp16]
+	$(BIN)/llava-edge convert $(CHECKPOINT) $(if $(OUT),--out $(OUT)) $(if $(MODEL),--model $(MODEL)) --profile $(PROFILE) $(if $(PRECISION),--precision $(PRECISION))
 
 test: $(READY) ## the whole test suite, on all cores
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     request = ConvertRequest(
         checkpoint=options.checkpoint,
-        out=options.out,
+        out=options.named_out or options.out,
         profile=choose_profile(options),
         wishes=replace(build_request(options), precision=options.precision or PRECISIONS[0]),
         reference=options.reference,
@@ -109,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "out", nargs="?", type=Path, help="default: artifacts/<variant>-<precision>-<profile>"
+    )
+    parser.add_argument(
+        "--out", dest="named_out", type=Path, help="OUT, where no checkpoint is named"
     )
     parser.add_argument("--model", help="variant to plan for where no checkpoint is given")
     add_plan_arguments(parser)
