@@ -88,12 +88,12 @@ def to_gptq(quantized: QuantizedWeight) -> GptqTensors:
             f"a {bits}-bit weight [{num_rows}, {num_columns}] does not fill whole 32-bit words; a "
             f"GPTQ checkpoint needs outputs and inputs that are multiples of {per_word}"
         )
-    words = _pack(quantized.qweight, bits).view("<i4")
+    words = pack_codes(quantized.qweight, bits).view("<i4")
     num_groups = quantized.scales.shape[1]
     zeros = np.full((num_groups, num_rows), quantized.zero - 1, np.uint8)
     return GptqTensors(
         qweight=np.ascontiguousarray(words.T),
-        qzeros=_pack(zeros, bits).view("<i4"),
+        qzeros=pack_codes(zeros, bits).view("<i4"),
         scales=np.ascontiguousarray(quantized.scales.T),
         g_idx=quantized.g_idx,
     )
@@ -119,7 +119,9 @@ def from_gptq(
     words = np.ascontiguousarray(tensors.qweight.T).astype("<i4", copy=False)
     scales = np.ascontiguousarray(tensors.scales.T.astype(np.float16))
     report = QuantizationReport(mse=None)
-    return QuantizedWeight(_unpack(words.view(np.uint8), bits), scales, bits, group_size, report)
+    return QuantizedWeight(
+        unpack_codes(words.view(np.uint8), bits), scales, bits, group_size, report
+    )
 
 
 def _shape_faults(tensors: GptqTensors, bits: int, group_size: int) -> list[str]:
@@ -164,7 +166,7 @@ def _value_faults(tensors: GptqTensors, bits: int, group_size: int) -> list[str]
             f"first is column {int(moved.argmax())}; no kernel here follows that order"
         )
     words = np.ascontiguousarray(tensors.qzeros).astype("<i4", copy=False)
-    zeros = _unpack(words.view(np.uint8), bits)
+    zeros = unpack_codes(words.view(np.uint8), bits)
     zero = 2 ** (bits - 1)
     other = zeros != zero - 1
     if bool((zeros == zero).all()):
@@ -219,7 +221,7 @@ def to_matmul_nbits(
         codes[:, :num_columns] = quantized.qweight
     repeats = num_blocks // quantized.scales.shape[1]
     return MatMulNBitsTensors(
-        weight=_pack(codes, quantized.bits).reshape(num_rows, num_blocks, -1),
+        weight=pack_codes(codes, quantized.bits).reshape(num_rows, num_blocks, -1),
         scales=np.repeat(quantized.scales, repeats, axis=1).astype(scale_dtype),
         bits=quantized.bits,
         block_size=block_size,
@@ -229,7 +231,7 @@ def to_matmul_nbits(
 def unpack_matmul_nbits(tensors: MatMulNBitsTensors, num_columns: int) -> npt.NDArray[np.float32]:
     """Values float32 [N, K] that MatMulNBits computes with; what fills the last block is cut."""
     num_rows = tensors.weight.shape[0]
-    codes = _unpack(tensors.weight.reshape(num_rows, -1), tensors.bits)
+    codes = unpack_codes(tensors.weight.reshape(num_rows, -1), tensors.bits)
     values = codes.astype(np.float32) - np.float32(2 ** (tensors.bits - 1))
     scales = tensors.scales.astype(np.float32).repeat(tensors.block_size, axis=1)
     return (values * scales)[:, :num_columns]
@@ -253,15 +255,15 @@ def to_matmul_integer(quantized: QuantizedWeight) -> MatMulIntegerTensors:
     )
 
 
-def _pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+def pack_codes(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     """Codes [..., n] to bytes [..., n * bits / 8], low bits first."""
     if bits == 8:
         return np.ascontiguousarray(codes)
     return codes[..., 0::2] | (codes[..., 1::2] << np.uint8(4))
 
 
-def _unpack(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
-    """Bytes [..., n * bits / 8] to codes [..., n]; the inverse of ``_pack``."""
+def unpack_codes(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    """Bytes [..., n * bits / 8] to codes [..., n]; the inverse of ``pack_codes``."""
     if bits == 8:
         return packed
     codes = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.uint8)
