@@ -1,0 +1,132 @@
+"""One model under several names of its tensors: the artifact's weights are the same bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from llava_edge.convert.pipeline import convert_checkpoint
+from llava_edge.convert.reference import ReferenceModel
+from llava_edge.convert.request import ConvertRequest
+from llava_edge.profiles.planner import PlanRequest
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.manifest import Reference
+from llava_edge.runtime.progress import no_progress
+
+IN_MEMORY = (
+    ("language_model.model.", "model.language_model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("vision_tower.vision_model.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+    ("image_newline", "model.image_newline"),
+)
+ORIGINAL = (
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("vision_tower.", "model.vision_tower.vision_tower."),
+    ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
+    ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
+    ("image_newline", "model.image_newline"),
+)
+
+
+@pytest.fixture(scope="module")
+def hub(make_checkpoint: Callable[..., Path]) -> Path:
+    return make_checkpoint("odd")
+
+
+def renamed(folder: Path, target: Path, pairs: tuple[tuple[str, str], ...]) -> Path:
+    shutil.copytree(folder, target)
+    tensors = load_file(target / "model.safetensors")
+
+    def rename(name: str) -> str:
+        for old, new in pairs:
+            if name.startswith(old):
+                return new + name[len(old) :]
+        raise AssertionError(name)
+
+    save_file(
+        {rename(name): array for name, array in tensors.items()}, target / "model.safetensors"
+    )
+    return target
+
+
+def as_original(folder: Path, target: Path) -> Path:
+    renamed(folder, target, ORIGINAL)
+    config = json.loads((target / "config.json").read_text())
+    changes = {
+        "model_type": "llava_llama",
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": config["image_grid_pinpoints"],
+        "mm_hidden_size": config["vision_config"]["hidden_size"],
+        "mm_patch_merge_type": "spatial_unpad",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": "a/tower",
+        "vision_config": config["vision_config"],
+    }
+    (target / "config.json").write_text(json.dumps({**config["text_config"], **changes}))
+    return target
+
+
+def convert(checkpoint: Path, out: Path, reference: Reference | None = None) -> Path:
+    request = ConvertRequest(
+        checkpoint=str(checkpoint),
+        out=out,
+        wishes=PlanRequest(precision="fp16"),
+        reference=reference,
+    )
+    return convert_checkpoint(request, no_progress, print).folder
+
+
+def weights(artifact: Path) -> tuple[bytes, ...]:
+    names = ("vision/weights.bin", "decoder/weights.bin", "embeddings.safetensors")
+    return tuple((artifact / name).read_bytes() for name in names)
+
+
+def test_in_memory_names_give_the_artifact_of_hub_names(
+    hub: Path, make_artifact: Callable[..., Path], tmp_path: Path
+) -> None:
+    copy = renamed(hub, tmp_path / "memory", IN_MEMORY)
+
+    assert weights(convert(copy, tmp_path / "artifact")) == weights(make_artifact(hub))
+
+
+def test_an_original_checkpoint_answers_as_its_conversion_to_hugging_face(
+    hub: Path, make_artifact: Callable[..., Path], picture: Image.Image, tmp_path: Path
+) -> None:
+    original = as_original(hub, tmp_path / "original")
+    artifact = convert(original, tmp_path / "artifact")
+    reference = ReferenceModel(hub)
+    inputs = reference.prepare(reference.render("What is this?", 1), [picture])
+
+    with LlavaEdge.load(artifact, threads=1) as model:
+        answer = model.generate("What is this?", [picture], max_new_tokens=16)
+
+    assert weights(artifact) == weights(make_artifact(hub))
+    assert list(answer.token_ids) == reference.greedy(inputs, 16)
+
+
+def test_ties_between_grids_follow_the_order_of_the_layout(hub: Path, tmp_path: Path) -> None:
+    # Both sides are within one tile, so 1x2 and 2x1 keep the whole image: a tie.
+    small = Image.new("RGB", (60, 40), "white")
+    original = as_original(hub, tmp_path / "original")
+    by_default = convert(original, tmp_path / "default")
+    as_hugging_face = convert(original, tmp_path / "hf", "hf")
+    reference = ReferenceModel(hub)
+    expected = reference.prepare(reference.render("Hi", 1), [small])["input_ids"].shape[1]
+
+    with LlavaEdge.load(as_hugging_face, threads=1) as model:
+        assert model.count_tokens("Hi", [small]) == expected
+    with LlavaEdge.load(by_default, threads=1) as model:
+        assert model.artifact.manifest.image_processing.reference == "original"
+        # 60x40 in tiles of 5 patches: wide keeps 5 x 7.5, tall 3.3 x 5, rounded up to even cuts.
+        assert model.count_tokens("Hi", [small]) < expected
