@@ -21,7 +21,14 @@ import onnx_ir as ir
 import torch
 
 from llava_edge.convert.graph import MICROSOFT, GraphBuilder
-from llava_edge.convert.weights import Array, TensorSource, linear, vectors
+from llava_edge.convert.linear_ops import (
+    FloatLinear,
+    LinearLayer,
+    LinearOps,
+    QuantizedLayers,
+    QuantizedLinear,
+)
+from llava_edge.convert.weights import Array, TensorSource, vectors
 from llava_edge.profiles.model_dims import TextDims
 
 
@@ -43,9 +50,23 @@ def build_decoder_graph(
     source: TensorSource,
     compute: type[np.float32] | type[np.float16],
     context_tokens: int,
+    *,
+    weights: QuantizedLayers | None = None,
 ) -> GraphBuilder:
-    """Build the decoder for at most ``context_tokens`` positions."""
+    """Build the decoder for at most ``context_tokens`` positions.
+
+    Args:
+        text: dimensions of the language model.
+        source: the checkpoint; all of it without ``weights``, norms and biases with them.
+        compute: type of activations and cache.
+        context_tokens: positions that the rotary tables cover.
+        weights: quantised linear layers; None keeps them in fp16.
+
+    Raises:
+        RequestError: the weights do not go with the operators asked for them.
+    """
     g = GraphBuilder("decoder", compute)
+    ops = _linear_ops(text, source, weights)
     embeds = g.input("inputs_embeds", g.compute_name, [1, "tokens", text.hidden_size])
     inputs: dict[str, ir.Value] = {
         "seqlens_k": g.input("seqlens_k", "int32", [1]),
@@ -70,20 +91,27 @@ def build_decoder_graph(
         norm = f"{prefix}.input_layernorm"
         normed, residual = _add_norm(g, text, source, norm, residual, delta)
         mixed, present = _attention(
-            g, text, source, layer, normed, {**inputs, "key": past_key, "value": past_value}
+            g, text, ops, layer, normed, {**inputs, "key": past_key, "value": past_value}
         )
         presents += present
         norm = f"{prefix}.post_attention_layernorm"
         normed, residual = _add_norm(g, text, source, norm, residual, mixed)
-        delta = _mlp(g, text, source, f"{prefix}.mlp", normed)
+        delta = _mlp(g, text, ops, f"{prefix}.mlp", normed)
     assert delta is not None
-    logits = _head(g, text, source, residual, delta, keep)
+    logits = _head(g, text, source, ops, residual, delta, keep)
     # float32 in both flavours: sampling never sees fp16 ties.
     g.output(logits, "logits", "float32", [1, "logits_to_keep", text.vocab_size])
     for index, present_value in enumerate(presents):
         name = f"present.{index // 2}.{('key', 'value')[index % 2]}"
         g.output(present_value, name, g.compute_name, cache_shape)
     return g
+
+
+def _linear_ops(text: TextDims, source: TensorSource, weights: QuantizedLayers | None) -> LinearOps:
+    if weights is not None:
+        return QuantizedLinear(source, weights)
+    tied = text.tie_word_embeddings
+    return FloatLinear(source, f"{'language_model.embed_tokens' if tied else 'lm_head'}.weight")
 
 
 def _add_norm(
@@ -118,15 +146,16 @@ def _add_norm(
 def _attention(
     g: GraphBuilder,
     text: TextDims,
-    source: TensorSource,
+    ops: LinearOps,
     layer: int,
     hidden: ir.Value,
     inputs: dict[str, ir.Value],
 ) -> tuple[ir.Value, list[ir.Value]]:
     prefix = f"language_model.layers.{layer}.self_attn"
-    names = [f"{prefix}.{part}_proj" for part in "qkv"]
+    names = tuple(f"{prefix}.{part}_proj" for part in "qkv")
     packed_size = text.query_size + 2 * text.key_value_size
-    packed = _linear(g, source, names, text.hidden_size, packed_size, hidden, text.qkv_bias)
+    layers = [LinearLayer(names, text.hidden_size, packed_size, text.qkv_bias)]
+    (packed,) = ops.layers(g, hidden, layers)
     window = text.sliding_windows[layer]
     mixed, key, value = g.ops(
         "GroupQueryAttention",
@@ -154,26 +183,31 @@ def _attention(
         num_outputs=3,
         name=f"{prefix}.attention",
     )
-    output = _linear(
-        g, source, [f"{prefix}.o_proj"], text.query_size, text.hidden_size, mixed, text.o_bias
-    )
+    layers = [LinearLayer((f"{prefix}.o_proj",), text.query_size, text.hidden_size, text.o_bias)]
+    (output,) = ops.layers(g, mixed, layers)
     return output, [key, value]
 
 
 def _mlp(
-    g: GraphBuilder, text: TextDims, source: TensorSource, prefix: str, hidden: ir.Value
+    g: GraphBuilder, text: TextDims, ops: LinearOps, prefix: str, hidden: ir.Value
 ) -> ir.Value:
     narrow, wide = text.hidden_size, text.intermediate_size
-    gate = _linear(g, source, [f"{prefix}.gate_proj"], narrow, wide, hidden, text.mlp_bias)
-    up = _linear(g, source, [f"{prefix}.up_proj"], narrow, wide, hidden, text.mlp_bias)
+    layers = [
+        LinearLayer((f"{prefix}.{part}_proj",), narrow, wide, text.mlp_bias)
+        for part in ("gate", "up")
+    ]
+    gate, up = ops.layers(g, hidden, layers)
     active = g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
-    return _linear(g, source, [f"{prefix}.down_proj"], wide, narrow, active, text.mlp_bias)
+    layers = [LinearLayer((f"{prefix}.down_proj",), wide, narrow, text.mlp_bias)]
+    (output,) = ops.layers(g, active, layers)
+    return output
 
 
 def _head(
     g: GraphBuilder,
     text: TextDims,
     source: TensorSource,
+    ops: LinearOps,
     residual: ir.Value,
     delta: ir.Value,
     keep: ir.Value,
@@ -183,29 +217,7 @@ def _head(
     end, axis = g.integers(np.iinfo(np.int64).max), g.integers(1)
     kept = [g.op("Slice", value, start, end, axis) for value in (residual, delta)]
     normed, _ = _add_norm(g, text, source, "language_model.norm", kept[0], kept[1])
-    name = "lm_head.weight"
-    if text.tie_word_embeddings:
-        name = "language_model.embed_tokens.weight"
-    weight = linear(source, [name], text.hidden_size, text.vocab_size)
-    logits = g.op("MatMul", normed, g.compute_weight("lm_head.weight", weight), name="lm_head")
+    logits = ops.head(g, normed, text.hidden_size, text.vocab_size)
     if g.compute == np.float32:
         return logits
     return g.op("Cast", logits, to=int(ir.DataType.FLOAT))
-
-
-def _linear(
-    g: GraphBuilder,
-    source: TensorSource,
-    prefixes: list[str],
-    in_size: int,
-    out_size: int,
-    hidden: ir.Value,
-    bias: bool,
-) -> ir.Value:
-    name = prefixes[0]
-    weight = linear(source, [f"{prefix}.weight" for prefix in prefixes], in_size, out_size)
-    product = g.op("MatMul", hidden, g.compute_weight(f"{name}.weight", weight), name=name)
-    if not bias:
-        return product
-    row = vectors(source, [f"{prefix}.bias" for prefix in prefixes])
-    return g.op("Add", product, g.vector(f"{name}.bias", row))

@@ -41,7 +41,8 @@ class LazyWeight:
     @property
     def nbytes(self) -> int:
         """Bytes in the external data file."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        bits = ir.DataType.from_numpy(self.dtype).bitwidth
+        return -(-int(np.prod(self.shape, dtype=np.int64)) * bits // 8)
 
 
 class GraphBuilder:

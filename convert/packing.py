@@ -1,12 +1,13 @@
 """Packing: the exact layouts that codes and scales take in a checkpoint and in a graph.
 
-Three layouts of one QuantizedWeight, N outputs and K inputs:
+Four layouts of one QuantizedWeight, N outputs and K inputs:
 
 - GptqTensors, the Hugging Face GPTQ v1 checkpoint: ``qweight`` holds codes along K, low bits first,
   ``qzeros`` holds zero - 1.
 - MatMulNBitsTensors, ONNX Runtime's com.microsoft.MatMulNBits: blocks along K, low bits first; no
   zero points, which means 2^(bits-1).
 - MatMulIntegerTensors, com.microsoft.MatMulIntegerToFloat: signed int8 [K, N], one scale a column.
+- DequantizeLinearTensors, the standard operator: signed [K, N], scales [groups, N].
 
 Bytes are little-endian, whatever the machine.
 """
@@ -61,6 +62,14 @@ class MatMulIntegerTensors:
 
     weight: npt.NDArray[np.int8]
     scales: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class DequantizeLinearTensors:
+    """Inputs x and x_scale of DequantizeLinear: signed codes int8 [K, N], float16 [groups, N]."""
+
+    weight: npt.NDArray[np.int8]
+    scales: npt.NDArray[np.float16]
 
 
 def choose_group_size(columns: Sequence[int]) -> int:
@@ -252,6 +261,15 @@ def to_matmul_integer(quantized: QuantizedWeight) -> MatMulIntegerTensors:
     signed = (quantized.qweight ^ np.uint8(0x80)).view(np.int8)
     return MatMulIntegerTensors(
         np.ascontiguousarray(signed.T), quantized.scales[:, 0].astype(np.float32)
+    )
+
+
+def to_dequantize_linear(quantized: QuantizedWeight) -> DequantizeLinearTensors:
+    """Lay a weight out for DequantizeLinear in front of a MatMul: signed codes, K first."""
+    # In 8 bits 0 - 128 wraps around to 128, which is -128 to an int8.
+    signed = (quantized.qweight - np.uint8(quantized.zero)).view(np.int8)
+    return DequantizeLinearTensors(
+        np.ascontiguousarray(signed.T), np.ascontiguousarray(quantized.scales.T)
     )
 
 

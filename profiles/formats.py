@@ -31,8 +31,12 @@ PRECISIONS: tuple[PrecisionName, ...] = get_args(PrecisionName)
 PER_CHANNEL = -1
 """Group size that means one scale for a whole output channel, as in a GPTQ checkpoint."""
 
+Int8Route = Literal["integer", "nbits"]
+"""Operator for 8-bit weights: MatMulIntegerToFloat, or MatMulNBits."""
+
 _BITS = {"fp16": 16, "int8": 8, "int4": 4}
 _GROUPS = (128, 64, 32)
+_SMALLEST_BLOCK = 16
 _FP16_BYTES = 2
 
 
@@ -83,13 +87,32 @@ def group_size(text: TextDims, precision: str, flavour: Flavour, int8_isa: Int8I
     return PER_CHANNEL
 
 
+def int8_route(bits: int, group: int, flavour: Flavour, int8_isa: Int8Isa) -> Int8Route:
+    """The fast operator of CPUs with int8 instructions, for the weights that it can hold."""
+    if bits == 8 and group == PER_CHANNEL and flavour == "cpu" and int8_isa != "none":
+        return "integer"
+    return "nbits"
+
+
+def matmul_block(columns: int, group: int) -> int:
+    """Columns in a block of MatMulNBits: the group, where there is one.
+
+    One scale a row is repeated for blocks of the largest of 128, 64, 32, 16 that divides the row;
+    where none does, for blocks of 16, the last one filled up.
+    """
+    if group != PER_CHANNEL:
+        return group
+    return next((size for size in _GROUPS if columns % size == 0), _SMALLEST_BLOCK)
+
+
 @dataclass(frozen=True)
 class WeightFormat:
-    """Precision, group and flavour: everything a weight's size depends on."""
+    """Precision, group, flavour and instructions: everything a weight's size depends on."""
 
     precision: str
     group: int
     flavour: Flavour
+    int8_isa: Int8Isa = "vnni"
 
     def file_bytes(self, matrix: Matrix) -> int:
         """Bytes of the matrices in the artifact: packed weights and scales."""
@@ -103,13 +126,27 @@ class WeightFormat:
         return self.file_bytes(matrix) + sums
 
     def _packed(self, matrix: Matrix) -> int:
-        return -(-matrix.parameters * _BITS[self.precision] // 8)
+        columns = matrix.columns
+        if self._repeats_scales:
+            block = matmul_block(columns, self.group)
+            columns = -(-columns // block) * block
+        return -(-matrix.rows * columns * matrix.count * _BITS[self.precision] // 8)
 
     def _groups(self, matrix: Matrix) -> int:
         if self.precision == "fp16":
             return 0
         group = matrix.columns if self.group == PER_CHANNEL else self.group
+        if self._repeats_scales:
+            group = matmul_block(matrix.columns, self.group)
         return matrix.rows * matrix.count * -(-matrix.columns // group)
+
+    @property
+    def _repeats_scales(self) -> bool:
+        """One scale a row, in an operator that has blocks."""
+        if self.precision == "fp16" or self.group != PER_CHANNEL:
+            return False
+        bits = _BITS[self.precision]
+        return int8_route(bits, self.group, self.flavour, self.int8_isa) == "nbits"
 
 
 @dataclass(frozen=True)
@@ -144,9 +181,11 @@ def weight_bytes(
     parts = part_precisions(precision)
     text, vision = dims.text, dims.vision
     body = WeightFormat(
-        parts.language_model, group_size(text, precision, flavour, int8_isa), flavour
+        parts.language_model, group_size(text, precision, flavour, int8_isa), flavour, int8_isa
     )
-    head = WeightFormat(parts.lm_head, _head_group(text), flavour)
+    # The head follows the body: the integer operator is for bodies that take it.
+    head_isa = int8_isa if precision == "int8" else "none"
+    head = WeightFormat(parts.lm_head, _head_group(text), flavour, head_isa)
     size = WeightFormat.resident_bytes if resident else WeightFormat.file_bytes
     float_bytes = activation_bytes(flavour) if resident else _FP16_BYTES
     newline = 0 if dims.model_type == "llava" else text.hidden_size

@@ -1,0 +1,348 @@
+"""Linear layers of the decoder as graph nodes, one way for every weight format.
+
+    FloatLinear           MatMul over fp16 weights
+    QuantizedLinear
+      matmul_nbits        com.microsoft.MatMulNBits: 4 or 8 bits, one scale a block
+      integer             row over its largest → QuantizeLinear → MatMulIntegerToFloat → times the
+                          largest: signed 8 bits, one scale a column, batch-invariant
+      portable            standard DequantizeLinear → MatMul, which ONNX Runtime fuses by itself
+
+Layers that read the same activations are emitted together, so that they share the normalisation.
+
+Sources: the operators' contracts in ONNX Runtime 1.32. The integer form gives a row the same bits
+alone and among others, since sums of integers are exact and everything else is done value by value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from llava_edge.convert.graph import MICROSOFT, GraphBuilder, LazyWeight
+from llava_edge.convert.packing import (
+    choose_group_size,
+    to_dequantize_linear,
+    to_matmul_integer,
+    to_matmul_nbits,
+)
+from llava_edge.convert.quantized_source import HEAD, HEAD_BITS, QuantizedSource
+from llava_edge.convert.rounding import PER_CHANNEL, QuantizationReport, QuantizedWeight
+from llava_edge.convert.weights import Array, TensorSource, linear, vectors
+from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.formats import Int8Route, matmul_block
+
+_ACTIVATION_ZERO = 128
+_LARGEST_CODE = 127
+_SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """One MatMul: the layers ``names`` (checkpoint names without ``.weight``) packed along N."""
+
+    names: tuple[str, ...]
+    in_size: int
+    out_size: int
+    bias: bool
+
+
+class LinearOps(Protocol):
+    """How linear layers become nodes."""
+
+    def layers(
+        self, g: GraphBuilder, hidden: ir.Value, layers: Sequence[LinearLayer]
+    ) -> list[ir.Value]:
+        """Emit layers that all read ``hidden``; one output each."""
+
+    def head(self, g: GraphBuilder, hidden: ir.Value, in_size: int, out_size: int) -> ir.Value:
+        """Emit the language model head."""
+
+
+class FloatLinear:
+    """Weights as they are, in fp16.
+
+    Args:
+        source: the checkpoint.
+        head: name of the head's weight; that of the embeddings where they are shared.
+    """
+
+    def __init__(self, source: TensorSource, head: str) -> None:
+        self._source = source
+        self._head = head
+
+    def layers(
+        self, g: GraphBuilder, hidden: ir.Value, layers: Sequence[LinearLayer]
+    ) -> list[ir.Value]:
+        """See LinearOps."""
+        return [self._layer(g, hidden, layer) for layer in layers]
+
+    def head(self, g: GraphBuilder, hidden: ir.Value, in_size: int, out_size: int) -> ir.Value:
+        """See LinearOps."""
+        weight = linear(self._source, [self._head], in_size, out_size)
+        return g.op("MatMul", hidden, g.compute_weight("lm_head.weight", weight), name="lm_head")
+
+    def _layer(self, g: GraphBuilder, hidden: ir.Value, layer: LinearLayer) -> ir.Value:
+        name = layer.names[0]
+        weights = [f"{part}.weight" for part in layer.names]
+        weight = linear(self._source, weights, layer.in_size, layer.out_size)
+        product = g.op("MatMul", hidden, g.compute_weight(f"{name}.weight", weight), name=name)
+        return _add_bias(g, self._source, layer, product)
+
+
+@dataclass(frozen=True)
+class QuantizedLayers:
+    """Quantised weights and the operators that shall compute with them.
+
+    Attributes:
+        source: weights of the body.
+        head: loads the head: 8 bits, groups of ``head_group_size``.
+        head_group_size: None for the largest of 128, 64, 32, -1 that divides its inputs.
+        int8_route: ``integer`` for 8 bits with one scale a channel, in float32 graphs; ``nbits``
+            for everything.
+        portable: standard operators only.
+        nbits_layers: layers (names as in ``source.linear``) that take MatMulNBits in spite of
+            ``integer``, whose activations have a scale a block instead of a row. The first of
+            several packed layers decides.
+    """
+
+    source: QuantizedSource
+    head: Callable[[], QuantizedWeight]
+    head_group_size: int | None = None
+    int8_route: Int8Route = "nbits"
+    portable: bool = False
+    nbits_layers: frozenset[str] = frozenset()
+
+
+class QuantizedLinear:
+    """Weights as integer codes.
+
+    Args:
+        source: the checkpoint, for biases.
+        weights: quantised weights and the operators for them.
+
+    Raises:
+        RequestError: the integer route was asked for weights that it cannot hold.
+    """
+
+    def __init__(self, source: TensorSource, weights: QuantizedLayers) -> None:
+        self._source = source
+        self._weights = weights
+        bits, group = weights.source.bits, weights.source.group_size
+        if weights.int8_route == "integer" and (bits, group) != (8, PER_CHANNEL):
+            raise RequestError(
+                f"the integer route was asked for weights of {bits} bits with group_size {group}; "
+                "it takes 8 bits and one scale a channel (group_size -1). Take the nbits route."
+            )
+
+    def layers(
+        self, g: GraphBuilder, hidden: ir.Value, layers: Sequence[LinearLayer]
+    ) -> list[ir.Value]:
+        """See LinearOps."""
+        bits, group = self._weights.source.bits, self._weights.source.group_size
+        rows: _IntegerRows | None = None
+        outputs = []
+        for layer in layers:
+            weight = _Weight(
+                layer.names[0], layer.in_size, layer.out_size, bits, group, self._loader(layer)
+            )
+            if self._is_integer(group) and layer.names[0] not in self._weights.nbits_layers:
+                rows = rows or _integer_rows(g, hidden)
+                product = _matmul_integer(g, rows, weight)
+            else:
+                product = self._product(g, hidden, weight)
+            outputs.append(_add_bias(g, self._source, layer, product))
+        return outputs
+
+    def head(self, g: GraphBuilder, hidden: ir.Value, in_size: int, out_size: int) -> ir.Value:
+        """See LinearOps."""
+        group = self._weights.head_group_size or choose_group_size([in_size])
+        weight = _Weight(HEAD, in_size, out_size, HEAD_BITS, group, self._weights.head)
+        if self._is_integer(group):
+            return _matmul_integer(g, _integer_rows(g, hidden), weight)
+        return self._product(g, hidden, weight)
+
+    def _is_integer(self, group: int) -> bool:
+        route = self._weights.int8_route
+        return route == "integer" and group == PER_CHANNEL and not self._weights.portable
+
+    def _product(self, g: GraphBuilder, hidden: ir.Value, weight: _Weight) -> ir.Value:
+        return (_portable if self._weights.portable else _matmul_nbits)(g, hidden, weight)
+
+    def _loader(self, layer: LinearLayer) -> Callable[[], QuantizedWeight]:
+        return lambda: _side_by_side([self._weights.source.linear(name) for name in layer.names])
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A quantised weight before it is loaded."""
+
+    name: str
+    in_size: int
+    out_size: int
+    bits: int
+    group_size: int
+    load: Callable[[], QuantizedWeight]
+
+    def loaded(self) -> QuantizedWeight:
+        weight = self.load()
+        have = (weight.qweight.shape, weight.bits, weight.group_size)
+        want = ((self.out_size, self.in_size), self.bits, self.group_size)
+        if have != want:
+            raise ValueError(f"{self.name}: (shape, bits, group) is {have}, the graph has {want}")
+        return weight
+
+    def initializers(
+        self,
+        g: GraphBuilder,
+        weight: tuple[tuple[int, ...], np.dtype[np.generic]],
+        scales: tuple[tuple[int, ...], np.dtype[np.generic]],
+        lay_out: Callable[[QuantizedWeight], tuple[Array, Array]],
+    ) -> tuple[ir.Value, ir.Value]:
+        """Weight and scales as lazy initializers that are loaded and laid out once for both.
+
+        Initializers are written in order, so the scales wait for one tensor only.
+        """
+        waiting: list[Array] = []
+
+        def load_weight() -> Array:
+            codes, scale_array = lay_out(self.loaded())
+            waiting[:] = [scale_array]
+            return codes
+
+        def load_scales() -> Array:
+            return waiting.pop() if waiting else lay_out(self.loaded())[1]
+
+        return (
+            g.weight(f"{self.name}.weight", LazyWeight(*weight, load_weight)),
+            g.weight(f"{self.name}.scales", LazyWeight(*scales, load_scales)),
+        )
+
+
+@dataclass(frozen=True)
+class _IntegerRows:
+    """Rows as uint8 around 128, and what they were divided by."""
+
+    codes: ir.Value
+    size: ir.Value
+    code_scale: ir.Value
+    zero: ir.Value
+
+
+def _integer_rows(g: GraphBuilder, hidden: ir.Value) -> _IntegerRows:
+    """Divide each row by its largest magnitude and round to 127 steps each way."""
+    if g.compute != np.float32:
+        raise RequestError(
+            f"the integer route was asked in a {g.compute_name} graph; MatMulIntegerToFloat is "
+            "used with float32 only (cpu flavour). Take the nbits route."
+        )
+    size = g.op("ReduceMax", g.op("Abs", hidden), g.integers(-1), keepdims=1)
+    # A row of zeros: 0 / tiny * tiny is 0, where 0 / 0 would spread over the whole answer.
+    size = g.op("Max", size, g.constant("smallest_normal", np.array(_SMALLEST_NORMAL, np.float32)))
+    scale = g.constant("activation_scale", np.array(1.0 / _LARGEST_CODE, np.float32))
+    zero = g.constant("activation_zero", np.array(_ACTIVATION_ZERO, np.uint8))
+    codes = g.op("QuantizeLinear", g.op("Div", hidden, size), scale, zero)
+    return _IntegerRows(codes, size, scale, zero)
+
+
+def _matmul_integer(g: GraphBuilder, rows: _IntegerRows, weight: _Weight) -> ir.Value:
+    def lay_out(quantized: QuantizedWeight) -> tuple[Array, Array]:
+        tensors = to_matmul_integer(quantized)
+        return tensors.weight, tensors.scales
+
+    codes, scales = weight.initializers(
+        g,
+        ((weight.in_size, weight.out_size), np.dtype(np.int8)),
+        ((weight.out_size,), np.dtype(np.float32)),
+        lay_out,
+    )
+    product = g.op(
+        "MatMulIntegerToFloat",
+        rows.codes,
+        codes,
+        rows.code_scale,
+        scales,
+        rows.zero,
+        domain=MICROSOFT,
+        name=weight.name,
+    )
+    return g.op("Mul", product, rows.size)
+
+
+def _matmul_nbits(g: GraphBuilder, hidden: ir.Value, weight: _Weight) -> ir.Value:
+    block = matmul_block(weight.in_size, weight.group_size)
+    num_blocks = -(-weight.in_size // block)
+
+    def lay_out(quantized: QuantizedWeight) -> tuple[Array, Array]:
+        tensors = to_matmul_nbits(quantized, block_size=block, scale_dtype=g.compute)
+        return tensors.weight, tensors.scales
+
+    codes, scales = weight.initializers(
+        g,
+        ((weight.out_size, num_blocks, block * weight.bits // 8), np.dtype(np.uint8)),
+        ((weight.out_size, num_blocks), g.compute),
+        lay_out,
+    )
+    return g.op(
+        "MatMulNBits",
+        hidden,
+        codes,
+        scales,
+        domain=MICROSOFT,
+        name=weight.name,
+        K=weight.in_size,
+        N=weight.out_size,
+        bits=weight.bits,
+        block_size=block,
+        # Integer products on the CPU: 3 to 6 times as fast with 4 bits, the only kernel with 8.
+        # CUDA has no such choice; there the level stays out and the CPU computes in full.
+        accuracy_level=4 if g.compute == np.float32 else 0,
+    )
+
+
+def _portable(g: GraphBuilder, hidden: ir.Value, weight: _Weight) -> ir.Value:
+    per_channel = weight.group_size == PER_CHANNEL
+    code_type = np.dtype(ml_dtypes.int4) if weight.bits == 4 else np.dtype(np.int8)
+
+    def lay_out(quantized: QuantizedWeight) -> tuple[Array, Array]:
+        tensors = to_dequantize_linear(quantized)
+        scales = tensors.scales[0] if per_channel else tensors.scales
+        return tensors.weight.astype(code_type, copy=False), scales.astype(g.compute)
+
+    groups = () if per_channel else (weight.in_size // weight.group_size,)
+    codes, scales = weight.initializers(
+        g,
+        ((weight.in_size, weight.out_size), code_type),
+        ((*groups, weight.out_size), g.compute),
+        lay_out,
+    )
+    attributes = {"axis": 1} if per_channel else {"axis": 0, "block_size": weight.group_size}
+    name = f"{weight.name}.dequantized"
+    (values,) = g.ops("DequantizeLinear", [codes, scales], attributes, name=name)
+    return g.op("MatMul", hidden, values, name=weight.name)
+
+
+def _add_bias(
+    g: GraphBuilder, source: TensorSource, layer: LinearLayer, product: ir.Value
+) -> ir.Value:
+    if not layer.bias:
+        return product
+    row = vectors(source, [f"{part}.bias" for part in layer.names])
+    return g.op("Add", product, g.vector(f"{layer.names[0]}.bias", row))
+
+
+def _side_by_side(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Weights of the same inputs as one, outputs one after another."""
+    if len(parts) == 1:
+        return parts[0]
+    return QuantizedWeight(
+        np.concatenate([part.qweight for part in parts]),
+        np.concatenate([part.scales for part in parts]),
+        parts[0].bits,
+        parts[0].group_size,
+        QuantizationReport(),
+    )
