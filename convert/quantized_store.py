@@ -366,5 +366,5 @@ def _check_size(folder: Path, record: LayerRecord) -> None:
     if size != record.bytes:
         raise RequestError(
             f"{path} has {'no file' if size is None else f'{size} bytes'}; the journal lists "
-            f"{record.bytes} bytes. Run the conversion again; it starts anew where a layer is damaged."
+            f"{record.bytes} bytes. Run the conversion again: a damaged folder starts anew."
         )

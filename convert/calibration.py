@@ -1,0 +1,285 @@
+"""CalibrationSet: what the language model sees of image-question-answer samples.
+
+Conversations come from a folder, or are drawn by the project (``calibration_set``). Each goes the
+way of a real request: the runtime's template segments, tokenizer, image processor, tower, projector
+and packing. Nothing is padded, so no position has to be ignored; the answer's tokens are part of
+the sample, because they are what the model will write itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llava_edge.convert.conversations import Conversation
+from llava_edge.convert.token_kinds import Kinds, count_kinds, token_kinds
+from llava_edge.profiles.anyres import TileLayout
+from llava_edge.profiles.errors import ImageError, RequestError
+from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.runtime.embeddings import EmbeddingTable
+from llava_edge.runtime.image_processor import ImageProcessor
+from llava_edge.runtime.images import open_image
+from llava_edge.runtime.manifest import Flavour, ImageProcessing, PromptFormat, TokenIds
+from llava_edge.runtime.prompt import MARKS, Message, Piece, Text, compose, user_message
+from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
+from llava_edge.runtime.session import Session, SessionOptions
+from llava_edge.runtime.tokenizer import Tokenizer
+from llava_edge.runtime.vision import VisionEncoder
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CalibrationSample:
+    """One sample, as tokens.
+
+    Attributes:
+        name: what messages call it.
+        kinds: uint8 [tokens], see ``token_kinds.KINDS``.
+        embed: computes the decoder's input, float32 [tokens, hidden size].
+    """
+
+    name: str
+    kinds: Kinds
+    embed: Callable[[], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Samples to calibrate with.
+
+    Attributes:
+        samples: in order.
+        digest: SHA-256, in hex, of all that they hold: ids, kinds, images.
+        report: what is to be said of them, as plain JSON.
+    """
+
+    samples: tuple[CalibrationSample, ...]
+    digest: str
+    report: dict[str, Any]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all samples."""
+        return sum(len(sample.kinds) for sample in self.samples)
+
+
+class TileEncoder(Protocol):
+    """Tower and projector."""
+
+    def encode(self, pixel_values: NDArray[Any], out: NDArray[Any]) -> None:
+        """Tiles float32 (n, 3, T, T) to features (n, patches, hidden), written into ``out``."""
+
+
+class CalibrationModel:
+    """The light half of a model in the making: everything before the decoder.
+
+    Close it, or use it as a context manager.
+
+    Args:
+        dims: of the model.
+        tokenizer: of the artifact.
+        prompt: template segments; None for an artifact without a template.
+        processing: values of the image processor, with the artifact's candidates.
+        table: embedding rows.
+        encoder: tower and projector.
+        dtype: in which the encoder hands features out.
+        context_tokens: longer samples are left out.
+    """
+
+    def __init__(
+        self,
+        dims: ModelDims,
+        tokenizer: Tokenizer,
+        prompt: PromptFormat | None,
+        processing: ImageProcessing,
+        table: EmbeddingTable,
+        encoder: TileEncoder,
+        dtype: type[np.float32] | type[np.float16],
+        context_tokens: int,
+    ) -> None:
+        self._dims = dims
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._processor = ImageProcessor(processing)
+        self._table = table
+        self._encoder = encoder
+        self._dtype = dtype
+        self._context_tokens = context_tokens
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        dims: ModelDims,
+        tokens: TokenIds,
+        prompt: PromptFormat | None,
+        processing: ImageProcessing,
+        flavour: Flavour,
+        context_tokens: int,
+        *,
+        vision: str = "vision/model.onnx",
+        embeddings: str = "embeddings.safetensors",
+        tokenizer: str = "tokenizer.json",
+        threads: int = 0,
+    ) -> CalibrationModel:
+        """Open the finished light parts of an artifact: vision graph, embeddings, tokenizer.
+
+        Args:
+            folder: where the parts lie.
+            dims: of the model.
+            tokens: special ids.
+            prompt: template segments, or None.
+            processing: values of the image processor.
+            flavour: of the vision graph; it runs on the CPU either way.
+            context_tokens: of the artifact.
+            vision: graph, below ``folder``.
+            embeddings: table, below ``folder``.
+            tokenizer: below ``folder``.
+            threads: of the vision graph; 0 for every physical core.
+
+        Raises:
+            ArtifactError: a part is missing or does not fit.
+            EngineError: the vision graph cannot be run here.
+        """
+        dtype: type[np.float32] | type[np.float16] = np.float32 if flavour == "cpu" else np.float16
+        session = Session(folder / vision, SessionOptions(device="cpu", threads=threads))
+        return cls(
+            dims,
+            Tokenizer.open(folder / tokenizer, tokens, prompt),
+            prompt,
+            processing,
+            EmbeddingTable(folder / embeddings, dims),
+            VisionEncoder(session, dims, 1, dtype),
+            dtype,
+            context_tokens,
+        )
+
+    def prepare(
+        self, conversations: Sequence[Conversation], source: dict[str, Any]
+    ) -> CalibrationSet:
+        """Make samples of conversations; images that cannot be read are left out, by name.
+
+        Args:
+            conversations: in order.
+            source: where they come from and what was left out there, for the report.
+
+        Raises:
+            RequestError: no sample is left; every reason is listed.
+        """
+        samples: list[CalibrationSample] = []
+        left_out: list[dict[str, str]] = list(source.get("left_out", []))
+        grids: dict[str, int] = {}
+        digest = hashlib.sha256()
+        for conversation in conversations:
+            try:
+                sample, layouts, seal = self._sample(conversation)
+            except (ImageError, RequestError) as error:
+                _LOG.warning("calibration sample %s is left out: %s", conversation.name, error)
+                left_out.append({"sample": conversation.name, "reason": str(error)})
+                continue
+            samples.append(sample)
+            digest.update(seal)
+            for layout in layouts:
+                grid = f"{layout.rows}x{layout.columns}" if layout.rows else "base"
+                grids[grid] = grids.get(grid, 0) + 1
+        if not samples:
+            reasons = "".join(f"\n  - {each['sample']}: {each['reason']}" for each in left_out)
+            raise RequestError(
+                f"no calibration sample can be used; {len(left_out)} were left out:{reasons}"
+            )
+        kinds = np.concatenate([sample.kinds for sample in samples])
+        report = {
+            **source,
+            "num_samples": len(samples),
+            "num_text_only": len(samples) - sum(grids.values()),
+            "tokens": count_kinds(kinds),
+            "grids": dict(sorted(grids.items())),
+            "grids_without_sample": [grid for grid in self._grids() if grid not in grids],
+            "left_out": left_out,
+        }
+        return CalibrationSet(tuple(samples), digest.hexdigest(), report)
+
+    def close(self) -> None:
+        """Give the embedding file back."""
+        self._table.close()
+
+    def __enter__(self) -> CalibrationModel:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _grids(self) -> list[str]:
+        tile = self._processor.anyres.tile_size
+        candidates = self._processor.anyres.candidates
+        return [f"{height // tile}x{width // tile}" for height, width in candidates] or ["base"]
+
+    def _sample(
+        self, conversation: Conversation
+    ) -> tuple[CalibrationSample, tuple[TileLayout, ...], bytes]:
+        layouts: tuple[TileLayout, ...] = ()
+        seal = hashlib.sha256()
+        if conversation.image is not None:
+            # Decoded here as well, so that a damaged image is met before hours of work.
+            image = open_image(conversation.image())
+            seal.update(f"{image.width}x{image.height}".encode())
+            seal.update(image.tobytes())
+            layouts = (self._processor.anyres.layout(image.height, image.width),)
+        counts = [layout.num_image_tokens for layout in layouts]
+        encoded = self._tokenizer.encode_pieces(self._pieces(conversation))
+        ids = np.asarray(self._tokenizer.expand_media(encoded, counts), np.int64)
+        if len(ids) > self._context_tokens:
+            raise RequestError(
+                f"it takes {len(ids)} tokens; the context holds {self._context_tokens}. Shorten it "
+                "or convert with a larger --context."
+            )
+        side = self._dims.vision.patches_per_side
+        kinds = token_kinds(ids, self._tokenizer.image_id, layouts, side)
+        seal.update(ids.tobytes())
+        seal.update(kinds.tobytes())
+        embed = partial(self._embed, conversation, ids, layouts)
+        return CalibrationSample(conversation.name, kinds, embed), layouts, seal.digest()
+
+    def _pieces(self, conversation: Conversation) -> tuple[Piece, ...]:
+        images = 0 if conversation.image is None else 1
+        question, answer = conversation.question, conversation.answer
+        if self._prompt is not None:
+            messages = [user_message(question, images), Message("assistant", (Text(answer),))]
+            return compose(
+                self._prompt, messages, image_marks=bool(images), generation_prompt=False
+            )
+        mark = (Piece("image", MARKS["image"]),) * images
+        return (*mark, Piece("text", f"\n{question}\n{answer}"))
+
+    def _embed(
+        self, conversation: Conversation, ids: NDArray[np.int64], layouts: tuple[TileLayout, ...]
+    ) -> NDArray[np.float32]:
+        side = self._dims.vision.patches_per_side
+        width = self._dims.text.hidden_size
+        num_tiles = sum(layout.num_tiles for layout in layouts)
+        features = np.zeros((num_tiles * side * side + 1, width), self._dtype)
+        if self._table.image_newline is not None:
+            features[-1] = self._table.image_newline
+        if conversation.image is not None:
+            tiles = self._processor.preprocess(open_image(conversation.image())).pixel_values
+            self._encoder.encode(tiles, features[:-1].reshape(num_tiles, side * side, width))
+        rows = np.empty((len(ids), width), self._dtype)
+        PromptEmbeddings(ids, self._tokenizer.image_id, layouts, side, features, self._table).fill(
+            0, len(ids), rows
+        )
+        return rows.astype(np.float32, copy=False)
