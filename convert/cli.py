@@ -6,14 +6,13 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from llava_edge.convert.pipeline import convert_checkpoint
-from llava_edge.convert.planning import PRECISIONS
+from llava_edge.convert.quantization import NUM_SAMPLES, QuantizationRequest
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.cli import add_plan_arguments, build_request, choose_profile
 from llava_edge.profiles.errors import RequestError
@@ -31,7 +30,12 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint=options.checkpoint,
         out=options.named_out or options.out,
         profile=choose_profile(options),
-        wishes=replace(build_request(options), precision=options.precision or PRECISIONS[0]),
+        wishes=build_request(options),
+        quantization=QuantizationRequest(
+            quantizer=options.quantizer,
+            calibration=options.calibration,
+            num_samples=options.samples,
+        ),
         reference=options.reference,
         use_template=not options.no_template,
         force=options.force,
@@ -70,14 +74,16 @@ class StageBars:
         self._stage = ""
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Advance a stage; a new name closes the bar before it."""
-        if stage != self._stage:
+        """Advance a stage; another first word closes the bar before it."""
+        name = stage.split(" ")[0]
+        if name != self._stage:
             self.close()
-            self._stage = stage
-            self._bar = tqdm(
-                total=total, desc=f"{stage:<10}", unit="B", unit_scale=True, leave=False
-            )
+            self._stage = name
+            unit = "B" if name != "quantise" else "steps"
+            # disable=None: no bar where nobody watches.
+            self._bar = tqdm(total=total, unit=unit, unit_scale=True, leave=False, disable=None)
         assert self._bar is not None
+        self._bar.set_description_str(f"{stage:<10}", refresh=False)
         self._bar.update(done - self._bar.n)
 
     def say(self, line: str) -> None:
@@ -118,6 +124,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--reference", choices=("hf", "original"), help="order of candidates on ties"
     )
+    parser.add_argument("--quantizer", choices=("gptq", "rtn"), default="gptq")
+    parser.add_argument(
+        "--calibration", type=Path, metavar="DIR", help="questions, answers and images for GPTQ"
+    )
+    parser.add_argument("--samples", type=int, default=NUM_SAMPLES, help="calibration samples")
     parser.add_argument(
         "--no-template", action="store_true", help="leave the chat template out: raw prompts only"
     )

@@ -36,7 +36,10 @@ def main() -> int:
     _say("2. a picture", picture)
     draw_picture().save(picture)
     _say("3. llava-edge convert", artifact)
-    _command("convert", str(checkpoint), str(artifact), "--profile", "cpu-16gb")
+    _command(
+        *("convert", str(checkpoint), str(artifact)),
+        *("--profile", "cpu-16gb", "--precision", "fp16"),
+    )
     _say("4. llava-edge run", f"{PROMPT!r}, {NUM_TOKENS} tokens, greedy")
     shown = _command(
         *("run", str(artifact), "--prompt", PROMPT, "--image", str(picture)),

@@ -12,6 +12,7 @@ import numpy as np
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.decoder_graph import build_decoder_graph
 from llava_edge.convert.graph import GraphBuilder
+from llava_edge.convert.linear_ops import QuantizedLayers
 from llava_edge.convert.tokenizer_files import prepare_tokenizer
 from llava_edge.convert.vision_graph import build_vision_graph
 from llava_edge.convert.weights import Array
@@ -54,10 +55,15 @@ class PartBuilders:
         graph = build_vision_graph(self._checkpoint.dims, self._checkpoint, self._compute)
         return self._save(graph, folder, "vision")
 
-    def decoder(self, folder: Path) -> Any:
+    def decoder(self, folder: Path, weights: QuantizedLayers | None = None) -> Any:
         """The language model without its embeddings; returns its GraphSpec."""
-        text = self._checkpoint.dims.text
-        graph = build_decoder_graph(text, self._checkpoint, self._compute, self._context_tokens)
+        graph = build_decoder_graph(
+            self._checkpoint.dims.text,
+            self._checkpoint,
+            self._compute,
+            self._context_tokens,
+            weights=weights,
+        )
         return self._save(graph, folder, "decoder")
 
     def embeddings(self, folder: Path) -> None:

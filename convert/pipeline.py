@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from llava_edge.convert.card import write_card
 from llava_edge.convert.chat_template import compile_chat_template
@@ -23,10 +22,12 @@ from llava_edge.convert.image_settings import read_image_processing
 from llava_edge.convert.parts import EMBEDDINGS_FILE, TOKENIZER_FILE, PartBuilders, Report
 from llava_edge.convert.planning import ArtifactPlan, choose, plan_artifact
 from llava_edge.convert.preflight import check_download
+from llava_edge.convert.quantization import BodyFormat, LightParts, quantize
 from llava_edge.convert.reference import REFERENCE
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.write_artifact import ArtifactWriter, refuse_existing
 from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.formats import part_precisions, weight_bytes
 from llava_edge.profiles.variants import find_variant, load_variants
 from llava_edge.runtime.manifest import (
     SCHEMA_VERSION,
@@ -65,6 +66,7 @@ class _Job:
     planned: ArtifactPlan
     processing: ImageProcessing
     prompt: PromptFormat | None
+    body: BodyFormat | None
     digest: str
 
 
@@ -88,19 +90,41 @@ def convert_checkpoint(request: ConvertRequest, report: Report, say: Say) -> Con
     for note in planned.notes:
         say(f"note: {note}")
     job = _prepare(request, checkpoint, planned, report)
-    needed = _needed_bytes(checkpoint)
+    needed = _needed_bytes(job)
     with ArtifactWriter(out, _key(job), force=request.force, needed_bytes=needed) as writer:
         check_free_space(writer.folder, max(0, needed - writer.finished_bytes))
-        flavour, context = request.profile.flavour, planned.plan.context_tokens
-        build = PartBuilders(checkpoint, flavour, context, report)
-        vision = from_json(GraphSpec, writer.part("vision", build.vision))
-        decoder = from_json(GraphSpec, writer.part("decoder", build.decoder))
-        writer.part("embeddings", build.embeddings)
-        tokens = from_json(TokenIds, writer.part("tokenizer", build.tokenizer))
-        manifest = _manifest(job, tokens, vision, decoder)
+        manifest = _write_parts(job, writer, report)
         size = sum(path.stat().st_size for path in writer.folder.rglob("*") if path.is_file())
         folder = writer.finish(manifest, write_card(manifest, size))
     return Conversion(folder, manifest, size)
+
+
+def _write_parts(job: _Job, writer: ArtifactWriter, report: Report) -> Manifest:
+    """Everything but manifest and card; the decoder last: its codes are found through the rest."""
+    profile, context = job.request.profile, job.planned.plan.context_tokens
+    build = PartBuilders(job.checkpoint, profile.flavour, context, report)
+    vision = from_json(GraphSpec, writer.part("vision", build.vision))
+    writer.part("embeddings", build.embeddings)
+    tokens = from_json(TokenIds, writer.part("tokenizer", build.tokenizer))
+    parts = LightParts(writer.folder, tokens, job.prompt, job.processing, context)
+
+    def decoder(folder: Path) -> Any:
+        if job.body is None:
+            return [build.decoder(folder), {}]
+        weights, facts = quantize(
+            job.checkpoint,
+            job.body,
+            job.request.quantization,
+            profile,
+            parts,
+            writer.work,
+            job.digest,
+            report,
+        )
+        return [build.decoder(folder, weights), facts]
+
+    spec, facts = writer.part("decoder", decoder)
+    return _manifest(job, tokens, vision, from_json(GraphSpec, spec), facts)
 
 
 def default_output(planned: ArtifactPlan) -> Path:
@@ -159,7 +183,8 @@ def _prepare(
             checkpoint.folder, checkpoint.config, source_id=checkpoint.source_id
         )
     digest = checkpoint.digest(lambda done, total: report("digest", done, total))
-    return _Job(request, checkpoint, planned, processing, prompt, digest)
+    body = BodyFormat.of(checkpoint, planned.plan.precision, request.profile)
+    return _Job(request, checkpoint, planned, processing, prompt, body, digest)
 
 
 def _key(job: _Job) -> dict[str, object]:
@@ -174,24 +199,43 @@ def _key(job: _Job) -> dict[str, object]:
         "reference": job.planned.reference,
         "context": plan.context_tokens,
         "template": job.request.use_template,
+        "quantization": None if job.body is None else _quantization_key(job, job.body),
         "tool": version("llava-edge"),
     }
 
 
-def _needed_bytes(checkpoint: Checkpoint) -> int:
-    """Upper bound of the artifact: every weight as fp16, and texts."""
-    shapes = (ref.shape for ref in checkpoint.tensors.values())
-    return _TEXTS_BYTES + sum(2 * int(np.prod(shape)) for shape in shapes)
+def _quantization_key(job: _Job, body: BodyFormat) -> dict[str, object]:
+    asked = job.request.quantization
+    return {
+        "body": [body.bits, body.group_size, body.int8_route],
+        "quantizer": asked.quantizer,
+        "calibration": None if asked.calibration is None else str(asked.calibration.resolve()),
+        "samples": asked.num_samples,
+        "seed": asked.seed,
+    }
 
 
-def _manifest(job: _Job, tokens: TokenIds, vision: GraphSpec, decoder: GraphSpec) -> Manifest:
+def _needed_bytes(job: _Job) -> int:
+    """Upper bound of the artifact, and of the solved layers that lie beside it meanwhile."""
+    profile, precision = job.request.profile, job.planned.plan.precision
+    sizes = weight_bytes(
+        job.checkpoint.dims, precision, profile.flavour, profile.int8_isa, resident=False
+    )
+    copies = 1 if job.body is None or job.request.quantization.quantizer == "rtn" else 2
+    return _TEXTS_BYTES + sizes.total + (copies - 1) * sizes.decoder
+
+
+def _manifest(
+    job: _Job, tokens: TokenIds, vision: GraphSpec, decoder: GraphSpec, facts: dict[str, Any]
+) -> Manifest:
     checkpoint, plan = job.checkpoint, job.planned.plan
     flavour = job.request.profile.flavour
+    stored = part_precisions(plan.precision)
     precision = Precision(
-        language_model=plan.precision,
-        lm_head="fp16",
-        vision_tower="fp16",
-        embeddings="fp16",
+        language_model=stored.language_model,
+        lm_head=stored.lm_head,
+        vision_tower=stored.vision_tower,
+        embeddings=stored.embeddings,
         computes="float32" if flavour == "cpu" else "float16",
     )
     return Manifest(
@@ -212,6 +256,6 @@ def _manifest(job: _Job, tokens: TokenIds, vision: GraphSpec, decoder: GraphSpec
         source=Source(checkpoint.source_id, checkpoint.revision, job.digest, checkpoint.layout),
         reference=REFERENCE,
         tools={name: version(name) for name in _TOOLS},
-        conversion={"is_trained_grid": not job.planned.grid.beyond_stock},
+        conversion={"is_trained_grid": not job.planned.grid.beyond_stock, **facts},
         files={},
     )

@@ -21,9 +21,6 @@ from llava_edge.profiles.sizes import format_bytes
 from llava_edge.profiles.variants import Variant
 from llava_edge.runtime.manifest import Reference
 
-PRECISIONS = ("fp16",)
-"""What can be exported so far, best first."""
-
 
 @dataclass(frozen=True)
 class ArtifactPlan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llava_edge.convert.quantization import QuantizationRequest
 from llava_edge.profiles.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.manifest import Reference
@@ -20,6 +21,7 @@ class ConvertRequest:
         out: the artifact's folder; ``artifacts/<variant>-<precision>-<profile>`` when left out.
         profile: the board.
         wishes: what the plan must keep to: precision, grid, context and so on.
+        quantization: how int8 and int4 codes are found.
         reference: order of candidates on ties; the checkpoint's layout decides when left out.
         use_template: compile the chat template; without it the artifact takes raw prompts only.
         force: replace an existing artifact and discard an unfinished one.
@@ -29,6 +31,7 @@ class ConvertRequest:
     out: Path | None = None
     profile: HardwareProfile = field(default_factory=lambda: load_profile("cpu-16gb"))
     wishes: PlanRequest = field(default_factory=PlanRequest)
+    quantization: QuantizationRequest = field(default_factory=QuantizationRequest)
     reference: Reference | None = None
     use_template: bool = True
     force: bool = False

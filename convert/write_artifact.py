@@ -5,6 +5,7 @@ Beside the output ``OUT`` lies ``OUT.partial`` while the work is going on:
     OUT.partial/.lock          held as long as a conversion writes here
     OUT.partial/journal.json   the request and the finished parts, with sizes and digests
     OUT.partial/artifact/      the files; renamed to OUT in one step at the end
+    OUT.partial/work/          what an unfinished part goes on with
     OUT.partial/replaced/      the old OUT, for the moment of the exchange under ``force``
 
 Whatever the journal does not hold is removed before work goes on, so a part is there whole or not
@@ -52,6 +53,7 @@ from llava_edge.runtime.sealed_json import parse_strict, seal
 
 _LOG = logging.getLogger(__name__)
 _LOCK, _JOURNAL, _ARTIFACT, _REPLACED = ".lock", "journal.json", "artifact", "replaced"
+_WORK = "work"
 _REPORT = "failure.json"
 _JOURNAL_LIMIT = 64 << 20
 
@@ -116,6 +118,8 @@ class ArtifactWriter:
 
     Attributes:
         folder: where parts put their files, laid out as in the artifact.
+        work: where a part may keep what is needed to go on after an interruption; it is gone once
+            the artifact is in its place.
     """
 
     def __init__(
@@ -131,6 +135,7 @@ class ArtifactWriter:
             raise RequestError(f"{self.out} cannot be an output folder. Name a folder below it.")
         self._partial = self.out.with_name(f"{self.out.name}.partial")
         self.folder = self._partial / _ARTIFACT
+        self.work = self._partial / _WORK
         self._force = force
         self._needed_bytes = needed_bytes
         self._lock = -1
@@ -310,6 +315,7 @@ class ArtifactWriter:
         path = self._partial / _JOURNAL
         if self._force or not path.exists():
             _remove(self.folder)
+            _remove(self.work)
             return _Journal(request)
         discard = "Add --force to discard it, or name another output."
         try:
@@ -526,7 +532,7 @@ def _refuse_foreign(partial: Path) -> None:
             raise RequestError(
                 f"{partial} is no folder; it is needed for unfinished work. Move it."
             )
-        ours = {_LOCK, _JOURNAL, _ARTIFACT, _REPLACED}
+        ours = {_LOCK, _JOURNAL, _ARTIFACT, _WORK, _REPLACED}
         foreign = [
             entry.name
             for entry in partial.iterdir()

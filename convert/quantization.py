@@ -1,0 +1,174 @@
+"""Which numbers a plan's precision means for the language model, and where the codes come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llava_edge.convert.calibration import CalibrationModel, CalibrationSet
+from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.conversations import read_conversations
+from llava_edge.convert.drawn_conversations import draw_conversations
+from llava_edge.convert.linear_ops import QuantizedLayers
+from llava_edge.convert.quantize_llm import LayerProgress, quantize_language_model
+from llava_edge.convert.quantize_settings import QuantizeSettings
+from llava_edge.convert.quantized_source import QuantizedSource, RtnSource, quantize_head
+from llava_edge.profiles.anyres import AnyRes
+from llava_edge.profiles.formats import Int8Route, group_size, int8_route
+from llava_edge.profiles.hardware import HardwareProfile
+from llava_edge.runtime.manifest import ImageProcessing, PromptFormat, TokenIds
+
+Quantizer = Literal["gptq", "rtn"]
+Report = Callable[[str, int, int], None]
+
+_BITS: dict[str, Literal[4, 8]] = {"int8": 8, "int4": 4}
+NUM_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class QuantizationRequest:
+    """How the language model is quantised; nothing of it matters at fp16.
+
+    ``calibration`` is a folder of conversations; None draws a small set.
+    """
+
+    quantizer: Quantizer = "gptq"
+    calibration: Path | None = None
+    num_samples: int = NUM_SAMPLES
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class BodyFormat:
+    """Bits, group and operator of the decoder's linear layers."""
+
+    bits: Literal[4, 8]
+    group_size: int
+    int8_route: Int8Route
+
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, precision: str, profile: HardwareProfile
+    ) -> BodyFormat | None:
+        """The format that the plan counted with; None at fp16."""
+        if precision not in _BITS:
+            return None
+        bits = _BITS[precision]
+        flavour, isa = profile.flavour, profile.int8_isa
+        group = group_size(checkpoint.dims.text, precision, flavour, isa)
+        return cls(bits, group, int8_route(bits, group, flavour, isa))
+
+
+@dataclass(frozen=True)
+class LightParts:
+    """The finished parts that calibration runs samples through."""
+
+    folder: Path
+    tokens: TokenIds
+    prompt: PromptFormat | None
+    processing: ImageProcessing
+    context_tokens: int
+
+
+def quantize(
+    checkpoint: Checkpoint,
+    body: BodyFormat,
+    request: QuantizationRequest,
+    profile: HardwareProfile,
+    parts: LightParts,
+    work: Path,
+    digest: str,
+    report: Report,
+) -> tuple[QuantizedLayers, dict[str, Any]]:
+    """Codes for the whole language model, and what there is to say of them.
+
+    Args:
+        checkpoint: the model.
+        body: format of its linear layers.
+        request: how to find the codes.
+        profile: the board; its flavour is that of the vision graph.
+        parts: vision graph, embeddings, tokenizer.
+        work: folder for solved layers; the same request goes on with what lies there.
+        digest: of the checkpoint.
+        report: told about layers.
+
+    Returns:
+        The layers for the decoder graph, and plain JSON for the manifest.
+
+    Raises:
+        RequestError: no sample can be used.
+        CheckpointError: a weight is not finite.
+    """
+    facts: dict[str, Any] = {"bits": body.bits, "group_size": body.group_size}
+    source: QuantizedSource
+    if request.quantizer == "rtn":
+        source = RtnSource(checkpoint, body.bits, body.group_size)
+        facts |= {"quantizer": "rtn", "calibration": None}
+    else:
+        settings = QuantizeSettings(body.bits, body.group_size, "gptq", seed=request.seed)
+        with _calibration_model(checkpoint, profile, parts) as model:
+            samples = _samples(model, request, parts.processing)
+            store = quantize_language_model(
+                checkpoint, work, settings, samples, _progress(report), source_digest=digest
+            )
+        source = store
+        facts |= {"quantizer": "gptq", **store.report}
+    per_channel = body.int8_route == "integer"
+    layers = QuantizedLayers(
+        source=source,
+        head=lambda: quantize_head(checkpoint, group_size=-1 if per_channel else None),
+        head_group_size=-1 if per_channel else None,
+        int8_route=body.int8_route,
+    )
+    return layers, facts
+
+
+def _calibration_model(
+    checkpoint: Checkpoint, profile: HardwareProfile, parts: LightParts
+) -> CalibrationModel:
+    return CalibrationModel.open(
+        parts.folder,
+        checkpoint.dims,
+        parts.tokens,
+        parts.prompt,
+        parts.processing,
+        profile.flavour,
+        parts.context_tokens,
+    )
+
+
+def _samples(
+    model: CalibrationModel, request: QuantizationRequest, processing: ImageProcessing
+) -> CalibrationSet:
+    anyres = AnyRes(
+        processing.tile_size,
+        processing.patch_size,
+        processing.image_grid_pinpoints,
+        processing.reference,
+    )
+    if request.calibration is None:
+        conversations, source = draw_conversations(anyres, request.num_samples, request.seed)
+    else:
+        conversations, source = read_conversations(
+            request.calibration, anyres, request.num_samples, request.seed
+        )
+    return model.prepare(conversations, source)
+
+
+def _progress(report: Report) -> Callable[[LayerProgress], None]:
+    """Layers and the steps within them as one count."""
+    steps = ("samples", "qkv", "o", "gate_up", "down", "layer")
+
+    def tell(progress: LayerProgress) -> None:
+        within = steps.index(progress.step) if progress.step != "layer" else 0
+        label = "quantise"
+        if progress.error is not None:
+            label += f" error {progress.error:.2e}"
+        if progress.seconds_left is not None:
+            label += f", {math.ceil(progress.seconds_left)} s left"
+        report(label, len(steps) * progress.layer + within, len(steps) * progress.of)
+
+    return tell
