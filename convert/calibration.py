@@ -1,9 +1,9 @@
 """CalibrationSet: what the language model sees of image-question-answer samples.
 
-Conversations come from a folder, or are drawn by the project (``drawn_conversations``). Each goes the
-way of a real request: the runtime's template segments, tokenizer, image processor, tower, projector
-and packing. Nothing is padded, so no position has to be ignored; the answer's tokens are part of
-the sample, because they are what the model will write itself.
+Conversations come from a folder, or are drawn by the project (``drawn_conversations``). Each goes
+the way of a real request: the runtime's template segments, tokenizer, image processor, tower,
+projector and packing. Nothing is padded, so no position has to be ignored; the answer's tokens are
+part of the sample, because they are what the model will write itself.
 """
 
 from __future__ import annotations

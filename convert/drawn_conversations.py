@@ -81,14 +81,14 @@ _Draw = Callable[[np.random.Generator, int, int], _Drawing]
 
 
 def draw_conversations(
-    anyres: AnyRes, seed: int = 0, count: int = DEFAULT_SAMPLES
+    anyres: AnyRes, count: int = DEFAULT_SAMPLES, seed: int = 0
 ) -> tuple[tuple[Conversation, ...], dict[str, Any]]:
     """Draw a calibration set.
 
     Args:
         anyres: of the artifact; each of its candidates is the grid of some images.
-        seed: the same seed, candidates and version of Pillow give the same set.
         count: conversations, a quarter of them text only.
+        seed: the same seed, candidates and version of Pillow give the same set.
 
     Returns:
         Conversations, and what is to be said of the source.

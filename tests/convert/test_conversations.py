@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from llava_edge.convert.conversations import read_conversations
+from llava_edge.profiles.anyres import AnyRes
+from llava_edge.profiles.errors import RequestError
+
+FolderMaker = Callable[..., Path]
+
+# Candidates 1x2 and 2x1, as (height, width).
+_ANYRES = AnyRes(28, 14, ((28, 56), (56, 28)), "hf")
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> FolderMaker:
+    """``make_folder(*lines, **images)``: a calibration folder; images are name=(width, height)."""
+
+    def make(*lines: Any, **images: tuple[int, int]) -> Path:
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        (tmp_path / "samples.jsonl").write_text("\n".join(texts) + "\n", "utf-8")
+        for name, size in images.items():
+            Image.new("RGB", size, "teal").save(tmp_path / f"{name}.png")
+        return tmp_path
+
+    return make
+
+
+def _entry(image: str | None = None, **changes: Any) -> dict[str, Any]:
+    entry: dict[str, Any] = {"question": "What?", "answer": "This."}
+    if image is not None:
+        entry["image"] = image
+    return {**entry, **changes}
+
+
+def test_lines_become_conversations_with_and_without_image(make_folder: FolderMaker) -> None:
+    folder = make_folder(_entry("a.png", id=7), "", _entry(question="Why?"), a=(5, 4))
+    found, source = read_conversations(folder, _ANYRES, limit=9, seed=0)
+    assert [(c.name, c.question, c.image is None) for c in found] == [
+        ("samples.jsonl:1", "What?", False),
+        ("samples.jsonl:3", "Why?", True),
+    ]
+    assert found[0].image is not None
+    assert found[0].image() == folder / "a.png"
+    assert source == {"source": "folder", "folder": folder.name, "left_out": []}
+
+
+def test_malformed_lines_are_reported_together(make_folder: FolderMaker) -> None:
+    folder = make_folder(
+        "{",
+        "[1]",
+        _entry(answer=" "),
+        {"question": 3, "answer": "x"},
+        _entry("../outside.png"),
+        _entry("/etc/hostname"),
+        _entry(5),  # type: ignore[arg-type]
+    )
+    with pytest.raises(RequestError) as caught:
+        read_conversations(folder, _ANYRES, limit=9, seed=0)
+    for number, reason in enumerate(
+        ["no JSON", "no JSON object", "answer is ' '", "question is 3", "'../outside.png'"], 1
+    ):
+        assert f"samples.jsonl:{number}: {reason}" in str(caught.value).replace("image is ", "")
+    assert "image is '/etc/hostname', no path inside" in str(caught.value)
+    assert "image is 5" in str(caught.value)
+
+
+@pytest.mark.parametrize("lines", [None, [""]], ids=["no file", "an empty file"])
+def test_a_folder_without_conversations_says_what_it_must_hold(
+    lines: list[str] | None, make_folder: FolderMaker, tmp_path: Path
+) -> None:
+    folder = tmp_path / "absent" if lines is None else make_folder(*lines)
+    with pytest.raises(RequestError, match=r"jsonl|no line holds a conversation"):
+        read_conversations(folder, _ANYRES, limit=9, seed=0)
+
+
+def test_a_link_out_of_the_folder_is_refused(make_folder: FolderMaker, tmp_path: Path) -> None:
+    folder = make_folder(_entry("link.png"))
+    (folder / "link.png").symlink_to("/etc/hostname")
+    with pytest.raises(RequestError, match=r"link\.png', no path inside"):
+        read_conversations(folder, _ANYRES, limit=9, seed=0)
+
+
+def test_too_many_are_chosen_from_every_grid_and_a_quarter_of_text(
+    make_folder: FolderMaker,
+) -> None:
+    # Twenty wide images, two tall ones, nine texts: both tall ones are taken.
+    images = [*["wide.png"] * 20, *["tall.png"] * 2]
+    lines = [_entry(image) for image in images] + [_entry()] * 9
+    folder = make_folder(*lines, wide=(56, 28), tall=(28, 56))
+    found, _ = read_conversations(folder, _ANYRES, limit=8, seed=3)
+    counts = Counter(Path(str(c.image())).name if c.image else "text" for c in found)
+    assert counts == {"tall.png": 2, "wide.png": 4, "text": 2}
+    again, _ = read_conversations(folder, _ANYRES, limit=8, seed=3)
+    other, _ = read_conversations(folder, _ANYRES, limit=8, seed=4)
+    assert [c.name for c in again] == [c.name for c in found]
+    assert [c.name for c in other] != [c.name for c in found]
+
+
+def test_unreadable_images_are_named_when_choosing(make_folder: FolderMaker) -> None:
+    folder = make_folder(*[_entry("gone.png"), _entry("text.png")], *[_entry()] * 3)
+    (folder / "text.png").write_text("no image")
+    found, source = read_conversations(folder, _ANYRES, limit=3, seed=0)
+    assert all(c.image is None for c in found)
+    assert [each["sample"] for each in source["left_out"]] == ["samples.jsonl:1", "samples.jsonl:2"]
+    assert "No such file" in source["left_out"][0]["reason"]
