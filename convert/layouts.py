@@ -88,6 +88,18 @@ ORIGINAL = Layout(
 )
 
 
+def hub_name(canonical: str) -> str:
+    """Name under which transformers saves a tensor, given its canonical one.
+
+    Raises:
+        ValueError: no tensor of a model has such a name.
+    """
+    for stored, prefix in HUB.prefixes:
+        if canonical.startswith(prefix):
+            return stored + canonical[len(prefix) :]
+    raise ValueError(f"{canonical!r} is no canonical tensor name")
+
+
 def detect_layout(names: Iterable[str]) -> Layout:
     """Decide which naming scheme a checkpoint follows.
 

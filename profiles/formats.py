@@ -87,6 +87,20 @@ def group_size(text: TextDims, precision: str, flavour: Flavour, int8_isa: Int8I
     return PER_CHANNEL
 
 
+def head_group_size(
+    text: TextDims, precision: str, flavour: Flavour, int8_isa: Int8Isa = "vnni"
+) -> int:
+    """Weights of the int8 head that share a scale: as the body where that takes the fast kernel."""
+    if (
+        int8_route(
+            _BITS[precision], group_size(text, precision, flavour, int8_isa), flavour, int8_isa
+        )
+        == "integer"
+    ):
+        return PER_CHANNEL
+    return next((size for size in _GROUPS if text.hidden_size % size == 0), PER_CHANNEL)
+
+
 def int8_route(bits: int, group: int, flavour: Flavour, int8_isa: Int8Isa) -> Int8Route:
     """The fast operator of CPUs with int8 instructions, for the weights that it can hold."""
     if bits == 8 and group == PER_CHANNEL and flavour == "cpu" and int8_isa != "none":
@@ -185,7 +199,8 @@ def weight_bytes(
     )
     # The head follows the body: the integer operator is for bodies that take it.
     head_isa = int8_isa if precision == "int8" else "none"
-    head = WeightFormat(parts.lm_head, _head_group(text), flavour, head_isa)
+    head_group = head_group_size(text, precision, flavour, int8_isa)
+    head = WeightFormat(parts.lm_head, head_group, flavour, head_isa)
     size = WeightFormat.resident_bytes if resident else WeightFormat.file_bytes
     float_bytes = activation_bytes(flavour) if resident else _FP16_BYTES
     newline = 0 if dims.model_type == "llava" else text.hidden_size
@@ -202,10 +217,3 @@ def weight_bytes(
 def head_matrix(text: TextDims) -> Matrix:
     """The head as a matrix."""
     return Matrix(text.vocab_size, text.hidden_size, 1)
-
-
-def _head_group(text: TextDims) -> int:
-    for size in _GROUPS:
-        if text.hidden_size % size == 0:
-            return size
-    return PER_CHANNEL
