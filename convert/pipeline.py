@@ -237,6 +237,7 @@ def _manifest(
         vision_tower=stored.vision_tower,
         embeddings=stored.embeddings,
         computes="float32" if flavour == "cpu" else "float16",
+        int8_route=None if job.body is None else job.body.int8_route,
     )
     return Manifest(
         schema_version=SCHEMA_VERSION,

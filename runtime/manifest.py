@@ -120,13 +120,18 @@ class PromptFormat:
 
 @dataclass(frozen=True)
 class Precision:
-    """How each part is stored, and the type it computes in."""
+    """How each part is stored, and the type it computes in.
+
+    ``int8_route`` is ``integer`` where products of uint8 and int8 are summed by the processor's own
+    instructions for that; on a processor without them the sums saturate and are wrong.
+    """
 
     language_model: str
     lm_head: str
     vision_tower: str
     embeddings: str
     computes: Literal["float32", "float16"]
+    int8_route: Literal["integer", "nbits"] | None = None
 
 
 @dataclass(frozen=True)

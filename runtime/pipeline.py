@@ -18,6 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from llava_edge.profiles.buffers import (
+    default_prefill_chunk,
+    image_feature_shape,
+    prefill_chunk_tokens,
+    tiles_per_batch,
+)
 from llava_edge.profiles.errors import PromptError
 from llava_edge.runtime.answer import Answer, PeakMemory, Timings
 from llava_edge.runtime.artifact import Artifact, open_artifact
@@ -26,8 +32,8 @@ from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.generate import LoopResult, generate_tokens
 from llava_edge.runtime.host_memory import map_large_blocks, peak_host_bytes
 from llava_edge.runtime.images import ImageSource
+from llava_edge.runtime.instructions import check_instructions
 from llava_edge.runtime.limits import Limits
-from llava_edge.runtime.manifest import Flavour
 from llava_edge.runtime.placement import Device, check_host_memory, choose_device
 from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
@@ -37,9 +43,6 @@ from llava_edge.runtime.session import Array, DeviceKind, Session, SessionOption
 from llava_edge.runtime.stream import AnswerStream
 from llava_edge.runtime.tokenizer import Tokenizer
 from llava_edge.runtime.vision import VisionEncoder
-
-_PREFILL_CHUNK: dict[Flavour, int] = {"cpu": 512, "cuda": 2048}
-_TILES_PER_BATCH: dict[Flavour, int] = {"cpu": 1, "cuda": 16}
 
 
 class LlavaEdge:
@@ -77,10 +80,11 @@ class LlavaEdge:
         progress("loading", 1, 2)
         decoder = Session(artifact.path(manifest.decoder.file), options)
         progress("loading", 2, 2)
-        self._vision = VisionEncoder(vision, self._dims, _TILES_PER_BATCH[flavour], self._dtype)
-        self._decoder = Decoder(
-            decoder, self._dims.text, context_tokens, _PREFILL_CHUNK[flavour], self._dtype
-        )
+        # The plan asks the same functions, so what it counted is what is taken here.
+        batch = tiles_per_batch(flavour, self._requests.max_tiles)
+        self._vision = VisionEncoder(vision, self._dims, batch, self._dtype)
+        chunk = prefill_chunk_tokens(default_prefill_chunk(flavour), context_tokens)
+        self._decoder = Decoder(decoder, self._dims.text, context_tokens, chunk, self._dtype)
 
     @classmethod
     def load(
@@ -116,6 +120,8 @@ class LlavaEdge:
         opened = open_artifact(artifact, require_verified=require_verified)
         manifest = opened.manifest
         chosen = choose_device(device, manifest.flavour, allow_slow)
+        if chosen == "cpu":
+            check_instructions(manifest.precision)
         context = manifest.context_tokens if context_tokens is None else context_tokens
         if not 1 <= context <= manifest.context_tokens:
             raise PromptError(
@@ -341,7 +347,7 @@ class LlavaEdge:
     def _embed(self, request: Request, progress: ReportProgress) -> PromptEmbeddings:
         patches = self._dims.vision.num_patches
         total = sum(layout.num_tiles for layout in request.layouts)
-        features = np.empty((total * patches + 1, self._dims.text.hidden_size), self._dtype)
+        features = np.empty(image_feature_shape(self._dims, total), self._dtype)
         newline = self._table.image_newline
         # Only models without tiles have no newline row, and then nothing refers to it.
         features[-1] = 0 if newline is None else newline

@@ -1,0 +1,121 @@
+"""Quantised artifacts end to end: through the command's own pipeline, answered by the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_edge.convert.checkpoint import open_checkpoint
+from llava_edge.convert.pipeline import Conversion, convert_checkpoint
+from llava_edge.convert.quantization import BodyFormat, QuantizationRequest
+from llava_edge.convert.request import ConvertRequest
+from llava_edge.profiles.detect import read_int8_isa
+from llava_edge.profiles.errors import EngineError
+from llava_edge.profiles.hardware import HardwareProfile, load_profile
+from llava_edge.profiles.planner import PlanRequest
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.progress import no_progress
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
+    return make_checkpoint("odd", backbone="mistral")
+
+
+BLOCKS = replace(load_profile("cpu-16gb"), int8_isa="none")
+"""A board whose int8 route every machine computes rightly, that of the tests included."""
+
+
+def convert(
+    checkpoint: Path,
+    out: Path,
+    precision: str,
+    profile: HardwareProfile = BLOCKS,
+    **quantization: object,
+) -> Conversion:
+    request = ConvertRequest(
+        checkpoint=str(checkpoint),
+        out=out,
+        profile=profile,
+        wishes=PlanRequest(precision=precision),
+        quantization=QuantizationRequest(**{"num_samples": 6, **quantization}),  # type: ignore[arg-type]
+    )
+    return convert_checkpoint(request, no_progress, print)
+
+
+def logits(artifact: Path, picture: Image.Image) -> np.ndarray:
+    with LlavaEdge.load(artifact, threads=1) as model:
+        return model.teacher_forced_logits("What is this?", [picture], [5, 6, 7])
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("int8", 0.05), ("int4", 0.5)])
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+def test_a_quantised_artifact_answers_near_the_fp16_one(
+    checkpoint: Path,
+    make_artifact: Callable[..., Path],
+    picture: Image.Image,
+    tmp_path: Path,
+    quantizer: str,
+    precision: str,
+    bound: float,
+) -> None:
+    conversion = convert(checkpoint, tmp_path / "artifact", precision, quantizer=quantizer)
+
+    exact = logits(make_artifact(checkpoint), picture)
+    ours = logits(conversion.folder, picture)
+    gap = np.abs(ours - exact).max() / np.ptp(exact)
+    # Random weights have no redundancy: these bounds catch a wrong layout, not a loss of quality.
+    assert 0 < gap <= bound
+    manifest = conversion.manifest
+    assert manifest.precision.language_model == precision
+    assert manifest.precision.lm_head == "int8"
+    assert manifest.conversion["quantizer"] == quantizer
+    assert not (tmp_path / "artifact.partial").exists()
+
+
+def test_a_quantised_artifact_is_smaller_and_says_how_it_was_made(
+    checkpoint: Path, make_artifact: Callable[..., Path], tmp_path: Path
+) -> None:
+    conversion = convert(checkpoint, tmp_path / "artifact", "int4")
+
+    size = (conversion.folder / "decoder" / "weights.bin").stat().st_size
+    assert size < 0.5 * (make_artifact(checkpoint) / "decoder" / "weights.bin").stat().st_size
+    facts = conversion.manifest.conversion
+    assert facts["bits"] == 4
+    assert "drawn" in str(facts).lower()
+
+
+def test_the_integer_route_is_right_where_the_processor_has_it_and_refused_elsewhere(
+    checkpoint: Path,
+    make_artifact: Callable[..., Path],
+    picture: Image.Image,
+    tmp_path: Path,
+) -> None:
+    board = load_profile("cpu-16gb")
+    assert board.int8_isa == "vnni"
+    folder = convert(checkpoint, tmp_path / "artifact", "int8", board, quantizer="rtn").folder
+
+    if read_int8_isa(Path("/proc/cpuinfo").read_text()) == "none":
+        with pytest.raises(EngineError, match="would saturate"):
+            LlavaEdge.load(folder)
+        return
+    exact = logits(make_artifact(checkpoint), picture)
+    assert np.abs(logits(folder, picture) - exact).max() <= 0.05 * np.ptp(exact)
+
+
+def test_the_format_of_the_body_is_the_one_the_plan_counts_with(checkpoint: Path) -> None:
+    opened = open_checkpoint(checkpoint)
+    board = load_profile("cpu-16gb")
+
+    assert BodyFormat.of(opened, "fp16", board) is None
+    fast = replace(board, int8_isa="vnni")
+    slow = replace(board, int8_isa="none")
+    assert BodyFormat.of(opened, "int8", fast) == BodyFormat(8, -1, "integer")
+    # 96, 160 and 96 columns: 32 is the largest of 128, 64, 32 that divides them all.
+    assert BodyFormat.of(opened, "int8", slow) == BodyFormat(8, 32, "nbits")
+    assert BodyFormat.of(opened, "int4", fast) == BodyFormat(4, 32, "nbits")
