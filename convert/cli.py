@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             calibration=options.calibration,
             num_samples=options.samples,
         ),
+        emit_hf="hf" in options.emit,
         reference=options.reference,
         use_template=not options.no_template,
         force=options.force,
@@ -130,8 +131,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--samples", type=int, default=NUM_SAMPLES, help="calibration samples")
     parser.add_argument(
+        "--emit",
+        type=_emitted,
+        default=["onnx"],
+        metavar="onnx,hf",
+        help="hf: also a GPTQ checkpoint for transformers and vLLM, in OUT/gptq",
+    )
+    parser.add_argument(
         "--no-template", action="store_true", help="leave the chat template out: raw prompts only"
     )
     parser.add_argument("--force", action="store_true", help="replace OUT, discard OUT.partial")
     parser.add_argument("--json", action="store_true", help="one JSON object as last stdout line")
     return parser
+
+
+def _emitted(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if "onnx" not in names or not {*names} <= {"onnx", "hf"}:
+        raise argparse.ArgumentTypeError(f"{text!r} is not onnx or onnx,hf")
+    return names

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from llava_edge.convert.chat_template import compile_chat_template
 from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
 from llava_edge.convert.checkpoint_source import resolve_source
 from llava_edge.convert.disk import check_free_space
+from llava_edge.convert.hf_gptq import check_emit_hf, write_hf_gptq
 from llava_edge.convert.hub import fetch_checkpoint
 from llava_edge.convert.image_settings import read_image_processing
+from llava_edge.convert.linear_ops import QuantizedLayers
 from llava_edge.convert.parts import EMBEDDINGS_FILE, TOKENIZER_FILE, PartBuilders, Report
 from llava_edge.convert.planning import ArtifactPlan, choose, plan_artifact
 from llava_edge.convert.preflight import check_download
@@ -43,6 +46,7 @@ from llava_edge.runtime.records import from_json, to_json
 
 Say = Callable[[str], None]
 
+GPTQ_FOLDER = "gptq"
 _TOOLS = ("llava-edge", "onnx-ir", "onnxruntime", "tokenizers", "torch", "transformers")
 _TEXTS_BYTES = 64 << 20
 """Room for tokenizer, graphs without weights, rotary tables."""
@@ -108,10 +112,10 @@ def _write_parts(job: _Job, writer: ArtifactWriter, report: Report) -> Manifest:
     tokens = from_json(TokenIds, writer.part("tokenizer", build.tokenizer))
     parts = LightParts(writer.folder, tokens, job.prompt, job.processing, context)
 
-    def decoder(folder: Path) -> Any:
-        if job.body is None:
-            return [build.decoder(folder), {}]
-        weights, facts = quantize(
+    @cache
+    def codes() -> tuple[QuantizedLayers, dict[str, Any]]:
+        assert job.body is not None
+        return quantize(
             job.checkpoint,
             job.body,
             job.request.quantization,
@@ -121,9 +125,26 @@ def _write_parts(job: _Job, writer: ArtifactWriter, report: Report) -> Manifest:
             job.digest,
             report,
         )
+
+    def decoder(folder: Path) -> Any:
+        if job.body is None:
+            return [build.decoder(folder), {}]
+        weights, facts = codes()
         return [build.decoder(folder, weights), facts]
 
+    def gptq(folder: Path) -> None:
+        (folder / GPTQ_FOLDER).mkdir()
+        write_hf_gptq(
+            folder / GPTQ_FOLDER,
+            job.checkpoint,
+            codes()[0].source,
+            tokenizer_file=folder / TOKENIZER_FILE,
+            progress=lambda done, total: report(GPTQ_FOLDER, done, total),
+        )
+
     spec, facts = writer.part("decoder", decoder)
+    if job.request.emit_hf:
+        writer.part(GPTQ_FOLDER, gptq)
     return _manifest(job, tokens, vision, from_json(GraphSpec, spec), facts)
 
 
@@ -183,6 +204,8 @@ def _prepare(
             checkpoint.folder, checkpoint.config, source_id=checkpoint.source_id
         )
     digest = checkpoint.digest(lambda done, total: report("digest", done, total))
+    if request.emit_hf:
+        check_emit_hf(checkpoint, planned.plan.precision)
     body = BodyFormat.of(checkpoint, planned.plan.precision, request.profile)
     return _Job(request, checkpoint, planned, processing, prompt, body, digest)
 
@@ -199,6 +222,7 @@ def _key(job: _Job) -> dict[str, object]:
         "reference": job.planned.reference,
         "context": plan.context_tokens,
         "template": job.request.use_template,
+        "emit_hf": job.request.emit_hf,
         "quantization": None if job.body is None else _quantization_key(job, job.body),
         "tool": version("llava-edge"),
     }
@@ -221,8 +245,10 @@ def _needed_bytes(job: _Job) -> int:
     sizes = weight_bytes(
         job.checkpoint.dims, precision, profile.flavour, profile.int8_isa, resident=False
     )
-    copies = 1 if job.body is None or job.request.quantization.quantizer == "rtn" else 2
-    return _TEXTS_BYTES + sizes.total + (copies - 1) * sizes.decoder
+    solved = job.body is not None and job.request.quantization.quantizer == "gptq"
+    # A GPTQ checkpoint keeps head and embeddings at fp16: at most twice what they take here.
+    emitted = 2 * sizes.total if job.request.emit_hf else 0
+    return _TEXTS_BYTES + sizes.total + (sizes.decoder if solved else 0) + emitted
 
 
 def _manifest(

@@ -22,6 +22,7 @@ class ConvertRequest:
         profile: the board.
         wishes: what the plan must keep to: precision, grid, context and so on.
         quantization: how int8 and int4 codes are found.
+        emit_hf: also write the weights as a Hugging Face GPTQ checkpoint, into ``OUT/gptq``.
         reference: order of candidates on ties; the checkpoint's layout decides when left out.
         use_template: compile the chat template; without it the artifact takes raw prompts only.
         force: replace an existing artifact and discard an unfinished one.
@@ -32,6 +33,7 @@ class ConvertRequest:
     profile: HardwareProfile = field(default_factory=lambda: load_profile("cpu-16gb"))
     wishes: PlanRequest = field(default_factory=PlanRequest)
     quantization: QuantizationRequest = field(default_factory=QuantizationRequest)
+    emit_hf: bool = False
     reference: Reference | None = None
     use_template: bool = True
     force: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,11 @@ from llava_edge.convert.pipeline import Conversion, convert_checkpoint
 from llava_edge.convert.quantization import BodyFormat, QuantizationRequest
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.detect import read_int8_isa
-from llava_edge.profiles.errors import EngineError
+from llava_edge.profiles.errors import EngineError, RequestError
 from llava_edge.profiles.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.artifact import read_manifest
 from llava_edge.runtime.progress import no_progress
 
 
@@ -88,6 +90,27 @@ def test_a_quantised_artifact_is_smaller_and_says_how_it_was_made(
     facts = conversion.manifest.conversion
     assert facts["bits"] == 4
     assert "drawn" in str(facts).lower()
+
+
+def test_a_gptq_checkpoint_is_emitted_beside_the_graphs(checkpoint: Path, tmp_path: Path) -> None:
+    request = ConvertRequest(
+        checkpoint=str(checkpoint),
+        out=tmp_path / "artifact",
+        profile=BLOCKS,
+        wishes=PlanRequest(precision="int4"),
+        quantization=QuantizationRequest("rtn"),
+        emit_hf=True,
+    )
+
+    conversion = convert_checkpoint(request, no_progress, print)
+
+    settings = json.loads((conversion.folder / "gptq" / "quantize_config.json").read_text())
+    assert (settings["bits"], settings["group_size"], settings["sym"]) == (4, 32, True)
+    listed = [name for name in read_manifest(conversion.folder)[0].files if "gptq/" in name]
+    assert "gptq/config.json" in listed
+    fp16 = replace(request, out=tmp_path / "fp16", wishes=PlanRequest(precision="fp16"))
+    with pytest.raises(RequestError, match="at fp16"):
+        convert_checkpoint(fp16, no_progress, print)
 
 
 def test_the_integer_route_is_right_where_the_processor_has_it_and_refused_elsewhere(
