@@ -131,7 +131,7 @@ def quantize_language_model(
     _check_groups(checkpoint, settings)
     digest = source_digest or checkpoint.digest()
     journal = _open_journal(checkpoint, folder, settings, used, digest)
-    with _torch_threads(journal.threads), torch.inference_mode():
+    with _torch_threads(journal.threads), torch.no_grad():
         map_large_blocks()
         run = _Run(checkpoint, folder, settings, journal, report)
         if used is None:
