@@ -18,6 +18,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from llava_edge.convert import original_config
+from llava_edge.convert.gptq_settings import GptqSettings, read_gptq_settings
 from llava_edge.convert.layouts import canonical_tensors
 from llava_edge.convert.safetensors_file import TensorRef, read_header, read_tensor
 from llava_edge.profiles.errors import CheckpointError, shorten
@@ -29,6 +30,7 @@ Progress = Callable[[int, int], None]
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+QUANTIZE_CONFIG_FILE = "quantize_config.json"
 _MAX_JSON_BYTES = 64 << 20
 _BLOCK_BYTES = 1 << 22
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
@@ -51,6 +53,7 @@ class Checkpoint:
         weight_files: files that hold the weights, sorted by name.
         source_id: hub id where the folder lies in a hub cache, else the folder's name.
         revision: commit of the hub repository, where known.
+        gptq: settings of a GPTQ checkpoint, read by ``gptq_checkpoint``; None for plain weights.
     """
 
     folder: Path
@@ -61,6 +64,7 @@ class Checkpoint:
     weight_files: tuple[Path, ...]
     source_id: str
     revision: str | None
+    gptq: GptqSettings | None = None
 
     def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
         """Read one tensor by canonical name; bfloat16 comes back as float32.
@@ -189,11 +193,11 @@ def open_checkpoint(
             f"{folder} is no folder. Give a folder with config.json and safetensors files."
         )
     raw = _required_json(folder / CONFIG_FILE)
-    _refuse_quantised(raw)
+    gptq = read_gptq_settings(raw, _optional_json(folder / QUANTIZE_CONFIG_FILE))
     config = original_config.to_hugging_face(raw) if original_config.is_original(raw) else raw
     dims = ModelDims.from_config(config)
     files = _weight_files(folder)
-    layout, tensors = canonical_tensors(_read_headers(folder, files), dims)
+    layout, tensors = canonical_tensors(_read_headers(folder, files), dims, gptq)
     if (layout == "original") != original_config.is_original(raw):
         raise CheckpointError(
             f"{folder} has weights in the {layout} layout and a config.json of the other kind. "
@@ -212,19 +216,8 @@ def open_checkpoint(
         weight_files=tuple(sorted(files)),
         source_id=source_id or known_id or folder.resolve().name,
         revision=revision or known_revision,
+        gptq=gptq,
     )
-
-
-def _refuse_quantised(config: Mapping[str, Any]) -> None:
-    text = config.get("text_config")
-    nested = text.get("quantization_config") if isinstance(text, Mapping) else None
-    found = config.get("quantization_config") or nested
-    if found:
-        method = found.get("quant_method") if isinstance(found, Mapping) else found
-        raise CheckpointError(
-            f"config.json says that the weights are already quantised ({method}). Quantising twice "
-            "loses accuracy that no check could give back; give the float16 or bfloat16 checkpoint."
-        )
 
 
 def _weight_files(folder: Path) -> list[Path]:

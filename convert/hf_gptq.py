@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.checkpoint import QUANTIZE_CONFIG_FILE, Checkpoint
 from llava_edge.convert.layouts import expected_tensors, hub_name
 from llava_edge.convert.packing import GptqTensors, to_gptq
 from llava_edge.convert.quantized_source import LINEARS, QuantizedSource, linear_name
@@ -33,7 +33,6 @@ from llava_edge.profiles.errors import RequestError
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
-QUANTIZE_CONFIG = "quantize_config.json"
 BLOCKS = "model.language_model.layers"
 """Where transformers finds the decoder's layers; without it the loader would have to guess."""
 MAX_SHARD_BYTES = 5_000_000_000
@@ -178,7 +177,7 @@ def _write_texts(
 ) -> None:
     settings = quantization_config(source.bits, source.group_size)
     _write_json(folder / "config.json", _config(checkpoint, settings))
-    _write_json(folder / QUANTIZE_CONFIG, settings)
+    _write_json(folder / QUANTIZE_CONFIG_FILE, settings)
     for name in _COPIED:
         if (checkpoint.folder / name).is_file():
             shutil.copyfile(checkpoint.folder / name, folder / name)

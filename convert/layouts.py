@@ -20,12 +20,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from llava_edge.convert.gptq_settings import GptqSettings
 from llava_edge.convert.safetensors_file import TensorRef
 from llava_edge.profiles.errors import CheckpointError, shorten
 from llava_edge.profiles.model_dims import ModelDims, TextDims, VisionDims
 
 WEIGHT_DTYPES = frozenset({"F16", "BF16", "F32"})
 """Types in which a weight may be stored."""
+
+GPTQ_INTEGERS = (".qweight", ".qzeros", ".g_idx")
+"""Endings of the int32 tensors of a GPTQ layer, which stand beside its ``.scales``."""
 
 ADAPTER_PREFIX = "base_model.model."
 
@@ -141,13 +145,14 @@ def detect_layout(names: Iterable[str]) -> Layout:
 
 
 def canonical_tensors(
-    stored: Mapping[str, TensorRef], dims: ModelDims
+    stored: Mapping[str, TensorRef], dims: ModelDims, gptq: GptqSettings | None = None
 ) -> tuple[str, dict[str, TensorRef]]:
     """Rename all tensors of a checkpoint and check them against its dimensions.
 
     Args:
         stored: tensors by the name that the files give them.
         dims: dimensions from the configuration.
+        gptq: settings of a GPTQ checkpoint, whose decoder layers have four tensors for a weight.
 
     Returns:
         Name of the layout, and the tensors by canonical name. With tied embeddings and no stored
@@ -160,6 +165,8 @@ def canonical_tensors(
     kept = {name: ref for name, ref in _strip_adapter(stored).items() if not _is_buffer(name)}
     layout = detect_layout(kept)
     expected = expected_tensors(dims)
+    if gptq is not None:
+        expected = _with_gptq(expected, dims.text, gptq)
     known = {**expected.required, **expected.optional}
     found: dict[str, TensorRef] = {}
     unexpected: list[str] = []
@@ -178,7 +185,12 @@ def canonical_tensors(
         *_group("unexpected", unexpected),
         *_group("stored twice", doubled),
         *_group("of another shape than config.json says", _wrong_shapes(found, known)),
-        *_group(f"not stored as {' / '.join(sorted(WEIGHT_DTYPES))}", _wrong_types(found)),
+        *_group(
+            f"not stored as {' / '.join(sorted(WEIGHT_DTYPES))} (I32 for GPTQ codes)"
+            if gptq
+            else f"not stored as {' / '.join(sorted(WEIGHT_DTYPES))}",
+            _wrong_types(found),
+        ),
     ]
     if faults:
         listed = "\n  - ".join([*faults, *_hints(missing, unexpected, dims)])
@@ -214,6 +226,28 @@ def expected_tensors(dims: ModelDims) -> ExpectedTensors:
     )
     if dims.model_type != "llava":
         required["image_newline"] = (width,)
+    return ExpectedTensors(required, optional)
+
+
+def _with_gptq(expected: ExpectedTensors, text: TextDims, gptq: GptqSettings) -> ExpectedTensors:
+    """The tensors of a checkpoint whose decoder layers are GPTQ v1.
+
+    ``g_idx`` may be absent; some tools write a bias of zeros for layers that have none.
+    """
+    required: dict[str, _Shape] = {}
+    optional = dict(expected.optional)
+    for name, shape in expected.required.items():
+        if not (name.startswith("language_model.layers.") and name.endswith("_proj.weight")):
+            required[name] = shape
+            continue
+        (num_rows, num_columns), prefix = shape, name.removesuffix(".weight")
+        groups = 1 if gptq.group_size == -1 else num_columns // gptq.group_size
+        required[f"{prefix}.qweight"] = (num_columns * gptq.bits // 32, num_rows)
+        required[f"{prefix}.qzeros"] = (groups, num_rows * gptq.bits // 32)
+        required[f"{prefix}.scales"] = (groups, num_rows)
+        optional[f"{prefix}.g_idx"] = (num_columns,)
+        if f"{prefix}.bias" not in expected.required:
+            optional[f"{prefix}.bias"] = (num_rows,)
     return ExpectedTensors(required, optional)
 
 
@@ -303,7 +337,9 @@ def _wrong_shapes(found: Mapping[str, TensorRef], known: Mapping[str, _Shape]) -
 
 def _wrong_types(found: Mapping[str, TensorRef]) -> list[str]:
     return [
-        f"{name} ({ref.dtype})" for name, ref in found.items() if ref.dtype not in WEIGHT_DTYPES
+        f"{name} ({ref.dtype})"
+        for name, ref in found.items()
+        if ref.dtype not in ({"I32"} if name.endswith(GPTQ_INTEGERS) else WEIGHT_DTYPES)
     ]
 
 

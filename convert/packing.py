@@ -118,8 +118,7 @@ def from_gptq(
             column order, other groups or bits, unusable scales) or its tensors do not go together;
             all reasons are listed.
     """
-    faults = _shape_faults(tensors, bits, group_size) or _value_faults(tensors, bits, group_size)
-    if faults:
+    if faults := gptq_faults(tensors, bits, group_size):
         listed = "\n  - ".join(faults)
         raise CheckpointError(
             f"{name} of the GPTQ checkpoint cannot be kept faithfully:\n  - {listed}\n"
@@ -131,6 +130,11 @@ def from_gptq(
     return QuantizedWeight(
         unpack_codes(words.view(np.uint8), bits), scales, bits, group_size, report
     )
+
+
+def gptq_faults(tensors: GptqTensors, bits: int, group_size: int) -> list[str]:
+    """Why a layer cannot be kept faithfully; empty where it can. Codes are not looked at."""
+    return _shape_faults(tensors, bits, group_size) or _value_faults(tensors, bits, group_size)
 
 
 def _shape_faults(tensors: GptqTensors, bits: int, group_size: int) -> list[str]:
