@@ -6,6 +6,7 @@ planned and what is taken cannot drift apart. Pure arithmetic on dimensions; not
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from llava_edge.profiles.hardware import Flavour
@@ -29,18 +30,31 @@ def default_cache_type(flavour: Flavour) -> CacheType:
     return "float32" if flavour == "cpu" else "float16"
 
 
+def kv_cache_shape(text: TextDims, context_tokens: int) -> tuple[int, int, int, int]:
+    """Shape of the keys, or of the values, of one layer."""
+    return (1, text.num_key_value_heads, context_tokens, text.head_dim)
+
+
 def kv_cache_bytes(text: TextDims, context_tokens: int, cache: CacheType) -> int:
     """Keys and values of all layers for ``context_tokens`` positions.
 
     An int8 cache has one float32 scale a layer and part, which the graph carries.
     """
-    rows = 2 * text.num_hidden_layers * context_tokens
-    return rows * text.key_value_size * _CACHE_BYTES[cache]
+    elements = math.prod(kv_cache_shape(text, context_tokens))
+    return 2 * text.num_hidden_layers * elements * _CACHE_BYTES[cache]
 
 
 def rope_table_bytes(text: TextDims, context_tokens: int, flavour: Flavour) -> int:
     """Cosine and sine tables, ``[context_tokens, head_dim / 2]`` each."""
     return context_tokens * text.head_dim * (4 if flavour == "cpu" else 2)
+
+
+def default_prefill_chunk(flavour: Flavour) -> int:
+    """Positions computed at once in prefill where nothing else is known of the board.
+
+    On a CPU the rate is flat from 512 rows on and more rows only take memory; a GPU wants more.
+    """
+    return 512 if flavour == "cpu" else 2048
 
 
 def prefill_chunk_tokens(default_chunk: int, context_tokens: int) -> int:
@@ -72,10 +86,14 @@ def pixel_value_bytes(vision: VisionDims, num_tiles: int) -> int:
     return num_tiles * 3 * vision.image_size**2 * PIXEL_BYTES
 
 
+def image_feature_shape(dims: ModelDims, num_tiles: int) -> tuple[int, int]:
+    """Shape of the projected features of that many tiles and the newline row behind them."""
+    return (num_tiles * dims.vision.num_patches + 1, dims.text.hidden_size)
+
+
 def image_feature_bytes(dims: ModelDims, num_tiles: int, flavour: Flavour) -> int:
     """Projected features of that many tiles and the newline row."""
-    rows = num_tiles * dims.vision.num_patches + 1
-    return rows * dims.text.hidden_size * _activation(flavour)
+    return math.prod(image_feature_shape(dims, num_tiles)) * _activation(flavour)
 
 
 def video_feature_bytes(dims: ModelDims, num_frames: int, flavour: Flavour) -> int:

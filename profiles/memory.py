@@ -10,6 +10,7 @@ The prediction is an upper bound: each term is taken at the largest input the pl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
@@ -50,7 +51,7 @@ class MemoryTerms:
         rope_tables: cosine and sine for the whole context.
         kv_cache: keys and values for the whole context.
         load_transient: what loading holds beside the finished weights.
-        image_decoding: the largest image as decoded and as RGB copy.
+        image_decoding: the largest image while it is decoded and cut.
         pixel_values: all tiles or frames of the prompt.
         vision_activations: one batch of tiles inside the tower.
         image_features: projected features of all tiles or frames.
@@ -231,36 +232,55 @@ def _cpu_phases(
 ) -> Phases:
     text = dims.text
     resident = weight_bytes(dims, precision, "cpu", machine.int8_isa, resident=True)
-    stored = weight_bytes(dims, precision, "cpu", machine.int8_isa, resident=False)
     loaded = _weights(resident) + MemoryTerms(
         rope_tables=rope_table_bytes(text, work.context_tokens, "cpu"),
         process=c.bytes("process") + text.vocab_size * c.bytes("tokenizer_per_token"),
         engine_workspace=2 * c.bytes("session"),
     )
-    ready = loaded + MemoryTerms(
-        kv_cache=_cache(text, work, "cpu"), logits=logits_bytes(text), image_features=0
+    ready = loaded + MemoryTerms(kv_cache=_cache(text, work, "cpu"), logits=logits_bytes(text))
+    chunk = prefill_chunk_tokens(work.chunk_tokens, work.context_tokens)
+    batch = work.batch_tiles or tiles_per_batch("cpu", work.tiles_per_image)
+    # A request keeps its tiles until it is answered.
+    pixels = MemoryTerms(pixel_values=pixel_value_bytes(dims.vision, work.num_tiles))
+    media = pixels + MemoryTerms(image_features=_features(dims, work, "cpu"))
+    activations = _vision_activations(dims, batch, "cpu", c["activation_factor"])
+    # Images are decoded and cut before the first tile is encoded.
+    encode = max(
+        ready + pixels + MemoryTerms(image_decoding=_image_decoding(dims.vision, work)),
+        ready + media + MemoryTerms(vision_activations=activations),
+        key=lambda terms: terms.total,
     )
-    share = c["cast_transient"] if precision == "fp16" else c["pack_transient"]
-    transient = int((stored.decoder + stored.lm_head) * share)
-    tower = int((stored.vision_tower + stored.projector) * c["cast_transient"])
+    factor = c["prefill_factor"]
+    phases = {
+        "load": loaded + MemoryTerms(load_transient=_load_transient(dims, precision, machine, c)),
+        "encode": encode,
+        "prefill": ready + media + _decoder_run(text, chunk, "cpu", precision, factor, c),
+        "decode": ready + pixels + _decoder_run(text, 1, "cpu", precision, factor, c),
+    }
+    return {n: p.with_slack(c.bytes("slack"), c["slack_share"]) for n, p in phases.items()}
+
+
+def _load_transient(dims: ModelDims, precision: str, machine: Machine, c: Constants) -> int:
+    """What loading takes beside the finished weights of both graphs.
+
+    ONNX Runtime brings every weight into its final type first and then packs one after another for
+    its matrix product, so at the worst moment the largest matrix is there twice. The tower is
+    finished before the decoder is opened, and its worst moment does not see the decoder.
+    """
+    text, vision = dims.text, dims.vision
     # Queries, keys and values are one matrix in the graph.
     packed = (text.query_size + 2 * text.key_value_size) * text.hidden_size
     single = (matrix.rows * matrix.columns for matrix in decoder_matrices(text))
     largest = max(packed, head_matrix(text).parameters, *single)
-    # One tensor exists twice while it is packed. Tower and decoder are opened one after the other.
-    load = loaded + MemoryTerms(
-        load_transient=max(transient, tower) + (4 * largest if precision == "fp16" else largest)
-    )
-    chunk = prefill_chunk_tokens(work.chunk_tokens, work.context_tokens)
-    media = MemoryTerms(image_features=_features(dims, work, "cpu"))
-    batch = work.batch_tiles or tiles_per_batch("cpu", work.tiles_per_image)
-    factor = c["activation_factor"]
-    encode = ready + media + _encode_host(dims, work)
-    encode += MemoryTerms(vision_activations=_vision_activations(dims, batch, "cpu", factor))
-    prefill = ready + media + _decoder_run(text, chunk, "cpu", precision, factor, c)
-    decode = ready + media + _decoder_run(text, 1, "cpu", precision, factor, c)
-    phases = dict(zip(PHASES, (load, encode, prefill, decode), strict=True))
-    return {n: p.with_slack(c.bytes("slack"), c["slack_share"]) for n, p in phases.items()}
+    tower = vision.hidden_size * max(3 * vision.hidden_size, vision.intermediate_size)
+    tower = max(tower, text.hidden_size * max(text.hidden_size, vision.feature_size))
+    resident = weight_bytes(dims, precision, "cpu", machine.int8_isa, resident=True)
+    decoder = resident.decoder + resident.lm_head
+    if precision == "fp16":
+        return max(4 * largest, 4 * tower - decoder)
+    stored = weight_bytes(dims, precision, "cpu", machine.int8_isa, resident=False)
+    transient = int((stored.decoder + stored.lm_head) * c["pack_transient"])
+    return max(transient + largest, 4 * tower - decoder)
 
 
 def _decoder_run(
@@ -340,9 +360,24 @@ def _features(dims: ModelDims, work: Workload, flavour: Flavour) -> int:
 def _encode_host(dims: ModelDims, work: Workload) -> MemoryTerms:
     return MemoryTerms(
         pixel_values=pixel_value_bytes(dims.vision, work.num_tiles),
-        # Decoded and converted to RGB, three bytes a pixel each.
-        image_decoding=6 * work.image_pixels,
+        image_decoding=_image_decoding(dims.vision, work),
     )
+
+
+def _image_decoding(vision: VisionDims, work: Workload) -> int:
+    """The largest image as it is decoded and cut into tiles.
+
+    A pixel takes four bytes in Pillow, and again four where an image is turned or loses its alpha
+    channel. A progressive JPEG holds its coefficients meanwhile, two bytes for each of three
+    colours. Cutting takes the image laid out on its tiles (4 bytes a pixel, 3 as an array and as
+    the bytes it comes from, 3 on the canvas) and, between both passes of resizing, rows already at
+    their width.
+    """
+    canvas = max(1, work.tiles_per_image - 1) * vision.image_size**2
+    between = 4 * math.isqrt(canvas * work.image_pixels)
+    decoded = 10 * work.image_pixels
+    cut = 4 * work.image_pixels + between + 13 * canvas
+    return max(decoded, cut)
 
 
 def _vision_activations(dims: ModelDims, tiles: int, flavour: Flavour, factor: float) -> int:

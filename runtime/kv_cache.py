@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from llava_edge.profiles.buffers import kv_cache_shape
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.model_dims import TextDims
 from llava_edge.runtime.session import Binding, Buffer, DeviceKind
@@ -20,7 +21,7 @@ class KVCache:
     ) -> None:
         self.capacity = capacity
         self.length = 0
-        shape = (1, text.num_key_value_heads, capacity, text.head_dim)
+        shape = kv_cache_shape(text, capacity)
         self._buffers = {
             f"{layer}.{part}": Buffer(shape, dtype, device)
             for layer in range(text.num_hidden_layers)

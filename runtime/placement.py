@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError
+from llava_edge.profiles.formats import PRECISIONS
+from llava_edge.profiles.memory import Machine, MemoryTerms, Workload, estimate_memory
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.host_memory import available_host_bytes
-from llava_edge.runtime.manifest import Flavour
+from llava_edge.runtime.manifest import Flavour, Manifest
 from llava_edge.runtime.session import DeviceKind, available_devices
 
 Device = Literal["auto", "cpu", "cuda"]
+
+_NOT_CERTAIN = (
+    "pixel_values",
+    "image_decoding",
+    "vision_activations",
+    "image_features",
+    "prompt_embeddings",
+    "prefill_activations",
+    "attention_workspace",
+    "engine_workspace",
+    "driver_context",
+    "process",
+    "allocator_slack",
+)
 
 
 def choose_device(asked: Device, flavour: Flavour, allow_slow: bool) -> DeviceKind:
@@ -45,25 +62,42 @@ def choose_device(asked: Device, flavour: Flavour, allow_slow: bool) -> DeviceKi
 def check_host_memory(artifact: Artifact, context_tokens: int) -> None:
     """Ask before allocating: a system that promises too much kills, it does not refuse.
 
+    Counted is what loading certainly takes, by the same model that plans: weights, the largest of
+    them twice while it is packed, and the cache. Room for images is not asked for here, so that
+    nothing is refused that would have fitted.
+
     Raises:
-        OutOfMemoryError: weights and cache exceed what is free now.
+        OutOfMemoryError: it exceeds what is free now.
     """
-    manifest = artifact.manifest
-    text = manifest.model.text
-    stored = sum(
-        entry.bytes
-        for name, entry in manifest.files.items()
-        if name.split("/")[0] in {"vision", "decoder"}
-    )
-    # fp16 weights are computed in float32 on the CPU.
-    weights = 2 * stored
-    size = 4 if manifest.flavour == "cpu" else 2
-    cache = 2 * text.num_hidden_layers * text.key_value_size * context_tokens * size
+    needed = certain_host_terms(artifact.manifest, context_tokens)
     free = available_host_bytes()
-    if free is not None and weights + cache > free:
-        raise OutOfMemoryError(
-            f"{artifact.folder} needs {weights / 2**30:.2f} GiB for weights and "
-            f"{cache / 2**30:.2f} GiB for a context of {context_tokens} tokens; "
-            f"{free / 2**30:.2f} GiB are free. Load with a smaller context_tokens (--context), "
-            "close other programs, or convert at a lower precision."
-        )
+    if free is None or needed.total <= free:
+        return
+    largest = sorted(needed.as_dict().items(), key=lambda item: -item[1])[:4]
+    listed = ", ".join(
+        f"{size / 2**30:.2f} GiB {name.replace('_', ' ')}" for name, size in largest if size
+    )
+    raise OutOfMemoryError(
+        f"{artifact.folder} with a context of {context_tokens} tokens needs at least "
+        f"{needed.total / 2**30:.2f} GiB ({listed}); {free / 2**30:.2f} GiB are free. Load with a "
+        "smaller context_tokens (--context), close other programs, or convert at a lower "
+        "precision."
+    )
+
+
+def certain_host_terms(manifest: Manifest, context_tokens: int) -> MemoryTerms:
+    """Terms of the memory model that loading takes whatever is asked afterwards.
+
+    What this process has already, allowances for the allocator and everything that belongs to a
+    request are left out. A cuda artifact that runs on the CPU is counted as on its device.
+    """
+    machine = Machine(manifest.flavour)
+    work = Workload(context_tokens, num_images=0, image_pixels=0)
+    stored = manifest.precision.language_model
+    precision = stored if stored in PRECISIONS else "fp16"
+    estimate = estimate_memory(manifest.model, precision, work, machine)
+    phases = estimate.device or estimate.host
+    certain = (
+        replace(phases[name], **dict.fromkeys(_NOT_CERTAIN, 0)) for name in ("load", "decode")
+    )
+    return max(certain, key=lambda terms: terms.total)

@@ -68,6 +68,11 @@ class RequestBuilder:
         self._tokenizer = tokenizer
         self._limits = limits
 
+    @property
+    def max_tiles(self) -> int:
+        """Most tiles of one image on the artifact's own grid, thumbnail included."""
+        return ImageProcessor(self._manifest.image_processing).anyres.max_tiles
+
     def build(
         self,
         prompt: str,

@@ -112,7 +112,7 @@ def test_every_constant_names_where_it_comes_from() -> None:
 
 def test_a_fit_may_replace_known_constants_only(dims: ModelDims) -> None:
     groups = memory_constants()
-    changed = {**groups, "cpu": groups["cpu"].replace(cast_transient=0.0)}
+    changed = {**groups, "cpu": groups["cpu"].replace(process=0.0)}
     less = estimate_memory(dims, "fp16", Workload(3440), CPU, changed)
     assert less.host_bytes < estimate_memory(dims, "fp16", Workload(3440), CPU).host_bytes
     with pytest.raises(KeyError, match="guess"):

@@ -1,0 +1,164 @@
+"""Measuring memory cases: checkpoint, artifact, one question in a fresh process; results are kept.
+
+A case's checkpoint goes once it is converted and its artifact once it is measured, so that the disk
+holds one model at a time. What was measured lies in one JSON file; a later call measures only what
+that file lacks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from llava_edge.bench.memory_cases import MemoryCase
+from llava_edge.profiles.model_dims import ModelDims
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A case and what it took.
+
+    Attributes:
+        case: what was asked.
+        config: ``config.json`` of its checkpoint.
+        host_bytes: VmHWM of the process that answered.
+        prompt_tokens: tokens of the prompt as it was.
+        steps: (step, resident bytes, peak bytes), in order.
+    """
+
+    case: MemoryCase
+    config: dict[str, Any]
+    host_bytes: int
+    prompt_tokens: int
+    steps: tuple[tuple[str, int, int], ...] = ()
+
+    @property
+    def dims(self) -> ModelDims:
+        """Dimensions of the model."""
+        return ModelDims.from_config(self.config)
+
+
+def measure_cases(
+    cases: Sequence[MemoryCase], work: Path, results: Path, report: Report, threads: int = 0
+) -> list[Measurement]:
+    """Measure every case that ``results`` does not hold yet, smallest first as they come.
+
+    Args:
+        cases: what to measure.
+        work: folder for one model at a time.
+        results: JSON file that keeps what was measured.
+        report: told what is going on.
+        threads: of the process that answers; 0 for every physical core.
+
+    Raises:
+        subprocess.CalledProcessError: a command failed.
+    """
+    kept = json.loads(results.read_text("utf-8")) if results.exists() else {}
+    measurements = []
+    for case in cases:
+        entry = kept.get(case.name)
+        if entry is None or entry["case"] != case.as_dict() or entry["threads"] != threads:
+            report(f"{case.name}: measuring")
+            entry = {"threads": threads, **measure_case(case, work / case.name, threads)}
+            kept[case.name] = entry
+            _save(results, kept)
+        measurements.append(
+            Measurement(
+                case,
+                entry["config"],
+                entry["host_bytes"],
+                entry["prompt_tokens"],
+                tuple(tuple(step) for step in entry["steps"]),
+            )
+        )
+        report(f"{case.name}: {entry['host_bytes'] / 2**20:.1f} MiB")
+    return measurements
+
+
+def measure_case(case: MemoryCase, folder: Path, threads: int = 0) -> dict[str, Any]:
+    """Write, convert and run one case; the folder is gone afterwards."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        checkpoint, artifact = folder / "checkpoint", folder / "artifact"
+        changes = [f"--set={name}={value}" for name, value in case.sizes.items()]
+        writer = [sys.executable, "-m", "llava_edge.convert.random_cli", "tiny", str(checkpoint)]
+        _call([*writer, *changes, "--seed", str(case.seed)])
+        config = json.loads((checkpoint / "config.json").read_text("utf-8"))
+        fill_tokenizer(checkpoint / "tokenizer.json", int(case.sizes["vocab_size"]))
+        program = str(Path(sys.executable).with_name("llava-edge"))
+        convert = [program, "convert", str(checkpoint), str(artifact), "--profile", "cpu-16gb"]
+        _call([*convert, "--grid", case.grid, "--context", str(case.context)])
+        shutil.rmtree(checkpoint)
+        images = _write_images(case, folder)
+        probe = [sys.executable, "-m", "llava_edge.bench.memory_probe", str(artifact), *images]
+        found = _call(
+            [*probe, "--prompt-tokens", str(case.prompt_tokens), "--threads", str(threads)]
+        )
+        return {"case": case.as_dict(), "config": config, **json.loads(found.splitlines()[-1])}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def fill_tokenizer(path: Path, num_tokens: int) -> None:
+    """Give a BPE tokenizer as many tokens as the model has rows, each with its merge.
+
+    A random checkpoint's tokenizer knows a few hundred; released ones fill the vocabulary, and
+    their tables are a good part of what a small process takes.
+    """
+    document = json.loads(path.read_text("utf-8"))
+    vocab, merges = document["model"]["vocab"], document["model"]["merges"]
+    taken = {*vocab.values(), *(token["id"] for token in document["added_tokens"])}
+    free = deque(number for number in range(num_tokens) if number not in taken)
+    special = {token["content"]: token["id"] for token in document["added_tokens"]}
+    parts = [text for text in vocab if text not in special]
+    # An added token that the model does not know would be numbered behind all others.
+    vocab.update(special)
+    draw = random.Random(num_tokens)
+    while free:
+        left, right = draw.choice(parts), draw.choice(parts)
+        if len(left + right) > 12 or left + right in vocab:
+            continue
+        vocab[left + right] = free.popleft()
+        parts.append(left + right)
+        merges.append([left, right])
+    path.write_text(json.dumps(document, ensure_ascii=False), "utf-8")
+
+
+def _write_images(case: MemoryCase, folder: Path) -> list[str]:
+    paths = []
+    for number in range(case.num_images):
+        # A gradient: content does not matter, but a decoder must have something to decode.
+        gradient = Image.linear_gradient("L").rotate(90 * number)
+        image = gradient.resize((case.image_width, case.image_height)).convert("RGB")
+        path = folder / f"{number}.jpg"
+        image.save(path, quality=90)
+        paths.append(str(path))
+    return paths
+
+
+def _call(command: list[str]) -> str:
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        sys.stderr.write(done.stderr)
+        raise subprocess.CalledProcessError(done.returncode, command)
+    return done.stdout
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    os.replace(partial, path)
