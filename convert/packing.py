@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from llava_edge.convert.rounding import (
     GROUP_SIZES,
@@ -263,18 +264,20 @@ def to_matmul_integer(quantized: QuantizedWeight) -> MatMulIntegerTensors:
         )
     # Code 0 stands for -128: the top bit is all that differs.
     signed = (quantized.qweight ^ np.uint8(0x80)).view(np.int8)
-    return MatMulIntegerTensors(
-        np.ascontiguousarray(signed.T), quantized.scales[:, 0].astype(np.float32)
-    )
+    return MatMulIntegerTensors(_turned(signed), quantized.scales[:, 0].astype(np.float32))
 
 
 def to_dequantize_linear(quantized: QuantizedWeight) -> DequantizeLinearTensors:
     """Lay a weight out for DequantizeLinear in front of a MatMul: signed codes, K first."""
     # In 8 bits 0 - 128 wraps around to 128, which is -128 to an int8.
     signed = (quantized.qweight - np.uint8(quantized.zero)).view(np.int8)
-    return DequantizeLinearTensors(
-        np.ascontiguousarray(signed.T), np.ascontiguousarray(quantized.scales.T)
-    )
+    return DequantizeLinearTensors(_turned(signed), np.ascontiguousarray(quantized.scales.T))
+
+
+def _turned(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
+    """The transpose as a copy: torch works in cache-sized blocks, numpy takes 3 times as long."""
+    turned: npt.NDArray[np.int8] = torch.from_numpy(codes).t().contiguous().numpy()
+    return turned
 
 
 def pack_codes(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
