@@ -76,6 +76,60 @@ def test_the_need_is_the_largest_phase_and_not_the_sum(dims: ModelDims) -> None:
     assert estimate.host["decode"].load_transient == 0
 
 
+def test_loading_holds_the_largest_matrix_twice(dims: ModelDims) -> None:
+    load = estimate_memory(dims, "fp16", Workload(3440), CPU).host["load"]
+    # The head: 32,064 x 4096, larger than 14,336 x 4096 and than queries, keys and values.
+    assert load.load_transient == 4 * 32_064 * 4096
+    tied = replace(dims, text=replace(dims.text, vocab_size=300))
+    load = estimate_memory(tied, "fp16", Workload(3440), CPU).host["load"]
+    assert load.load_transient == 4 * 14_336 * 4096
+
+
+def test_a_tower_beside_a_small_decoder_is_the_worst_moment_of_loading(dims: ModelDims) -> None:
+    text = replace(
+        dims.text,
+        vocab_size=400,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+    )
+    narrow = replace(dims, text=text)
+    load = estimate_memory(narrow, "fp16", Workload(3440), CPU).host["load"]
+    # 4096 x 1024 of the tower's MLP, less the decoder, which is not there yet.
+    assert load.load_transient == 4 * 4096 * 1024 - load.decoder_weights - load.lm_head
+
+
+def test_tiles_stay_until_the_answer_and_features_until_the_prompt_is_read(
+    dims: ModelDims,
+) -> None:
+    host = estimate_memory(dims, "fp16", Workload(9000, num_images=3, image_pixels=1), CPU).host
+    tiles = 15 * 3 * 336 * 336 * 4
+    features = (15 * 576 + 1) * 4096 * 4
+    assert [host[name].pixel_values for name in PHASES] == [0, tiles, tiles, tiles]
+    assert [host[name].image_features for name in PHASES] == [0, features, features, 0]
+
+
+def test_images_are_decoded_before_tiles_are_encoded(dims: ModelDims) -> None:
+    photo = Workload(3440, image_pixels=24_000_000)
+    thumbnail = Workload(3440, image_pixels=336 * 336)
+    large, small = (
+        estimate_memory(dims, "fp16", w, CPU).host["encode"] for w in (photo, thumbnail)
+    )
+    assert large.image_decoding == 240_000_000
+    assert large.vision_activations == large.image_features == 0
+    assert small.image_decoding == 0
+    assert small.vision_activations > 60 << 20
+
+
+def test_cutting_many_tiles_out_of_a_small_image_counts_the_tiles(dims: ModelDims) -> None:
+    work = Workload(3440, tiles_per_image=5, image_pixels=100)
+    host = estimate_memory(dims, "int4", work, CUDA).host["encode"]
+    assert host.image_decoding == 13 * 672 * 672 + 4 * 100 + 4 * 6720
+
+
 def test_fp16_on_a_cpu_is_planned_at_four_bytes_a_weight(dims: ModelDims) -> None:
     cpu = estimate_memory(dims, "fp16", Workload(3440), CPU).host["decode"]
     cuda = estimate_memory(dims, "fp16", Workload(3440), CUDA).device["decode"]
