@@ -15,6 +15,7 @@ _FULL = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file grew beyond the size that is allowed here (see ulimit -f)",
 }
+_SHORT = re.compile(r"\d+ requested and \d+ written")
 # Writers in other languages hand on the system's answer as text only.
 _FOREIGN = re.compile(rf"os error ({'|'.join(str(code) for code in _FULL)})\b")
 
@@ -50,6 +51,9 @@ def full_disk_reason(error: BaseException) -> str | None:
         seen.add(id(current))
         if isinstance(current, OSError) and current.errno in _FULL:
             return _FULL[current.errno]
+        # numpy says how much of an array it could write, and not why it was not all.
+        if isinstance(current, OSError) and current.errno is None and _SHORT.search(str(current)):
+            return _FULL[errno.ENOSPC]
         match = None if isinstance(current, OSError) else _FOREIGN.search(str(current))
         if match:
             return _FULL[int(match[1])]

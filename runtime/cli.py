@@ -9,6 +9,7 @@ With ``--json`` the last line of stdout is one JSON object, also for a failure.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -40,17 +41,31 @@ def main(argv: list[str] | None = None) -> int:
     if name not in commands:
         print(f"llava-edge: there is no command {name!r}\n{_usage(commands)}", file=sys.stderr)
         return 2
+    wants_json = "--json" in rest
     try:
         return int(_load(commands[name])(rest))
     except LlavaEdgeError as error:
-        return _report(error, wants_json="--json" in rest)
+        return _report(type(error).__name__, str(error), error.exit_code, wants_json)
     except KeyboardInterrupt:
-        print("llava-edge: interrupted", file=sys.stderr)
-        return _INTERRUPTED
+        return _report("Interrupted", "interrupted", _INTERRUPTED, wants_json)
     except BrokenPipeError:
         # The reader of our output has gone; the interpreter must not complain about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except SystemExit as stop:
+        # argparse has written its message; --help ends here as well.
+        code = stop.code if isinstance(stop.code, int) else 2
+        if code and wants_json:
+            _print_json("UsageError", f"the arguments of {name} are malformed; see stderr")
+        return code
+    except Exception as error:  # the last resort: whatever it is, the contract of exit holds
+        if os.environ.get("LLAVA_EDGE_TRACEBACK"):
+            raise
+        message = (
+            f"{type(error).__name__}: {error}. This is a fault of llava-edge, not of the request; "
+            "LLAVA_EDGE_TRACEBACK=1 shows where."
+        )
+        return _report("InternalError", message, 1, wants_json)
 
 
 def _load(entry: EntryPoint):  # type: ignore[no-untyped-def]  # whatever the entry point names
@@ -64,11 +79,17 @@ def _load(entry: EntryPoint):  # type: ignore[no-untyped-def]  # whatever the en
         ) from error
 
 
-def _report(error: LlavaEdgeError, wants_json: bool) -> int:
-    print(f"error: {error}", file=sys.stderr)
+def _report(kind: str, message: str, code: int, wants_json: bool) -> int:
+    print(f"error: {message}", file=sys.stderr)
     if wants_json:
-        print(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}}))
-    return error.exit_code
+        _print_json(kind, message)
+    return code
+
+
+def _print_json(kind: str, message: str) -> None:
+    # Where stdout itself is what failed, stderr has said it already.
+    with contextlib.suppress(OSError):
+        print(json.dumps({"error": {"type": kind, "message": message}}), flush=True)
 
 
 def _usage(commands: dict[str, EntryPoint]) -> str:

@@ -7,8 +7,6 @@ integers before any feature exists.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -43,39 +41,3 @@ def packing_index(layout: TileLayout, patches_per_side: int) -> NDArray[np.int64
     packed = np.full((layout.kept_rows, layout.kept_columns + 1), newline, np.int64)
     packed[:, :-1] = row_start[:, None] + column_start
     return np.concatenate((thumbnail, packed.ravel()))
-
-
-def pack_image_features(
-    features: NDArray[Any],
-    image_newline: NDArray[Any],
-    index: NDArray[np.int64],
-    out: NDArray[Any] | None = None,
-) -> NDArray[Any]:
-    """Gather the rows that ``index`` names.
-
-    Args:
-        features: projected features of the tiles, (num_tiles, patches, hidden) or flat over the
-            first two, contiguous.
-        image_newline: (hidden,); converted to the type of ``features``.
-        index: from ``packing_index``.
-        out: where to write, (num_image_tokens, hidden) of the type of ``features``; a new array if
-            None.
-
-    Returns:
-        ``out``: (num_image_tokens, hidden).
-
-    Raises:
-        ValueError: shapes or types do not go together, or the index reaches past the newline; a
-            fault of the caller, not of the image.
-    """
-    rows = features.reshape(-1, features.shape[-1])
-    newline = rows.shape[0]
-    if index.size and not (index.min() >= 0 and index.max() <= newline):
-        raise ValueError(f"index runs from {index.min()} to {index.max()} over {newline} rows")
-    if out is None:
-        out = np.empty((index.shape[0], rows.shape[1]), rows.dtype)
-    # Clipping brings the newline's number to the last row, which is then overwritten: no copy of
-    # the features is made to append one row.
-    np.take(rows, index, axis=0, out=out, mode="clip")
-    out[index == newline] = image_newline
-    return out

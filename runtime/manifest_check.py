@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
+from llava_edge.profiles.anyres import AnyRes
+from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.model_dims import ModelDims
 from llava_edge.runtime.manifest import FileEntry, GraphSpec, ImageProcessing, Manifest, TokenIds
 
@@ -22,6 +24,7 @@ UNLISTED = frozenset({MANIFEST, CERTIFICATE, CARD})
 MAX_FILES = 4096
 MAX_NAME_DEPTH = 4
 _MAX_SIZE = 1 << 31
+_MAX_REAL = 1e6
 _PART = re.compile(r"[A-Za-z0-9_.+-]{1,200}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -137,8 +140,15 @@ def _images(images: ImageProcessing, dims: ModelDims) -> Iterator[str]:
         for side in sides
     ):
         yield "image_processing.image_grid_pinpoints are not all multiples of the tile"
+        return
+    try:
+        AnyRes(images.tile_size, images.patch_size, images.image_grid_pinpoints, images.reference)
+    except RequestError as error:
+        yield f"image_processing: {error}"
     values = (*images.image_mean, *images.image_std, images.rescale_factor)
-    if not all(map(math.isfinite, values)) or not all(std > 0 for std in images.image_std):
+    if not all(abs(value) <= _MAX_REAL for value in values) or not all(
+        std >= 1 / _MAX_REAL for std in images.image_std
+    ):
         yield "image_processing holds a mean, deviation or factor that is impossible"
 
 

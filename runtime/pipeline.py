@@ -11,9 +11,8 @@ One object may be used by many threads; requests queue. No network, no torch.
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,9 @@ from llava_edge.profiles.buffers import (
     prefill_chunk_tokens,
     tiles_per_batch,
 )
-from llava_edge.profiles.errors import PromptError
+from llava_edge.profiles.errors import PromptError, RequestError
 from llava_edge.runtime.answer import Answer, PeakMemory, Timings
+from llava_edge.runtime.arguments import require_count
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
@@ -33,6 +33,7 @@ from llava_edge.runtime.generate import LoopResult, generate_tokens
 from llava_edge.runtime.host_memory import map_large_blocks, peak_host_bytes
 from llava_edge.runtime.images import ImageSource
 from llava_edge.runtime.instructions import check_instructions
+from llava_edge.runtime.interface_check import check_interfaces
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.placement import Device, check_host_memory, choose_device
 from llava_edge.runtime.progress import ReportProgress, no_progress
@@ -40,9 +41,12 @@ from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
 from llava_edge.runtime.request import PromptOptions, Request, RequestBuilder
 from llava_edge.runtime.sampling import Sampler, SamplingOptions
 from llava_edge.runtime.session import Array, DeviceKind, Session, SessionOptions
-from llava_edge.runtime.stream import AnswerStream
+from llava_edge.runtime.stream import AnswerStream, Pieces, StreamHandle
 from llava_edge.runtime.tokenizer import Tokenizer
+from llava_edge.runtime.turnstile import Turnstile
 from llava_edge.runtime.vision import VisionEncoder
+
+MAX_THREADS = 1024
 
 
 class LlavaEdge:
@@ -67,7 +71,7 @@ class LlavaEdge:
         self._dtype: type[np.float32] | type[np.float16] = (
             np.float32 if flavour == "cpu" else np.float16
         )
-        self._lock = threading.Lock()
+        self._turnstile = Turnstile()
         self._tokenizer = Tokenizer.open(
             artifact.path(manifest.tokenizer), manifest.tokens, manifest.prompt
         )
@@ -116,15 +120,19 @@ class LlavaEdge:
             ArtifactError: the artifact is damaged, unsafe or not verified.
             EngineError: the device is not there, or does not suit the artifact.
             OutOfMemoryError: cache and weights do not fit what is free now.
+            RequestError: an argument is out of range or of another type.
         """
+        require_count("threads", threads, 0, MAX_THREADS)
         opened = open_artifact(artifact, require_verified=require_verified)
+        check_interfaces(opened)
         manifest = opened.manifest
         chosen = choose_device(device, manifest.flavour, allow_slow)
         if chosen == "cpu":
             check_instructions(manifest.precision)
         context = manifest.context_tokens if context_tokens is None else context_tokens
-        if not 1 <= context <= manifest.context_tokens:
-            raise PromptError(
+        require_count("context_tokens", context, 1)
+        if context > manifest.context_tokens:
+            raise RequestError(
                 f"a context of {context} tokens was asked; the artifact was made for 1 to "
                 f"{manifest.context_tokens}. Convert again with --context for a longer one."
             )
@@ -185,12 +193,13 @@ class LlavaEdge:
             RequestError: a sampling option or the grid is out of range.
         """
         sampling = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed)
-        if max_new_tokens < 1:
-            raise PromptError(f"max_new_tokens is {max_new_tokens}; at least 1 is needed")
+        require_count("max_new_tokens", max_new_tokens, 1)
         options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
         request = self._requests.build(prompt, images, options)
         self._check_length(request)
-        return AnswerStream(self._run(request, sampling, max_new_tokens, progress))
+        return AnswerStream(
+            lambda handle: self._run(request, sampling, max_new_tokens, progress, handle)
+        )
 
     def count_tokens(
         self,
@@ -232,7 +241,7 @@ class LlavaEdge:
         request = self._requests.build(prompt, images, options)
         self._check_length(request)
         rows = np.empty((1 + len(token_ids), self._dims.text.vocab_size), np.float32)
-        with self._lock:
+        with self._turnstile.turn():
             rows[0], _, _ = self._prefill(request, no_progress)
             for index, token in enumerate(token_ids, start=1):
                 row = self._table.rows(np.array([token]), dtype=self._dtype)
@@ -245,9 +254,12 @@ class LlavaEdge:
         return self._decoder.step_seconds
 
     def close(self) -> None:
-        """Wait for the request in progress and let go of files; idempotent."""
-        with self._lock:
+        """Stop the request in progress, let go of sessions, cache and files; idempotent."""
+        with self._turnstile.closing():
             self._table.close()
+            # Nobody gets in any more, so nobody misses them.
+            self.__dict__.pop("_vision", None)
+            self.__dict__.pop("_decoder", None)
 
     def __enter__(self) -> LlavaEdge:
         return self
@@ -271,8 +283,9 @@ class LlavaEdge:
         sampling: SamplingOptions,
         max_new_tokens: int,
         progress: ReportProgress,
-    ) -> Generator[str, None, Answer]:
-        with self._lock:
+        handle: StreamHandle,
+    ) -> Pieces:
+        with self._turnstile.turn(handle.close):
             started = time.perf_counter()
             logits, vision_seconds, prefill_seconds = self._prefill(request, progress)
             vocab_size = self._dims.text.vocab_size
@@ -295,6 +308,8 @@ class LlavaEdge:
                 max_new_tokens,
                 result,
             ):
+                if handle.is_cancelled():
+                    return None
                 token_ids.append(token)
                 ended = result.finish_reason is not None
                 piece = "" if token in stop_ids else decoder.push(token)

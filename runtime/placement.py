@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
-from llava_edge.profiles.errors import EngineError, OutOfMemoryError
+from llava_edge.profiles.errors import EngineError, OutOfMemoryError, RequestError
 from llava_edge.profiles.formats import PRECISIONS
 from llava_edge.profiles.memory import Machine, MemoryTerms, Workload, estimate_memory
 from llava_edge.runtime.artifact import Artifact
@@ -35,7 +35,12 @@ def choose_device(asked: Device, flavour: Flavour, allow_slow: bool) -> DeviceKi
 
     Raises:
         EngineError: the device is not there, or does not suit the flavour.
+        RequestError: there is no device of that name.
     """
+    if asked not in get_args(Device):
+        raise RequestError(
+            f"device {asked!r:.40} is unknown; devices are {', '.join(get_args(Device))}"
+        )
     if flavour == "cpu":
         if asked == "cuda":
             raise EngineError(

@@ -6,7 +6,6 @@ out. Knows no session.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -125,8 +124,18 @@ class RequestBuilder:
         )
 
     def _check_sizes(self, prompt: str, images: Sequence[ImageSource]) -> None:
-        if isinstance(images, (str, bytes, os.PathLike)):
-            raise PromptError("images must be a list of images; wrap the one you have: [image]")
+        if not isinstance(prompt, str):
+            raise PromptError(f"the prompt is a {type(prompt).__name__}; it must be a str")
+        if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
+            # An array is iterable as well, and its rows would pass for pictures.
+            raise PromptError(
+                f"images is a {type(images).__name__}; it must be a list of images. Wrap the one "
+                "you have: [image]"
+            )
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise PromptError(
+                "the prompt holds bytes that are no text (lone surrogates); give it as UTF-8"
+            )
         if len(images) > self._limits.max_images:
             raise PromptError(
                 f"{len(images)} images were given; at most {self._limits.max_images} are accepted"

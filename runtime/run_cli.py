@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 
@@ -14,6 +15,10 @@ from llava_edge.runtime.records import to_json
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = _parser().parse_args(argv)
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            # A terminal that is not UTF-8 shows a stand-in rather than ending the answer.
+            output.reconfigure(errors="replace")
     progress = ProgressLine()
     model = LlavaEdge.load(
         options.artifact,

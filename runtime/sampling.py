@@ -14,8 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.errors import EngineError, RequestError
+from llava_edge.runtime.arguments import require_count, require_number
 from llava_edge.runtime.session import Array
+
+MAX_PENALTY = 1000.0
+"""Beyond it float32 logits overflow; a penalty of 2 is strong already."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +42,21 @@ class SamplingOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            require_number(name, getattr(self, name))
+        require_count("top_k", self.top_k, 0)
+        if self.seed is not None:
+            require_count("seed", self.seed, 0)
         faults = []
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             faults.append(f"temperature {self.temperature} must be 0 (greedy) or larger")
-        if self.top_k < 0:
-            faults.append(f"top_k {self.top_k} must be 0 (off) or larger")
         if not 0 < self.top_p <= 1:
             faults.append(f"top_p {self.top_p} must lie in (0, 1]")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            faults.append(f"repetition_penalty {self.repetition_penalty} must be larger than 0")
-        if self.seed is not None and self.seed < 0:
-            faults.append(f"seed {self.seed} must be 0 or larger")
+        if not 1 / MAX_PENALTY <= self.repetition_penalty <= MAX_PENALTY:
+            faults.append(
+                f"repetition_penalty {self.repetition_penalty} must lie between "
+                f"{1 / MAX_PENALTY} and {MAX_PENALTY}"
+            )
         if faults:
             raise RequestError("sampling options cannot be used: " + "; ".join(faults))
 
@@ -86,8 +94,17 @@ class Sampler:
             self._seen[seen[seen < vocab_size]] = True
 
     def choose(self, logits: Array) -> int:
-        """The next token id from float32 (vocab,) logits, which are left unchanged."""
+        """The next token id from float32 (vocab,) logits, which are left unchanged.
+
+        Raises:
+            EngineError: the largest logit is no finite number; the model overflowed.
+        """
         options = self._options
+        if not math.isfinite(float(logits.max())):
+            raise EngineError(
+                "the model's logits are not finite numbers: an activation overflowed, or the "
+                "artifact's values are wrong. Convert again, at another precision if it stays."
+            )
         if options.repetition_penalty != 1.0:
             logits = self._penalised(logits)
         # Greedy is faithful to the reference: padding rows are masked only where chance decides.
@@ -99,8 +116,11 @@ class Sampler:
     def probabilities(self, logits: Array) -> tuple[Array, Array]:
         """Kept token ids by falling logit, and their probabilities (float64, summing to 1)."""
         options = self._options
-        scaled = logits[: self._num_text_tokens].astype(np.float64) / options.temperature
+        scaled = logits[: self._num_text_tokens].astype(np.float64)
         scaled[self._never] = -np.inf
+        # The largest becomes 0, so that no temperature, however small, overflows it.
+        with np.errstate(over="ignore"):
+            scaled = (scaled - scaled.max()) / options.temperature
         ids = np.flatnonzero(scaled > -np.inf)
         if 0 < options.top_k < ids.size:
             # Ties with the k-th logit stay, as in the reference.

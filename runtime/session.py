@@ -138,12 +138,14 @@ class Binding:
 
     def input(self, name: str, buffer: Buffer) -> None:
         """Bind an input; binding a name again replaces it."""
-        self._binding.bind_ortvalue_input(name, buffer.value)
+        with _mapped_errors(f"binding the input {name}"):
+            self._binding.bind_ortvalue_input(name, buffer.value)
         self._bound[f"in {name}"] = buffer
 
     def output(self, name: str, buffer: Buffer) -> None:
         """Bind an output to a buffer of exactly its shape."""
-        self._binding.bind_ortvalue_output(name, buffer.value)
+        with _mapped_errors(f"binding the output {name}"):
+            self._binding.bind_ortvalue_output(name, buffer.value)
         self._bound[f"out {name}"] = buffer
 
     def inputs(self, buffers: Mapping[str, Buffer]) -> None:

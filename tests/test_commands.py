@@ -243,6 +243,7 @@ def test_a_full_disk_leaves_no_artifact_and_the_same_command_resumes(
     assert failed.returncode == 1, failed.stderr
     assert "Traceback" not in failed.stderr
     assert "error: " in failed.stderr
+    assert "Make room" in failed.stderr
     assert not left
     assert resumed.returncode == 0, resumed.stderr
     assert (out / "manifest.json").is_file()
@@ -300,6 +301,42 @@ def test_an_unknown_command_lists_the_known_ones(capsys: pytest.CaptureFixture[s
     assert cli.main(["cook"]) == 2
 
     assert "llava-edge convert" in capsys.readouterr().err
+
+
+def test_malformed_arguments_still_give_one_json_object(
+    artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["run", str(artifact), "--json"]) == 2
+
+    output = capsys.readouterr()
+    assert json.loads(output.out)["error"]["type"] == "UsageError"
+    assert "--prompt" in output.err
+
+
+def test_a_fault_of_ours_keeps_to_the_contract_of_exit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = EntryPoint("run", "math:sqrt", cli.GROUP)
+    monkeypatch.setattr(cli, "entry_points", lambda group: [entry])
+
+    assert cli.main(["run", "--json"]) == 1
+
+    output = capsys.readouterr()
+    assert json.loads(output.out)["error"]["type"] == "InternalError"
+    assert "LLAVA_EDGE_TRACEBACK" in output.err
+    monkeypatch.setenv("LLAVA_EDGE_TRACEBACK", "1")
+    with pytest.raises(TypeError):
+        cli.main(["run"])
+
+
+def test_a_terminal_that_is_not_utf8_shows_a_stand_in(artifact: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [str(PROGRAM), "run", str(artifact), "--prompt", "hello", "--max-new-tokens", "30"]
+
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
 
 
 def test_help_and_version_are_answers(capsys: pytest.CaptureFixture[str]) -> None:

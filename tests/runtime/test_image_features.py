@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
 from llava_edge.profiles.anyres import AnyRes, grid_pinpoints
-from llava_edge.runtime.image_features import pack_image_features, packing_index
+from llava_edge.runtime.image_features import packing_index
 
 STOCK = AnyRes(336, 14, grid_pinpoints("2x2", 336))
 LARGE = AnyRes(84, 14, grid_pinpoints("2x6", 84))
@@ -118,37 +118,3 @@ def test_two_by_two_patches_by_hand() -> None:
     layout = AnyRes(28, 14, ((28, 56),)).layout(28, 56)
     expected = [0, 1, 2, 3, 4, 5, 8, 9, 12, 6, 7, 10, 11, 12]
     assert packing_index(layout, 2).tolist() == expected
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
-@pytest.mark.parametrize("given_out", [False, True], ids=["new", "into"])
-def test_features_are_gathered_with_their_newlines(dtype: Any, given_out: bool) -> None:
-    layout = ODD.layout(333, 250)
-    index = packing_index(layout, 5)
-    draw = np.random.default_rng(0)
-    features = draw.standard_normal((layout.num_tiles, 25, 6)).astype(dtype)
-    newline = draw.standard_normal(6).astype(np.float32)
-    table = np.concatenate((features.reshape(-1, 6), newline[None].astype(dtype)))
-    out = np.full((len(index), 6), np.nan, dtype) if given_out else None
-    packed = pack_image_features(features, newline, index, out)
-    assert packed.dtype == dtype
-    assert (packed is out) == given_out
-    assert np.array_equal(packed, table[index])
-
-
-def test_flat_features_are_taken_as_well() -> None:
-    layout = ODD.layout(70, 70)
-    index = packing_index(layout, 5)
-    features = np.arange(layout.num_tiles * 25 * 3, dtype=np.float32).reshape(-1, 25, 3)
-    newline = np.zeros(3, np.float32)
-    assert np.array_equal(
-        pack_image_features(features.reshape(-1, 3), newline, index),
-        pack_image_features(features, newline, index),
-    )
-
-
-@pytest.mark.parametrize("wrong", [-1, 51])
-def test_an_index_of_other_features_is_refused(wrong: int) -> None:
-    features = np.zeros((2, 25, 3), np.float32)
-    with pytest.raises(ValueError, match="over 50 rows"):
-        pack_image_features(features, np.zeros(3, np.float32), np.array([0, wrong]))

@@ -94,8 +94,67 @@ def test_a_dropped_stream_lets_the_next_request_run(model: LlavaEdge) -> None:
     stream.close()
 
     assert len(model.generate("Hello", max_new_tokens=2).token_ids) == 2
-    with pytest.raises(EngineError, match="the answer is not complete"):
+    with pytest.raises(EngineError, match="closed before its end"):
         _ = stream.answer
+
+
+def test_a_second_request_of_a_thread_with_an_open_stream_is_refused(model: LlavaEdge) -> None:
+    with model.stream("Tell me everything", max_new_tokens=200) as stream:
+        next(stream)
+        with pytest.raises(EngineError, match="still has an open stream"):
+            model.generate("Hello")
+        with pytest.raises(EngineError, match="not complete"):
+            _ = stream.answer
+
+    assert len(model.generate("Hello", max_new_tokens=2).token_ids) == 2
+
+
+def test_leaving_the_model_stops_a_stream_that_was_left_open(artifact: Path) -> None:
+    with LlavaEdge.load(artifact, threads=1) as model:
+        stream = model.stream("Tell me everything", max_new_tokens=200)
+        next(stream)
+
+    assert list(stream) == []
+    with pytest.raises(EngineError, match="the model is closed"):
+        model.generate("Hello")
+
+
+def test_a_stream_closed_by_another_thread_ends_at_the_next_token(model: LlavaEdge) -> None:
+    started, pieces = threading.Event(), []
+    stream = model.stream("Tell me everything", max_new_tokens=1900)
+
+    def consume() -> None:
+        for piece in stream:
+            pieces.append(piece)
+            started.set()
+
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    assert started.wait(60)
+    stream.close()
+    consumer.join(60)
+
+    assert not consumer.is_alive()
+    with pytest.raises(EngineError, match="closed before its end"):
+        _ = stream.answer
+    assert len(model.generate("Hello", max_new_tokens=2).token_ids) == 2
+
+
+def test_an_error_inside_a_stream_is_named_by_its_answer(
+    model: LlavaEdge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(row: object) -> np.ndarray:
+        raise EngineError("the engine broke")
+
+    monkeypatch.setattr(model._decoder, "step", broken)
+    stream = model.stream("Hello", max_new_tokens=5)
+    with pytest.raises(EngineError, match="the engine broke"):
+        list(stream)
+    with pytest.raises(EngineError, match=r"the stream failed \(the engine broke\)"):
+        _ = stream.answer
+    monkeypatch.undo()
+
+    assert len(model.generate("Hello", max_new_tokens=2).token_ids) == 2
 
 
 def test_threads_queue_and_get_the_answers_they_would_get_alone(model: LlavaEdge) -> None:
@@ -177,7 +236,12 @@ def _options():  # type: ignore[no-untyped-def]
         pytest.param(
             "word " * 3000, 0, {}, PromptError, r"takes \d+ tokens .* the context holds", id="long"
         ),
-        pytest.param("Hi", 0, {"max_new_tokens": 0}, PromptError, "at least 1", id="no tokens"),
+        pytest.param("Hi", 0, {"max_new_tokens": 0}, RequestError, "at least 1", id="no tokens"),
+        pytest.param("Hi", 0, {"max_new_tokens": 1.5}, RequestError, "whole number", id="half"),
+        pytest.param("Hi", 0, {"temperature": "hot"}, RequestError, "a number", id="word"),
+        pytest.param("Hi", 0, {"top_k": True}, RequestError, "whole number", id="true"),
+        pytest.param("a\ud800b", 0, {}, PromptError, "lone surrogates", id="surrogate"),
+        pytest.param(None, 0, {}, PromptError, "must be a str", id="no text"),
         pytest.param("Hi", 0, {"top_p": 2.0}, RequestError, "top_p", id="sampling"),
         pytest.param("Hi", 0, {"grid": "9x9"}, RequestError, "grid", id="unknown grid"),
     ],
@@ -195,9 +259,15 @@ def test_a_wrong_request_is_refused_before_any_work(
         model.stream(prompt, [picture] * num_images, **options)  # type: ignore[arg-type]
 
 
-def test_a_single_image_that_is_no_list_is_named(model: LlavaEdge) -> None:
-    with pytest.raises(PromptError, match="images must be a list"):
-        model.generate("Hi", "picture.png")
+@pytest.mark.parametrize(
+    "image",
+    ["picture.png", Path("picture.png"), b"bytes", np.zeros((50, 60, 3), np.uint8), None, 5],
+    ids=lambda image: type(image).__name__,
+)
+def test_a_single_image_that_is_no_list_is_named(model: LlavaEdge, image: object) -> None:
+    # An array is a sequence of rows, and each row would pass for a picture.
+    with pytest.raises(PromptError, match="must be a list of images"):
+        model.generate("Hi", image)  # type: ignore[arg-type]
 
 
 def test_a_text_file_is_no_image(model: LlavaEdge, tmp_path: Path) -> None:
@@ -209,8 +279,26 @@ def test_a_text_file_is_no_image(model: LlavaEdge, tmp_path: Path) -> None:
 
 
 def test_a_context_beyond_the_artifact_is_refused(artifact: Path) -> None:
-    with pytest.raises(PromptError, match="made for 1 to"):
+    with pytest.raises(RequestError, match="made for 1 to"):
         LlavaEdge.load(artifact, context_tokens=10**6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threads": -1}, "threads is -1"),
+        ({"threads": 10**9}, "at most 1024"),
+        ({"context_tokens": 2.5}, "context_tokens is 2.5"),
+        ({"context_tokens": True}, "context_tokens is True"),
+        ({"device": "gpu"}, "devices are auto, cpu, cuda"),
+        ({"device": None}, "devices are auto, cpu, cuda"),
+    ],
+)
+def test_a_wrong_argument_of_load_is_named(
+    artifact: Path, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        LlavaEdge.load(artifact, **options)  # type: ignore[arg-type]
 
 
 def test_a_cpu_artifact_does_not_run_on_cuda(artifact: Path) -> None:

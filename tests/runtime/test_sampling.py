@@ -11,7 +11,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.errors import EngineError, RequestError
 from llava_edge.runtime.sampling import Sampler, SamplingOptions
 
 VOCAB = 50
@@ -48,6 +48,37 @@ def test_sampling_never_draws_the_place_of_an_image(top_k: int) -> None:
     drawn = {sampler.choose(row) for _ in range(80)}
 
     assert drawn == ({0, 2, 3} if top_k == 0 else {0, 2})
+
+
+@pytest.mark.parametrize("temperature", [1e-308, 5e-324, 1e-30])
+def test_a_vanishing_temperature_is_greedy(temperature: float) -> None:
+    for seed in range(20):
+        sampler = Sampler(SamplingOptions(temperature=temperature, seed=seed), VOCAB, VOCAB)
+
+        assert sampler.choose(logits(seed)) == int(np.argmax(logits(seed)))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_are_an_error(temperature: float, value: float) -> None:
+    row = logits(0)
+    row[7] = value
+
+    with pytest.raises(EngineError, match="not finite"):
+        Sampler(SamplingOptions(temperature=temperature, seed=0), VOCAB, VOCAB).choose(row)
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e300, 0.0])
+def test_a_penalty_that_would_overflow_is_refused(penalty: float) -> None:
+    with pytest.raises(RequestError, match="repetition_penalty"):
+        SamplingOptions(repetition_penalty=penalty)
+
+
+@pytest.mark.parametrize("option", ["top_k", "seed"])
+@pytest.mark.parametrize("value", [-1, 2.5, True, "3"])
+def test_counts_must_be_whole_numbers(option: str, value: object) -> None:
+    with pytest.raises(RequestError, match=option):
+        SamplingOptions(**{option: value})  # type: ignore[arg-type]
 
 
 def test_equal_seeds_draw_equal_tokens() -> None:
@@ -112,7 +143,7 @@ def test_drawn_frequencies_follow_the_probabilities() -> None:
 
 def test_all_wrong_options_are_named_together() -> None:
     with pytest.raises(RequestError) as caught:
-        SamplingOptions(temperature=-1, top_k=-2, top_p=0, repetition_penalty=float("nan"), seed=-3)
+        SamplingOptions(temperature=-1, top_p=0, repetition_penalty=float("nan"))
 
-    for name in ("temperature -1", "top_k -2", "top_p 0", "repetition_penalty nan", "seed -3"):
+    for name in ("temperature -1", "top_p 0", "repetition_penalty nan"):
         assert name in str(caught.value)

@@ -1,0 +1,34 @@
+"""Checks of plain arguments, so that a wrong type is an error of ours and not of what it meets."""
+
+from __future__ import annotations
+
+from llava_edge.profiles.errors import RequestError
+
+
+def require_count(name: str, value: object, smallest: int, largest: int | None = None) -> None:
+    """Refuse what is no whole number in a range; True is no number.
+
+    Raises:
+        RequestError: names the argument, the value and the range.
+    """
+    if (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and smallest <= value
+        and (largest is None or value <= largest)
+    ):
+        return
+    upto = "" if largest is None else f" and at most {largest}"
+    raise RequestError(
+        f"{name} is {value!r:.60}; it must be a whole number, at least {smallest}{upto}"
+    )
+
+
+def require_number(name: str, value: object) -> None:
+    """Refuse what is no real number.
+
+    Raises:
+        RequestError: names the argument and the value.
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise RequestError(f"{name} is {value!r:.60}; it must be a number")

@@ -1,0 +1,109 @@
+"""Whether the graphs of a manifest are those of its dimensions.
+
+The runtime makes its buffers from dimensions and binds them by name; a graph of other shapes would
+fail at the first question, far from its cause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from llava_edge.profiles.errors import ArtifactError
+from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.runtime.artifact import Artifact
+from llava_edge.runtime.manifest import Manifest, TensorSpec
+from llava_edge.runtime.onnx_header import OnnxHeader, read_onnx_header
+
+Expected = dict[str, tuple[str, tuple[int | None, ...]]]
+"""Element type and sizes by tensor name; None for a size that varies."""
+
+ROPE_TABLES = ("cos_cache", "sin_cache")
+MAX_LAYERS = 1024
+
+
+def check_interfaces(artifact: Artifact) -> None:
+    """Refuse graphs that the runtime could not feed.
+
+    Raises:
+        ArtifactError: a graph is not the one that the manifest's dimensions and context call for.
+    """
+    manifest = artifact.manifest
+    header = read_onnx_header(artifact.path(manifest.decoder.file))
+    faults = [*interface_faults(manifest), *table_faults(header, manifest.context_tokens)]
+    if faults:
+        listed = "\n  - ".join(faults)
+        raise ArtifactError(
+            f"{artifact.folder} does not go together:\n  - {listed}\nConvert again."
+        )
+
+
+def table_faults(header: OnnxHeader, context_tokens: int) -> list[str]:
+    """Where a decoder's rotary tables do not cover the context that the manifest promises."""
+    rows = {t.name: t.dims[0] for t in header.tensors if t.name in ROPE_TABLES and t.dims}
+    return [
+        f"{name} covers {rows.get(name, 0)} positions; the manifest promises {context_tokens}"
+        for name in ROPE_TABLES
+        if rows.get(name, 0) < context_tokens
+    ]
+
+
+def interface_faults(manifest: Manifest) -> Iterator[str]:
+    """Inputs and outputs that are missing, left over, or of another type or size."""
+    dims, compute = manifest.model, manifest.precision.computes
+    if dims.text.num_hidden_layers > MAX_LAYERS:
+        yield f"model.text.num_hidden_layers is {dims.text.num_hidden_layers}"
+        return
+    side, patches, hidden = dims.vision.image_size, dims.vision.num_patches, dims.text.hidden_size
+    yield from _faults(
+        "vision inputs", manifest.vision.inputs, {"pixel_values": (compute, (None, 3, side, side))}
+    )
+    yield from _faults(
+        "vision outputs",
+        manifest.vision.outputs,
+        {"image_features": (compute, (None, patches, hidden))},
+    )
+    yield from _faults("decoder inputs", manifest.decoder.inputs, _decoder_inputs(dims, compute))
+    logits: Expected = {"logits": ("float32", (1, None, dims.text.vocab_size))}
+    outputs = logits | _caches(dims, compute, "present")
+    yield from _faults("decoder outputs", manifest.decoder.outputs, outputs)
+
+
+def _decoder_inputs(dims: ModelDims, compute: str) -> Expected:
+    lengths: Expected = {
+        "inputs_embeds": (compute, (1, None, dims.text.hidden_size)),
+        "seqlens_k": ("int32", (1,)),
+        "total_sequence_length": ("int32", ()),
+        "logits_to_keep": ("int64", ()),
+    }
+    return lengths | _caches(dims, compute, "past_key_values")
+
+
+def _caches(dims: ModelDims, compute: str, name: str) -> Expected:
+    shape = (1, dims.text.num_key_value_heads, None, dims.text.head_dim)
+    return {
+        f"{name}.{layer}.{part}": (compute, shape)
+        for layer in range(dims.text.num_hidden_layers)
+        for part in ("key", "value")
+    }
+
+
+def _faults(what: str, stated: Sequence[TensorSpec], expected: Expected) -> Iterator[str]:
+    found = {tensor.name: tensor for tensor in stated}
+    missing = sorted(set(expected) - set(found))
+    extra = sorted(set(found) - set(expected))
+    if missing or extra or len(found) != len(stated):
+        yield (
+            f"{what} are not those of the model: {len(missing)} missing "
+            f"{missing[:2]}, {len(extra)} unknown {[name[:60] for name in extra[:2]]}"
+        )
+        return
+    for name, (dtype, shape) in expected.items():
+        tensor = found[name]
+        fits = len(tensor.shape) == len(shape) and all(
+            want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
+        )
+        if tensor.dtype != dtype or not fits:
+            yield (
+                f"{what}: {name} is {tensor.dtype}{list(tensor.shape)}; the model's dimensions "
+                f"call for {dtype}{list(shape)}"
+            )
