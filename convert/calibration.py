@@ -38,6 +38,10 @@ from llava_edge.runtime.vision import VisionEncoder
 _LOG = logging.getLogger(__name__)
 
 
+def _nothing() -> None:
+    """Let nothing go."""
+
+
 @dataclass(frozen=True)
 class CalibrationSample:
     """One sample, as tokens.
@@ -61,11 +65,13 @@ class CalibrationSet:
         samples: in order.
         digest: SHA-256, in hex, of all that they hold: ids, kinds, images.
         report: what is to be said of them, as plain JSON.
+        embedded: called once all samples are embedded; what that took can be let go.
     """
 
     samples: tuple[CalibrationSample, ...]
     digest: str
     report: dict[str, Any]
+    embedded: Callable[[], None] = _nothing
 
     @property
     def num_tokens(self) -> int:
@@ -91,7 +97,7 @@ class CalibrationModel:
         prompt: template segments; None for an artifact without a template.
         processing: values of the image processor, with the artifact's candidates.
         table: embedding rows.
-        encoder: tower and projector.
+        open_encoder: loads tower and projector; called when the first image is embedded.
         dtype: in which the encoder hands features out.
         context_tokens: longer samples are left out.
     """
@@ -103,7 +109,7 @@ class CalibrationModel:
         prompt: PromptFormat | None,
         processing: ImageProcessing,
         table: EmbeddingTable,
-        encoder: TileEncoder,
+        open_encoder: Callable[[], TileEncoder],
         dtype: type[np.float32] | type[np.float16],
         context_tokens: int,
     ) -> None:
@@ -112,7 +118,8 @@ class CalibrationModel:
         self._prompt = prompt
         self._processor = ImageProcessor(processing)
         self._table = table
-        self._encoder = encoder
+        self._open_encoder = open_encoder
+        self._encoder: TileEncoder | None = None
         self._dtype = dtype
         self._context_tokens = context_tokens
 
@@ -148,18 +155,21 @@ class CalibrationModel:
             threads: of the vision graph; 0 for every physical core.
 
         Raises:
-            ArtifactError: a part is missing or does not fit.
-            EngineError: the vision graph cannot be run here.
+            ArtifactError: tokenizer or embeddings are missing or do not fit.
         """
         dtype: type[np.float32] | type[np.float16] = np.float32 if flavour == "cpu" else np.float16
-        session = Session(folder / vision, SessionOptions(device="cpu", threads=threads))
+
+        def open_encoder() -> TileEncoder:
+            session = Session(folder / vision, SessionOptions(device="cpu", threads=threads))
+            return VisionEncoder(session, dims, 1, dtype)
+
         return cls(
             dims,
             Tokenizer.open(folder / tokenizer, tokens, prompt),
             prompt,
             processing,
             EmbeddingTable(folder / embeddings, dims),
-            VisionEncoder(session, dims, 1, dtype),
+            open_encoder,
             dtype,
             context_tokens,
         )
@@ -207,11 +217,12 @@ class CalibrationModel:
             "grids_without_sample": [grid for grid in self._grids() if grid not in grids],
             "left_out": left_out,
         }
-        return CalibrationSet(tuple(samples), digest.hexdigest(), report)
+        return CalibrationSet(tuple(samples), digest.hexdigest(), report, self._drop_encoder)
 
     def close(self) -> None:
-        """Give the embedding file back."""
+        """Give the embedding file and the encoder back."""
         self._table.close()
+        self._drop_encoder()
 
     def __enter__(self) -> CalibrationModel:
         return self
@@ -223,6 +234,9 @@ class CalibrationModel:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _drop_encoder(self) -> None:
+        self._encoder = None
 
     def _grids(self) -> list[str]:
         tile = self._processor.anyres.tile_size
@@ -277,6 +291,8 @@ class CalibrationModel:
             features[-1] = self._table.image_newline
         if conversation.image is not None:
             tiles = self._processor.preprocess(open_image(conversation.image())).pixel_values
+            if self._encoder is None:
+                self._encoder = self._open_encoder()
             self._encoder.encode(tiles, features[:-1].reshape(num_tiles, side * side, width))
         rows = np.empty((len(ids), width), self._dtype)
         PromptEmbeddings(ids, self._tokenizer.image_id, layouts, side, features, self._table).fill(

@@ -212,6 +212,7 @@ class _Run:
             inner = opened("inner", max(text.query_size, text.intermediate_size))
             if not self._journal.prepared:
                 self._embed(samples, hidden[0])
+            samples.embedded()
             solver = LayerSolver(self._checkpoint, self._settings, tokens, inner)
             for layer in range(len(self._journal.layers), self._journal.num_layers):
                 started = time.perf_counter()

@@ -132,6 +132,19 @@ def test_a_corrupt_image_and_a_missing_one_are_left_out_by_name(
     assert "a.jsonl:1 is left out" in caplog.text
 
 
+def test_the_vision_graph_is_open_only_while_images_are_embedded(
+    model: CalibrationModel, picture: Image.Image
+) -> None:
+    found = model.prepare([_conversation(None), _conversation(picture)], {})
+    found.samples[0].embed()
+    assert model._encoder is None
+    first = found.samples[1].embed()
+    assert model._encoder is not None
+    found.embedded()
+    assert model._encoder is None
+    np.testing.assert_array_equal(found.samples[1].embed(), first)
+
+
 def test_nothing_left_is_refused_with_every_reason(model: CalibrationModel) -> None:
     broken = [_conversation(b"nothing", "first"), _conversation(b"GIF89a", "second")]
     with pytest.raises(RequestError, match=r"(?s)no calibration sample.*- first: .*- second: "):
