@@ -310,6 +310,7 @@ def stored_weights(path: Path, form: Form) -> Callable[[str], NDArray[np.float32
             )
             for precision, flavour, isa in (
                 ("int4", "cpu", "none"),
+                ("int4", "cpu", "vnni"),
                 ("int4", "cuda", "none"),
                 ("int8", "cpu", "vnni"),
                 ("int8", "cpu", "none"),
