@@ -91,6 +91,20 @@ def test_a_sample_is_what_the_reference_hands_its_language_model(
     np.testing.assert_array_equal(sample.kinds > 0, is_image)
 
 
+def test_a_graph_for_cuda_embeds_on_the_cpu_in_half_precision(
+    model: CalibrationModel,
+    make_checkpoint: Callable[..., Path],
+    make_artifact: Callable[..., Path],
+    picture: Image.Image,
+) -> None:
+    half = open_artifact(make_artifact(make_checkpoint("odd"), profile="a100"))
+    with _open(half) as opened:
+        found = opened.prepare([_conversation(picture)], {}).samples[0].embed()
+    exact = model.prepare([_conversation(picture)], {}).samples[0].embed()
+    assert found.dtype == np.float32
+    assert 0 < np.abs(found - exact).max() < 0.01 * np.abs(exact).max()
+
+
 def test_text_alone_is_a_sample_and_counted(model: CalibrationModel, picture: Image.Image) -> None:
     found = model.prepare(
         [_conversation(None, "words"), _conversation(picture, "both")], {"source": "here"}
@@ -187,17 +201,18 @@ def test_the_digest_knows_words_and_pixels(model: CalibrationModel, picture: Ima
 
 
 def test_the_drawn_set_brings_every_grid_and_a_quarter_of_text() -> None:
-    conversations, source = draw_conversations(_STOCK, count=16, seed=5)
+    close = ((2, 3), (3, 2), (2, 2), (3, 3), (1, 2))
+    anyres = AnyRes(28, 14, tuple((28 * r, 28 * c) for r, c in close), "hf")
+    conversations, source = draw_conversations(anyres, count=80, seed=5)
     grids = []
     for conversation in conversations:
         if conversation.image is None:
             continue
         image = conversation.image()
         assert isinstance(image, Image.Image)
-        layout = _STOCK.layout(image.height, image.width)
+        layout = anyres.layout(image.height, image.width)
         grids.append((layout.rows, layout.columns))
-    assert len(grids) == 12
-    assert set(grids) == {(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)}
+    assert grids == list(close) * 12
     assert "drawn" in source["source"]
     assert all(c.question and c.answer for c in conversations)
 

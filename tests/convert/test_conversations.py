@@ -95,9 +95,11 @@ def test_too_many_are_chosen_from_every_grid_and_a_quarter_of_text(
     images = [*["wide.png"] * 20, *["tall.png"] * 2]
     lines = [_entry(image) for image in images] + [_entry()] * 9
     folder = make_folder(*lines, wide=(56, 28), tall=(28, 56))
+    for seed in range(5):
+        found, _ = read_conversations(folder, _ANYRES, limit=8, seed=seed)
+        counts = Counter(Path(str(c.image())).name if c.image else "text" for c in found)
+        assert counts == {"tall.png": 2, "wide.png": 4, "text": 2}
     found, _ = read_conversations(folder, _ANYRES, limit=8, seed=3)
-    counts = Counter(Path(str(c.image())).name if c.image else "text" for c in found)
-    assert counts == {"tall.png": 2, "wide.png": 4, "text": 2}
     again, _ = read_conversations(folder, _ANYRES, limit=8, seed=3)
     other, _ = read_conversations(folder, _ANYRES, limit=8, seed=4)
     assert [c.name for c in again] == [c.name for c in found]

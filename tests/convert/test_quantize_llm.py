@@ -216,9 +216,9 @@ def test_progress_tells_steps_layers_errors_and_time(
 def test_rounding_to_nearest_needs_no_samples_and_equals_the_source(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    settings = replace(_INT4, quantizer="rtn")
+    settings = QuantizeSettings(8, -1, "rtn", reduce_range=True)
     store = quantize_language_model(checkpoint, tmp_path / "q", settings, None)
-    source = RtnSource(checkpoint, 4, 32)
+    source = RtnSource(checkpoint, 8, -1, reduce_range=True)
     for linear in LINEARS:
         name = linear_name(2, linear)
         np.testing.assert_array_equal(store.linear(name).qweight, source.linear(name).qweight)
@@ -403,7 +403,15 @@ def test_another_request_does_not_go_on_with_a_folder(
             quantize_language_model(checkpoint, out, settings, given, source_digest=digest)
     # Left open, the number of threads is that of the run before; torch's own comes back afterwards.
     torch.set_num_threads(2)
-    store = quantize_language_model(checkpoint, out, replace(_INT4, threads=None), samples)
+    seen: list[int] = []
+    store = quantize_language_model(
+        checkpoint,
+        out,
+        replace(_INT4, threads=None),
+        samples,
+        lambda progress: seen.append(torch.get_num_threads()),
+    )
+    assert set(seen) == {1}
     assert store.report["settings"]["threads"] == 1
     assert torch.get_num_threads() == 2
 

@@ -70,6 +70,7 @@ def test_the_head_has_eight_bits_and_its_own_group(
     table = checkpoint.read("language_model.embed_tokens.weight").astype(np.float32)
     assert np.abs(head.dequantize() - table).max() <= head.scales.astype(np.float32).max()
     per_channel = RtnSource(checkpoint, bits=8, group_size=-1, reduce_range=True).head()
+    assert per_channel.group_size == -1
     assert per_channel.scales.shape == (512, 1)
     assert int(per_channel.qweight.max()) <= 191
     assert quantize_head(checkpoint, group_size=64).group_size == 64
