@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 EXTRAS := cpu,convert,bench,dev
 PACKAGES := profiles runtime convert bench
 READY := $(VENV)/ready
+INTEROP := .venv-interop
 
 PROFILE ?= cpu-16gb
 CHECKPOINT ?=
@@ -13,10 +14,10 @@ OUT ?=
 PRECISION ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo convert test lint typecheck format clean
+.PHONY: help install demo convert test test-interop lint typecheck format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(READY) ## create .venv and install everything at pinned versions
 
@@ -34,6 +35,14 @@ convert: $(READY) ## make convert PROFILE=a100 [CHECKPOINT=folder or hub id | MO
 test: $(READY) ## the whole test suite, on all cores
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
+$(INTEROP)/ready:
+	test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)
+	PYTHONWARNINGS=ignore $(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.23.0 optimum==2.3.0 gptqmodel==7.6.0 numpy==2.2.6 pillow
+	@touch $@
+
+test-interop: $(READY) $(INTEROP)/ready ## transformers, optimum and GPTQModel load what --emit hf writes
+	$(BIN)/python tests/interop/check_gptq.py $(INTEROP)/bin/python
+
 lint: $(READY) build/typing ## ruff (style, docstrings, formatting) and the import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,7 +56,7 @@ format: $(READY) ## rewrite the sources the way lint wants them
 	$(BIN)/ruff format .
 
 clean: ## remove everything that can be made again, .venv included
-	rm -rf $(VENV) build dist *.egg-info artifacts .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(INTEROP) build dist *.egg-info artifacts .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # mypy does not run import hooks, and the editable install is one: links give it a real folder.

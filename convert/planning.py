@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, replace
 
 from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.gptq_checkpoint import open_gptq
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.errors import BudgetError, RequestError
 from llava_edge.profiles.grids import GridChoice, asked_grid, asked_pinpoints
@@ -44,6 +45,10 @@ def plan_artifact(request: ConvertRequest, checkpoint: Checkpoint) -> ArtifactPl
     """
     _check_kind(checkpoint)
     wishes = replace(request.wishes, variants=(as_variant(checkpoint),))
+    if checkpoint.gptq is not None:
+        # What is quantised already stays as it is; another precision is refused by name.
+        wishes = replace(wishes, precision=wishes.precision or f"int{checkpoint.gptq.bits}")
+        open_gptq(checkpoint, str(wishes.precision))
     plan, notes = choose(request, wishes)
     reference = request.reference or ("original" if checkpoint.layout == "original" else "hf")
     return ArtifactPlan(plan, _grid(checkpoint.dims, request, plan), reference, notes)

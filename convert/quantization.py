@@ -12,6 +12,7 @@ from llava_edge.convert.calibration import CalibrationModel, CalibrationSet
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.conversations import read_conversations
 from llava_edge.convert.drawn_conversations import draw_conversations
+from llava_edge.convert.gptq_checkpoint import open_gptq
 from llava_edge.convert.linear_ops import QuantizedLayers
 from llava_edge.convert.quantize_llm import LayerProgress, quantize_language_model
 from llava_edge.convert.quantize_settings import QuantizeSettings
@@ -25,6 +26,7 @@ Quantizer = Literal["gptq", "rtn"]
 Report = Callable[[str, int, int], None]
 
 _BITS: dict[str, Literal[4, 8]] = {"int8": 8, "int4": 4}
+_PRECISIONS = {8: "int8", 4: "int4"}
 NUM_SAMPLES = 64
 
 
@@ -58,6 +60,9 @@ class BodyFormat:
             return None
         bits = _BITS[precision]
         flavour, isa = profile.flavour, profile.int8_isa
+        if checkpoint.gptq is not None:
+            stored = open_gptq(checkpoint, precision)
+            return cls(bits, stored.group_size, int8_route(bits, stored.group_size, flavour, isa))
         group = group_size(checkpoint.dims.text, precision, flavour, isa)
         return cls(bits, group, int8_route(bits, group, flavour, isa))
 
@@ -104,7 +109,10 @@ def quantize(
     """
     facts: dict[str, Any] = {"bits": body.bits, "group_size": body.group_size}
     source: QuantizedSource
-    if request.quantizer == "rtn":
+    if checkpoint.gptq is not None:
+        source = open_gptq(checkpoint, _PRECISIONS[body.bits])
+        facts |= {"quantizer": "as stored (GPTQ checkpoint)", "calibration": None}
+    elif request.quantizer == "rtn":
         source = RtnSource(checkpoint, body.bits, body.group_size)
         facts |= {"quantizer": "rtn", "calibration": None}
     else:

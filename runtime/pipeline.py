@@ -32,7 +32,7 @@ from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.generate import LoopResult, generate_tokens
 from llava_edge.runtime.host_memory import map_large_blocks, peak_host_bytes
 from llava_edge.runtime.images import ImageSource
-from llava_edge.runtime.instructions import check_instructions
+from llava_edge.runtime.instructions import needs_wide_sums
 from llava_edge.runtime.interface_check import check_interfaces
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.placement import Device, check_host_memory, choose_device
@@ -78,7 +78,8 @@ class LlavaEdge:
         self._requests = RequestBuilder(manifest, self._tokenizer, limits)
         self._table = EmbeddingTable(artifact.path(manifest.embeddings), self._dims)
         map_large_blocks()
-        options = SessionOptions(device=device, threads=threads)
+        wide_sums = device == "cpu" and needs_wide_sums(manifest.precision)
+        options = SessionOptions(device=device, threads=threads, wide_sums=wide_sums)
         progress("loading", 0, 2)
         vision = Session(artifact.path(manifest.vision.file), options)
         progress("loading", 1, 2)
@@ -127,8 +128,6 @@ class LlavaEdge:
         check_interfaces(opened)
         manifest = opened.manifest
         chosen = choose_device(device, manifest.flavour, allow_slow)
-        if chosen == "cpu":
-            check_instructions(manifest.precision)
         context = manifest.context_tokens if context_tokens is None else context_tokens
         require_count("context_tokens", context, 1)
         if context > manifest.context_tokens:

@@ -83,11 +83,19 @@ class Buffer:
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """How a session is opened. ``threads`` 0 lets ONNX Runtime take every physical core."""
+    """How a session is opened.
+
+    Attributes:
+        device: where it runs.
+        threads: 0 lets ONNX Runtime take every physical core.
+        log_level: ONNX Runtime's; 3 is errors only.
+        wide_sums: int8 products are summed in 32 bits, see ``needs_wide_sums``.
+    """
 
     device: DeviceKind = "cpu"
     threads: int = 0
     log_level: int = 3
+    wide_sums: bool = False
 
 
 class Session:
@@ -99,6 +107,8 @@ class Session:
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = options.threads
         settings.log_severity_level = options.log_level
+        if options.wide_sums:
+            settings.add_session_config_entry("session.x64quantprecision", "1")
         # Patterns that grow with the chunk length are not worth planning for: lengths vary.
         settings.enable_mem_pattern = False
         with _mapped_errors(f"opening {path.name}"):

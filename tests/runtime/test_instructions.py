@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llava_edge.profiles.errors import EngineError
-from llava_edge.runtime.instructions import check_instructions
+from llava_edge.runtime.instructions import needs_wide_sums
 from llava_edge.runtime.manifest import Precision
 
 INTEGER = Precision("int8", "int8", "fp16", "fp16", "float32", "integer")
@@ -15,20 +15,30 @@ INTEGER = Precision("int8", "int8", "fp16", "fp16", "float32", "integer")
 @pytest.mark.parametrize(
     "flags", ["flags : avx2 avx512_vnni", "flags : amx_int8", "Features : fp asimd asimddp"]
 )
-def test_processors_with_int8_dot_products_take_the_integer_route(
+def test_processors_with_int8_dot_products_take_their_fastest_kernel(
     tmp_path: Path, flags: str
 ) -> None:
     (tmp_path / "cpuinfo").write_text(flags)
 
-    check_instructions(INTEGER, tmp_path / "cpuinfo")
+    assert not needs_wide_sums(INTEGER, tmp_path / "cpuinfo")
 
 
-def test_others_refuse_it_and_take_everything_else(tmp_path: Path) -> None:
+def test_x86_without_them_sums_in_32_bits(tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text("flags : sse4_2 avx2 fma\n")
 
-    with pytest.raises(EngineError, match="would saturate and be wrong"):
-        check_instructions(INTEGER, tmp_path / "cpuinfo")
-    with pytest.raises(EngineError):
-        check_instructions(INTEGER, tmp_path / "missing")
-    check_instructions(replace(INTEGER, int8_route="nbits"), tmp_path / "cpuinfo")
-    check_instructions(replace(INTEGER, int8_route=None), tmp_path / "cpuinfo")
+    assert needs_wide_sums(INTEGER, tmp_path / "cpuinfo", "x86_64")
+    assert needs_wide_sums(INTEGER, tmp_path / "missing", "x86_64")
+
+
+def test_other_architectures_without_them_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("Features : fp asimd\n")
+
+    with pytest.raises(EngineError, match="not known to be exact"):
+        needs_wide_sums(INTEGER, tmp_path / "cpuinfo", "aarch64")
+
+
+@pytest.mark.parametrize("route", ["nbits", None])
+def test_other_routes_need_nothing(tmp_path: Path, route: str | None) -> None:
+    precision = replace(INTEGER, int8_route=route)  # type: ignore[arg-type]
+
+    assert not needs_wide_sums(precision, tmp_path / "missing", "aarch64")
