@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.reference import ReferenceModel
 from llava_edge.convert.request import ConvertRequest
+from llava_edge.profiles.anyres import AnyRes, grid_pinpoints
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.manifest import Reference
@@ -130,3 +131,47 @@ def test_ties_between_grids_follow_the_order_of_the_layout(hub: Path, tmp_path: 
         assert model.artifact.manifest.image_processing.reference == "original"
         # 60x40 in tiles of 5 patches: wide keeps 5 x 7.5, tall 3.3 x 5, rounded up to even cuts.
         assert model.count_tokens("Hi", [small]) < expected
+
+
+def with_pinpoints(folder: Path, target: Path, pinpoints: list[list[int]]) -> Path:
+    """The same weights under another candidate list, for model and processor alike."""
+    shutil.copytree(folder, target)
+    for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
+        path = target / name
+        if path.exists():
+            document = json.loads(path.read_text())
+            for holder in (document, document.get("image_processor", {})):
+                if "image_grid_pinpoints" in holder:
+                    holder["image_grid_pinpoints"] = pinpoints
+            path.write_text(json.dumps(document))
+    return target
+
+
+@pytest.mark.parametrize("grid", ["3x3", "2x6", "1x2", "base"])
+def test_other_grids_give_the_tokens_of_the_reference_with_those_candidates(
+    hub: Path, picture: Image.Image, tmp_path: Path, grid: str
+) -> None:
+    pinpoints = grid_pinpoints(grid, 70)
+    large = picture.resize((400, 100 if grid == "2x6" else 400))
+    request = ConvertRequest(
+        checkpoint=str(hub),
+        out=tmp_path / "artifact",
+        wishes=PlanRequest(precision="fp16", grid=grid),
+    )
+    artifact = convert_checkpoint(request, no_progress, print).folder
+
+    with LlavaEdge.load(artifact, threads=1) as model:
+        answer = model.generate("What is this?", [large], max_new_tokens=8)
+
+    assert (
+        answer.image_tokens == AnyRes(70, 14, pinpoints).layout(*large.size[::-1]).num_image_tokens
+    )
+    if not pinpoints:
+        # The reference's processor takes no empty list; its packing of one tile is checked apart.
+        assert answer.image_tokens == 5 * 5 + 1
+        return
+    changed = with_pinpoints(hub, tmp_path / "changed", [list(point) for point in pinpoints])
+    reference = ReferenceModel(changed)
+    inputs = reference.prepare(reference.render("What is this?", 1), [large])
+    assert list(answer.token_ids) == reference.greedy(inputs, 8)
+    assert answer.prompt_tokens == inputs["input_ids"].shape[1]

@@ -77,7 +77,9 @@ def test_a_second_seal_inside_is_refused_even_if_the_first_is_right() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", [{"a": float("nan")}, {"a": object()}, {"a": {"self_sha256": ""}}], ids=repr
+    "document",
+    [{"a": float("nan")}, {"a": object()}, {"a": {"self_sha256": ""}}],
+    ids=["not a number", "no JSON value", "a seal inside"],
 )
 def test_what_cannot_be_sealed_is_an_export_error(document: dict[str, object]) -> None:
     with pytest.raises(ExportError):
