@@ -90,6 +90,7 @@ def convert_checkpoint(request: ConvertRequest, report: Report, say: Say) -> Con
     checkpoint = _open(request, report, say)
     planned = plan_artifact(request, checkpoint)
     out = request.out or default_output(planned)
+    _refuse_inside(out, checkpoint)
     refuse_existing(out, force=request.force)
     for note in planned.notes:
         say(f"note: {note}")
@@ -168,6 +169,14 @@ def _open(request: ConvertRequest, report: Report, say: Say) -> Checkpoint:
         announce=lambda plan: check_download(plan, parent, say),
     )
     return open_checkpoint(folder)
+
+
+def _refuse_inside(out: Path, checkpoint: Checkpoint) -> None:
+    """An artifact inside its checkpoint would be part of the next digest of it."""
+    if out.resolve().is_relative_to(checkpoint.folder.resolve()):
+        raise RequestError(
+            f"{out} lies inside the checkpoint {checkpoint.folder}. Name a folder outside it."
+        )
 
 
 def _planned_id(request: ConvertRequest, say: Say) -> str:

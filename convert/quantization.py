@@ -27,7 +27,8 @@ Report = Callable[[str, int, int], None]
 
 _BITS: dict[str, Literal[4, 8]] = {"int8": 8, "int4": 4}
 _PRECISIONS = {8: "int8", 4: "int4"}
-NUM_SAMPLES = 64
+NUM_SAMPLES = 32
+"""About 50,000 tokens on stock grids; a layer of a 7B took 5.6 minutes at 4,600 on two cores."""
 
 
 @dataclass(frozen=True)

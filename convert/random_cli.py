@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write a LLaVA-NeXT checkpoint of random weights.")
     parser.add_argument("preset", help="tiny, odd or demo")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=JSON")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     try:
@@ -41,12 +42,15 @@ def _change(text: str) -> tuple[str, Any]:
             f"--set {text!r} is no FIELD=VALUE of a random checkpoint; fields are "
             f"{', '.join(fields)}"
         )
-    if value.lstrip("-").isdigit():
-        return name, int(value)
     try:
-        return name, float(value)
+        return name, _tuples(json.loads(value))
     except ValueError:
+        # A word, such as the name of a backbone, needs no quotes.
         return name, value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

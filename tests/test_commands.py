@@ -165,6 +165,7 @@ def test_a_checkpoint_that_cannot_be_kept_is_refused_and_nothing_is_written(
         pytest.param(["--context", "9999999"], "positions", id="context beyond the model"),
         pytest.param(["--engine", "tensorrt"], "--engine", id="engine not built yet"),
         pytest.param(["--model", "llava-v1.6-34b"], "both given", id="checkpoint and model"),
+        pytest.param(["--out", "IN"], "lies inside the checkpoint", id="out inside"),
         pytest.param(["--vram", "1MiB"], "Nearest|smaller", id="too little memory"),
         pytest.param(["--context", "20"], "20", id="context below one image"),
     ],
@@ -177,8 +178,10 @@ def test_a_wrong_option_is_refused_and_nothing_is_written(
     message: str,
 ) -> None:
     out = tmp_path / "artifact"
+    inside = str(checkpoint / "artifact")
+    named = [inside if argument == "IN" else argument for argument in arguments]
 
-    assert cli.main(["convert", str(checkpoint), str(out), *arguments]) == 2
+    assert cli.main(["convert", str(checkpoint), str(out), *named]) == 2
 
     assert re.search(message, capsys.readouterr().err)
     assert_nothing_written(tmp_path, out)

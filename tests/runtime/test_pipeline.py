@@ -230,9 +230,14 @@ def _options():  # type: ignore[no-untyped-def]
         pytest.param("", 0, {}, PromptError, "prompt is empty", id="empty"),
         pytest.param("  \n", 0, {"raw": True}, PromptError, "prompt is empty", id="blank raw"),
         pytest.param(
-            "<image> and <image>", 1, {}, PromptError, "1 images were given and .* 2", id="marks"
+            "<image> and <image>",
+            1,
+            {},
+            PromptError,
+            "images given: 1, <image> marks in the text: 2",
+            id="marks",
         ),
-        pytest.param("no mark", 1, {"raw": True}, PromptError, "1 images", id="raw without mark"),
+        pytest.param("no mark", 1, {"raw": True}, PromptError, "1 images", id="raw no mark"),
         pytest.param(
             "word " * 3000, 0, {}, PromptError, r"takes \d+ tokens .* the context holds", id="long"
         ),
