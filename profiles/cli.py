@@ -171,7 +171,12 @@ def _with_memory(profile: HardwareProfile, memory: int) -> HardwareProfile:
 def _misfit(profile: HardwareProfile, request: PlanRequest, plan: DeploymentPlan) -> str:
     nearest = nearest_fit(profile, request)
     if nearest is None:
-        advice = "Nothing smaller fits either; free memory or name another board."
+        advice = "Nothing smaller fits either; "
+        advice += (
+            "free memory or name another board."
+            if plan.memory.shortfall_bytes
+            else "ask for fewer images or frames, or a context that holds them."
+        )
     else:
         advice = (
             f"Nearest that fits: {nearest.variant} at {nearest.precision}, grid {nearest.grid}, "

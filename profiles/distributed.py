@@ -1,7 +1,7 @@
 """Several devices: how a model is spread over them and what each one then holds.
 
-The engine is vLLM with the GPTQ checkpoint that ``convert`` writes: tensor parallelism cuts every
-layer, pipeline parallelism the stack of layers. Sizes are of ONE device.
+The engine is vLLM, at int8 and int4 with a GPTQ checkpoint of the model: tensor parallelism cuts
+every layer, pipeline parallelism the stack of layers. Sizes are of ONE device.
 """
 
 from __future__ import annotations

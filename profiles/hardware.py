@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +26,9 @@ RTX_CAPABILITIES = ("7.5", "8.6", "8.9", "12.0", "12.1")
 """Compute capabilities in NVIDIA's support matrix of TensorRT for RTX (read up to 1.5)."""
 
 _MAX_FILE_BYTES = 1 << 20
+_MOST_BYTES = 1 << 50
+_SLOWEST, _FASTEST = 1e6, 1e18
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,7 @@ class _Reader:
         capability = self.capability(kind)
         self.check_rtx_target(capability)
         profile = HardwareProfile(
-            name=self.text("name", name),
+            name=self.name(name),
             title=self.text("title", name),
             kind=kind,
             memory_bytes=memory,
@@ -200,7 +203,7 @@ class _Reader:
             compute_capability=capability,
             providers=self.providers(kind),
             int8_isa=self.choice("int8_isa", get_args(Int8Isa), "none"),
-            num_devices=self.count("num_devices", 1, 1024),
+            num_devices=self.devices(kind),
             prefill_chunk=self.count("prefill_chunk", 512 if kind == "cpu" else 2048, 1 << 20),
             wheels=self.text("wheels", ""),
             sources=self.sources(),
@@ -234,12 +237,13 @@ class _Reader:
         if value is None:
             self.faults.append(f"{key} is missing; write a size such as {key} = '24 GiB'")
             return 1
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 60:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_BYTES:
             return value
         try:
-            return parse_bytes(value) if isinstance(value, str) else self.no_size(key, value)
+            parsed = parse_bytes(value) if isinstance(value, str) else _MOST_BYTES
         except RequestError:
-            return self.no_size(key, value)
+            parsed = _MOST_BYTES
+        return parsed if parsed < _MOST_BYTES else self.no_size(key, value)
 
     def no_size(self, key: str, value: Any) -> int:
         self.faults.append(f"{key} is {value!r:.60}, not a size such as '24 GiB' or bytes")
@@ -250,8 +254,11 @@ class _Reader:
         if value is None:
             return None
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value <= 0:
-            self.faults.append(f"{key} is {value!r:.60}; a rate is a positive number per second")
+        if not number or not _SLOWEST <= value <= _FASTEST:
+            self.faults.append(
+                f"{key} is {value!r:.60}; a rate is a number per second, {_SLOWEST:.0e} to "
+                f"{_FASTEST:.0e}"
+            )
             return None
         return float(value)
 
@@ -262,10 +269,28 @@ class _Reader:
             return 1
         return value
 
+    def name(self, default: str) -> str:
+        """A name is part of an artifact's default path, so it is one plain word."""
+        value = self.text("name", default)
+        if not _NAME.fullmatch(value):
+            self.faults.append(
+                f"name is {value!r:.60}; it must be letters, digits, dots, dashes and underscores"
+            )
+        return value
+
+    def devices(self, kind: str) -> int:
+        count = self.count("num_devices", 1, 1024)
+        if count > 1 and kind != "cuda":
+            self.faults.append(f"num_devices is {count}; kind {kind!r} has one memory, so it is 1")
+        return count
+
     def text(self, key: str, default: str) -> str:
         value = self.raw.get(key, default)
         if not isinstance(value, str):
             self.faults.append(f"{key} is {value!r:.60}, not text")
+            return default
+        if not value.isprintable():
+            self.faults.append(f"{key} holds characters that cannot be printed: {value!r:.60}")
             return default
         return value
 
@@ -296,7 +321,10 @@ class _Reader:
     def providers(self, kind: str) -> tuple[str, ...]:
         default = _PROVIDERS[-1:] if kind == "cpu" else (_PROVIDERS[0], _PROVIDERS[-1])
         value = self.raw.get("providers", list(default))
-        if not isinstance(value, list) or not value or any(p not in _PROVIDERS for p in value):
+        if not isinstance(value, list) or not value or any(p not in default for p in value):
+            if isinstance(value, list) and value and all(p in _PROVIDERS for p in value):
+                self.faults.append(f"providers {value!r:.80} do not belong to kind {kind!r}")
+                return ()
             self.faults.append(
                 f"providers is {value!r:.80}; it lists one or more of {', '.join(_PROVIDERS)}"
             )

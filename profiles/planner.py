@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from llava_edge.profiles.buffers import MIN_TEXT_TOKENS, CacheType, video_tokens_per_frame
 from llava_edge.profiles.constants import Constants, memory_constants, speed_constants
@@ -108,8 +108,18 @@ def plan_deployment(
 def nearest_fit(profile: HardwareProfile, request: PlanRequest) -> DeploymentPlan | None:
     """The plan nearest to a request that does not fit: context, precision, grid, variant give way.
 
-    Each wish is dropped in that order and stays dropped; None where nothing fits at all.
+    One wish alone is dropped first where that is enough; then one after another, and each stays
+    dropped. None where nothing fits at all.
     """
+    wishes: tuple[dict[str, Any], ...] = (
+        {"context_tokens": None},
+        {"grid": None, "pinpoints": None},
+        {"precision": None},
+    )
+    for alone in wishes:
+        plan = plan_deployment(profile, replace(request, **alone)).plan
+        if plan.fits:
+            return plan
     for dropped in (
         {"context_tokens": None},
         {"precision": None},
@@ -235,7 +245,7 @@ class _Search:
         return max(self.request.num_images * grid.max_image_tokens, frames)
 
     def size(self, variant: Variant, precision: str, grid: GridChoice, context: int) -> _Sized:
-        """On one device, else on as few as hold it; where none do, what one device would need."""
+        """On one device, else on as few as hold it; where none do, the spread that lacks least."""
         work = Workload(
             context_tokens=context,
             num_images=self.request.num_images,
@@ -254,12 +264,14 @@ class _Search:
         if single.fits or self.profile.num_devices == 1:
             return single
         text = variant.dims.text
-        last = single
+        nearest = single
         for parallel in parallelisms(text, precision, self.profile.num_devices):
-            last = self.spread(variant, precision, work, parallel, host, host_over)
-            if last.fits:
-                return last
-        return last
+            spread = self.spread(variant, precision, work, parallel, host, host_over)
+            if spread.fits:
+                return spread
+            if spread.overrun < nearest.overrun:
+                nearest = spread
+        return nearest
 
     def spread(
         self,

@@ -130,3 +130,26 @@ def test_a_cpu_has_no_host_beside_it() -> None:
 def test_what_is_no_toml_is_refused() -> None:
     with pytest.raises(ProfileError, match="is not TOML"):
         parse_profile("kind: cuda", "mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("bandwidth = " + "9" * 400, "bandwidth is"),
+        ("bandwidth = 5e-324", "a rate is a number per second"),
+        ("bandwidth = 1e308", "a rate is a number per second"),
+        ("num_devices = 4", "has one memory, so it is 1"),
+        ("providers = ['CUDAExecutionProvider']", "do not belong to kind 'cpu'"),
+        ("name = '../../evil'", "letters, digits"),
+        ('title = "\\u001b[31mred"', "cannot be printed"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_what_no_board_can_be_is_named(change: str, message: str) -> None:
+    with pytest.raises(ProfileError, match=message):
+        parse_profile(f"kind = 'cpu'\nmemory = '8 GiB'\n{change}\n", "board")
+
+
+def test_a_memory_beyond_any_board_is_no_size() -> None:
+    with pytest.raises(ProfileError, match="not a size"):
+        parse_profile("kind = 'cpu'\nmemory = '999999999999 TiB'\n", "board")

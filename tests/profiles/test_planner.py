@@ -394,3 +394,32 @@ def test_a_plan_lacking_a_key_is_refused() -> None:
     del document["grid"]
     with pytest.raises(RequestError, match="missing key 'grid'"):
         DeploymentPlan.from_json(document)
+
+
+@pytest.mark.parametrize("board", ["4xa100", "8xh100"])
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_on_several_devices_too_the_boundary_is_exact(board: str, precision: str) -> None:
+    wishes = PlanRequest(
+        variants=(find_variant("llava-next-72b"),),
+        precision=precision,
+        grid="2x2",
+        context_tokens=3440,
+    )
+    small = replace(load_profile(board), memory_bytes=1 << 30, system_reserve_bytes=0)
+    needed = plan_deployment(small, wishes).plan.memory.total_bytes
+
+    exact = replace(small, memory_bytes=needed)
+    below = replace(small, memory_bytes=needed - 1)
+    assert plan_deployment(exact, wishes).plan.fits
+    assert not plan_deployment(below, wishes).plan.fits
+
+
+def test_the_nearest_fit_gives_up_no_more_than_it_must() -> None:
+    wishes = PlanRequest(
+        variants=(find_variant("llava-v1.6-vicuna-7b"),), precision="int4", grid="3x3"
+    )
+
+    nearest = nearest_fit(load_profile("a100"), wishes)
+
+    assert nearest is not None
+    assert (nearest.precision, nearest.grid) == ("int4", "2x2")

@@ -234,7 +234,7 @@ def _options():  # type: ignore[no-untyped-def]
             1,
             {},
             PromptError,
-            "images given: 1, <image> marks in the text: 2",
+            "1 images were given and .* 2",
             id="marks",
         ),
         pytest.param("no mark", 1, {"raw": True}, PromptError, "1 images", id="raw no mark"),
