@@ -292,6 +292,7 @@ def _manifest(
         source=Source(checkpoint.source_id, checkpoint.revision, job.digest, checkpoint.layout),
         reference=REFERENCE,
         tools={name: version(name) for name in _TOOLS},
+        prefill_chunk=job.request.profile.prefill_chunk,
         conversion={"is_trained_grid": not job.planned.grid.beyond_stock, **facts},
         files={},
     )

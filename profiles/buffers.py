@@ -49,14 +49,6 @@ def rope_table_bytes(text: TextDims, context_tokens: int, flavour: Flavour) -> i
     return context_tokens * text.head_dim * (4 if flavour == "cpu" else 2)
 
 
-def default_prefill_chunk(flavour: Flavour) -> int:
-    """Positions computed at once in prefill where nothing else is known of the board.
-
-    On a CPU the rate is flat from 512 rows on and more rows only take memory; a GPU wants more.
-    """
-    return 512 if flavour == "cpu" else 2048
-
-
 def prefill_chunk_tokens(default_chunk: int, context_tokens: int) -> int:
     """Positions computed at once in prefill: the profile's chunk, never more than the context."""
     return max(1, min(default_chunk, context_tokens))

@@ -167,4 +167,6 @@ class Manifest:
     tools: dict[str, str]
     conversion: dict[str, Any]
     files: dict[str, FileEntry]
+    prefill_chunk: int = 512
+    """Positions that the plan counted with for one run of a prompt; the runtime takes no more."""
     self_sha256: str = ""

@@ -45,7 +45,13 @@ def manifest_faults(manifest: Manifest) -> list[str]:
         *_dims(manifest.model),
         *_images(manifest.image_processing, manifest.model),
         *_tokens(manifest.tokens, manifest.model),
-        *_positive("", {"context_tokens": manifest.context_tokens}),
+        *_positive(
+            "",
+            {
+                "context_tokens": manifest.context_tokens,
+                "prefill_chunk": manifest.prefill_chunk,
+            },
+        ),
         *_graph("vision", manifest.vision),
         *_graph("decoder", manifest.decoder),
     ]

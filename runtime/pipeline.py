@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from llava_edge.profiles.buffers import (
-    default_prefill_chunk,
     image_feature_shape,
     prefill_chunk_tokens,
     tiles_per_batch,
@@ -88,7 +87,7 @@ class LlavaEdge:
         # The plan asks the same functions, so what it counted is what is taken here.
         batch = tiles_per_batch(flavour, self._requests.max_tiles)
         self._vision = VisionEncoder(vision, self._dims, batch, self._dtype)
-        chunk = prefill_chunk_tokens(default_prefill_chunk(flavour), context_tokens)
+        chunk = prefill_chunk_tokens(manifest.prefill_chunk, context_tokens)
         self._decoder = Decoder(decoder, self._dims.text, context_tokens, chunk, self._dtype)
 
     @classmethod

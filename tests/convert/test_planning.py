@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from llava_edge.convert.checkpoint import open_checkpoint
+from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.planning import plan_artifact, variant_name
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.errors import BudgetError, RequestError
@@ -14,6 +15,8 @@ from llava_edge.profiles.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.plan import DeploymentPlan
 from llava_edge.profiles.planner import PlanRequest, plan_deployment
 from llava_edge.profiles.variants import read_folder
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.progress import no_progress
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,18 @@ def test_convert_takes_exactly_what_plan_chooses(folder: Path) -> None:
     wishes = PlanRequest(variants=(read_folder(folder),), precision="fp16")
     assert planned.plan == plan_deployment(load_profile("cpu-16gb"), wishes).plan
     assert DeploymentPlan.from_json(planned.plan.to_json()) == planned.plan
+
+
+def test_the_runtime_takes_the_chunk_that_the_plan_counted_with(
+    folder: Path, tmp_path: Path
+) -> None:
+    board = load_profile("jetson-orin-nx-16gb")
+    request = replace(request_for(board), checkpoint=str(folder), out=tmp_path / "artifact")
+    made = convert_checkpoint(request, no_progress, print).folder
+
+    with LlavaEdge.load(made, threads=1, allow_slow=True) as model:
+        assert board.prefill_chunk == 512
+        assert model._decoder._chunk_tokens == 512
 
 
 def test_the_checkpoints_own_order_of_candidates_is_kept(folder: Path) -> None:
