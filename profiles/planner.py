@@ -232,7 +232,7 @@ class _Search:
             precision,
             self.profile,
             media_tokens=media,
-            num_tiles=request.num_frames or request.num_images * grid.max_tiles,
+            num_tiles=self.media_tiles(variant, grid),
             cache=request.cache,
             num_devices=sized.num_devices,
             constants=self.speeds,
@@ -241,8 +241,17 @@ class _Search:
 
     def media_tokens(self, variant: Variant, grid: GridChoice) -> int:
         """Tokens of the largest prompt: all images, or the video where that is longer."""
-        frames = self.request.num_frames * video_tokens_per_frame(variant.dims.vision)
-        return max(self.request.num_images * grid.max_image_tokens, frames)
+        return max(self.request.num_images * grid.max_image_tokens, self.frame_tokens(variant))
+
+    def media_tiles(self, variant: Variant, grid: GridChoice) -> int:
+        """Tiles or frames that the tower sees for the prompt of ``media_tokens``."""
+        if self.frame_tokens(variant) == self.media_tokens(variant, grid):
+            return self.request.num_frames
+        return self.request.num_images * grid.max_tiles
+
+    def frame_tokens(self, variant: Variant) -> int:
+        """Tokens of all frames of the video."""
+        return self.request.num_frames * video_tokens_per_frame(variant.dims.vision)
 
     def size(self, variant: Variant, precision: str, grid: GridChoice, context: int) -> _Sized:
         """On one device, else on as few as hold it; where none do, the spread that lacks least."""

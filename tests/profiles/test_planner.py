@@ -423,3 +423,21 @@ def test_the_nearest_fit_gives_up_no_more_than_it_must() -> None:
 
     assert nearest is not None
     assert (nearest.precision, nearest.grid) == ("int4", "2x2")
+
+
+@pytest.mark.parametrize(("frames", "longest"), [(8, "image"), (28, "video")])
+def test_a_video_plan_predicts_one_prompt_and_not_a_mixture(frames: int, longest: str) -> None:
+    # 8 frames are 1,152 tokens, fewer than one image of 2,928; 28 frames are 4,032.
+    variant = find_variant("LLaVA-NeXT-Video-7B")
+    board = load_profile("a100")
+    video = PlanRequest(
+        variants=(variant,), precision="fp16", num_frames=frames, context_tokens=8192
+    )
+    alone = replace(video, num_frames=0)
+
+    with_video = plan_deployment(board, video).plan.predicted.ttft_seconds
+    with_image = plan_deployment(board, alone).plan.predicted.ttft_seconds
+
+    assert with_video is not None
+    assert with_image is not None
+    assert (with_video == with_image) == (longest == "image")
