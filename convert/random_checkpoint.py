@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from llava_edge.convert.layouts import HUB, expected_tensors
+from llava_edge.convert.layouts import expected_tensors, hub_name
 from llava_edge.convert.random_spec import RandomSpec
 from llava_edge.convert.random_tokenizer import FAMILIES, IMAGE_TOKEN, VIDEO_TOKEN, train_tokenizer
 from llava_edge.convert.safetensors_file import write_safetensors
@@ -183,9 +183,9 @@ def _write_weights(folder: Path, dims: ModelDims, seed: int, max_shard_bytes: in
     shapes = {**expected.required, **expected.optional}
     if dims.text.tie_word_embeddings:
         del shapes["lm_head.weight"]
-    canonical = {_hub_name(name): name for name in shapes}
+    canonical = {hub_name(name): name for name in shapes}
     shards = _split(
-        [(_hub_name(name), "F16", shape) for name, shape in shapes.items()], max_shard_bytes
+        [(hub_name(name), "F16", shape) for name, shape in shapes.items()], max_shard_bytes
     )
     total = sum(2 * math.prod(shape) for shape in shapes.values())
 
@@ -203,13 +203,6 @@ def _write_weights(folder: Path, dims: ModelDims, seed: int, max_shard_bytes: in
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, "utf-8")
-
-
-def _hub_name(canonical: str) -> str:
-    for stored, prefix in HUB.prefixes:
-        if canonical.startswith(prefix):
-            return stored + canonical[len(prefix) :]
-    raise AssertionError(canonical)
 
 
 def _split(tensors: Sequence[_Stored], max_bytes: int) -> list[list[_Stored]]:

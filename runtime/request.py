@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llava_edge.profiles.anyres import AnyRes, TileLayout, lower_pinpoints
+from llava_edge.profiles.anyres import TileLayout, lower_pinpoints
 from llava_edge.profiles.errors import PromptError
 from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.images import ImageSource, open_image
@@ -96,14 +96,7 @@ class RequestBuilder:
         start = time.perf_counter()
         self._check_sizes(prompt, images)
         pieces = self._pieces(prompt, len(images), options)
-        processing = self._processing(options.grid)
-        anyres = AnyRes(
-            processing.tile_size,
-            processing.patch_size,
-            processing.image_grid_pinpoints,
-            processing.reference,
-        )
-        processor = ImageProcessor(processing)
+        processor = ImageProcessor(self._processing(options.grid))
         layouts: list[TileLayout] = []
         pixel_values: list[Array] = []
         for source in images:
@@ -113,7 +106,7 @@ class RequestBuilder:
                 layouts.append(tiles.layout)
                 pixel_values.append(tiles.pixel_values)
             else:
-                layouts.append(anyres.layout(image.height, image.width))
+                layouts.append(processor.anyres.layout(image.height, image.width))
         counts = [layout.num_image_tokens for layout in layouts]
         ids = self._tokenizer.expand_media(self._tokenizer.encode_pieces(pieces), counts)
         return Request(
