@@ -1,0 +1,82 @@
+"""Bounds: how far an artifact may be from its reference, as data with a reason for each number.
+
+They ship with the tool and are never read from the artifact that is judged.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+from llava_edge.runtime.manifest import Flavour, Precision
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ANY = "any"
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The largest value that a metric of a stage may take.
+
+    ``form`` says for which artifacts (see ``form_of``); ``measured`` is the largest value seen on
+    sound ones when ``value`` was set.
+    """
+
+    stage: str
+    metric: str
+    form: str
+    value: float
+    measured: float
+    reason: str
+
+
+class Bounds:
+    """The table, for artifacts of one form."""
+
+    def __init__(self, rows: tuple[Bound, ...], form: str) -> None:
+        self.form = form
+        self._rows: Mapping[tuple[str, str, str], Bound] = {
+            (row.stage, row.metric, row.form): row for row in rows
+        }
+
+    def get(self, stage: str, metric: str) -> Bound:
+        """The bound of the nearest form: ``cpu-int8-integer``, else ``cpu-int8``, ``cpu``, ``any``.
+
+        Raises:
+            KeyError: there is none; every metric that is measured must have one.
+        """
+        parts = self.form.split("-")
+        forms = ["-".join(parts[:count]) for count in range(len(parts), 0, -1)]
+        for form in (*forms, ANY):
+            if (stage, metric, form) in self._rows:
+                return self._rows[stage, metric, form]
+        raise KeyError(f"no bound for {metric} of {stage} at {self.form}")
+
+    def value(self, stage: str, metric: str) -> float:
+        """``get(stage, metric).value``."""
+        return self.get(stage, metric).value
+
+
+def bounds_for(flavour: Flavour, precision: Precision) -> Bounds:
+    """The bounds of artifacts like this one."""
+    return Bounds(bound_rows(), form_of(flavour, precision))
+
+
+def form_of(flavour: Flavour, precision: Precision) -> str:
+    """``cpu-fp16``, ``cpu-int8-integer``, ``cpu-int8-nbits``, ``cpu-int4-nbits``, ``cuda-…``."""
+    route = f"-{precision.int8_route}" if precision.int8_route is not None else ""
+    return f"{flavour}-{precision.language_model}{route}"
+
+
+@cache
+def bound_rows() -> tuple[Bound, ...]:
+    """All rows of the table that ships with the tool."""
+    text = files("llava_edge.runtime").joinpath("data", "bounds.toml").read_text("utf-8")
+    return tuple(Bound(**row) for row in tomllib.loads(text)["bound"])
