@@ -1,0 +1,334 @@
+"""StreamedModel: transformers' own LLaVA-NeXT, with weights in memory only while they are used.
+
+The model is built without weights (torch's meta device); every module reads its tensors from the
+checkpoint right before it runs and lets them go right after. So the arithmetic, the merging of image
+and text and the order of everything are the reference's own code, in the memory of one linear layer.
+Embedding rows are read by position, the head some rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+
+from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.weights import as_float16
+from llava_edge.profiles.errors import CheckpointError
+
+_EMBED_TOKENS = "language_model.embed_tokens.weight"
+_HEAD = "lm_head"
+_HEAD_ROWS = 8192
+
+
+class LinearSupply(Protocol):
+    """Weights that the language model's linear layers take in place of the checkpoint's."""
+
+    def linear(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
+        """Weight [outputs, inputs] of a layer (canonical, without ``.weight``), or some rows."""
+
+    def rounding(self, name: str) -> int | None:
+        """Inputs that are rounded to 8 bits as one: a block's length, -1 a row's, None unrounded."""
+
+
+@dataclass(frozen=True)
+class ReferenceInputs:
+    """One prompt as the reference's processor made it.
+
+    Attributes:
+        ids: int64 [tokens].
+        pixel_values: float32 [tiles, 3, T, T] of each image.
+        image_sizes: (height, width) of each image.
+    """
+
+    ids: torch.Tensor
+    pixel_values: tuple[torch.Tensor, ...]
+    image_sizes: tuple[tuple[int, int], ...]
+
+
+class StreamedModel:
+    """The reference for one checkpoint, in float32 on the CPU.
+
+    Args:
+        checkpoint: in any layout; tensors are found by canonical name.
+        pinpoints: candidates (height, width) in the order that decides ties; empty for a thumbnail
+            alone.
+        as_stored: take tensors as an artifact stores them, rounded to fp16; else as they are.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        pinpoints: Sequence[tuple[int, int]],
+        *,
+        as_stored: bool = True,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._as_stored = as_stored
+        self._supply: LinearSupply | None = None
+        config = {
+            key: value for key, value in checkpoint.config.items() if key != "quantization_config"
+        }
+        if pinpoints:
+            config["image_grid_pinpoints"] = [list(point) for point in pinpoints]
+        self._has_tiles = bool(pinpoints)
+        with torch.device("meta"):
+            made: Any = transformers.LlavaNextForConditionalGeneration(
+                transformers.LlavaNextConfig(**config)
+            )
+        whole = made.to(torch.float32).eval()
+        self.config: Any = whole.config
+        self._core: Any = whole.model
+        self._language: Any = self._core.language_model
+        embed = _StreamedEmbedding(self._rows, checkpoint.dims.text.hidden_size)
+        self._language.embed_tokens = embed
+        self._core.language_model = _Echo(embed)
+        self._prefix = {id(self._language): "language_model", id(self._core): ""}
+        self._materialise_buffers()
+        for root in (self._core, self._language):
+            self._attach(root, self._prefix[id(root)])
+
+    def use(self, supply: LinearSupply | None) -> None:
+        """Take other weights for the language model's linear layers from now on."""
+        self._supply = supply
+
+    def embed(self, inputs: ReferenceInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the language model reads.
+
+        Returns:
+            Features of all tiles, float32 [tiles, patches, hidden] (no tile without an image), and
+            the merged embeddings, float32 [tokens, hidden].
+        """
+        seen: list[torch.Tensor] = []
+        hook = self._core.multi_modal_projector.register_forward_hook(
+            lambda _module, _args, output: seen.append(output)
+        )
+        try:
+            with torch.no_grad():
+                merged = self._core(input_ids=inputs.ids[None], **self._images(inputs))
+        finally:
+            hook.remove()
+        text = self._checkpoint.dims
+        features = seen[0] if seen else torch.empty(0, text.vision.num_patches, 0)
+        return features, merged.last_hidden_state[0]
+
+    def pack(
+        self,
+        features: Sequence[torch.Tensor],
+        image_sizes: Sequence[tuple[int, int]],
+        newline: torch.Tensor,
+    ) -> list[torch.Tensor]:
+        """The reference's own packing of features [tiles, patches, width], by image."""
+        packed, _ = self._core.pack_image_features(
+            list(features), torch.tensor(list(image_sizes)), "default", newline
+        )
+        return list(packed)
+
+    def decode(self, embeddings: torch.Tensor, keep: Sequence[int]) -> torch.Tensor:
+        """Logits, float32 [len(keep), vocab], at some positions of embeddings [tokens, hidden]."""
+        return self.head(self.hidden(embeddings)[list(keep)])
+
+    def hidden(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Normed hidden states behind the last layer, float32 [tokens, hidden]."""
+        with torch.no_grad():
+            output = self._language(inputs_embeds=embeddings[None], use_cache=False)
+        states: torch.Tensor = output.last_hidden_state[0]
+        return states
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of normed hidden states [rows, hidden], some rows of the weight at a time."""
+        block = None if self._supply is None else self._supply.rounding(_HEAD)
+        rows = hidden if block is None else _rounded(hidden, block)
+        vocab = self._checkpoint.dims.text.vocab_size
+        parts: list[torch.Tensor] = []
+        with torch.no_grad():
+            for first in range(0, vocab, _HEAD_ROWS):
+                chosen = slice(first, min(first + _HEAD_ROWS, vocab))
+                parts.append(rows @ self._head_rows(chosen).T)
+        return torch.cat(parts, dim=1)
+
+    @contextmanager
+    def observed(
+        self, modules: Sequence[str], see: Callable[[str, torch.Tensor, torch.Tensor], None]
+    ) -> Iterator[None]:
+        """Have ``see(name, first input, output)`` called whenever one of some modules ran.
+
+        Args:
+            modules: canonical names, such as ``language_model.layers.3.self_attn.q_proj``.
+            see: told about each call.
+        """
+
+        def watch(name: str) -> Any:
+            def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                first = args[0] if args else kwargs["hidden_states"]
+                see(name, first, output[0] if isinstance(output, tuple) else output)
+
+            return self.module(name).register_forward_hook(hook, with_kwargs=True)
+
+        hooks = [watch(name) for name in modules]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def module(self, name: str) -> nn.Module:
+        """A module by canonical name."""
+        inside = name.removeprefix("language_model.")
+        root: nn.Module = self._core if inside == name else self._language
+        return root.get_submodule(inside)
+
+    def _images(self, inputs: ReferenceInputs) -> dict[str, Any]:
+        if not inputs.pixel_values:
+            return {}
+        pixels = torch.cat(inputs.pixel_values)
+        sizes = torch.tensor(inputs.image_sizes)
+        if self._has_tiles:
+            return {"pixel_values": pixels, "image_sizes": sizes}
+        # Without candidates the library's forward has no grid to look for; its packing takes a
+        # thumbnail alone all the same.
+        layer = self.config.vision_feature_layer
+        states = self._core.vision_tower(pixels, output_hidden_states=True).hidden_states
+        chosen = [layer] if isinstance(layer, int) else layer
+        selected = torch.cat([states[each] for each in chosen], dim=-1)[:, 1:]
+        features = self._core.multi_modal_projector(selected)
+        newline = self._read("image_newline")
+        packed = self.pack([each[None] for each in features], inputs.image_sizes, newline)
+        output = BaseModelOutputWithPooling(pooler_output=packed)
+        return {"mm_encoder_outputs": {"image": output}}
+
+    def _attach(self, root: nn.Module, prefix: str) -> None:
+        """Have every module of a tree load its own tensors before it runs."""
+        for path, module in root.named_modules():
+            names = [name for name, _ in module.named_parameters(recurse=False)]
+            if not names:
+                continue
+            full = ".".join(part for part in (prefix, path) if part)
+            module.register_forward_pre_hook(self._loader(full, names))
+            module.register_forward_hook(_dropper(names), always_call=True)
+
+    def _loader(self, path: str, names: Sequence[str]) -> Callable[..., Any]:
+        def load(module: nn.Module, args: Any) -> Any:
+            supplied = self._supplied(path)
+            for name in names:
+                meta = module._parameters[name]
+                assert meta is not None
+                if supplied and name == "weight":
+                    assert self._supply is not None
+                    tensor = torch.from_numpy(self._supply.linear(path))
+                else:
+                    tensor = self._parameter(f"{path}.{name}" if path else name, meta.shape)
+                module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+            block = self._supply.rounding(path) if supplied and self._supply is not None else None
+            return None if block is None else (_rounded(args[0], block), *args[1:])
+
+        return load
+
+    def _supplied(self, path: str) -> bool:
+        layers = path.startswith("language_model.layers.") and path.endswith("_proj")
+        return layers and self._supply is not None
+
+    def _parameter(self, name: str, shape: torch.Size) -> torch.Tensor:
+        if name not in self._checkpoint.tensors:
+            if name.startswith("vision_tower."):
+                # Blocks behind the feature layer and the last norm: checkpoints may leave them
+                # out, and nothing of what they compute is ever read.
+                return torch.zeros(shape)
+            raise CheckpointError(f"{self._checkpoint.folder} holds no tensor {name!r}")
+        return self._read(name).reshape(shape)
+
+    def _read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        array = self._checkpoint.read(name, rows)
+        if self._as_stored:
+            array = as_float16(name, array)
+        return torch.from_numpy(array).to(torch.float32)
+
+    def _rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding table; zeros for a media mark that has no row of its own."""
+        size = self._checkpoint.tensors[_EMBED_TOKENS].shape[0]
+        found: dict[int, torch.Tensor] = {}
+        for each in sorted(set(ids.tolist())):
+            row = self._read(_EMBED_TOKENS, slice(each, each + 1)) if each < size else None
+            width = self._checkpoint.dims.text.hidden_size
+            found[each] = torch.zeros(width) if row is None else row[0]
+        return torch.stack([found[each] for each in ids.tolist()])
+
+    def _head_rows(self, rows: slice) -> torch.Tensor:
+        if self._supply is not None:
+            return torch.from_numpy(self._supply.linear(_HEAD, rows))
+        return self._read(f"{_HEAD}.weight", rows)
+
+    def _materialise_buffers(self) -> None:
+        """Buffers are no weights: they follow from the configuration and are made for real."""
+        for root in (self._core, self._language):
+            for module in root.modules():
+                made = [name for name, b in module.named_buffers(recurse=False) if b.is_meta]
+                if not made:
+                    continue
+                if made == ["position_ids"]:
+                    count = module.position_ids.shape[-1]
+                    module.register_buffer(
+                        "position_ids", torch.arange(count).expand(1, -1), persistent=False
+                    )
+                elif "inv_freq" in made:
+                    fresh: Any = type(module)
+                    for name, buffer in fresh(config=module.config).named_buffers():
+                        module.register_buffer(name, buffer, persistent=False)
+                else:
+                    raise RuntimeError(f"{type(module).__name__} has unknown buffers {made}")
+
+
+class _StreamedEmbedding(nn.Module):
+    """An embedding table of which only the asked rows are read."""
+
+    def __init__(self, rows: Callable[[torch.Tensor], torch.Tensor], width: int) -> None:
+        super().__init__()
+        self._rows = rows
+        self.embedding_dim = width
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._rows(ids.reshape(-1)).reshape(*ids.shape, -1)
+
+
+class _Echo(nn.Module):
+    """Stands where the language model stood and hands out what it was given to read."""
+
+    def __init__(self, embed_tokens: nn.Module) -> None:
+        super().__init__()
+        self.embed_tokens = embed_tokens
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+
+
+def _dropper(names: Sequence[str]) -> Callable[..., None]:
+    def drop(module: nn.Module, *_: Any) -> None:
+        for name in names:
+            parameter = module._parameters[name]
+            assert parameter is not None
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    return drop
+
+
+def _rounded(values: torch.Tensor, block: int) -> torch.Tensor:
+    """Rows as the kernels see them: each block over its largest magnitude, in 127 steps each way."""
+    width = values.shape[-1]
+    size = width if block == -1 else min(block, width)
+    short = -width % size
+    padded = nn.functional.pad(values, (0, short)) if short else values
+    blocks = padded.unflatten(-1, (-1, size))
+    largest = blocks.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    rounded = ((blocks / largest * 127).round() * largest / 127).flatten(-2)
+    return rounded[..., :width]
