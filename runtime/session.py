@@ -102,18 +102,33 @@ class Session:
     """One graph, loaded. ``run_seconds`` adds up the time spent inside ONNX Runtime."""
 
     def __init__(self, path: Path, options: SessionOptions) -> None:
+        self._open(str(path), path.name, options, {})
+
+    @classmethod
+    def from_bytes(cls, model: bytes, folder: Path, options: SessionOptions) -> Session:
+        """A graph in memory whose weights lie in files of ``folder``."""
+        session = cls.__new__(cls)
+        place = {"session.model_external_initializers_file_folder_path": str(folder)}
+        session._open(model, f"a graph over the weights of {folder.name}", options, place)
+        return session
+
+    def _open(
+        self, model: str | bytes, name: str, options: SessionOptions, entries: Mapping[str, str]
+    ) -> None:
         self.device = options.device
         self.run_seconds = 0.0
         settings = ort.SessionOptions()
+        for key, value in entries.items():
+            settings.add_session_config_entry(key, value)
         settings.intra_op_num_threads = options.threads
         settings.log_severity_level = options.log_level
         if options.wide_sums:
             settings.add_session_config_entry("session.x64quantprecision", "1")
         # Patterns that grow with the chunk length are not worth planning for: lengths vary.
         settings.enable_mem_pattern = False
-        with _mapped_errors(f"opening {path.name}"):
+        with _mapped_errors(f"opening {name}"):
             self._session = ort.InferenceSession(
-                str(path), settings, providers=[_PROVIDERS[options.device]]
+                model, settings, providers=[_PROVIDERS[options.device]]
             )
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         # The arena keeps what it once took. A prompt's activations are given back after the run;
@@ -126,6 +141,17 @@ class Session:
     def binding(self) -> Binding:
         """A fresh, empty set of bound inputs and outputs."""
         return Binding(self, self._session.io_binding())
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        """Run once with everything copied, for whoever looks at a graph instead of using it.
+
+        Args:
+            feeds: all inputs, by name.
+            outputs: names of the values to return, in that order.
+        """
+        with _mapped_errors("running the graph"):
+            found: list[Array] = self._session.run(list(outputs), dict(feeds))
+        return found
 
     def run_bound(self, binding: Any, *, shrink: bool) -> None:
         """Run with everything bound; used by Binding alone."""

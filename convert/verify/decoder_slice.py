@@ -1,0 +1,256 @@
+"""DecoderSlice: some layers cut out of an artifact's own decoder graph, runnable by themselves.
+
+The nodes are those of the artifact and the weights are read from its file in place; nothing is built
+anew. What lies before the first layer is replaced by the residual stream as an input (named
+``inputs_embeds``), what lies behind the last one by the residual stream as an output (named
+``logits``), so that the runtime's own ``Decoder`` runs a slice as it runs the whole, with its cache,
+chunks and steps. With the head in it the output really is logits.
+
+A slice of a few layers takes the memory of a few layers; and a slice of one layer, with its inner
+tensors as further outputs, shows where an artifact leaves the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from llava_edge.profiles.errors import ArtifactError
+from llava_edge.profiles.model_dims import ModelDims, TextDims
+from llava_edge.runtime.manifest import Manifest
+from llava_edge.runtime.session import Session, SessionOptions
+
+_INPUT_NORM = "language_model.layers.{}.input_layernorm"
+_FINAL_NORM = "language_model.norm"
+
+
+@dataclass(frozen=True)
+class DecoderSlice:
+    """Layers ``first`` to ``stop`` (exclusive) as a model of their own.
+
+    Attributes:
+        model: serialised ONNX, its weights in ``folder``.
+        folder: of the artifact's decoder.
+        text: dimensions as the runtime's decoder takes them: as many layers as there are, and the
+            hidden size for the vocabulary where there is no head.
+        has_head: whether final norm and head are in it.
+    """
+
+    model: bytes
+    folder: Path
+    text: TextDims
+    has_head: bool
+
+    def open(self, options: SessionOptions) -> Session:
+        """Load it.
+
+        Raises:
+            EngineError: ONNX Runtime refuses it.
+        """
+        return Session.from_bytes(self.model, self.folder, options)
+
+
+class DecoderGraph:
+    """The decoder graph of an artifact, without its weights.
+
+    Raises:
+        ArtifactError: the graph does not have the layers that the manifest says.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        path = folder / manifest.decoder.file
+        self._folder = path.parent
+        self._dims: ModelDims = manifest.model
+        self._model: Any = onnx.load(path, load_external_data=False)
+        graph = self._model.graph
+        self._nodes = list(graph.node)
+        self._places = {node.name: index for index, node in enumerate(self._nodes)}
+        self._consumers: dict[str, list[Any]] = {}
+        for node in self._nodes:
+            for name in node.input:
+                self._consumers.setdefault(name, []).append(node)
+        count = self._dims.text.num_hidden_layers
+        wanted = [*(_INPUT_NORM.format(layer) for layer in range(count)), _FINAL_NORM]
+        missing = [name for name in wanted if name not in self._places]
+        if missing:
+            raise ArtifactError(f"{path} has no node {missing[0]!r}, so its layers are not found")
+
+    def slice(self, first: int, stop: int, extra: Sequence[str] = ()) -> DecoderSlice:
+        """Cut layers out.
+
+        Args:
+            first: first layer.
+            stop: layer after the last; all layers and the head where it equals their number.
+            extra: names of inner values that become further outputs.
+        """
+        text = self._dims.text
+        has_head = stop == text.num_hidden_layers
+        nodes = [*self._opening(first), *self._nodes[self._start(first) : self._end(stop)]]
+        if not has_head:
+            nodes += self._closing(stop)
+        made = {name for node in nodes for name in node.output}
+        read = {name for node in nodes for name in node.input}
+        graph = self._model.graph
+        layers = range(first, stop)
+        inputs = [
+            value
+            for value in graph.input
+            if value.name in read and (value.name not in made) and value.name != "inputs_embeds"
+        ]
+        embeds = next(value for value in graph.input if value.name == "inputs_embeds")
+        keep = next(value for value in graph.input if value.name == "logits_to_keep")
+        outputs = [value for value in graph.output if value.name in made and value.name != "logits"]
+        width = text.vocab_size if has_head else text.hidden_size
+        logits = helper.make_tensor_value_info(
+            "logits", TensorProto.FLOAT, [1, "logits_to_keep", width]
+        )
+        others = [helper.make_empty_tensor_value_info(name) for name in extra]
+        names = [value.name for value in inputs]
+        if "logits_to_keep" not in names:
+            inputs.append(keep)
+        small = helper.make_graph(
+            nodes,
+            f"layers {first} to {stop}",
+            [embeds, *inputs],
+            [logits, *outputs, *others],
+            [tensor for tensor in graph.initializer if tensor.name in read],
+        )
+        _renumber(small, layers)
+        opsets = list(self._model.opset_import)
+        model = helper.make_model(small, opset_imports=opsets, ir_version=self._model.ir_version)
+        sizes = replace(
+            text,
+            num_hidden_layers=stop - first,
+            vocab_size=width,
+            sliding_windows=text.sliding_windows[first:stop],
+        )
+        return DecoderSlice(model.SerializeToString(), self._folder, sizes, has_head)
+
+    def layer_values(self, layer: int) -> dict[str, str]:
+        """Names of the inner values of a layer, in order, by what the reference calls them.
+
+        Keys are canonical module names; ``…self_attn.qkv`` stands for the three projections side by
+        side, ``…self_attn`` for what the output projection reads, ``….mlp`` for what the down
+        projection writes.
+        """
+        prefix = f"language_model.layers.{layer}"
+        attention = self._node(f"{prefix}.self_attn.attention")
+        second = self._node(f"{prefix}.post_attention_layernorm")
+        closing = self._nodes[self._end(layer + 1)] if layer + 1 < self._count else None
+        final = closing.input[1] if closing is not None else self._final_inputs()[1]
+        found = {
+            f"{prefix}.input_layernorm": self._node(f"{prefix}.input_layernorm").output[0],
+            f"{prefix}.self_attn.qkv": attention.input[0],
+            f"{prefix}.self_attn": attention.output[0],
+            f"{prefix}.self_attn.o_proj": second.input[1],
+            f"{prefix}.post_attention_layernorm": second.output[0],
+        }
+        for part in ("gate", "up"):
+            name = f"{prefix}.mlp.{part}_proj"
+            found[name] = self._completed(name)
+        found[f"{prefix}.mlp.down_proj"] = final
+        return found
+
+    @property
+    def _count(self) -> int:
+        return self._dims.text.num_hidden_layers
+
+    def _node(self, name: str) -> Any:
+        if name not in self._places:
+            raise ArtifactError(f"the decoder graph has no node {name!r}")
+        return self._nodes[self._places[name]]
+
+    def _start(self, layer: int) -> int:
+        return self._places[_INPUT_NORM.format(layer)]
+
+    def _end(self, stop: int) -> int:
+        return len(self._nodes) if stop == self._count else self._start(stop)
+
+    def _final_inputs(self) -> tuple[str, str]:
+        """Residual stream and last contribution as the head finds them, before it picks rows."""
+        final = self._node(_FINAL_NORM)
+        makers = {name: node for node in self._nodes for name in node.output}
+        residual, delta = (makers[name].input[0] for name in final.input[:2])
+        return residual, delta
+
+    def _opening(self, first: int) -> list[Any]:
+        """Nodes that hand the input to the first layer's norm as residual and contribution."""
+        if first == 0:
+            return []
+        residual, delta = self._node(_INPUT_NORM.format(first)).input[:2]
+        # x and x − x: the layer's own node, which adds the two, stays as it is.
+        return [
+            helper.make_node("Identity", ["inputs_embeds"], [residual]),
+            helper.make_node("Sub", ["inputs_embeds", "inputs_embeds"], [delta]),
+        ]
+
+    def _closing(self, stop: int) -> list[Any]:
+        """Nodes that add up the residual stream and pick its last rows, as the head would."""
+        residual, delta = self._node(_INPUT_NORM.format(stop)).input[:2]
+        numbers = {
+            "slice_axis": np.array([1], np.int64),
+            "slice_end": np.array([np.iinfo(np.int64).max], np.int64),
+            "slice_zero": np.array([0], np.int64),
+        }
+        constants = [
+            helper.make_node("Constant", [], [name], value=_tensor(array, name))
+            for name, array in numbers.items()
+        ]
+        return [
+            *constants,
+            helper.make_node("Add", [residual, delta], ["slice_sum"]),
+            helper.make_node("Neg", ["logits_to_keep"], ["slice_minus"]),
+            helper.make_node("Unsqueeze", ["slice_minus", "slice_zero"], ["slice_start"]),
+            helper.make_node(
+                "Slice", ["slice_sum", "slice_start", "slice_end", "slice_axis"], ["slice_rows"]
+            ),
+            helper.make_node("Cast", ["slice_rows"], ["logits"], to=TensorProto.FLOAT),
+        ]
+
+    def _completed(self, name: str) -> str:
+        """The value of a linear layer once scale and bias are in it."""
+        value: str = self._node(name).output[0]
+        initializers = {tensor.name for tensor in self._model.graph.initializer}
+        makers = {made: node for node in self._nodes for made in node.output}
+        while len(users := self._consumers.get(value, [])) == 1:
+            (user,) = users
+            others = [each for each in user.input if each != value]
+            is_bias = user.op_type == "Add" and others and others[0] in initializers
+            maker = makers.get(others[0]) if others else None
+            is_scale = user.op_type == "Mul" and maker is not None and maker.op_type == "Max"
+            if not (is_bias or is_scale):
+                break
+            value = user.output[0]
+        return value
+
+
+def _renumber(graph: Any, layers: range) -> None:
+    """Caches of the slice count from zero, as the runtime's cache does."""
+    names = {
+        f"{kind}.{layer}.{part}": f"{kind}.{layer - layers.start}.{part}"
+        for layer in layers
+        for kind in ("past_key_values", "present")
+        for part in ("key", "value")
+    }
+    if layers.start == 0:
+        return
+    # Two steps, since old and new names overlap.
+    for step in (
+        {old: f"{new}." for old, new in names.items()},
+        {f"{v}.": v for v in names.values()},
+    ):
+        for node in graph.node:
+            node.input[:] = [step.get(name, name) for name in node.input]
+            node.output[:] = [step.get(name, name) for name in node.output]
+        for value in (*graph.input, *graph.output):
+            value.name = step.get(value.name, value.name)
+
+
+def _tensor(array: np.ndarray[Any, Any], name: str) -> TensorProto:
+    return helper.make_tensor(name, TensorProto.INT64, array.shape, array.tolist())

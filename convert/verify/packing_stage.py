@@ -1,0 +1,103 @@
+"""Stage ``packing``: image tokens come in the reference's order, newlines and unpadding included.
+
+Every feature row carries its own number and the newline a number of its own, so order, gaps and
+repetitions show exactly; no weight takes part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from llava_edge.convert.verify.pixel_stage import image_sizes
+from llava_edge.convert.verify.streamed_model import StreamedModel
+from llava_edge.profiles.anyres import AnyRes, TileLayout
+from llava_edge.runtime.artifact import Artifact
+from llava_edge.runtime.certificate import StageResult, exact
+from llava_edge.runtime.image_processor import ImageProcessor
+from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
+from llava_edge.runtime.session import Array
+
+_TEXT_VALUE = -1.0
+
+
+class _TaggedTable:
+    """Text rows that say of themselves that they are text."""
+
+    def rows(self, ids: Array, *, out: Array) -> Array:
+        out[...] = _TEXT_VALUE
+        return out
+
+
+def packing_stage(artifact: Artifact, reference: StreamedModel) -> StageResult:
+    """Compare one image of each size between text, and all of them in one prompt."""
+    anyres = ImageProcessor(artifact.manifest.image_processing).anyres
+    sizes = list(image_sizes(anyres))
+    faults: list[str] = []
+    for prompt in (*([size] for size in sizes), sizes):
+        what = f"{prompt[0][0]}x{prompt[0][1]}" if len(prompt) == 1 else f"{len(prompt)} images"
+        fault = _difference(anyres, prompt, reference)
+        if fault:
+            faults.append(f"{what}: {fault}")
+    return exact(
+        "packing", "differing_prompts", faults, f"{len(sizes)} images alone and together, exact"
+    )
+
+
+def _difference(
+    anyres: AnyRes, sizes: Sequence[tuple[int, int]], reference: StreamedModel
+) -> str | None:
+    side = anyres.patches_per_side
+    layouts = [anyres.layout(*size) for size in sizes]
+    theirs = _theirs(layouts, side, sizes, reference)
+    counts = [layout.num_image_tokens for layout in layouts]
+    if [len(each) for each in theirs] != counts:
+        return f"takes {counts} tokens, the reference {[len(each) for each in theirs]}"
+    ours = _ours(layouts, side, counts)
+    wanted = np.concatenate([np.append(_TEXT_VALUE, each) for each in (*theirs, [])])
+    wrong = np.flatnonzero(ours != wanted)
+    if not len(wrong):
+        return None
+    place = int(wrong[0])
+    return (
+        f"{len(wrong)} of {len(wanted)} positions hold another row, the first {place}: row "
+        f"{ours[place]:.0f} for {wanted[place]:.0f}"
+    )
+
+
+def _theirs(
+    layouts: Sequence[TileLayout],
+    side: int,
+    sizes: Sequence[tuple[int, int]],
+    reference: StreamedModel,
+) -> list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]]:
+    tagged: list[torch.Tensor] = []
+    first = 0
+    for layout in layouts:
+        count = layout.num_tiles * side * side
+        rows = torch.arange(first, first + count, dtype=torch.float64)
+        tagged.append(rows.reshape(layout.num_tiles, side * side, 1))
+        first += count
+    newline = torch.tensor([float(first)], dtype=torch.float64)
+    packed = reference.pack(tagged, sizes, newline)
+    return [each[:, 0].numpy() for each in packed]
+
+
+def _ours(layouts: Sequence[TileLayout], side: int, counts: Sequence[int]) -> Array:
+    """Through the class that fills the decoder's input, text before, between and behind images."""
+    image_id = 1
+    ids = np.concatenate([np.array([0] + [image_id] * count) for count in counts] + [[0]])
+    total = sum(layout.num_tiles for layout in layouts) * side * side
+    features = np.arange(total + 1, dtype=np.float64)[:, None]
+    packed = PromptEmbeddings(
+        ids.astype(np.int64), image_id, layouts, side, features, _TaggedTable()
+    )
+    out = np.empty((len(ids), 1), np.float64)
+    # In pieces, as prefill asks for it.
+    step = max(1, len(ids) // 3)
+    for start in range(0, len(ids), step):
+        stop = min(start + step, len(ids))
+        packed.fill(start, stop, out[start:stop])
+    return out[:, 0]

@@ -1,0 +1,114 @@
+"""Stage ``prompt``: prompt strings, token ids and stop ids are the reference's, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.prompt_family import detect_family, stop_tokens
+from llava_edge.convert.template_checks import check_conversations
+from llava_edge.convert.verify.reference_processor import ReferenceProcessor
+from llava_edge.runtime.artifact import Artifact
+from llava_edge.runtime.certificate import StageResult, exact
+from llava_edge.runtime.prompt import Message, Text, compose, raw_pieces, rendered
+from llava_edge.runtime.tokenizer import Tokenizer
+
+_RAW = (
+    "<image>\nWhat is shown in this image?",
+    "A chat. USER: <image>\nWhat is the total? ASSISTANT:",
+    "<image><image>\nWhich of the two is larger?",
+    "Grüße, 日本語, 12.5 % of 7,000 \u2013 and  two blanks",
+)
+
+
+def prompt_stage(
+    artifact: Artifact, checkpoint: Checkpoint, reference: ReferenceProcessor
+) -> StageResult:
+    """Compare conversations, finished prompts and stop ids.
+
+    Texts that hold control tokens are left out on purpose: in an artifact a person's text never
+    becomes one, which is where it leaves the reference.
+    """
+    manifest = artifact.manifest
+    tokenizer = Tokenizer.open(artifact.path(manifest.tokenizer), manifest.tokens, manifest.prompt)
+    faults: list[str] = []
+    count = 0
+    if manifest.prompt is not None and reference.has_template:
+        marks = reference.control_tokens
+        chosen = check_conversations(
+            system=manifest.prompt.system is not None, placed=False, video=False
+        )
+        for conversation in chosen:
+            if any(mark in text for mark in marks for text in _texts(conversation.messages)):
+                continue
+            count += 1
+            theirs = reference.render(conversation.messages)
+            pieces = compose(manifest.prompt, conversation.messages)
+            ours = rendered(pieces)
+            if ours != theirs:
+                faults.append(f"{conversation.name}: {_apart(ours, theirs)}")
+            elif tokenizer.encode_pieces(pieces) != (wanted := reference.ids(theirs)):
+                faults.append(
+                    f"{conversation.name}: ids are {tokenizer.encode_pieces(pieces)[:12]}, the "
+                    f"reference's {wanted[:12]}"
+                )
+    for prompt in _RAW:
+        count += 1
+        pieces = raw_pieces(prompt, images=prompt.count("<image>"))
+        if tokenizer.encode_pieces(pieces) != reference.ids(prompt):
+            faults.append(f"the finished prompt {prompt!r:.60} has other ids")
+    faults += _stop_faults(artifact, checkpoint, reference, tokenizer)
+    looked = f"{count} prompts, stop ids {list(manifest.tokens.stop)}"
+    if manifest.prompt is not None and not reference.has_template:
+        looked += "; the checkpoint has no template, so the string is that of its family"
+    return exact("prompt", "differing_prompts", faults, looked)
+
+
+def _texts(messages: Iterable[Message]) -> Iterator[str]:
+    for message in messages:
+        yield from (part.text for part in message.parts if isinstance(part, Text))
+
+
+def _apart(ours: str, theirs: str) -> str:
+    place = next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+        min(len(ours), len(theirs)),
+    )
+    start = max(0, place - 12)
+    return (
+        f"the prompt reads {ours[start : place + 24]!r}, the reference's "
+        f"{theirs[start : place + 24]!r} from character {start}"
+    )
+
+
+def _stop_faults(
+    artifact: Artifact, checkpoint: Checkpoint, reference: ReferenceProcessor, tokenizer: Tokenizer
+) -> list[str]:
+    """Every id that the checkpoint or its family calls an end must be there, and no other."""
+    stated = {
+        *_ids(checkpoint.generation_config().get("eos_token_id")),
+        *_ids(checkpoint.config.get("eos_token_id")),
+        *_ids((checkpoint.config.get("text_config") or {}).get("eos_token_id")),
+        *reference.eos_ids,
+    }
+    family = detect_family(checkpoint.config, checkpoint.source_id)
+    named = {
+        number
+        for text in stop_tokens(family)
+        if text in reference.control_tokens
+        for number in reference.ids(text)[-1:]
+    }
+    have = set(artifact.manifest.tokens.stop)
+    faults = [
+        f"{each} ends answers of the reference and not ours" for each in sorted(stated - have)
+    ]
+    faults += [
+        f"{each} ends answers here and is no end in the checkpoint or its family"
+        for each in sorted(have - stated - named)
+    ]
+    return faults
+
+
+def _ids(value: object) -> list[int]:
+    listed = value if isinstance(value, list) else [value]
+    return [each for each in listed if isinstance(each, int)]

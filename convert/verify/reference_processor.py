@@ -1,0 +1,163 @@
+"""ReferenceProcessor: transformers' own processor for a checkpoint, at the artifact's candidates.
+
+Checkpoints in the original layout have no processor files: their image processor is made from the
+values that the original code has, and their prompts are joined as it does, chunk by chunk around the
+image marks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from PIL.Image import Image
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+
+from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.verify.streamed_model import ReferenceInputs
+from llava_edge.profiles.errors import CheckpointError
+from llava_edge.runtime.prompt import MARKS, Media, Message, Text
+
+_MARK = MARKS["image"]
+_STYLES = (("list", "list"), ("list", "string"), ("string", "string"))
+"""How a template may want the content of users, and of the others."""
+
+
+class ReferenceProcessor:
+    """Prompts and pixels as the reference makes them.
+
+    Args:
+        checkpoint: the model.
+        pinpoints: candidates (height, width) in the order that decides ties; empty for a thumbnail
+            alone.
+
+    Raises:
+        CheckpointError: the library cannot read the checkpoint's processor or tokenizer.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, pinpoints: Sequence[tuple[int, int]]) -> None:
+        self._dims = checkpoint.dims
+        self._has_tiles = bool(pinpoints)
+        side = checkpoint.dims.vision.image_size
+        values = {
+            key: value
+            for key, value in checkpoint.preprocessor_config().items()
+            if key not in ("image_processor_type", "processor_class", "image_grid_pinpoints")
+        }
+        listed = [list(point) for point in pinpoints] or [[side, side]]
+        image_processor: Any = LlavaNextImageProcessorPil
+        self._images = image_processor(**values, image_grid_pinpoints=listed)
+        self._processor: Any = None
+        try:
+            if checkpoint.layout == "original":
+                loader: Any = transformers.AutoTokenizer
+                self._tokenizer = loader.from_pretrained(checkpoint.folder)
+            else:
+                whole: Any = transformers.LlavaNextProcessor
+                self._processor = whole.from_pretrained(checkpoint.folder)
+                self._processor.image_processor = self._images
+                self._tokenizer = self._processor.tokenizer
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"transformers {transformers.__version__} cannot read the processor of "
+                f"{checkpoint.folder}: {error}. Without it there is no reference to verify with."
+            ) from error
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the checkpoint brings a chat template."""
+        return bool(self._processor is not None and self._processor.chat_template)
+
+    @property
+    def control_tokens(self) -> frozenset[str]:
+        """Texts of the tokenizer's added tokens, which people's text must not become."""
+        added = (str(token) for token in self._tokenizer.added_tokens_decoder.values())
+        return frozenset(text for text in added if text.strip())
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """What the tokenizer calls the end of a sequence."""
+        found = self._tokenizer.eos_token_id
+        return frozenset() if found is None else frozenset({int(found)})
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """A conversation through the checkpoint's template, opened for an answer.
+
+        Raises:
+            CheckpointError: the template takes no form of the messages.
+        """
+        errors: list[str] = []
+        for user, others in _STYLES:
+            chat = [_said(m, user if m.role == "user" else others) for m in messages]
+            try:
+                text = self._processor.apply_chat_template(chat, add_generation_prompt=True)
+            except Exception as error:  # whatever a template raises
+                errors.append(str(error))
+                continue
+            if "'type'" not in text and '"type"' not in text and _shows(messages, text):
+                return str(text)
+            errors.append(f"it wrote {text!r:.120}")
+        raise CheckpointError(f"the chat template takes no form of the messages: {errors}")
+
+    def ids(self, text: str) -> list[int]:
+        """Ids of a finished prompt, one for each image mark."""
+        if self._processor is not None:
+            return [int(each) for each in self._tokenizer(text)["input_ids"]]
+        # As the original code: chunks are encoded apart, and only the first keeps its bos.
+        found: list[int] = []
+        for place, chunk in enumerate(text.split(_MARK)):
+            ids = [int(each) for each in self._tokenizer(chunk)["input_ids"]]
+            if place:
+                found.append(self._dims.image_token_id)
+                bos = self._tokenizer.bos_token_id
+                ids = ids[1:] if bos is not None and ids[:1] == [bos] else ids
+            found += ids
+        return found
+
+    def pixels(self, image: Image) -> torch.Tensor:
+        """Tiles of one image, thumbnail first, float32 [tiles, 3, T, T]."""
+        made: torch.Tensor = self._images(images=[image], return_tensors="pt")["pixel_values"][0]
+        return made if self._has_tiles else made[:1]
+
+    def prepare(self, text: str, images: Sequence[Image], counts: Sequence[int]) -> ReferenceInputs:
+        """Inputs of a finished prompt.
+
+        Args:
+            text: with one mark an image.
+            images: in order.
+            counts: tokens of each image; the model itself refuses wrong ones.
+        """
+        left = list(counts)[::-1]
+        ids: list[int] = []
+        for each in self.ids(text):
+            ids += [each] * left.pop() if each == self._dims.image_token_id else [each]
+        return ReferenceInputs(
+            torch.tensor(ids),
+            tuple(self.pixels(image) for image in images),
+            tuple((image.height, image.width) for image in images),
+        )
+
+
+def _said(message: Message, form: str) -> dict[str, Any]:
+    content: Any
+    if form == "list":
+        content = [
+            {"type": "text", "text": part.text} if isinstance(part, Text) else {"type": part.kind}
+            for part in message.parts
+        ]
+    else:
+        media = "".join(f"{MARKS[p.kind]}\n" for p in message.parts if isinstance(p, Media))
+        content = media + "".join(p.text for p in message.parts if isinstance(p, Text))
+    return {"role": message.role, "content": content}
+
+
+def _shows(messages: Sequence[Message], text: str) -> bool:
+    """Whether every text and every image of the messages is in what the template wrote."""
+    parts = [part for message in messages for part in message.parts]
+    texts = [part.text.strip() for part in parts if isinstance(part, Text)]
+    num_images = sum(isinstance(part, Media) for part in parts)
+    return all(each in text for each in texts) and text.count(_MARK) >= num_images
