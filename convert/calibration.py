@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,8 @@ from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.images import open_image
 from llava_edge.runtime.manifest import Flavour, ImageProcessing, PromptFormat, TokenIds
 from llava_edge.runtime.prompt import MARKS, Message, Piece, Text, compose, user_message
-from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
+from llava_edge.runtime.prompt_embedder import PromptEmbedder, TileEncoder
+from llava_edge.runtime.request import Request
 from llava_edge.runtime.session import Session, SessionOptions
 from llava_edge.runtime.tokenizer import Tokenizer
 from llava_edge.runtime.vision import VisionEncoder
@@ -79,11 +80,27 @@ class CalibrationSet:
         return sum(len(sample.kinds) for sample in self.samples)
 
 
-class TileEncoder(Protocol):
-    """Tower and projector."""
+class _OpenedLater:
+    """A tile encoder that is loaded when the first image needs it, and can be let go."""
+
+    def __init__(self, open_encoder: Callable[[], TileEncoder]) -> None:
+        self._open = open_encoder
+        self._encoder: TileEncoder | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes memory."""
+        return self._encoder is not None
 
     def encode(self, pixel_values: NDArray[Any], out: NDArray[Any]) -> None:
-        """Tiles float32 (n, 3, T, T) to features (n, patches, hidden), written into ``out``."""
+        """As ``TileEncoder``."""
+        if self._encoder is None:
+            self._encoder = self._open()
+        self._encoder.encode(pixel_values, out)
+
+    def drop(self) -> None:
+        """Let it go; the next image loads it again."""
+        self._encoder = None
 
 
 class CalibrationModel:
@@ -118,8 +135,8 @@ class CalibrationModel:
         self._prompt = prompt
         self._processor = ImageProcessor(processing)
         self._table = table
-        self._open_encoder = open_encoder
-        self._encoder: TileEncoder | None = None
+        self._encoder = _OpenedLater(open_encoder)
+        self._embedder = PromptEmbedder(dims, tokenizer.image_id, table, self._encoder, dtype)
         self._dtype = dtype
         self._context_tokens = context_tokens
 
@@ -217,12 +234,12 @@ class CalibrationModel:
             "grids_without_sample": [grid for grid in self._grids() if grid not in grids],
             "left_out": left_out,
         }
-        return CalibrationSet(tuple(samples), digest.hexdigest(), report, self._drop_encoder)
+        return CalibrationSet(tuple(samples), digest.hexdigest(), report, self._encoder.drop)
 
     def close(self) -> None:
         """Give the embedding file and the encoder back."""
         self._table.close()
-        self._drop_encoder()
+        self._encoder.drop()
 
     def __enter__(self) -> CalibrationModel:
         return self
@@ -234,9 +251,6 @@ class CalibrationModel:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _drop_encoder(self) -> None:
-        self._encoder = None
 
     def _grids(self) -> list[str]:
         tile = self._processor.anyres.tile_size
@@ -283,19 +297,11 @@ class CalibrationModel:
     def _embed(
         self, conversation: Conversation, ids: NDArray[np.int64], layouts: tuple[TileLayout, ...]
     ) -> NDArray[np.float32]:
-        side = self._dims.vision.patches_per_side
-        width = self._dims.text.hidden_size
-        num_tiles = sum(layout.num_tiles for layout in layouts)
-        features = np.zeros((num_tiles * side * side + 1, width), self._dtype)
-        if self._table.image_newline is not None:
-            features[-1] = self._table.image_newline
+        pixel_values: tuple[NDArray[np.float32], ...] = ()
         if conversation.image is not None:
-            tiles = self._processor.preprocess(open_image(conversation.image())).pixel_values
-            if self._encoder is None:
-                self._encoder = self._open_encoder()
-            self._encoder.encode(tiles, features[:-1].reshape(num_tiles, side * side, width))
-        rows = np.empty((len(ids), width), self._dtype)
-        PromptEmbeddings(ids, self._tokenizer.image_id, layouts, side, features, self._table).fill(
-            0, len(ids), rows
-        )
+            tiles = self._processor.preprocess(open_image(conversation.image()))
+            pixel_values = (tiles.pixel_values,)
+        request = Request(ids, layouts, pixel_values, preprocess_seconds=0.0)
+        rows = np.empty((len(ids), self._dims.text.hidden_size), self._dtype)
+        self._embedder.embed(request).fill(0, len(ids), rows)
         return rows.astype(np.float32, copy=False)

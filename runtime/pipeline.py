@@ -17,11 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge.profiles.buffers import (
-    image_feature_shape,
-    prefill_chunk_tokens,
-    tiles_per_batch,
-)
+from llava_edge.profiles.buffers import prefill_chunk_tokens, tiles_per_batch
 from llava_edge.profiles.errors import PromptError, RequestError
 from llava_edge.runtime.answer import Answer, PeakMemory, Timings
 from llava_edge.runtime.arguments import require_count
@@ -36,7 +32,7 @@ from llava_edge.runtime.interface_check import check_interfaces
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.placement import Device, check_host_memory, choose_device
 from llava_edge.runtime.progress import ReportProgress, no_progress
-from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
+from llava_edge.runtime.prompt_embedder import PromptEmbedder
 from llava_edge.runtime.request import PromptOptions, Request, RequestBuilder
 from llava_edge.runtime.sampling import Sampler, SamplingOptions
 from llava_edge.runtime.session import Array, DeviceKind, Session, SessionOptions
@@ -86,7 +82,10 @@ class LlavaEdge:
         progress("loading", 2, 2)
         # The plan asks the same functions, so what it counted is what is taken here.
         batch = tiles_per_batch(flavour, self._requests.max_tiles)
-        self._vision = VisionEncoder(vision, self._dims, batch, self._dtype)
+        encoder = VisionEncoder(vision, self._dims, batch, self._dtype)
+        self._embedder = PromptEmbedder(
+            self._dims, self._tokens.image, self._table, encoder, self._dtype
+        )
         chunk = prefill_chunk_tokens(manifest.prefill_chunk, context_tokens)
         self._decoder = Decoder(decoder, self._dims.text, context_tokens, chunk, self._dtype)
 
@@ -256,7 +255,7 @@ class LlavaEdge:
         with self._turnstile.closing():
             self._table.close()
             # Nobody gets in any more, so nobody misses them.
-            self.__dict__.pop("_vision", None)
+            self.__dict__.pop("_embedder", None)
             self.__dict__.pop("_decoder", None)
 
     def __enter__(self) -> LlavaEdge:
@@ -344,7 +343,7 @@ class LlavaEdge:
     def _prefill(self, request: Request, progress: ReportProgress) -> tuple[Array, float, float]:
         """Logits (vocab,) of the prompt's last position; seconds of vision and of prefill."""
         started = time.perf_counter()
-        embeddings = self._embed(request, progress)
+        embeddings = self._embedder.embed(request, progress)
         encoded = time.perf_counter()
         total = request.num_tokens
 
@@ -356,27 +355,3 @@ class LlavaEdge:
         logits = self._decoder.prefill(total, fill)[0]
         progress("prompt", total, total)
         return logits, encoded - started, time.perf_counter() - encoded
-
-    def _embed(self, request: Request, progress: ReportProgress) -> PromptEmbeddings:
-        patches = self._dims.vision.num_patches
-        total = sum(layout.num_tiles for layout in request.layouts)
-        features = np.empty(image_feature_shape(self._dims, total), self._dtype)
-        newline = self._table.image_newline
-        # Only models without tiles have no newline row, and then nothing refers to it.
-        features[-1] = 0 if newline is None else newline
-        done = 0
-        for pixels in request.pixel_values:
-            progress("tiles", done, total)
-            rows = features[done * patches : (done + len(pixels)) * patches]
-            self._vision.encode(pixels, rows.reshape(len(pixels), patches, -1))
-            done += len(pixels)
-        if total:
-            progress("tiles", total, total)
-        return PromptEmbeddings(
-            request.ids,
-            self._tokens.image,
-            request.layouts,
-            self._dims.vision.patches_per_side,
-            features,
-            self._table,
-        )

@@ -1,9 +1,9 @@
 """TokenComparison: whether two models choose the same tokens, by a rule that knows near ties.
 
 Both read the same tokens, so one choice does not lead to the next. Where the reference's two best
-logits lie closer than twice the bound on a logit's error, either choice is right and the position is
-*inconclusive*. A comparison passes when every conclusive position agrees, and at least 64 positions
-were looked at of which at least 90 % are conclusive; else there is not enough evidence.
+logits lie closer than twice the bound on a logit's error, either choice is right and the position
+is *inconclusive*. A comparison passes when every conclusive position agrees, and at least 64
+positions were looked at of which at least 90 % are conclusive; else there is not enough evidence.
 """
 
 from __future__ import annotations

@@ -151,11 +151,11 @@ def test_the_vision_graph_is_open_only_while_images_are_embedded(
 ) -> None:
     found = model.prepare([_conversation(None), _conversation(picture)], {})
     found.samples[0].embed()
-    assert model._encoder is None
+    assert not model._encoder.is_open
     first = found.samples[1].embed()
-    assert model._encoder is not None
+    assert model._encoder.is_open
     found.embedded()
-    assert model._encoder is None
+    assert not model._encoder.is_open
     np.testing.assert_array_equal(found.samples[1].embed(), first)
 
 
