@@ -61,6 +61,11 @@ class PromptEmbeddings:
         if sources:
             self._feature_rows[ids == image_token_id] = np.concatenate(sources)
 
+    @property
+    def features(self) -> Array:
+        """(total tiles · patches + 1, hidden): what was handed in, the newline row last."""
+        return self._features
+
     def fill(self, start: int, stop: int, out: Array) -> None:
         """Write the embeddings of positions start..stop into ``out`` (stop − start, hidden)."""
         rows = self._feature_rows[start:stop]

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from onnx import TensorProto, helper
 
-from llava_edge.profiles.errors import ArtifactError
+from llava_edge.convert.verify.graph_view import GraphView
 from llava_edge.profiles.model_dims import ModelDims, TextDims
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.session import Session, SessionOptions
@@ -64,22 +63,11 @@ class DecoderGraph:
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        path = folder / manifest.decoder.file
-        self._folder = path.parent
+        self._view = GraphView(folder / manifest.decoder.file)
         self._dims: ModelDims = manifest.model
-        self._model: Any = onnx.load(path, load_external_data=False)
-        graph = self._model.graph
-        self._nodes = list(graph.node)
-        self._places = {node.name: index for index, node in enumerate(self._nodes)}
-        self._consumers: dict[str, list[Any]] = {}
-        for node in self._nodes:
-            for name in node.input:
-                self._consumers.setdefault(name, []).append(node)
-        count = self._dims.text.num_hidden_layers
-        wanted = [*(_INPUT_NORM.format(layer) for layer in range(count)), _FINAL_NORM]
-        missing = [name for name in wanted if name not in self._places]
-        if missing:
-            raise ArtifactError(f"{path} has no node {missing[0]!r}, so its layers are not found")
+        for layer in range(self._count):
+            self._view.place(_INPUT_NORM.format(layer))
+        self._view.place(_FINAL_NORM)
 
     def slice(self, first: int, stop: int, extra: Sequence[str] = ()) -> DecoderSlice:
         """Cut layers out.
@@ -91,12 +79,12 @@ class DecoderGraph:
         """
         text = self._dims.text
         has_head = stop == text.num_hidden_layers
-        nodes = [*self._opening(first), *self._nodes[self._start(first) : self._end(stop)]]
+        nodes = [*self._opening(first), *self._view.nodes[self._start(first) : self._end(stop)]]
         if not has_head:
             nodes += self._closing(stop)
         made = {name for node in nodes for name in node.output}
         read = {name for node in nodes for name in node.input}
-        graph = self._model.graph
+        graph = self._view.model.graph
         layers = range(first, stop)
         inputs = [
             value
@@ -110,7 +98,7 @@ class DecoderGraph:
         logits = helper.make_tensor_value_info(
             "logits", TensorProto.FLOAT, [1, "logits_to_keep", width]
         )
-        others = [helper.make_empty_tensor_value_info(name) for name in extra]
+        others = [helper.make_empty_tensor_value_info(name) for name in extra if name != "logits"]
         names = [value.name for value in inputs]
         if "logits_to_keep" not in names:
             inputs.append(keep)
@@ -122,30 +110,32 @@ class DecoderGraph:
             [tensor for tensor in graph.initializer if tensor.name in read],
         )
         _renumber(small, layers)
-        opsets = list(self._model.opset_import)
-        model = helper.make_model(small, opset_imports=opsets, ir_version=self._model.ir_version)
+        opsets = list(self._view.model.opset_import)
+        model = helper.make_model(
+            small, opset_imports=opsets, ir_version=self._view.model.ir_version
+        )
         sizes = replace(
             text,
             num_hidden_layers=stop - first,
             vocab_size=width,
             sliding_windows=text.sliding_windows[first:stop],
         )
-        return DecoderSlice(model.SerializeToString(), self._folder, sizes, has_head)
+        return DecoderSlice(model.SerializeToString(), self._view.folder, sizes, has_head)
 
     def layer_values(self, layer: int) -> dict[str, str]:
         """Names of the inner values of a layer, in order, by what the reference calls them.
 
         Keys are canonical module names; ``…self_attn.qkv`` stands for the three projections side by
-        side, ``…self_attn`` for what the output projection reads, ``….mlp`` for what the down
-        projection writes.
+        side, ``…self_attn`` for what the output projection reads. The last layer brings the final
+        norm and the head, whose rows are those that ``logits_to_keep`` asks for.
         """
         prefix = f"language_model.layers.{layer}"
-        attention = self._node(f"{prefix}.self_attn.attention")
-        second = self._node(f"{prefix}.post_attention_layernorm")
-        closing = self._nodes[self._end(layer + 1)] if layer + 1 < self._count else None
+        attention = self._view.node(f"{prefix}.self_attn.attention")
+        second = self._view.node(f"{prefix}.post_attention_layernorm")
+        closing = self._view.nodes[self._end(layer + 1)] if layer + 1 < self._count else None
         final = closing.input[1] if closing is not None else self._final_inputs()[1]
         found = {
-            f"{prefix}.input_layernorm": self._node(f"{prefix}.input_layernorm").output[0],
+            f"{prefix}.input_layernorm": self._view.node(f"{prefix}.input_layernorm").output[0],
             f"{prefix}.self_attn.qkv": attention.input[0],
             f"{prefix}.self_attn": attention.output[0],
             f"{prefix}.self_attn.o_proj": second.input[1],
@@ -153,37 +143,34 @@ class DecoderGraph:
         }
         for part in ("gate", "up"):
             name = f"{prefix}.mlp.{part}_proj"
-            found[name] = self._completed(name)
+            found[name] = self._view.linear(name)
         found[f"{prefix}.mlp.down_proj"] = final
+        if layer + 1 == self._count:
+            found[_FINAL_NORM] = self._view.node(_FINAL_NORM).output[0]
+            found["lm_head"] = "logits"
         return found
 
     @property
     def _count(self) -> int:
         return self._dims.text.num_hidden_layers
 
-    def _node(self, name: str) -> Any:
-        if name not in self._places:
-            raise ArtifactError(f"the decoder graph has no node {name!r}")
-        return self._nodes[self._places[name]]
-
     def _start(self, layer: int) -> int:
-        return self._places[_INPUT_NORM.format(layer)]
+        return self._view.place(_INPUT_NORM.format(layer))
 
     def _end(self, stop: int) -> int:
-        return len(self._nodes) if stop == self._count else self._start(stop)
+        return len(self._view.nodes) if stop == self._count else self._start(stop)
 
     def _final_inputs(self) -> tuple[str, str]:
         """Residual stream and last contribution as the head finds them, before it picks rows."""
-        final = self._node(_FINAL_NORM)
-        makers = {name: node for node in self._nodes for name in node.output}
-        residual, delta = (makers[name].input[0] for name in final.input[:2])
+        final = self._view.node(_FINAL_NORM)
+        residual, delta = (self._view.maker(name).input[0] for name in final.input[:2])
         return residual, delta
 
     def _opening(self, first: int) -> list[Any]:
         """Nodes that hand the input to the first layer's norm as residual and contribution."""
         if first == 0:
             return []
-        residual, delta = self._node(_INPUT_NORM.format(first)).input[:2]
+        residual, delta = self._view.node(_INPUT_NORM.format(first)).input[:2]
         # x and x − x: the layer's own node, which adds the two, stays as it is.
         return [
             helper.make_node("Identity", ["inputs_embeds"], [residual]),
@@ -192,7 +179,7 @@ class DecoderGraph:
 
     def _closing(self, stop: int) -> list[Any]:
         """Nodes that add up the residual stream and pick its last rows, as the head would."""
-        residual, delta = self._node(_INPUT_NORM.format(stop)).input[:2]
+        residual, delta = self._view.node(_INPUT_NORM.format(stop)).input[:2]
         numbers = {
             "slice_axis": np.array([1], np.int64),
             "slice_end": np.array([np.iinfo(np.int64).max], np.int64),
@@ -212,22 +199,6 @@ class DecoderGraph:
             ),
             helper.make_node("Cast", ["slice_rows"], ["logits"], to=TensorProto.FLOAT),
         ]
-
-    def _completed(self, name: str) -> str:
-        """The value of a linear layer once scale and bias are in it."""
-        value: str = self._node(name).output[0]
-        initializers = {tensor.name for tensor in self._model.graph.initializer}
-        makers = {made: node for node in self._nodes for made in node.output}
-        while len(users := self._consumers.get(value, [])) == 1:
-            (user,) = users
-            others = [each for each in user.input if each != value]
-            is_bias = user.op_type == "Add" and others and others[0] in initializers
-            maker = makers.get(others[0]) if others else None
-            is_scale = user.op_type == "Mul" and maker is not None and maker.op_type == "Max"
-            if not (is_bias or is_scale):
-                break
-            value = user.output[0]
-        return value
 
 
 def _renumber(graph: Any, layers: range) -> None:

@@ -1,9 +1,9 @@
 """StreamedModel: transformers' own LLaVA-NeXT, with weights in memory only while they are used.
 
 The model is built without weights (torch's meta device); every module reads its tensors from the
-checkpoint right before it runs and lets them go right after. So the arithmetic, the merging of image
-and text and the order of everything are the reference's own code, in the memory of one linear layer.
-Embedding rows are read by position, the head some rows at a time.
+checkpoint right before it runs and lets them go right after. So the arithmetic, the merging of
+image and text and the order of everything are the reference's own code, in the memory of one linear
+layer. Embedding rows are read by position, the head some rows at a time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LinearSupply(Protocol):
         """Weight [outputs, inputs] of a layer (canonical, without ``.weight``), or some rows."""
 
     def rounding(self, name: str) -> int | None:
-        """Inputs that are rounded to 8 bits as one: a block's length, -1 a row's, None unrounded."""
+        """Inputs rounded to 8 bits as one: a block's length, -1 the row, None for no rounding."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,21 @@ class StreamedModel:
         states: torch.Tensor = output.last_hidden_state[0]
         return states
 
+    def layer(self, index: int, rows: torch.Tensor) -> torch.Tensor:
+        """One decoder layer by itself: float32 [tokens, hidden] in and out."""
+        seen: list[torch.Tensor] = []
+        layers = self._language.layers
+        # The others hand on what they get: masks, angles and the order of layers stay the
+        # library's own affair.
+        others = [layer if i == index else _PassThrough() for i, layer in enumerate(layers)]
+        self._language.layers = nn.ModuleList(others)
+        try:
+            with self.observed(["language_model.norm"], lambda _n, first, _o: seen.append(first)):
+                self.hidden(rows)
+        finally:
+            self._language.layers = layers
+        return seen[0][0]
+
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of normed hidden states [rows, hidden], some rows of the weight at a time."""
         block = None if self._supply is None else self._supply.rounding(_HEAD)
@@ -165,15 +180,24 @@ class StreamedModel:
             modules: canonical names, such as ``language_model.layers.3.self_attn.q_proj``.
             see: told about each call.
         """
+        hooks: list[Any] = []
+        given: dict[str, torch.Tensor] = {}
 
-        def watch(name: str) -> Any:
-            def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                first = args[0] if args else kwargs["hidden_states"]
-                see(name, first, output[0] if isinstance(output, tuple) else output)
+        def watch(name: str) -> None:
+            def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+                given[name] = args[0] if args else kwargs["hidden_states"]
 
-            return self.module(name).register_forward_hook(hook, with_kwargs=True)
+            def behind(_module: nn.Module, _args: Any, output: Any) -> None:
+                see(name, given.pop(name), output[0] if isinstance(output, tuple) else output)
 
-        hooks = [watch(name) for name in modules]
+            module = self.module(name)
+            # First of all hooks: what the others make of the input, such as rounding it, is
+            # the module's own affair.
+            hooks.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+            hooks.append(module.register_forward_hook(behind))
+
+        for name in modules:
+            watch(name)
         try:
             yield
         finally:
@@ -312,6 +336,13 @@ class _Echo(nn.Module):
         return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
 
 
+class _PassThrough(nn.Module):
+    """Stands where a layer stood and changes nothing."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+        return hidden_states
+
+
 def _dropper(names: Sequence[str]) -> Callable[..., None]:
     def drop(module: nn.Module, *_: Any) -> None:
         for name in names:
@@ -323,7 +354,7 @@ def _dropper(names: Sequence[str]) -> Callable[..., None]:
 
 
 def _rounded(values: torch.Tensor, block: int) -> torch.Tensor:
-    """Rows as the kernels see them: each block over its largest magnitude, in 127 steps each way."""
+    """Rows as kernels see them: each block over its largest magnitude, in 127 steps each way."""
     width = values.shape[-1]
     size = width if block == -1 else min(block, width)
     short = -width % size

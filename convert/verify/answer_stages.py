@@ -1,0 +1,158 @@
+"""Stages that run the model on a probe: features, embeddings, logits, tokens and what was lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llava_edge.convert.verify.gaps import GAP, row_gaps, whole_gap
+from llava_edge.convert.verify.reference_answer import ReferenceAnswer
+from llava_edge.convert.verify.subject import Subject
+from llava_edge.runtime.bounds import Bounds
+from llava_edge.runtime.certificate import StageResult, bounded, exact
+from llava_edge.runtime.session import Array
+from llava_edge.runtime.token_comparison import TokenComparison
+
+_TEXT_ROW_FAULTS = 3
+
+
+@dataclass
+class AnswerStages:
+    """What was measured over the probes so far; ``rows`` makes stages of it.
+
+    Attributes:
+        bounds: of the artifact's form.
+        tokens: choices compared at forced positions.
+        worst: largest gap of each stage, and the probe that had it.
+        embedding_faults: positions that differ where they must not.
+        losses: of each probe: divergence, share of other choices, rise of the answer's loss.
+    """
+
+    bounds: Bounds
+    tokens: TokenComparison = field(default_factory=lambda: TokenComparison(0, 0, 0))
+    worst: dict[str, tuple[float, str]] = field(default_factory=dict)
+    embedding_faults: list[str] = field(default_factory=list)
+    losses: list[tuple[float, float, float]] = field(default_factory=list)
+    failing: list[str] = field(default_factory=list)
+    """Probes that leave a bound on logits, in order."""
+    num_probes: int = 0
+    num_text_rows: int = 0
+
+    def measure(self, subject: Subject, answer: ReferenceAnswer) -> None:
+        """Run one probe through the artifact and compare it with the reference's answer."""
+        name, positions = answer.probe.name, answer.positions
+        self.num_probes += 1
+        request = subject.request(answer.probe)
+        if not np.array_equal(request.ids, answer.inputs.ids.numpy()):
+            # The stages of prompts and packing say why; here nothing would be comparable.
+            self.embedding_faults.append(
+                f"{name}: the prompt has {request.num_tokens} ids, {len(answer.inputs.ids)} in the "
+                "reference, or others"
+            )
+            return
+        embeddings = subject.embed(request)
+        features = embeddings.features[:-1].reshape(answer.features.shape)
+        if answer.features.size:
+            self._note("tile_features", whole_gap(features, answer.features), name)
+        rows = subject.rows(embeddings, request, answer.forced)
+        self._embeddings(subject, answer, rows)
+        logits = subject.logits(rows, positions)
+        self._logits(answer, logits)
+        self._losses(answer, logits)
+
+    def rows(self) -> list[StageResult]:
+        """The stages, in the order of the model."""
+        found: list[StageResult] = []
+        for stage in ("tile_features", "embeddings", "prefill_logits", "decode_logits"):
+            if stage == "embeddings":
+                looked = f"{self.num_text_rows} text rows exact, image rows as packed"
+                found.append(exact(stage, "differing_positions", self.embedding_faults, looked))
+            if stage in self.worst:
+                value, probe = self.worst[stage]
+                bound = self.bounds.value(stage, GAP)
+                detail = f"worst of {self.num_probes} probes: {probe}"
+                found.append(bounded(stage, GAP, value, bound, detail=detail))
+        return found
+
+    def loss_rows(self) -> list[StageResult]:
+        """What the artifact lost against the checkpoint's own weights, worst probe each."""
+        if not self.losses:
+            return []
+        kl, other, rise = (float(max(values)) for values in zip(*self.losses, strict=True))
+        stage = "quantization_loss"
+        shown = {
+            "kl_divergence": (kl, "nats a position, mean"),
+            "top1_disagreement": (other, "share of positions"),
+            "answer_loss_rise": (rise, "nats a token of the true answer"),
+        }
+        return [
+            bounded(
+                stage,
+                metric,
+                value,
+                self.bounds.value(stage, metric),
+                "loss",
+                f"{unit}; worst of {len(self.losses)} probes",
+            )
+            for metric, (value, unit) in shown.items()
+        ]
+
+    def _note(self, stage: str, gap: float, probe: str) -> None:
+        worst = self.worst.get(stage)
+        # NaN is worse than any number.
+        if worst is None or not gap <= worst[0]:
+            self.worst[stage] = (gap, probe)
+
+    def _embeddings(self, subject: Subject, answer: ReferenceAnswer, rows: Array) -> None:
+        """Text rows are equal; image rows are compared through the rows that they come from."""
+        name = answer.probe.name
+        ids = np.concatenate([answer.inputs.ids.numpy(), answer.forced])
+        is_text = ids != subject.artifact.manifest.tokens.image
+        theirs = answer.embeddings.astype(subject.dtype)
+        wrong = np.flatnonzero((rows[is_text] != theirs[is_text]).any(-1))
+        self.num_text_rows += int(is_text.sum())
+        places = np.flatnonzero(is_text)
+        self.embedding_faults += [
+            f"{name}: the row of token {ids[places[i]]} at position {places[i]} differs"
+            for i in wrong[:_TEXT_ROW_FAULTS].tolist()
+        ]
+        if not is_text.all():
+            self._note("embeddings", whole_gap(rows[~is_text], theirs[~is_text]), name)
+
+    def _logits(self, answer: ReferenceAnswer, logits: Array) -> None:
+        name, count = answer.probe.name, answer.positions.num_prefill
+        gaps = row_gaps(logits, answer.export)
+        self._note("prefill_logits", float(gaps[:count].max()), name)
+        if len(gaps) > count:
+            self._note("decode_logits", float(gaps[count:].max()), name)
+        bound = self.bounds.value("prefill_logits", GAP)
+        if not float(gaps.max()) <= bound:
+            self.failing.append(name)
+        self.tokens += compare_choices(logits.argmax(-1), answer.export, bound, name)
+
+    def _losses(self, answer: ReferenceAnswer, logits: Array) -> None:
+        ours, theirs = _log_softmax(logits), _log_softmax(answer.original)
+        kl = float((np.exp(theirs) * (theirs - ours)).sum(-1).mean())
+        other = float((ours.argmax(-1) != theirs.argmax(-1)).mean())
+        # Position p foretells token p + 1: the last of the prompt the first of the answer.
+        first = answer.positions.num_prefill - 1
+        told = np.arange(first, first + answer.num_answer)
+        answer_ids = answer.forced[: answer.num_answer]
+        rise = float((theirs[told, answer_ids] - ours[told, answer_ids]).mean())
+        self.losses.append((kl, other, rise))
+
+
+def compare_choices(chosen: Array, theirs: Array, bound: float, name: str) -> TokenComparison:
+    """Choices [positions] against the reference's logits [positions, vocab]."""
+    top = np.argpartition(theirs, -2, axis=-1)[:, -2:]
+    values = np.take_along_axis(theirs, top, -1)
+    order = np.argsort(-values, axis=-1, kind="stable")
+    top, values = np.take_along_axis(top, order, -1), np.take_along_axis(values, order, -1)
+    return TokenComparison.of(chosen, top, values, np.ptp(theirs, axis=-1), bound, name)
+
+
+def _log_softmax(logits: Array) -> Array:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    result: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result

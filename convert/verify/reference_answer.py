@@ -1,0 +1,222 @@
+"""ReferenceAnswer: everything that the reference says to one probe, computed once.
+
+Two models answer: one with the very weights of the artifact (codes as its graph holds them, inputs
+rounded as its kernels round them), which an export must match; and one with the checkpoint's own
+weights, from which the loss is measured. Where both are the same they are computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.verify.probes import NUM_STEPS, Probe
+from llava_edge.convert.verify.reference_processor import ReferenceProcessor
+from llava_edge.convert.verify.streamed_model import LinearSupply, ReferenceInputs, StreamedModel
+from llava_edge.profiles.errors import ArtifactError
+from llava_edge.runtime.artifact import Artifact
+from llava_edge.runtime.image_processor import ImageProcessor
+from llava_edge.runtime.prompt import MARKS, Piece, compose, rendered, user_message
+from llava_edge.runtime.session import Array
+from llava_edge.runtime.tokenizer import Tokenizer
+
+_MOST_KEPT = 64
+"""Prompt positions, the last ones, whose logits are looked at."""
+_MIN_CHUNKS = 3
+"""A prompt is cut at least so often, so that what happens at a border is seen."""
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Which positions of prompt and forced answer are computed together, and which are looked at.
+
+    Attributes:
+        num_prompt: tokens of the prompt.
+        num_steps: forced tokens behind it, one at a time.
+        chunk: prompt tokens computed at once.
+        keep_from: first position whose logits are compared.
+    """
+
+    num_prompt: int
+    num_steps: int
+    chunk: int
+    keep_from: int
+
+    @classmethod
+    def of(cls, num_prompt: int, num_steps: int, largest_chunk: int) -> Positions:
+        """Cut a prompt; the kept positions lie in its last chunk, as the runtime's loop wants."""
+        chunk = max(1, min(largest_chunk, -(-num_prompt // _MIN_CHUNKS)))
+        last = num_prompt - (num_prompt - 1) // chunk * chunk
+        return cls(num_prompt, num_steps, chunk, num_prompt - min(_MOST_KEPT, last))
+
+    @property
+    def total(self) -> int:
+        """Prompt and steps."""
+        return self.num_prompt + self.num_steps
+
+    @property
+    def kept(self) -> range:
+        """All positions that are looked at."""
+        return range(self.keep_from, self.total)
+
+    @property
+    def num_prefill(self) -> int:
+        """How many of the kept positions belong to the prompt."""
+        return self.num_prompt - self.keep_from
+
+
+@dataclass(frozen=True)
+class ReferenceAnswer:
+    """What the reference says to one probe.
+
+    Attributes:
+        probe: the question.
+        inputs: as the reference's processor made them, prompt only.
+        forced: int64 [steps], the true answer, repeated to fill.
+        num_answer: how many of ``forced`` are the answer itself.
+        positions: see there.
+        features: float32 [tiles, patches, hidden].
+        embeddings: float32 [positions, hidden].
+        export: float32 [kept, vocab], by the artifact's own weights.
+        original: float32 [kept, vocab], by the checkpoint's weights.
+    """
+
+    probe: Probe
+    inputs: ReferenceInputs
+    forced: Array
+    num_answer: int
+    positions: Positions
+    features: Array
+    embeddings: Array
+    export: Array
+    original: Array
+
+
+class Reference:
+    """The reference for one artifact.
+
+    Args:
+        artifact: decides candidates, tokenizer of the forced answers, and chunks.
+        checkpoint: what it was made from.
+        supply: the artifact's quantised weights; None at fp16.
+    """
+
+    def __init__(
+        self, artifact: Artifact, checkpoint: Checkpoint, supply: LinearSupply | None
+    ) -> None:
+        manifest = artifact.manifest
+        pinpoints = ImageProcessor(manifest.image_processing).anyres.candidates
+        self.processor = ReferenceProcessor(checkpoint, pinpoints)
+        self.model = StreamedModel(checkpoint, pinpoints)
+        self.supply = supply
+        self._original: StreamedModel | None = None
+        if supply is not None or any(ref.dtype != "F16" for ref in checkpoint.tensors.values()):
+            self._original = StreamedModel(checkpoint, pinpoints, as_stored=False)
+        self._manifest = manifest
+        self._tokenizer = Tokenizer.open(
+            artifact.path(manifest.tokenizer), manifest.tokens, manifest.prompt
+        )
+        self._answers: dict[str, ReferenceAnswer] = {}
+
+    def text(self, probe: Probe) -> str:
+        """The finished prompt by the checkpoint's own template, else its family's."""
+        if self._manifest.prompt is None:
+            return MARKS["image"] * len(probe.images) + f"\n{probe.question}"
+        message = user_message(probe.question, len(probe.images))
+        if self.processor.has_template:
+            return self.processor.render([message])
+        return rendered(compose(self._manifest.prompt, [message]))
+
+    def inputs(self, probe: Probe) -> ReferenceInputs:
+        """Ids and tiles of a probe; image tokens are counted by the reference's own packing."""
+        tiles = [self.processor.pixels(image).shape[0] for image in probe.images]
+        sizes = [(image.height, image.width) for image in probe.images]
+        patches = self._manifest.model.vision.num_patches
+        blank = [torch.zeros(count, patches, 1) for count in tiles]
+        packed = self.model.pack(blank, sizes, torch.zeros(1)) if blank else []
+        return self.processor.prepare(self.text(probe), probe.images, [len(p) for p in packed])
+
+    def answer(self, probe: Probe, *, remember: bool = False) -> ReferenceAnswer:
+        """Answer a probe with its true answer forced.
+
+        Args:
+            probe: the question.
+            remember: keep the result for the next call.
+
+        Raises:
+            ArtifactError: the prompt does not fit the artifact's context.
+        """
+        if probe.name in self._answers:
+            return self._answers[probe.name]
+        inputs = self.inputs(probe)
+        room = self._manifest.context_tokens - len(inputs.ids)
+        if room < 1:
+            raise ArtifactError(
+                f"the probe {probe.name!r} takes {len(inputs.ids)} tokens; the context holds "
+                f"{self._manifest.context_tokens}"
+            )
+        ids = self.answer_ids(probe.answer)
+        steps = min(NUM_STEPS, room)
+        forced = np.resize(np.asarray(ids, np.int64), steps)
+        positions = Positions.of(len(inputs.ids), steps, self._manifest.prefill_chunk)
+        features, embeddings, export, original = self._run(inputs, forced, positions)
+        found = ReferenceAnswer(
+            probe,
+            inputs,
+            forced,
+            min(len(ids), steps),
+            positions,
+            features,
+            embeddings,
+            export,
+            original,
+        )
+        if remember:
+            self._answers[probe.name] = found
+        return found
+
+    def following(self, inputs: ReferenceInputs, tokens: Sequence[int]) -> Array:
+        """Logits behind a prompt and behind each of some tokens, float32 [1 + tokens, vocab]."""
+        forced = np.asarray(tokens, np.int64)
+        first = len(inputs.ids) - 1
+        return self._model_logits(
+            self.model, inputs, forced, range(first, first + 1 + len(forced))
+        )[2]
+
+    def answer_ids(self, text: str) -> list[int]:
+        """Ids of an answer, without what the tokenizer puts before a prompt."""
+        ids = self._tokenizer.encode_pieces((Piece("text", text),))
+        bos = self._manifest.tokens.bos
+        return ids[1:] if ids[:1] == [bos] else ids
+
+    def forget(self) -> None:
+        """Let remembered answers go."""
+        self._answers.clear()
+
+    def _run(
+        self, inputs: ReferenceInputs, forced: Array, positions: Positions
+    ) -> tuple[Array, Array, Array, Array]:
+        features, embeddings, export = self._model_logits(
+            self.model, inputs, forced, positions.kept
+        )
+        original = export
+        if self._original is not None:
+            _, _, original = self._model_logits(self._original, inputs, forced, positions.kept)
+        return features, embeddings, export, original
+
+    def _model_logits(
+        self, model: StreamedModel, inputs: ReferenceInputs, forced: Array, kept: range
+    ) -> tuple[Array, Array, Array]:
+        ids = torch.cat([inputs.ids, torch.from_numpy(forced)])
+        whole = ReferenceInputs(ids, inputs.pixel_values, inputs.image_sizes)
+        model.use(None)
+        features, embeddings = model.embed(whole)
+        if model is self.model:
+            model.use(self.supply)
+        logits: Any = model.decode(embeddings, kept).numpy()
+        return features.numpy(), embeddings.numpy(), logits

@@ -1,0 +1,168 @@
+"""Subject: the artifact under test, run by the runtime's own code, whole or in groups of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from llava_edge.convert.verify.decoder_slice import DecoderGraph
+from llava_edge.convert.verify.probes import Probe
+from llava_edge.convert.verify.reference_answer import Positions
+from llava_edge.profiles.buffers import default_cache_type, kv_cache_bytes
+from llava_edge.profiles.formats import PRECISIONS, weight_bytes
+from llava_edge.runtime.artifact import Artifact
+from llava_edge.runtime.decoder import Decoder, FillEmbeddings
+from llava_edge.runtime.embeddings import EmbeddingTable
+from llava_edge.runtime.instructions import needs_wide_sums
+from llava_edge.runtime.limits import Limits
+from llava_edge.runtime.prompt import MARKS
+from llava_edge.runtime.prompt_embedder import PromptEmbedder
+from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
+from llava_edge.runtime.request import PromptOptions, Request, RequestBuilder
+from llava_edge.runtime.session import Array, Session, SessionOptions
+from llava_edge.runtime.tokenizer import Tokenizer
+from llava_edge.runtime.vision import VisionEncoder
+
+
+class Subject:
+    """An opened artifact and the sessions that its stages need; use as a context manager.
+
+    Args:
+        artifact: opened.
+        memory_bytes: what the decoder's weights may take at once; layers are taken in groups of as
+            many as fit, and all at once where all do. None takes all.
+        threads: of the CPU provider; 0 for all cores.
+    """
+
+    def __init__(self, artifact: Artifact, memory_bytes: int | None, threads: int = 0) -> None:
+        manifest = artifact.manifest
+        self.artifact = artifact
+        self.dims = manifest.model
+        self.dtype: type[np.float32] | type[np.float16] = (
+            np.float32 if manifest.flavour == "cpu" else np.float16
+        )
+        wide_sums = needs_wide_sums(manifest.precision)
+        self.options = SessionOptions(device="cpu", threads=threads, wide_sums=wide_sums)
+        tokenizer = Tokenizer.open(
+            artifact.path(manifest.tokenizer), manifest.tokens, manifest.prompt
+        )
+        self._requests = RequestBuilder(manifest, tokenizer, Limits())
+        self.table = EmbeddingTable(artifact.path(manifest.embeddings), self.dims)
+        self.graph = DecoderGraph(artifact.folder, manifest)
+        self._memory_bytes = memory_bytes
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all layers are run at once."""
+        return len(list(self.groups())) == 1
+
+    def request(self, probe: Probe) -> Request:
+        """A probe made ready as a user's question would be."""
+        raw = self.artifact.manifest.prompt is None
+        mark = MARKS["image"] * len(probe.images) + "\n" if raw else ""
+        return self._requests.build(
+            f"{mark}{probe.question}", probe.arrays(), PromptOptions(raw=raw)
+        )
+
+    def vision_path(self) -> Path:
+        """The vision graph."""
+        return self.artifact.path(self.artifact.manifest.vision.file)
+
+    def embed(self, request: Request) -> PromptEmbeddings:
+        """Encode a request's tiles; the session lives only as long."""
+        session = Session(self.vision_path(), self.options)
+        encoder = VisionEncoder(session, self.dims, 1, self.dtype)
+        image_id = self.artifact.manifest.tokens.image
+        return PromptEmbedder(self.dims, image_id, self.table, encoder, self.dtype).embed(request)
+
+    def rows(self, embeddings: PromptEmbeddings, request: Request, forced: Array) -> Array:
+        """Decoder inputs of prompt and forced tokens, in the flavour's type [positions, hidden]."""
+        count = request.num_tokens
+        rows = np.empty((count + len(forced), self.dims.text.hidden_size), self.dtype)
+        embeddings.fill(0, count, rows[:count])
+        if len(forced):
+            self.table.rows(forced, out=rows[count:])
+        return rows
+
+    def groups(self) -> Iterator[tuple[int, int]]:
+        """First layer and layer after the last, of as many layers as the memory allows."""
+        count = self.dims.text.num_hidden_layers
+        if self._memory_bytes is None:
+            yield 0, count
+            return
+        layer, head = self._layer_bytes()
+        fit = max(1, self._memory_bytes // max(1, layer))
+        if layer * count + head <= self._memory_bytes:
+            fit = count
+        yield from ((first, min(first + fit, count)) for first in range(0, count, fit))
+
+    def logits(self, rows: Array, positions: Positions) -> Array:
+        """Logits at the kept positions, float32 [kept, vocab]: chunks of prompt, then steps."""
+        for first, stop in self.groups():
+            cut = self.graph.slice(first, stop)
+            session = cut.open(self.options)
+            decoder = Decoder(session, cut.text, positions.total, positions.chunk, self.dtype)
+            if cut.has_head:
+                return _driven(decoder, rows, positions, positions.keep_from, cut.text.vocab_size)
+            rows = _driven(decoder, rows, positions, 0, cut.text.hidden_size).astype(self.dtype)
+        raise AssertionError("the last group has the head")
+
+    def _layer_bytes(self) -> tuple[int, int]:
+        """Bytes of one layer's weights in memory and its cache, and of the head."""
+        manifest = self.artifact.manifest
+        stored = manifest.precision.language_model
+        precision = stored if stored in PRECISIONS else "fp16"
+        isa = "none" if manifest.precision.int8_route == "nbits" else "vnni"
+        sizes = weight_bytes(self.dims, precision, manifest.flavour, isa, resident=True)
+        count = self.dims.text.num_hidden_layers
+        cache = kv_cache_bytes(
+            self.dims.text, manifest.prefill_chunk, default_cache_type(manifest.flavour)
+        )
+        return (sizes.decoder + cache) // count, sizes.lm_head
+
+    def close(self) -> None:
+        """Give the embedding file back."""
+        self.table.close()
+
+    def __enter__(self) -> Subject:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _driven(
+    decoder: Decoder, rows: Array, positions: Positions, keep_from: int, width: int
+) -> Array:
+    """Outputs from position ``keep_from`` on, float32 [positions, width]."""
+    out = np.empty((positions.total - keep_from, width), np.float32)
+
+    def fill_from(base: int) -> FillEmbeddings:
+        def fill(start: int, stop: int, target: Array) -> None:
+            target[...] = rows[base + start : base + stop]
+
+        return fill
+
+    prompt, chunk = positions.num_prompt, positions.chunk
+    if keep_from == positions.keep_from:
+        # One call: the runtime's own loop over the chunks.
+        kept = prompt - keep_from
+        out[:kept] = decoder.prefill(prompt, fill_from(0), logits_to_keep=kept)
+    else:
+        # Every position is wanted, and a call returns those of its last chunk only.
+        for start in range(0, prompt, chunk):
+            count = min(chunk, prompt - start)
+            out[start : start + count] = decoder.prefill(
+                count, fill_from(start), logits_to_keep=count
+            )
+    for place in range(prompt, positions.total):
+        out[place - keep_from] = decoder.step(rows[place])
+    return out
