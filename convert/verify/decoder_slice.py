@@ -1,10 +1,10 @@
 """DecoderSlice: some layers cut out of an artifact's own decoder graph, runnable by themselves.
 
-The nodes are those of the artifact and the weights are read from its file in place; nothing is built
-anew. What lies before the first layer is replaced by the residual stream as an input (named
+The nodes are those of the artifact and the weights are read from its file in place; nothing is
+built anew. What lies before the first layer is replaced by the residual stream as an input (named
 ``inputs_embeds``), what lies behind the last one by the residual stream as an output (named
-``logits``), so that the runtime's own ``Decoder`` runs a slice as it runs the whole, with its cache,
-chunks and steps. With the head in it the output really is logits.
+``logits``), so that the runtime's own ``Decoder`` runs a slice as it runs the whole, with its
+cache, chunks and steps. With the head in it the output really is logits.
 
 A slice of a few layers takes the memory of a few layers; and a slice of one layer, with its inner
 tensors as further outputs, shows where an artifact leaves the reference.
@@ -21,6 +21,7 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from llava_edge.convert.verify.graph_view import GraphView
+from llava_edge.profiles.errors import ArtifactError
 from llava_edge.profiles.model_dims import ModelDims, TextDims
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.session import Session, SessionOptions
@@ -63,23 +64,27 @@ class DecoderGraph:
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._view = GraphView(folder / manifest.decoder.file)
+        self._view = GraphView(folder / manifest.decoder.file, "decoder")
         self._dims: ModelDims = manifest.model
         for layer in range(self._count):
             self._view.place(_INPUT_NORM.format(layer))
         self._view.place(_FINAL_NORM)
 
-    def slice(self, first: int, stop: int, extra: Sequence[str] = ()) -> DecoderSlice:
+    def slice(
+        self, first: int, stop: int, extra: Sequence[str] = (), *, head: bool | None = None
+    ) -> DecoderSlice:
         """Cut layers out.
 
         Args:
-            first: first layer.
-            stop: layer after the last; all layers and the head where it equals their number.
+            first: first layer; their number for none of them and the head alone.
+            stop: layer after the last.
             extra: names of inner values that become further outputs.
+            head: whether final norm and head come with it; left out, they come with the last layer.
         """
         text = self._dims.text
-        has_head = stop == text.num_hidden_layers
-        nodes = [*self._opening(first), *self._view.nodes[self._start(first) : self._end(stop)]]
+        has_head = stop == text.num_hidden_layers if head is None else head
+        end = len(self._view.nodes) if has_head else self._start(stop)
+        nodes = [*self._opening(first), *self._view.nodes[self._start(first) : end]]
         if not has_head:
             nodes += self._closing(stop)
         made = {name for node in nodes for name in node.output}
@@ -132,8 +137,6 @@ class DecoderGraph:
         prefix = f"language_model.layers.{layer}"
         attention = self._view.node(f"{prefix}.self_attn.attention")
         second = self._view.node(f"{prefix}.post_attention_layernorm")
-        closing = self._view.nodes[self._end(layer + 1)] if layer + 1 < self._count else None
-        final = closing.input[1] if closing is not None else self._final_inputs()[1]
         found = {
             f"{prefix}.input_layernorm": self._view.node(f"{prefix}.input_layernorm").output[0],
             f"{prefix}.self_attn.qkv": attention.input[0],
@@ -144,7 +147,7 @@ class DecoderGraph:
         for part in ("gate", "up"):
             name = f"{prefix}.mlp.{part}_proj"
             found[name] = self._view.linear(name)
-        found[f"{prefix}.mlp.down_proj"] = final
+        found[f"{prefix}.mlp.down_proj"] = self._contributions(layer + 1)[1]
         if layer + 1 == self._count:
             found[_FINAL_NORM] = self._view.node(_FINAL_NORM).output[0]
             found["lm_head"] = "logits"
@@ -155,23 +158,33 @@ class DecoderGraph:
         return self._dims.text.num_hidden_layers
 
     def _start(self, layer: int) -> int:
-        return self._view.place(_INPUT_NORM.format(layer))
+        """Index of a layer's first node; of the head's first where layer is their number."""
+        if layer < self._count:
+            return self._view.place(_INPUT_NORM.format(layer))
+        return self._view.place(self._maker(self._contributions(layer)[1]).name) + 1
 
-    def _end(self, stop: int) -> int:
-        return len(self._view.nodes) if stop == self._count else self._start(stop)
+    def _contributions(self, layer: int) -> tuple[str, str]:
+        """Residual stream and last contribution that meet before a layer, or before the head."""
+        if layer < self._count:
+            names = self._view.node(_INPUT_NORM.format(layer)).input[:2]
+        else:
+            # The head picks rows of both before its norm adds them.
+            final = self._view.node(_FINAL_NORM)
+            names = [self._maker(name).input[0] for name in final.input[:2]]
+        return str(names[0]), str(names[1])
 
-    def _final_inputs(self) -> tuple[str, str]:
-        """Residual stream and last contribution as the head finds them, before it picks rows."""
-        final = self._view.node(_FINAL_NORM)
-        residual, delta = (self._view.maker(name).input[0] for name in final.input[:2])
-        return residual, delta
+    def _maker(self, value: str) -> Any:
+        maker = self._view.producer(value)
+        if maker is None:
+            raise ArtifactError(f"nothing in the decoder graph makes {value!r}")
+        return maker
 
     def _opening(self, first: int) -> list[Any]:
-        """Nodes that hand the input to the first layer's norm as residual and contribution."""
+        """Nodes that hand the input to the first norm as residual and contribution."""
         if first == 0:
             return []
-        residual, delta = self._view.node(_INPUT_NORM.format(first)).input[:2]
-        # x and x − x: the layer's own node, which adds the two, stays as it is.
+        residual, delta = self._contributions(first)
+        # x and x − x: the graph's own node, which adds the two, stays as it is.
         return [
             helper.make_node("Identity", ["inputs_embeds"], [residual]),
             helper.make_node("Sub", ["inputs_embeds", "inputs_embeds"], [delta]),
@@ -179,7 +192,7 @@ class DecoderGraph:
 
     def _closing(self, stop: int) -> list[Any]:
         """Nodes that add up the residual stream and pick its last rows, as the head would."""
-        residual, delta = self._view.node(_INPUT_NORM.format(stop)).input[:2]
+        residual, delta = self._contributions(stop)
         numbers = {
             "slice_axis": np.array([1], np.int64),
             "slice_end": np.array([np.iinfo(np.int64).max], np.int64),

@@ -1,14 +1,12 @@
-"""First deviation: the first tensor of the model that leaves the reference, when a stage has failed.
+"""First deviation: the first tensor of the model that leaves the reference, when a stage failed.
 
-Every layer is given exactly what the reference's layer was given, so an error stays in the layer that
-makes it. Layers are cut out of the artifact's own graph, with their inner tensors as outputs.
+Every layer is given exactly what the reference's layer was given, so an error stays in the layer
+that makes it. Layers are cut out of the artifact's own graph, with their inner tensors as outputs.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +14,7 @@ from onnx import helper
 
 from llava_edge.convert.verify.gaps import statistics, whole_gap
 from llava_edge.convert.verify.graph_view import GraphView
+from llava_edge.convert.verify.layer_inputs import LayerInputs
 from llava_edge.convert.verify.reference_answer import Reference, ReferenceAnswer
 from llava_edge.convert.verify.subject import Subject
 from llava_edge.convert.verify.vision_values import VisionValues
@@ -37,12 +36,11 @@ def first_decoder_deviation(
     bound = bounds.value(_STAGE, _METRIC)
     embeddings = torch.from_numpy(answer.embeddings)
     count = subject.dims.text.num_hidden_layers
-    with tempfile.TemporaryDirectory() as folder:
-        normed = _keep_layer_inputs(reference, embeddings, count, Path(folder))
+    with LayerInputs(reference, embeddings, count) as inputs:
         for layer in range(count):
-            rows: Array = np.load(Path(folder) / f"{layer}.npy")
+            rows = inputs.load(layer)
             theirs = _layer_tensors(reference, rows, layer)
-            theirs["language_model.norm"] = normed[list(answer.positions.kept)]
+            theirs["language_model.norm"] = inputs.normed[list(answer.positions.kept)]
             theirs["lm_head"] = answer.export
             found = _compare(_run_layer(subject, layer, rows, answer), theirs, bound)
             if found is not None:
@@ -81,7 +79,7 @@ def _vision_difference(
     with reference.model.observed([*values], see):
         reference.model.embed(answer.inputs)
     pixels = torch.cat(answer.inputs.pixel_values).numpy().astype(subject.dtype)
-    view = GraphView(subject.vision_path())
+    view = GraphView(subject.vision_path(), "vision")
     known = {value.name for value in view.model.graph.output}
     view.model.graph.output.extend(
         helper.make_empty_tensor_value_info(name)
@@ -106,20 +104,6 @@ def _compare(
             shown = gap if np.isfinite(gap) else float(np.finfo(np.float32).max)
             return Deviation(name, shown, bound, statistics(have), statistics(wanted))
     return None
-
-
-def _keep_layer_inputs(
-    reference: Reference, embeddings: torch.Tensor, count: int, folder: Path
-) -> Array:
-    """Write the input of each layer to a file; returns the normed states behind the last."""
-
-    def see(name: str, first: torch.Tensor, _output: torch.Tensor) -> None:
-        np.save(folder / f"{name.rsplit('.', 1)[-1]}.npy", first[0].numpy())
-
-    reference.model.use(reference.supply)
-    with reference.model.observed([f"language_model.layers.{i}" for i in range(count)], see):
-        normed: Array = reference.model.hidden(embeddings).numpy()
-    return normed
 
 
 def _layer_tensors(reference: Reference, rows: Array, layer: int) -> dict[str, Array]:

@@ -56,7 +56,8 @@ def _difference(
     if [len(each) for each in theirs] != counts:
         return f"takes {counts} tokens, the reference {[len(each) for each in theirs]}"
     ours = _ours(layouts, side, counts)
-    wanted = np.concatenate([np.append(_TEXT_VALUE, each) for each in (*theirs, [])])
+    text = np.array([_TEXT_VALUE])
+    wanted = np.concatenate([part for each in theirs for part in (text, each)] + [text])
     wrong = np.flatnonzero(ours != wanted)
     if not len(wrong):
         return None

@@ -1,8 +1,8 @@
 """ReferenceProcessor: transformers' own processor for a checkpoint, at the artifact's candidates.
 
 Checkpoints in the original layout have no processor files: their image processor is made from the
-values that the original code has, and their prompts are joined as it does, chunk by chunk around the
-image marks.
+values that the original code has, and their prompts are joined as it does, chunk by chunk around
+the image marks.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class ReferenceProcessor:
             except Exception as error:  # whatever a template raises
                 errors.append(str(error))
                 continue
-            if "'type'" not in text and '"type"' not in text and _shows(messages, text):
+            if _shows(messages, text):
                 return str(text)
             errors.append(f"it wrote {text!r:.120}")
         raise CheckpointError(f"the chat template takes no form of the messages: {errors}")
@@ -156,8 +156,11 @@ def _said(message: Message, form: str) -> dict[str, Any]:
 
 
 def _shows(messages: Sequence[Message], text: str) -> bool:
-    """Whether every text and every image of the messages is in what the template wrote."""
+    """Whether every text and image of the messages is in what the template wrote, and no list."""
     parts = [part for message in messages for part in message.parts]
     texts = [part.text.strip() for part in parts if isinstance(part, Text)]
     num_images = sum(isinstance(part, Media) for part in parts)
-    return all(each in text for each in texts) and text.count(_MARK) >= num_images
+    # A template that prints the list of parts as such shows its keys.
+    said = "".join(texts)
+    printed = any(text.count(key) > said.count(key) for key in ("'type'", '"type"'))
+    return not printed and all(each in text for each in texts) and text.count(_MARK) >= num_images

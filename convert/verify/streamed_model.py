@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -32,8 +32,8 @@ _HEAD_ROWS = 8192
 class LinearSupply(Protocol):
     """Weights that the language model's linear layers take in place of the checkpoint's."""
 
-    def linear(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
-        """Weight [outputs, inputs] of a layer (canonical, without ``.weight``), or some rows."""
+    def linear(self, name: str) -> NDArray[np.float32]:
+        """Weight [outputs, inputs] of a layer (canonical, without ``.weight``)."""
 
     def rounding(self, name: str) -> int | None:
         """Inputs rounded to 8 bits as one: a block's length, -1 the row, None for no rounding."""
@@ -163,11 +163,12 @@ class StreamedModel:
         block = None if self._supply is None else self._supply.rounding(_HEAD)
         rows = hidden if block is None else _rounded(hidden, block)
         vocab = self._checkpoint.dims.text.vocab_size
+        if self._supply is not None:
+            return rows @ torch.from_numpy(self._supply.linear(_HEAD)).T
         parts: list[torch.Tensor] = []
-        with torch.no_grad():
-            for first in range(0, vocab, _HEAD_ROWS):
-                chosen = slice(first, min(first + _HEAD_ROWS, vocab))
-                parts.append(rows @ self._head_rows(chosen).T)
+        for first in range(0, vocab, _HEAD_ROWS):
+            chosen = slice(first, min(first + _HEAD_ROWS, vocab))
+            parts.append(rows @ self._read(f"{_HEAD}.weight", chosen).T)
         return torch.cat(parts, dim=1)
 
     @contextmanager
@@ -226,7 +227,8 @@ class StreamedModel:
         features = self._core.multi_modal_projector(selected)
         newline = self._read("image_newline")
         packed = self.pack([each[None] for each in features], inputs.image_sizes, newline)
-        output = BaseModelOutputWithPooling(pooler_output=packed)
+        # The library itself puts the list of images there.
+        output = BaseModelOutputWithPooling(pooler_output=cast(Any, packed))
         return {"mm_encoder_outputs": {"image": output}}
 
     def _attach(self, root: nn.Module, prefix: str) -> None:
@@ -285,11 +287,6 @@ class StreamedModel:
             found[each] = torch.zeros(width) if row is None else row[0]
         return torch.stack([found[each] for each in ids.tolist()])
 
-    def _head_rows(self, rows: slice) -> torch.Tensor:
-        if self._supply is not None:
-            return torch.from_numpy(self._supply.linear(_HEAD, rows))
-        return self._read(f"{_HEAD}.weight", rows)
-
     def _materialise_buffers(self) -> None:
         """Buffers are no weights: they follow from the configuration and are made for real."""
         for root in (self._core, self._language):
@@ -333,7 +330,7 @@ class _Echo(nn.Module):
         return self.embed_tokens
 
     def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
 class _PassThrough(nn.Module):
@@ -359,7 +356,8 @@ def _rounded(values: torch.Tensor, block: int) -> torch.Tensor:
     size = width if block == -1 else min(block, width)
     short = -width % size
     padded = nn.functional.pad(values, (0, short)) if short else values
-    blocks = padded.unflatten(-1, (-1, size))
+    blocks = padded.reshape(*padded.shape[:-1], -1, size)
     largest = blocks.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     rounded = ((blocks / largest * 127).round() * largest / 127).flatten(-2)
-    return rounded[..., :width]
+    kept: torch.Tensor = rounded[..., :width]
+    return kept

@@ -13,6 +13,7 @@ from llava_edge.convert.verify.probes import Probe
 from llava_edge.convert.verify.reference_answer import Positions
 from llava_edge.profiles.buffers import default_cache_type, kv_cache_bytes
 from llava_edge.profiles.formats import PRECISIONS, weight_bytes
+from llava_edge.profiles.hardware import Int8Isa
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.decoder import Decoder, FillEmbeddings
 from llava_edge.runtime.embeddings import EmbeddingTable
@@ -110,12 +111,38 @@ class Subject:
             rows = _driven(decoder, rows, positions, 0, cut.text.hidden_size).astype(self.dtype)
         raise AssertionError("the last group has the head")
 
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether kernels of the language model round what they read to 8 bits."""
+        manifest = self.artifact.manifest
+        return manifest.flavour == "cpu" and manifest.precision.language_model != "fp16"
+
+    def layer(self, layer: int, rows: Array, positions: Positions) -> Array:
+        """One layer by itself: float32 [positions, hidden] in and out."""
+        cut = self.graph.slice(layer, layer + 1, head=False)
+        session = cut.open(self.options)
+        decoder = Decoder(session, cut.text, positions.total, positions.chunk, self.dtype)
+        given = rows.astype(self.dtype)
+        return _driven(decoder, given, positions, 0, cut.text.hidden_size)
+
+    def head(self, states: Array) -> Array:
+        """Final norm and head by themselves: [rows, hidden] to logits float32 [rows, vocab]."""
+        count = self.dims.text.num_hidden_layers
+        session = self.graph.slice(count, count).open(self.options)
+        feeds = {
+            "inputs_embeds": states[None].astype(self.dtype),
+            "logits_to_keep": np.array(0, np.int64),
+        }
+        (logits,) = session.run(feeds, ["logits"])
+        found: Array = logits[0]
+        return found
+
     def _layer_bytes(self) -> tuple[int, int]:
         """Bytes of one layer's weights in memory and its cache, and of the head."""
         manifest = self.artifact.manifest
         stored = manifest.precision.language_model
         precision = stored if stored in PRECISIONS else "fp16"
-        isa = "none" if manifest.precision.int8_route == "nbits" else "vnni"
+        isa: Int8Isa = "none" if manifest.precision.int8_route == "nbits" else "vnni"
         sizes = weight_bytes(self.dims, precision, manifest.flavour, isa, resident=True)
         count = self.dims.text.num_hidden_layers
         cache = kv_cache_bytes(

@@ -22,7 +22,7 @@ class VisionValues:
     """
 
     def __init__(self, path: Path, num_blocks: int) -> None:
-        self._view = GraphView(path)
+        self._view = GraphView(path, "vision")
         self._num_blocks = num_blocks
 
     def outline(self) -> dict[str, str]:
@@ -57,5 +57,5 @@ class VisionValues:
     def _block(self, index: int) -> str:
         """The sum behind the second linear layer."""
         name = f"{_BLOCK.format(index)}.mlp.fc2"
-        value: str = self._view.readers(self._view.linear(name))[0].output[0]
+        value: str = self._view.consumers(self._view.linear(name))[0].output[0]
         return value

@@ -1,0 +1,225 @@
+"""verify_artifact: all stages on one artifact, and the certificate that comes of them."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+
+from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.reference import REFERENCE
+from llava_edge.convert.verify.answer_stages import AnswerStages
+from llava_edge.convert.verify.deviation import first_decoder_deviation, first_vision_deviation
+from llava_edge.convert.verify.graph_weights import GraphWeights
+from llava_edge.convert.verify.greedy_stage import greedy_tokens
+from llava_edge.convert.verify.layer_stage import LayerStage
+from llava_edge.convert.verify.memory_stage import memory_stage
+from llava_edge.convert.verify.packing_stage import packing_stage
+from llava_edge.convert.verify.pixel_stage import pixel_stage
+from llava_edge.convert.verify.probes import Probe, draw_probes
+from llava_edge.convert.verify.prompt_stage import prompt_stage
+from llava_edge.convert.verify.reference_answer import Reference
+from llava_edge.convert.verify.subject import Subject
+from llava_edge.profiles.detect import read_int8_isa
+from llava_edge.profiles.errors import LlavaEdgeError
+from llava_edge.runtime.artifact import Artifact
+from llava_edge.runtime.bounds import Bounds, bounds_for
+from llava_edge.runtime.certificate import (
+    CERTIFICATE_VERSION,
+    Certificate,
+    Deviation,
+    Host,
+    Mode,
+    StageResult,
+    exact,
+    overall,
+)
+from llava_edge.runtime.host_memory import peak_host_bytes
+from llava_edge.runtime.image_processor import ImageProcessor
+
+Report = Callable[[str, int, int], None]
+"""``report(stage, done, total)`` in stages."""
+
+_TOOLS = ("llava-edge", "onnx", "onnxruntime", "tokenizers", "torch", "transformers", "pillow")
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """How much is verified.
+
+    Attributes:
+        mode: ``quick``: text and the cheapest grid; ``full``: every grid, the whole graph at once,
+            and the memory of a fresh process.
+        memory_bytes: what the decoder's weights may take at once in ``quick``; None for all.
+        threads: of the CPU provider; 0 for all cores.
+    """
+
+    mode: Mode = "quick"
+    memory_bytes: int | None = None
+    threads: int = 0
+
+
+class Verifier:
+    """One artifact, its checkpoint, and the stages that compare them.
+
+    Args:
+        artifact: opened; its files have been compared with the manifest.
+        checkpoint: what it was made from.
+        options: see there.
+        report: told about stages.
+    """
+
+    def __init__(
+        self, artifact: Artifact, checkpoint: Checkpoint, options: VerifyOptions, report: Report
+    ) -> None:
+        manifest = artifact.manifest
+        self.artifact = artifact
+        self.checkpoint = checkpoint
+        self.options = options
+        self.bounds: Bounds = bounds_for(manifest.flavour, manifest.precision)
+        quantized = manifest.precision.language_model != "fp16"
+        supply = GraphWeights.open(artifact) if quantized else None
+        self.reference = Reference(artifact, checkpoint, supply)
+        anyres = ImageProcessor(manifest.image_processing).anyres
+        self.probes = draw_probes(anyres, options.mode)
+        self._report = report
+        self._stages: list[StageResult] = []
+        self._done = 0
+
+    def run(self) -> Certificate:
+        """Run every stage; a stage that cannot run at all fails with its reason."""
+        started = time.perf_counter()
+        artifact, checkpoint, reference = self.artifact, self.checkpoint, self.reference
+        self._stage("prompt", lambda: prompt_stage(artifact, checkpoint, reference.processor))
+        self._stage("preprocessing", lambda: pixel_stage(artifact, reference.processor))
+        self._stage("packing", lambda: packing_stage(artifact, reference.model))
+        deviation = None
+        whole = self.options.mode == "full"
+        budget = None if whole else self.options.memory_bytes
+        with Subject(artifact, budget, self.options.threads) as subject:
+            answers = AnswerStages(self.bounds)
+            layers = LayerStage(self.bounds)
+            self._stage("tile_features", lambda: self._answers(subject, answers))
+            if subject.rounds_activations:
+                self._stage("layers", lambda: self._layers(subject, layers))
+            if any(stage.verdict == "fail" for stage in self._stages):
+                self._tell("deviation")
+                deviation = self._deviation(subject, answers)
+            self._stage("greedy", lambda: self._greedy(subject, answers, layers))
+        if whole:
+            self._stage("memory", lambda: memory_stage(artifact, self._largest()))
+        self._stages += answers.loss_rows()
+        return self._certificate(deviation, time.perf_counter() - started)
+
+    def _answers(self, subject: Subject, answers: AnswerStages) -> list[StageResult]:
+        for probe in self.probes:
+            answer = self.reference.answer(probe)
+            answers.measure(subject, answer)
+        return answers.rows()
+
+    def _layers(self, subject: Subject, layers: LayerStage) -> list[StageResult]:
+        for probe in self.probes[:2]:
+            layers.measure(subject, self.reference, self.reference.answer(probe))
+        return layers.rows()
+
+    def _greedy(
+        self, subject: Subject, answers: AnswerStages, layers: LayerStage
+    ) -> list[StageResult]:
+        found = answers.tokens
+        if subject.is_whole:
+            pair = self.probes[:2]
+            found += greedy_tokens(
+                self.artifact, pair, self.reference, self.bounds, self.options.threads
+            )
+        if not subject.rounds_activations:
+            return [found.row("greedy")]
+        # End to end the bound is that of the rounding, so few positions are conclusive; none of
+        # them may differ. The evidence comes from behind the head.
+        end = found.row("greedy")
+        if not found.differing:
+            end = replace(end, verdict="pass", metric="differing_tokens_end_to_end")
+        return [layers.tokens.row("greedy"), end]
+
+    def _deviation(self, subject: Subject, answers: AnswerStages) -> Deviation | None:
+        failed = {stage.name for stage in self._stages if stage.verdict == "fail"}
+        found = None
+        if "tile_features" in failed:
+            pictured = next(probe for probe in self.probes if probe.images)
+            answer = self.reference.answer(pictured)
+            found = first_vision_deviation(subject, self.reference, answer, self.bounds)
+        if found is None and failed & {"layers", "prefill_logits", "decode_logits"}:
+            # The shortest probe that fails: its tensors are the smallest.
+            failing = [probe for probe in self.probes if probe.name in answers.failing]
+            answer = self.reference.answer((failing or list(self.probes))[0])
+            found = first_decoder_deviation(subject, self.reference, answer, self.bounds)
+        return found
+
+    def _largest(self) -> Probe:
+        return max(
+            self.probes[:-1], key=lambda probe: sum(i.width * i.height for i in probe.images)
+        )
+
+    def _stage(self, name: str, run: Callable[[], Any]) -> None:
+        self._tell(name)
+        try:
+            found = run()
+        except (LlavaEdgeError, ValueError, RuntimeError, IndexError) as error:
+            # What is broken enough not to run is not verified either, and the others go on.
+            found = exact(name, "errors", [f"{type(error).__name__}: {error}"[:400]], "")
+        if found is not None:
+            self._stages += [found] if isinstance(found, StageResult) else found
+
+    def _tell(self, name: str) -> None:
+        self._done += 1
+        self._report(f"verify {name}", self._done, 8)
+
+    def _certificate(self, deviation: Deviation | None, seconds: float) -> Certificate:
+        manifest = self.artifact.manifest
+        verdict = overall(self._stages)
+        return Certificate(
+            schema_version=CERTIFICATE_VERSION,
+            passed=verdict == "pass",
+            verdict=verdict,
+            mode=self.options.mode,
+            issued=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            flavour=manifest.flavour,
+            host=this_host("CPUExecutionProvider"),
+            reference=REFERENCE,
+            tools={name: version(name) for name in _TOOLS},
+            stages=tuple(self._stages),
+            first_deviation=deviation,
+            conversion=manifest.conversion,
+            seconds=round(seconds, 2),
+            peak_host_bytes=peak_host_bytes(),
+        )
+
+
+def this_host(provider: str) -> Host:
+    """The machine that this runs on."""
+    try:
+        text = _CPUINFO.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        text = ""
+    models = [line.split(":", 1)[1].strip() for line in text.splitlines() if "model name" in line]
+    return Host(
+        machine=platform.machine(),
+        cpu=models[0] if models else platform.processor(),
+        int8_isa=read_int8_isa(text),
+        provider=provider,
+        onnxruntime=onnxruntime.__version__,
+    )
+
+
+def verify_artifact(
+    artifact: Artifact, checkpoint: Checkpoint, options: VerifyOptions, report: Report
+) -> Certificate:
+    """Compare an artifact with its checkpoint; see ``Verifier``."""
+    return Verifier(artifact, checkpoint, options, report).run()
