@@ -83,10 +83,10 @@ def read_machine(root: Path = Path("/"), gpus: GpuReport | None = None) -> Machi
         memory_bytes=total,
         available_bytes=min(available, total),
         limited_by_cgroup=limited,
-        cpu_model=_cpu_field(cpu, "model name") or _cpu_field(cpu, "CPU part") or "unknown",
+        cpu_model=read_cpu_model(cpu),
         cpu_cores=max(1, sum(line.startswith("processor") for line in cpu.splitlines())),
         int8_isa=read_int8_isa(cpu),
-        board=_board(root),
+        board=read_board(root),
         gpus=read_gpus() if gpus is None else gpus,
     )
 
@@ -124,6 +124,17 @@ def read_int8_isa(cpuinfo: str) -> Int8Isa:
     if flags & {"avx512_vnni", "avx_vnni"}:
         return "vnni"
     return "neon-dot" if "asimddp" in flags else "none"
+
+
+def read_cpu_model(cpuinfo: str) -> str:
+    """What ``/proc/cpuinfo`` calls the processor."""
+    return _cpu_field(cpuinfo, "model name") or _cpu_field(cpuinfo, "CPU part") or "unknown"
+
+
+def read_board(root: Path = Path("/")) -> str | None:
+    """Name of a board with unified memory, as the device tree has it."""
+    model = _read(root / "proc" / "device-tree" / "model").strip("\0 \n")
+    return model if "Jetson" in model or "DGX Spark" in model else None
 
 
 def known_board(name: str, memory_bytes: int) -> HardwareProfile | None:
@@ -266,11 +277,6 @@ def _own_group(root: Path, prefix: str) -> str:
             path = os.path.normpath("/" + line[len(prefix) :].strip().lstrip("/"))
             return path if path != "/" else ""
     return ""
-
-
-def _board(root: Path) -> str | None:
-    model = _read(root / "proc" / "device-tree" / "model").strip("\0 \n")
-    return model if "Jetson" in model or "DGX Spark" in model else None
 
 
 def _cpu_field(cpuinfo: str, key: str) -> str:

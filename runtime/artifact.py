@@ -16,16 +16,16 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from llava_edge.profiles.errors import ArtifactError
+from llava_edge.runtime.certificate import Certificate
+from llava_edge.runtime.certificate_file import read_certificate
 from llava_edge.runtime.digests import DigestCache, hash_files
 from llava_edge.runtime.graph_check import graph_faults, spec_faults
 from llava_edge.runtime.manifest import GraphSpec, Manifest
 from llava_edge.runtime.manifest_check import (
-    CERTIFICATE,
     MANIFEST,
     MAX_FILES,
     MAX_NAME_DEPTH,
@@ -36,10 +36,10 @@ from llava_edge.runtime.onnx_header import read_onnx_header
 from llava_edge.runtime.records import from_json
 from llava_edge.runtime.regular_file import read_bounded
 from llava_edge.runtime.sealed_json import check_seal, parse_strict
+from llava_edge.runtime.versions import own_version
 
 _LOG = logging.getLogger(__name__)
 _MANIFEST_LIMIT = 8 << 20
-_CERTIFICATE_LIMIT = 8 << 20
 _NOT_OPENED = "gptq/"
 _AGAIN = "Copy the artifact again, or convert again."
 
@@ -53,15 +53,15 @@ READERS: Mapping[int, Callable[[Any], Manifest]] = {
 class Artifact:
     """An opened artifact. ``verified`` means that its certificate is for it and says passed.
 
-    ``certificate`` is the parsed certificate whenever there is one with a right digest, also when
-    it belongs to another manifest. ``manifest_sha256`` is the SHA-256 of ``manifest.json`` as it
-    lies in the folder, the value that a certificate refers to.
+    ``certificate`` is there whenever one can be read, also where it does not count.
+    ``manifest_sha256`` is the SHA-256 of ``manifest.json`` as it lies in the folder, the value that
+    a certificate refers to.
     """
 
     folder: Path
     manifest: Manifest
     manifest_sha256: str
-    certificate: Mapping[str, Any] | None
+    certificate: Certificate | None
     verified: bool
 
     def path(self, name: str) -> Path:
@@ -88,7 +88,7 @@ def open_artifact(
         folder: the artifact; the path to it may go through links, nothing inside may.
         verify_digests: hash the files that running opens (all but ``gptq/``), or take the digests
             from the cache where the files are untouched since.
-        require_verified: refuse an artifact without a certificate of its own.
+        require_verified: refuse an artifact without a certificate of its own that says passed.
         hash_everything: hash all files anew and do not ask the cache.
 
     Raises:
@@ -101,8 +101,7 @@ def open_artifact(
     if verify_digests or hash_everything:
         _check_digests(root, manifest, hash_everything)
     check_graphs(root, manifest)
-    certificate = _read_certificate(root)
-    reason = _unverified(certificate, manifest_sha256)
+    certificate, reason = read_certificate(root, manifest, manifest_sha256)
     if reason is not None:
         message = f"{root} is not verified: {reason}"
         if require_verified:
@@ -167,16 +166,9 @@ def _reader(document: Any, path: Path) -> Callable[[Any], Manifest]:
     writer = tools.get("llava-edge") if isinstance(tools, dict) else None
     reads = f"llava-edge {writer!s:.40}" if isinstance(writer, str) else "a newer llava-edge"
     raise ArtifactError(
-        f"{path} has schema_version {stated}; this is llava-edge {_own_version()}, which reads "
+        f"{path} has schema_version {stated}; this is llava-edge {own_version()}, which reads "
         f"{known}. Install {reads} or later to open it, or convert again with this one."
     )
-
-
-def _own_version() -> str:
-    try:
-        return version("llava-edge")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 def check_listing(root: Path, manifest: Manifest) -> None:
@@ -273,29 +265,6 @@ def check_graphs(root: Path, manifest: Manifest) -> None:
         for spec in specs.get(name, []):
             faults += spec_faults(header, spec)
         _raise(root / name, faults)
-
-
-def _read_certificate(root: Path) -> Mapping[str, Any] | None:
-    path = root / CERTIFICATE
-    if not os.path.lexists(path):
-        return None
-    data = read_bounded(path, _CERTIFICATE_LIMIT)
-    document = parse_strict(data, str(path))
-    check_seal(data, document, str(path))
-    if not isinstance(document, dict) or not isinstance(document.get("manifest_sha256"), str):
-        raise ArtifactError(f"{path} does not say which manifest it is for. {_AGAIN}")
-    return document
-
-
-def _unverified(certificate: Mapping[str, Any] | None, manifest_sha256: str) -> str | None:
-    """Why an artifact does not count as verified; None when it does."""
-    if certificate is None:
-        return f"it has no {CERTIFICATE}"
-    if certificate["manifest_sha256"] != manifest_sha256:
-        return f"its {CERTIFICATE} was issued for another {MANIFEST}"
-    if certificate.get("passed") is not True:
-        return f"its {CERTIFICATE} says that verification did not pass"
-    return None
 
 
 def _raise(where: Path, faults: list[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -13,3 +15,24 @@ def cache_folder() -> Path:
     if os.path.isabs(named):
         return Path(named) / "llava-edge"
     return Path(os.path.expanduser("~")) / ".cache" / "llava-edge"
+
+
+def keep_in_cache(path: Path, text: str) -> None:
+    """Write a file of the cache whole or not at all, and do without where that is impossible.
+
+    Args:
+        path: below ``cache_folder()``.
+        text: its contents.
+    """
+    # A read-only home or a full disk must not keep an artifact from being opened.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, partial = tempfile.mkstemp(dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
+            raise

@@ -22,7 +22,6 @@ _EXTRAS = {
     "bench": "bench",
     "convert": "convert",
     "serve": "serve",
-    "verify": "convert",
 }
 _INTERRUPTED = 130
 

@@ -6,12 +6,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -19,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.runtime.cache_folder import cache_folder
+from llava_edge.runtime.cache_folder import cache_folder, keep_in_cache
 from llava_edge.runtime.regular_file import open_regular, read_bounded
 from llava_edge.runtime.sealed_json import parse_strict
 
@@ -174,15 +172,4 @@ class DigestCache:
 
     def _store(self, known: Mapping[str, tuple[Fingerprint, str]]) -> None:
         text = json.dumps({name: [list(prints), d] for name, (prints, d) in known.items()})
-        # A read-only home or a full disk must not keep an artifact from being opened.
-        with contextlib.suppress(OSError):
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, partial = tempfile.mkstemp(dir=self._file.parent)
-            try:
-                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                    file.write(text)
-                os.replace(partial, self._file)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(partial)
-                raise
+        keep_in_cache(self._file, text)

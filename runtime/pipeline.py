@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,12 +33,15 @@ from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.placement import Device, check_host_memory, choose_device
 from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.prompt_embedder import PromptEmbedder
+from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
+from llava_edge.runtime.replay import Replay
 from llava_edge.runtime.request import PromptOptions, Request, RequestBuilder
 from llava_edge.runtime.sampling import Sampler, SamplingOptions
 from llava_edge.runtime.session import Array, DeviceKind, Session, SessionOptions
 from llava_edge.runtime.stream import AnswerStream, Pieces, StreamHandle
 from llava_edge.runtime.tokenizer import Tokenizer
 from llava_edge.runtime.turnstile import Turnstile
+from llava_edge.runtime.verified_here import check_verified_here
 from llava_edge.runtime.vision import VisionEncoder
 
 MAX_THREADS = 1024
@@ -104,6 +107,9 @@ class LlavaEdge:
     ) -> LlavaEdge:
         """Open an artifact.
 
+        An artifact that was verified with other int8 instructions than this processor's runs its
+        golden prompts the first time, which takes seconds.
+
         Args:
             artifact: folder that ``llava-edge convert`` wrote.
             device: ``auto`` takes what the artifact was made for. A cpu artifact does not run on
@@ -117,14 +123,48 @@ class LlavaEdge:
 
         Raises:
             ArtifactError: the artifact is damaged, unsafe or not verified.
-            EngineError: the device is not there, or does not suit the artifact.
+            EngineError: the device is not there, or does not suit the artifact, or the golden
+                prompts fail on it.
             OutOfMemoryError: cache and weights do not fit what is free now.
             RequestError: an argument is out of range or of another type.
         """
         require_count("threads", threads, 0, MAX_THREADS)
         opened = open_artifact(artifact, require_verified=require_verified)
-        check_interfaces(opened)
-        manifest = opened.manifest
+        model = cls.over(
+            opened,
+            device,
+            threads=threads,
+            context_tokens=context_tokens,
+            allow_slow=allow_slow,
+            limits=limits,
+            progress=progress,
+        )
+        try:
+            check_verified_here(model)
+        except BaseException:
+            model.close()
+            raise
+        return model
+
+    @classmethod
+    def over(
+        cls,
+        artifact: Artifact,
+        device: Device = "auto",
+        *,
+        threads: int = 0,
+        context_tokens: int | None = None,
+        allow_slow: bool = False,
+        limits: Limits | None = None,
+        progress: ReportProgress = no_progress,
+    ) -> LlavaEdge:
+        """Load an artifact that is open already, whatever it was verified on: for verifying.
+
+        Args and errors are those of ``load``.
+        """
+        require_count("threads", threads, 0, MAX_THREADS)
+        check_interfaces(artifact)
+        manifest = artifact.manifest
         chosen = choose_device(device, manifest.flavour, allow_slow)
         context = manifest.context_tokens if context_tokens is None else context_tokens
         require_count("context_tokens", context, 1)
@@ -134,8 +174,8 @@ class LlavaEdge:
                 f"{manifest.context_tokens}. Convert again with --context for a longer one."
             )
         if chosen == "cpu":
-            check_host_memory(opened, context)
-        return cls(opened, chosen, threads, context, limits or Limits(), progress)
+            check_host_memory(artifact, context)
+        return cls(artifact, chosen, threads, context, limits or Limits(), progress)
 
     def generate(self, prompt: str, images: Sequence[ImageSource] = (), **options: Any) -> Answer:
         """Answer a question; takes the options of ``stream``.
@@ -234,16 +274,42 @@ class LlavaEdge:
         Returns:
             float32 (1 + len(token_ids), vocab).
         """
-        options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
-        request = self._requests.build(prompt, images, options)
-        self._check_length(request)
         rows = np.empty((1 + len(token_ids), self._dims.text.vocab_size), np.float32)
+        options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
+        self.replay(prompt, images, token_ids, rows.__setitem__, options)
+        return rows
+
+    def replay(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource],
+        token_ids: Sequence[int],
+        on_logits: Callable[[int, Array], None],
+        options: PromptOptions | None = None,
+    ) -> Replay:
+        """Answer with given tokens, the way every answer is made, and show what comes up.
+
+        Args:
+            prompt: as in ``stream``.
+            images: as in ``stream``.
+            token_ids: taken as the answer, whatever the logits say.
+            on_logits: ``on_logits(i, row)`` gets the logits behind the prompt (0) and behind the
+                i-th given token, float32 (vocab,), valid until it returns.
+            options: how prompt and images are read.
+
+        Raises:
+            ImageError: an image is refused.
+            PromptError: as ``stream``, or the tokens do not fit the context.
+        """
+        request = self._requests.build(prompt, images, options or PromptOptions())
+        self._check_length(request)
         with self._turnstile.turn():
-            rows[0], _, _ = self._prefill(request, no_progress)
+            embeddings = self._embedder.embed(request, no_progress)
+            on_logits(0, self._prefill(request, embeddings, no_progress))
             for index, token in enumerate(token_ids, start=1):
                 row = self._table.rows(np.array([token]), dtype=self._dtype)
-                rows[index] = self._decoder.step(row[0])
-        return rows
+                on_logits(index, self._decoder.step(row[0]))
+        return Replay(request, embeddings.features[:-1])
 
     @property
     def decode_run_seconds(self) -> float:
@@ -284,7 +350,12 @@ class LlavaEdge:
     ) -> Pieces:
         with self._turnstile.turn(handle.close):
             started = time.perf_counter()
-            logits, vision_seconds, prefill_seconds = self._prefill(request, progress)
+            embeddings = self._embedder.embed(request, progress)
+            encoded = time.perf_counter()
+            logits = self._prefill(request, embeddings, progress)
+            prefilled = time.perf_counter()
+            # Features are not kept while the answer is made.
+            del embeddings
             vocab_size = self._dims.text.vocab_size
             places = [i for i in (self._tokens.image, self._tokens.video) if i is not None]
             sampler = Sampler(
@@ -321,8 +392,8 @@ class LlavaEdge:
             waited = result.first_token_at - started
             timings = Timings(
                 preprocess_seconds=request.preprocess_seconds,
-                vision_seconds=vision_seconds,
-                prefill_seconds=prefill_seconds,
+                vision_seconds=encoded - started,
+                prefill_seconds=prefilled - encoded,
                 decode_seconds=result.decode_seconds,
                 ttft_seconds=request.preprocess_seconds + waited,
                 decode_tokens_per_second=rate,
@@ -340,11 +411,10 @@ class LlavaEdge:
                 engine="ort",
             )
 
-    def _prefill(self, request: Request, progress: ReportProgress) -> tuple[Array, float, float]:
-        """Logits (vocab,) of the prompt's last position; seconds of vision and of prefill."""
-        started = time.perf_counter()
-        embeddings = self._embedder.embed(request, progress)
-        encoded = time.perf_counter()
+    def _prefill(
+        self, request: Request, embeddings: PromptEmbeddings, progress: ReportProgress
+    ) -> Array:
+        """Logits (vocab,) of the prompt's last position."""
         total = request.num_tokens
 
         def fill(start: int, stop: int, out: Array) -> None:
@@ -352,6 +422,6 @@ class LlavaEdge:
             embeddings.fill(start, stop, out)
 
         self._decoder.rewind(0)
-        logits = self._decoder.prefill(total, fill)[0]
+        logits: Array = self._decoder.prefill(total, fill)[0]
         progress("prompt", total, total)
-        return logits, encoded - started, time.perf_counter() - encoded
+        return logits

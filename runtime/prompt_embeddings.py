@@ -34,6 +34,9 @@ class PromptEmbeddings:
         features: (total tiles · patches + 1, hidden): the tiles of all images one after another
             and the newline row last.
         table: the embedding table.
+
+    Attributes:
+        features: as given.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class PromptEmbeddings:
         table: Rows,
     ) -> None:
         self._ids = ids
-        self._features = features
+        self.features = features
         self._table = table
         newline_row = features.shape[0] - 1
         sources: list[Array] = []
@@ -61,23 +64,18 @@ class PromptEmbeddings:
         if sources:
             self._feature_rows[ids == image_token_id] = np.concatenate(sources)
 
-    @property
-    def features(self) -> Array:
-        """(total tiles · patches + 1, hidden): what was handed in, the newline row last."""
-        return self._features
-
     def fill(self, start: int, stop: int, out: Array) -> None:
         """Write the embeddings of positions start..stop into ``out`` (stop − start, hidden)."""
         rows = self._feature_rows[start:stop]
         is_image = rows >= 0
         if is_image.all():
-            np.take(self._features, rows, axis=0, out=out)
+            np.take(self.features, rows, axis=0, out=out)
             return
         text = ~is_image
         ids = self._ids[start:stop]
         if not is_image.any():
             self._table.rows(ids, out=out)
             return
-        out[is_image] = self._features[rows[is_image]]
+        out[is_image] = self.features[rows[is_image]]
         wanted = np.empty((int(text.sum()), out.shape[1]), out.dtype)
         out[text] = self._table.rows(ids[text], out=wanted)

@@ -20,8 +20,17 @@ from llava_edge.profiles.errors import EngineError, OutOfMemoryError
 Array = np.ndarray[Any, np.dtype[Any]]
 DeviceKind = Literal["cpu", "cuda"]
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDERS: dict[DeviceKind, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _OUT_OF_MEMORY = ("failed to allocate memory", "out of memory", "bad allocation", "bad_alloc")
+
+
+ENGINE_VERSION: str = ort.__version__
+"""Of ONNX Runtime."""
+
+
+def provider_name(device: DeviceKind) -> str:
+    """ONNX Runtime's name of the provider that runs graphs on a device."""
+    return _PROVIDERS[device]
 
 
 def available_devices() -> tuple[DeviceKind, ...]:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+
+from llava_edge.runtime.certificate import Certificate, Host, StageResult
+from llava_edge.runtime.golden import GOLDEN_FILE, GoldenProbe, golden_bytes
+from llava_edge.runtime.sealed_json import seal
 
 ArtifactMaker = Callable[..., Path]
 CheckpointMaker = Callable[..., Path]
@@ -69,3 +78,95 @@ def picture() -> Image.Image:
     pen.ellipse((260, 120, 460, 320), fill="tomato")
     pen.polygon([(480, 340), (580, 340), (530, 220)], fill="seagreen")
     return image
+
+
+@pytest.fixture(scope="session")
+def make_certificate() -> Callable[..., Certificate]:
+    """``make_certificate(**changes)``: a certificate of this machine that says passed."""
+    from llava_edge.runtime.this_machine import describe_host
+
+    def make(host: dict[str, str] | None = None, **changes: Any) -> Certificate:
+        here = describe_host("cpu")
+        values: dict[str, Any] = {
+            "schema_version": 1,
+            "passed": True,
+            "verdict": "pass",
+            "mode": "quick",
+            "issued": "2026-11-24T10:00:00+00:00",
+            "flavour": "cpu",
+            "host": Host(**{**here.__dict__, **(host or {})}),
+            "reference": "transformers 5.23.0",
+            "tools": {"llava-edge": "0.1.0"},
+            "stages": (StageResult("prompt", "differing", 0.0, 0.0, "pass"),),
+        }
+        return Certificate(**{**values, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference_probes() -> Callable[..., tuple[GoldenProbe, ...]]:
+    """``reference_probes(checkpoint, manifest)``: two prompts, by transformers in float32."""
+
+    def make(checkpoint: Path, manifest: Any, steps: int = 40) -> tuple[GoldenProbe, ...]:
+        import torch
+
+        from llava_edge.convert.reference import ReferenceModel
+
+        reference = ReferenceModel(checkpoint)
+        side = manifest.image_processing.tile_size
+        random = np.random.default_rng(7)
+        probes = []
+        for index, size in enumerate([(side, 2 * side), (side + 9, side)]):
+            image = random.integers(0, 256, (*size, 3), np.uint8)
+            prompt = f"What is number {index}?"
+            inputs = reference.prepare(reference.render(prompt, 1), [Image.fromarray(image)])
+            forced = random.integers(3, 300, steps)
+            logits = reference.logits(inputs, forced.tolist())[-1 - steps :]
+            inner = reference.model.model
+            pixels = inputs["pixel_values"].flatten(0, 1)
+            layer = reference.model.config.vision_feature_layer
+            with torch.no_grad():
+                states = inner.vision_tower(pixels, output_hidden_states=True).hidden_states
+                features = inner.multi_modal_projector(states[layer][:, 1:]).flatten(0, 1)
+            rows = np.sort(random.choice(len(features), 6, replace=False))
+            kept = np.sort(random.choice(manifest.model.text.vocab_size, 32, replace=False))
+            best = logits.topk(2)
+            probes.append(
+                GoldenProbe(
+                    name=f"picture {index}",
+                    prompt=prompt,
+                    images=(image,),
+                    ids=inputs["input_ids"][0].numpy(),
+                    pixel_sha256=hashlib.sha256(pixels.numpy().tobytes()).hexdigest(),
+                    feature_rows=rows,
+                    features=features[rows].numpy(),
+                    forced=forced,
+                    logit_ids=kept,
+                    logits=logits[:, kept].numpy(),
+                    top_ids=best.indices.numpy(),
+                    top_logits=best.values.numpy(),
+                    ranges=(logits.amax(1) - logits.amin(1)).numpy(),
+                )
+            )
+        return tuple(probes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def with_golden() -> Callable[..., Path]:
+    """``with_golden(artifact, out, probes, manifest)``: a copy that carries golden probes."""
+
+    def copy(artifact: Path, out: Path, probes: tuple[GoldenProbe, ...], manifest: Any) -> Path:
+        shutil.copytree(artifact, out)
+        (out / "certificate.json").unlink(missing_ok=True)
+        data = golden_bytes(probes, manifest)
+        (out / GOLDEN_FILE).write_bytes(data)
+        document = json.loads((out / "manifest.json").read_text())
+        entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        document["files"][GOLDEN_FILE] = entry
+        (out / "manifest.json").write_bytes(seal(document))
+        return out
+
+    return copy

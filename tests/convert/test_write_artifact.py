@@ -32,6 +32,7 @@ from llava_edge.profiles.errors import (
 )
 from llava_edge.profiles.model_dims import ModelDims, TextDims, VisionDims
 from llava_edge.runtime.artifact import open_artifact
+from llava_edge.runtime.certificate import Certificate
 from llava_edge.runtime.manifest import (
     GraphSpec,
     ImageProcessing,
@@ -41,6 +42,7 @@ from llava_edge.runtime.manifest import (
     TensorSpec,
     TokenIds,
 )
+from llava_edge.runtime.records import to_json
 
 KEY = {"checkpoint": "abc", "precision": "int4", "grid": [1, 2]}
 
@@ -151,7 +153,9 @@ def test_the_same_request_gives_the_same_bytes(tmp_path: Path, manifest: Manifes
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_nothing_is_at_the_output_before_the_end(out: Path, manifest: Manifest) -> None:
+def test_nothing_is_at_the_output_before_the_end(
+    out: Path, manifest: Manifest, make_certificate: Callable[..., Certificate]
+) -> None:
     with ArtifactWriter(out, KEY) as writer:
         writer.part("vision", build_graph("vision"))
         writer.part("decoder", build_graph("decoder"))
@@ -159,7 +163,7 @@ def test_nothing_is_at_the_output_before_the_end(out: Path, manifest: Manifest) 
         assert not out.exists()
         folder = writer.prepare(manifest, "card")
         assert not out.exists()
-        write_certificate(folder, {"passed": True})
+        write_certificate(folder, to_json(make_certificate()))
         writer.publish()
     assert open_artifact(out, require_verified=True).verified
 
@@ -618,11 +622,12 @@ def test_a_foreign_failed_folder_is_not_replaced(out: Path) -> None:
 
 
 def test_a_certificate_carries_the_digest_of_the_manifest_file(
-    out: Path, manifest: Manifest
+    out: Path, manifest: Manifest, make_certificate: Callable[..., Certificate]
 ) -> None:
     with ArtifactWriter(out, KEY) as writer:
         write_all(writer, manifest)
-    path = write_certificate(out, {"passed": True, "manifest_sha256": "ignored"})
+    ignored = make_certificate(manifest_sha256="ignored", self_sha256="ignored")
+    path = write_certificate(out, to_json(ignored))
     document = json.loads(path.read_text())
     digest = hashlib.sha256((out / "manifest.json").read_bytes()).hexdigest()
     assert document["manifest_sha256"] == digest

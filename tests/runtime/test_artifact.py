@@ -23,6 +23,7 @@ from llava_edge.profiles.errors import ArtifactError
 from llava_edge.profiles.model_dims import ModelDims, TextDims, VisionDims
 from llava_edge.runtime import artifact as artifact_module
 from llava_edge.runtime.artifact import open_artifact
+from llava_edge.runtime.certificate import Certificate, StageResult
 from llava_edge.runtime.manifest import (
     GraphSpec,
     ImageProcessing,
@@ -32,6 +33,7 @@ from llava_edge.runtime.manifest import (
     TensorSpec,
     TokenIds,
 )
+from llava_edge.runtime.records import to_json
 from llava_edge.runtime.sealed_json import seal
 
 FILES = (
@@ -119,14 +121,24 @@ def build_texts(folder: Path) -> None:
 
 
 @pytest.fixture
-def toy(tmp_path: Path, manifest: Manifest) -> Path:
+def issue(make_certificate: Callable[..., Certificate]) -> Callable[..., Path]:
+    """``issue(folder, **changes)``: writes a certificate that says passed, but for the changes."""
+
+    def write(folder: Path, **changes: Any) -> Path:
+        return write_certificate(folder, to_json(make_certificate(**changes)))
+
+    return write
+
+
+@pytest.fixture
+def toy(tmp_path: Path, manifest: Manifest, issue: Callable[..., Path]) -> Path:
     """A whole artifact with a certificate that says passed."""
     with ArtifactWriter(tmp_path / "toy", {}) as writer:
         writer.part("vision", build_graph("vision"))
         writer.part("decoder", build_graph("decoder"))
         writer.part("texts", build_texts)
         folder = writer.finish(manifest, "a toy\n")
-    write_certificate(folder, {"passed": True})
+    issue(folder)
     return folder
 
 
@@ -154,7 +166,7 @@ def test_a_whole_artifact_opens_verified(toy: Path, manifest: Manifest) -> None:
     artifact = open_artifact(toy, require_verified=True)
     assert artifact.verified
     assert artifact.certificate is not None
-    assert artifact.certificate["passed"] is True
+    assert artifact.certificate.passed is True
     assert artifact.path("vision/model.onnx") == toy / "vision/model.onnx"
     assert set(artifact.manifest.files) == set(FILES)
     blank = dataclasses.replace(artifact.manifest, files={}, self_sha256="")
@@ -413,14 +425,87 @@ def test_a_certificate_for_another_manifest_does_not_count(
         open_artifact(toy, require_verified=True)
 
 
-def test_a_certificate_that_says_failed_does_not_count(toy: Path) -> None:
-    write_certificate(toy, {"passed": False})
-    assert not open_artifact(toy).verified
+FAILED = StageResult("packing", "differing", 1.0, 0.0, "fail")
+OPEN = StageResult("greedy", "differing_tokens", 0.0, 0.0, "inconclusive")
 
 
-def test_a_certificate_that_names_no_manifest_is_refused(toy: Path) -> None:
-    (toy / "certificate.json").write_bytes(seal({"passed": True}))
-    with pytest.raises(ArtifactError, match=r"certificate\.json does not say which manifest"):
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"passed": False, "verdict": "fail", "stages": (OPEN, FAILED)},
+            "verification failed (packing)",
+        ),
+        (
+            {"passed": False, "verdict": "inconclusive", "stages": (OPEN,)},
+            "the evidence did not suffice (greedy)",
+        ),
+        (
+            {"passed": False, "verdict": "inconclusive", "mode": "none", "stages": ()},
+            "verification was left out (--verify none)",
+        ),
+        ({"passed": False}, "verification did not pass"),
+        ({"stages": (FAILED,)}, "its stages do not bear that out"),
+        ({"stages": ()}, "its stages do not bear that out"),
+        ({"flavour": "cuda"}, "speaks of the cuda flavour; the artifact is of the cpu flavour"),
+    ],
+)
+def test_a_certificate_that_does_not_say_passed_for_it_leaves_an_artifact_unverified(
+    toy: Path,
+    issue: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+    changes: dict[str, Any],
+    reason: str,
+) -> None:
+    issue(toy, **changes)
+    with caplog.at_level(logging.WARNING):
+        artifact = open_artifact(toy)
+    assert not artifact.verified
+    assert artifact.certificate is not None
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert reason in caplog.text
+    with pytest.raises(ArtifactError, match=re.escape(reason)):
+        open_artifact(toy, require_verified=True)
+
+
+def test_a_certificate_of_a_newer_schema_names_its_reader_and_does_not_count(
+    toy: Path, issue: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = issue(toy)
+    document = json.loads(path.read_text())
+    document.update(schema_version=2, something_new=[1], tools={"llava-edge": "7.2.0"})
+    path.write_bytes(seal(document))
+    with caplog.at_level(logging.WARNING):
+        artifact = open_artifact(toy)
+    assert not artifact.verified
+    assert artifact.certificate is None
+    assert "schema_version 2" in caplog.text
+    assert "llava-edge 7.2.0 reads it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda d: d.pop("schema_version"), "states no schema_version"),
+        (lambda d: d.update(schema_version=True), "states no schema_version"),
+        (lambda d: d.update(schema_version=0), "states no schema_version"),
+        (lambda d: d.pop("manifest_sha256"), "does not say which manifest"),
+        (lambda d: d.pop("passed"), "lacks keys: passed"),
+        (lambda d: d.update(passed="yes"), r"passed must be bool"),
+        (lambda d: d.update(verdict="fine"), "verdict is 'fine'"),
+        (lambda d: d.update(more=1), "unknown keys: more"),
+        (lambda d: d["host"].update(cpu=None), r"host\.cpu must be str"),
+        (lambda d: d["stages"][0].update(value="0"), r"stages\[0\]\.value must be float"),
+        (lambda d: d.update(stages={}), "stages must be a list"),
+    ],
+)
+def test_a_well_sealed_certificate_that_is_none_is_refused(
+    toy: Path, edit: Edit, message: str
+) -> None:
+    document = json.loads((toy / "certificate.json").read_text())
+    edit(document)
+    (toy / "certificate.json").write_bytes(seal(document))
+    with pytest.raises(ArtifactError, match=rf"certificate\.json.*{message}"):
         open_artifact(toy)
 
 

@@ -1,0 +1,226 @@
+"""check_on_device: the golden prompts of an artifact, run on this machine by the production path.
+
+What the reference said of them travels in the artifact (``golden.py``), so this needs no torch. The
+bounds are the tool's own and those of verification.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llava_edge.profiles.errors import ArtifactError, ImageError, PromptError
+from llava_edge.runtime.artifact import Artifact
+from llava_edge.runtime.bounds import Bounds, bounds_for
+from llava_edge.runtime.certificate import StageResult, bounded, exact
+from llava_edge.runtime.golden import GOLDEN_FILE, GoldenProbe, read_golden
+from llava_edge.runtime.progress import ReportProgress, no_progress
+from llava_edge.runtime.request import PromptOptions
+from llava_edge.runtime.token_comparison import TokenComparison
+
+if TYPE_CHECKING:
+    from llava_edge.runtime.pipeline import LlavaEdge
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+GAP = "max_gap_of_range"
+
+
+def has_golden(artifact: Artifact) -> bool:
+    """Whether golden prompts travel in the artifact."""
+    return GOLDEN_FILE in artifact.manifest.files
+
+
+def check_on_device(model: LlavaEdge, progress: ReportProgress = no_progress) -> list[StageResult]:
+    """Run every golden prompt and compare it with what the reference said.
+
+    Args:
+        model: loaded where it is to run.
+        progress: told about prompts.
+
+    Returns:
+        Rows for prompt, preprocessing, tile_features, prefill_logits, decode_logits and greedy. A
+        row for which nothing could be looked at is inconclusive.
+
+    Raises:
+        ArtifactError: the artifact has no golden prompts, or they are malformed.
+        EngineError: ONNX Runtime failed.
+    """
+    artifact = model.artifact
+    manifest = artifact.manifest
+    if not has_golden(artifact):
+        raise ArtifactError(
+            f"{artifact.folder} holds no {GOLDEN_FILE}, so there is nothing to compare this "
+            "machine with. Verify it with its checkpoint (llava-edge verify --against), or "
+            "convert again with verification."
+        )
+    bounds = bounds_for(manifest.flavour, manifest.precision)
+    probes = read_golden(artifact.path(GOLDEN_FILE), manifest)
+    seen: list[_Seen] = []
+    for index, probe in enumerate(probes):
+        progress("golden prompts", index, len(probes))
+        seen.append(_look(model, probe, bounds))
+    progress("golden prompts", len(probes), len(probes))
+    return _rows(seen, bounds)
+
+
+@dataclass(frozen=True)
+class _Gap:
+    """A difference as a share of the reference's range, and where it is."""
+
+    value: float
+    where: str
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one probe showed; None where it was not reached."""
+
+    left_out: str = ""
+    prompt: str = ""
+    pixels: str | None = None
+    features: _Gap | None = None
+    prefill: _Gap | None = None
+    decode: _Gap | None = None
+    tokens: TokenComparison | None = None
+
+
+def _look(model: LlavaEdge, probe: GoldenProbe, bounds: Bounds) -> _Seen:
+    name, steps = probe.name, len(probe.forced)
+    needed = len(probe.ids) + max(1, steps)
+    if needed > model.context_tokens:
+        return _Seen(
+            left_out=f"{name} needs a context of {needed} tokens, loaded are {model.context_tokens}"
+        )
+    logits = np.empty(probe.logits.shape, np.float32)
+    chosen = np.empty(1 + steps, np.int64)
+
+    def keep(position: int, row: Array) -> None:
+        logits[position] = row[probe.logit_ids]
+        chosen[position] = row.argmax()
+
+    # Without a template the probe's prompt is a finished one.
+    options = PromptOptions(raw=model.artifact.manifest.prompt is None)
+    try:
+        replay = model.replay(
+            probe.prompt, probe.images, [int(token) for token in probe.forced], keep, options
+        )
+    except (PromptError, ImageError) as error:
+        return _Seen(prompt=f"{name} is refused: {error}")
+    ids = replay.request.ids
+    if not np.array_equal(ids, probe.ids):
+        return _Seen(prompt=f"{name}: {_first_difference(ids, probe.ids)}")
+    digest = hashlib.sha256()
+    for pixels in replay.request.pixel_values:
+        digest.update(np.ascontiguousarray(pixels, "<f4").data)
+    return _Seen(
+        pixels=None if not probe.images else name * (digest.hexdigest() != probe.pixel_sha256),
+        features=_feature_gap(replay.features, probe),
+        prefill=_logit_gap(logits, probe, slice(0, 1)),
+        decode=_logit_gap(logits, probe, slice(1, None)),
+        tokens=TokenComparison.of(
+            chosen, probe.top_ids, probe.top_logits, probe.ranges, _logit_bound(bounds), name
+        ),
+    )
+
+
+def _first_difference(ours: Array, theirs: Array) -> str:
+    common = min(len(ours), len(theirs))
+    differs = np.flatnonzero(ours[:common] != theirs[:common])
+    if differs.size:
+        at = int(differs[0])
+        return f"id {int(ours[at])} for {int(theirs[at])} at position {at}"
+    return f"{len(ours)} ids for {len(theirs)}"
+
+
+def _feature_gap(features: Array, probe: GoldenProbe) -> _Gap | None:
+    if not len(probe.feature_rows):
+        return None
+    gaps = np.abs(features[probe.feature_rows].astype(np.float32) - probe.features)
+    spread = float(probe.features.max() - probe.features.min())
+    # nanargmax would hide what is not a number; argmax finds it first.
+    row = int(gaps.max(axis=1).argmax())
+    return _Gap(
+        _share(float(gaps[row].max()), spread),
+        f"{probe.name}, row {int(probe.feature_rows[row])}",
+    )
+
+
+def _logit_gap(logits: Array, probe: GoldenProbe, positions: slice) -> _Gap | None:
+    gaps = np.abs(logits[positions] - probe.logits[positions])
+    if not len(gaps):
+        return None
+    shares = gaps.max(axis=1) / probe.ranges[positions]
+    at = int(shares.argmax())
+    start = positions.start or 0
+    token = int(probe.logit_ids[int(gaps[at].argmax())])
+    return _Gap(float(shares[at]), f"{probe.name}, position {start + at}, id {token}")
+
+
+def _share(gap: float, spread: float) -> float:
+    if spread > 0:
+        return gap / spread
+    return 0.0 if gap == 0 else float("inf")
+
+
+def _logit_bound(bounds: Bounds) -> float:
+    return max(bounds.value(stage, GAP) for stage in ("prefill_logits", "decode_logits"))
+
+
+def _rows(seen: Sequence[_Seen], bounds: Bounds) -> list[StageResult]:
+    return [
+        _prompt_row(seen),
+        _pixel_row(seen),
+        _gap_row("tile_features", (each.features for each in seen), bounds),
+        _gap_row("prefill_logits", (each.prefill for each in seen), bounds),
+        _gap_row("decode_logits", (each.decode for each in seen), bounds),
+        _token_row(seen),
+    ]
+
+
+def _prompt_row(seen: Sequence[_Seen]) -> StageResult:
+    row = exact(
+        "prompt", "differing_prompts", [s.prompt for s in seen if s.prompt], f"{len(seen)} prompts"
+    )
+    left_out = [each.left_out for each in seen if each.left_out]
+    if row.verdict == "fail" or not left_out:
+        return row
+    return _unseen("prompt", "differing_prompts", 0.0, "; ".join(left_out))
+
+
+def _pixel_row(seen: Sequence[_Seen]) -> StageResult:
+    looked_at = [each.pixels for each in seen if each.pixels is not None]
+    if not looked_at:
+        return _unseen("preprocessing", "differing_prompts", 0.0)
+    faults = [f"the tiles of {name} have another SHA-256" for name in looked_at if name]
+    return exact(
+        "preprocessing", "differing_prompts", faults, f"tiles of {len(looked_at)} prompts, SHA-256"
+    )
+
+
+def _gap_row(stage: str, gaps: Iterable[_Gap | None], bounds: Bounds) -> StageResult:
+    bound = bounds.value(stage, GAP)
+    found = [gap for gap in gaps if gap is not None]
+    if not found:
+        return _unseen(stage, GAP, bound)
+    # Not a number is the worst, wherever it stands.
+    worst = max(found, key=lambda gap: (gap.value != gap.value, gap.value))
+    return bounded(stage, GAP, worst.value, bound, detail=f"largest at {worst.where}")
+
+
+def _token_row(seen: Sequence[_Seen]) -> StageResult:
+    total = TokenComparison(0, 0, 0)
+    for each in seen:
+        if each.tokens is not None:
+            total += each.tokens
+    return total.row("greedy")
+
+
+def _unseen(stage: str, metric: str, bound: float, detail: str = "") -> StageResult:
+    return StageResult(
+        stage, metric, None, bound, "inconclusive", detail=detail or "no prompt came so far"
+    )

@@ -1,0 +1,36 @@
+"""Where an artifact runs now, in the words of a certificate."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from llava_edge.profiles.detect import read_board, read_cpu_model, read_int8_isa
+from llava_edge.profiles.nvml import read_gpus
+from llava_edge.runtime.certificate import Host
+from llava_edge.runtime.session import ENGINE_VERSION, DeviceKind, provider_name
+
+
+def describe_host(device: DeviceKind, root: Path = Path("/")) -> Host:
+    """This machine.
+
+    Args:
+        device: where the graphs run. On ``cuda`` the GPU gives the machine its name, else the
+            board does where it has one, else the architecture.
+        root: stands in for the file system in tests.
+    """
+    try:
+        cpuinfo = (root / "proc" / "cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        cpuinfo = ""
+    machine = read_board(root) or platform.machine()
+    if device == "cuda":
+        gpus = read_gpus().gpus
+        machine = gpus[0].name if gpus else machine
+    return Host(
+        machine=machine,
+        cpu=read_cpu_model(cpuinfo),
+        int8_isa=read_int8_isa(cpuinfo),
+        provider=provider_name(device),
+        onnxruntime=ENGINE_VERSION,
+    )
