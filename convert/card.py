@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from llava_edge.profiles.anyres import format_pinpoints
+from llava_edge.runtime.certificate import Certificate, StageResult
 from llava_edge.runtime.manifest import Manifest
+from llava_edge.runtime.manifest_check import CERTIFICATE
+
+_VERDICTS = {
+    "pass": "passed",
+    "fail": "**failed**",
+    "inconclusive": "**did not prove enough either way**",
+}
+_MODES = {
+    "quick": "quickly (the decoder in groups of layers, one small picture)",
+    "full": "in full (the whole decoder, every grid)",
+}
+_MEASURES = {
+    "kl": "KL divergence of the next-token distribution (nats)",
+    "top1_agreement": "share of positions with the same best token",
+    "answer_loss": "loss on the tokens of the answers (nats)",
+    "answer_loss_change": "rise of the loss on the tokens of the answers (nats)",
+}
+"""Words for the measures of quantisation loss; others go by their name."""
 
 
-def write_card(manifest: Manifest, artifact_bytes: int) -> str:
-    """Markdown for people: what it is, for which board, how to load it."""
+def write_card(
+    manifest: Manifest, artifact_bytes: int, certificate: Certificate | None = None
+) -> str:
+    """Markdown for people: what it is, for which board, how it was verified, how to load it.
+
+    Args:
+        manifest: of the artifact.
+        artifact_bytes: size of the folder.
+        certificate: what verifying found; None where there is none yet. The card is not listed in
+            the manifest, so it can be written again afterwards.
+    """
     plan = manifest.plan
     processing = manifest.image_processing
     pinpoints = format_pinpoints(processing.image_grid_pinpoints) or "none (thumbnail only)"
@@ -20,6 +50,7 @@ Made by llava-edge {manifest.tools["llava-edge"]} from `{manifest.source.id}`\
 
 | | |
 |---|---|
+| board | {plan["profile"]} |
 | flavour | {manifest.flavour} (computes in {computes}) |
 | language model | {manifest.precision.language_model}, head {manifest.precision.lm_head} |
 | vision tower and projector | {manifest.precision.vision_tower} |
@@ -36,5 +67,67 @@ model = LlavaEdge.load("path/to/this/folder")
 print(model.generate("What is in the picture?", images=["picture.jpg"]).text)
 ```
 
-Without `certificate.json` nothing here has been compared with the original weights.
+## Verification
+
+{_verification(manifest, certificate)}
 """
+
+
+def _verification(manifest: Manifest, certificate: Certificate | None) -> str:
+    if certificate is None or certificate.mode == "none":
+        return (
+            "Nothing here has been compared with the original weights: verification was left out. "
+            "`llava-edge verify FOLDER --against CHECKPOINT` makes up for it."
+        )
+    host = certificate.host
+    export = [row for row in certificate.stages if row.question == "export"]
+    loss = [row for row in certificate.stages if row.question == "loss"]
+    paragraphs = [
+        f"Verified {_MODES[certificate.mode]} against {certificate.reference} on "
+        f"{certificate.issued[:10]}, on {host.machine} ({host.cpu}; {host.provider} of ONNX "
+        f"Runtime {host.onnxruntime}; int8 instructions: {host.int8_isa}). "
+        f"It {_VERDICTS[certificate.verdict]}{_where(certificate)}.",
+        "The artifact against torch with the very same weights:\n\n" + _table(export)
+        if export
+        else "Nothing was compared with torch running the same weights.",
+        _loss(manifest, loss),
+        f"The whole of it is in `{CERTIFICATE}`.",
+    ]
+    return "\n\n".join(paragraphs)
+
+
+def _where(certificate: Certificate) -> str:
+    if certificate.verdict == "pass":
+        return ""
+    names = dict.fromkeys(
+        row.name for row in certificate.stages if row.verdict == certificate.verdict
+    )
+    first = certificate.first_deviation
+    return f" at {', '.join(names)}" * bool(names) + (
+        f"; the first tensor to leave its tolerance is `{first.tensor}`" if first else ""
+    )
+
+
+def _loss(manifest: Manifest, rows: Sequence[StageResult]) -> str:
+    language_model = manifest.precision.language_model
+    if rows:
+        return (
+            f"What {language_model} costs, measured against the checkpoint's own weights:\n\n"
+            + _table(rows)
+        )
+    if language_model == "fp16":
+        return "Its weights are the checkpoint's own in fp16, so quantisation loses nothing."
+    return f"What {language_model} costs against the checkpoint's own weights was not measured."
+
+
+def _table(rows: Sequence[StageResult]) -> str:
+    lines = ["| stage | measure | value | bound | verdict |", "|---|---|---|---|---|"]
+    for row in rows:
+        measure = _MEASURES.get(row.metric, row.metric.replace("_", " "))
+        cells = (row.name, measure, _number(row.value), _number(row.bound), row.verdict)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
