@@ -7,11 +7,9 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from llava_edge.convert.pipeline import convert_checkpoint
+from llava_edge.convert.progress import StageBars
 from llava_edge.convert.quantization import NUM_SAMPLES, QuantizationRequest
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.cli import add_plan_arguments, build_request, choose_profile
@@ -40,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         reference=options.reference,
         use_template=not options.no_template,
         force=options.force,
+        verify=options.verify,
     )
     start = time.perf_counter()
     with StageBars() as bars:
@@ -60,48 +59,13 @@ def main(argv: list[str] | None = None) -> int:
             "artifact_bytes": conversion.artifact_bytes,
             "seconds": seconds,
             "plan": manifest.plan,
+            "verdict": conversion.certificate.verdict,
+            "verified": conversion.certificate.passed,
         }
         print(json.dumps(result))
     else:
         print(conversion.folder)
     return 0
-
-
-class StageBars:
-    """One progress bar a stage, on stderr."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
-        self._stage = ""
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """Advance a stage; another first word closes the bar before it."""
-        name = stage.split(" ")[0]
-        if name != self._stage:
-            self.close()
-            self._stage = name
-            unit = "B" if name != "quantise" else "steps"
-            # disable=None: no bar where nobody watches.
-            self._bar = tqdm(total=total, unit=unit, unit_scale=True, leave=False, disable=None)
-        assert self._bar is not None
-        self._bar.set_description_str(f"{stage:<10}", refresh=False)
-        self._bar.update(done - self._bar.n)
-
-    def say(self, line: str) -> None:
-        """Print a line on stderr, above the bar."""
-        tqdm.write(line, file=sys.stderr)
-
-    def close(self) -> None:
-        """Remove the bar."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def __enter__(self) -> StageBars:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,6 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--no-template", action="store_true", help="leave the chat template out: raw prompts only"
+    )
+    parser.add_argument(
+        "--verify",
+        choices=("quick", "full", "none"),
+        default="quick",
+        help="how much is compared with the checkpoint before the artifact takes its place",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT, discard OUT.partial")
     parser.add_argument("--json", action="store_true", help="one JSON object as last stdout line")

@@ -28,10 +28,13 @@ from llava_edge.convert.preflight import check_download
 from llava_edge.convert.quantization import BodyFormat, LightParts, quantize
 from llava_edge.convert.reference import REFERENCE
 from llava_edge.convert.request import ConvertRequest
+from llava_edge.convert.verification import Verification
+from llava_edge.convert.verify.digested_source import DigestedSource
 from llava_edge.convert.write_artifact import ArtifactWriter, refuse_existing
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.formats import part_precisions, weight_bytes
 from llava_edge.profiles.variants import find_variant, load_variants
+from llava_edge.runtime.certificate import Certificate
 from llava_edge.runtime.manifest import (
     SCHEMA_VERSION,
     GraphSpec,
@@ -59,6 +62,7 @@ class Conversion:
     folder: Path
     manifest: Manifest
     artifact_bytes: int
+    certificate: Certificate
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ def convert_checkpoint(request: ConvertRequest, report: Report, say: Say) -> Con
         RequestError: the request cannot be met or the checkpoint cannot be kept faithfully.
         HubError: a hub id was given and the hub could not be reached.
         ExportError: writing failed; the same command resumes.
+        VerificationError: the artifact does not do what the checkpoint does; it is kept aside.
     """
     checkpoint = _open(request, report, say)
     planned = plan_artifact(request, checkpoint)
@@ -99,9 +104,13 @@ def convert_checkpoint(request: ConvertRequest, report: Report, say: Say) -> Con
     with ArtifactWriter(out, _key(job), force=request.force, needed_bytes=needed) as writer:
         check_free_space(writer.folder, max(0, needed - writer.finished_bytes))
         manifest = _write_parts(job, writer, report)
+        verification = Verification(request.verify, checkpoint, report, say)
+        verification.add_golden(manifest, writer)
         size = sum(path.stat().st_size for path in writer.folder.rglob("*") if path.is_file())
-        folder = writer.finish(manifest, write_card(manifest, size))
-    return Conversion(folder, manifest, size)
+        prepared = writer.prepare(manifest, write_card(manifest, size, None))
+        certificate = verification.certify(prepared, size, writer)
+        folder = writer.publish()
+    return Conversion(folder, manifest, size, certificate)
 
 
 def _write_parts(job: _Job, writer: ArtifactWriter, report: Report) -> Manifest:
@@ -131,7 +140,11 @@ def _write_parts(job: _Job, writer: ArtifactWriter, report: Report) -> Manifest:
         if job.body is None:
             return [build.decoder(folder), {}]
         weights, facts = codes()
-        return [build.decoder(folder, weights), facts]
+        noted = DigestedSource(weights.source)
+        digested = replace(weights, source=noted, head=noted.head(weights.head))
+        spec = build.decoder(folder, digested)
+        # Whoever reads the graph back can tell that it holds these very codes.
+        return [spec, {**facts, "weights_sha256": noted.digests}]
 
     def gptq(folder: Path) -> None:
         (folder / GPTQ_FOLDER).mkdir()
@@ -232,6 +245,7 @@ def _key(job: _Job) -> dict[str, object]:
         "context": plan.context_tokens,
         "template": job.request.use_template,
         "emit_hf": job.request.emit_hf,
+        "golden": job.request.verify != "none",
         "quantization": None if job.body is None else _quantization_key(job, job.body),
         "tool": version("llava-edge"),
     }

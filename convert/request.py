@@ -8,6 +8,7 @@ from pathlib import Path
 from llava_edge.convert.quantization import QuantizationRequest
 from llava_edge.profiles.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.planner import PlanRequest
+from llava_edge.runtime.certificate import Mode
 from llava_edge.runtime.manifest import Reference
 
 
@@ -26,6 +27,7 @@ class ConvertRequest:
         reference: order of candidates on ties; the checkpoint's layout decides when left out.
         use_template: compile the chat template; without it the artifact takes raw prompts only.
         force: replace an existing artifact and discard an unfinished one.
+        verify: how much is compared with the checkpoint before the artifact takes its place.
     """
 
     checkpoint: str | None
@@ -37,3 +39,4 @@ class ConvertRequest:
     reference: Reference | None = None
     use_template: bool = True
     force: bool = False
+    verify: Mode = "quick"

@@ -160,6 +160,11 @@ class ArtifactWriter:
             raise
 
     @property
+    def files(self) -> Mapping[str, FileEntry]:
+        """Files of the parts that are finished, by name."""
+        return self._journal.files
+
+    @property
     def finished_bytes(self) -> int:
         """Bytes of the parts that are finished, by this run or an earlier one."""
         return sum(entry.bytes for entry in self._journal.files.values())

@@ -10,6 +10,7 @@
     │   └── OutputExistsError          nothing is overwritten unasked
     ├── HubError              exit 1   the model hub could not be reached or answered
     ├── ExportError           exit 1   writing the artifact failed
+    ├── VerificationError     exit 1   an artifact does not do what its checkpoint does
     ├── ArtifactError         exit 1   an artifact is damaged, unsafe or of another kind
     ├── EngineError           exit 1   the inference engine failed
     ├── OutOfMemoryError      exit 1   memory ran out where the plan said it would not
@@ -65,6 +66,10 @@ class HubError(LlavaEdgeError):
 
 class ExportError(LlavaEdgeError):
     """Building or writing an artifact failed; nothing half-written is left in its place."""
+
+
+class VerificationError(LlavaEdgeError):
+    """An artifact was compared with its checkpoint and failed."""
 
 
 class ArtifactError(LlavaEdgeError):

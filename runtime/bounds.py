@@ -46,6 +46,14 @@ class Bounds:
             (row.stage, row.metric, row.form): row for row in rows
         }
 
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether kernels of such artifacts round what the language model reads to 8 bits.
+
+        End to end two sound implementations then differ by the size of the rounding itself.
+        """
+        return self.form.startswith("cpu-int")
+
     def get(self, stage: str, metric: str) -> Bound:
         """The bound of the nearest form: ``cpu-int8-integer``, else ``cpu-int8``, ``cpu``, ``any``.
 

@@ -178,7 +178,7 @@ def _rows(seen: Sequence[_Seen], bounds: Bounds) -> list[StageResult]:
         _gap_row("tile_features", (each.features for each in seen), bounds),
         _gap_row("prefill_logits", (each.prefill for each in seen), bounds),
         _gap_row("decode_logits", (each.decode for each in seen), bounds),
-        _token_row(seen),
+        _token_row(seen, bounds),
     ]
 
 
@@ -212,12 +212,13 @@ def _gap_row(stage: str, gaps: Iterable[_Gap | None], bounds: Bounds) -> StageRe
     return bounded(stage, GAP, worst.value, bound, detail=f"largest at {worst.where}")
 
 
-def _token_row(seen: Sequence[_Seen]) -> StageResult:
+def _token_row(seen: Sequence[_Seen], bounds: Bounds) -> StageResult:
     total = TokenComparison(0, 0, 0)
     for each in seen:
         if each.tokens is not None:
             total += each.tokens
-    return total.row("greedy")
+    needs_evidence = not (bounds.rounds_activations and total.positions)
+    return total.row("greedy", needs_evidence=needs_evidence)
 
 
 def _unseen(stage: str, metric: str, bound: float, detail: str = "") -> StageResult:

@@ -37,7 +37,11 @@ def greedy_tokens(
     """
     answers: list[tuple[int, ...]] = []
     raw = artifact.manifest.prompt is None
-    with LlavaEdge.load(artifact.folder, "cpu", threads=threads, allow_slow=True) as model:
+    longest = max(len(reference.inputs(probe).ids) for probe in probes)
+    context = min(artifact.manifest.context_tokens, longest + NUM_STEPS)
+    with LlavaEdge.over(
+        artifact, "cpu", threads=threads, allow_slow=True, context_tokens=context
+    ) as model:
         for probe in probes:
             mark = MARKS["image"] * len(probe.images) + "\n" if raw else ""
             prompt = f"{mark}{probe.question}"

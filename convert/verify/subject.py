@@ -111,12 +111,6 @@ class Subject:
             rows = _driven(decoder, rows, positions, 0, cut.text.hidden_size).astype(self.dtype)
         raise AssertionError("the last group has the head")
 
-    @property
-    def rounds_activations(self) -> bool:
-        """Whether kernels of the language model round what they read to 8 bits."""
-        manifest = self.artifact.manifest
-        return manifest.flavour == "cpu" and manifest.precision.language_model != "fp16"
-
     def layer(self, layer: int, rows: Array, positions: Positions) -> Array:
         """One layer by itself: float32 [positions, hidden] in and out."""
         cut = self.graph.slice(layer, layer + 1, head=False)

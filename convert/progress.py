@@ -1,0 +1,45 @@
+"""Progress of a conversion or a verification, as bars on stderr."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+
+class StageBars:
+    """One progress bar a stage, on stderr."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+        self._stage = ""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Advance a stage; another first word closes the bar before it."""
+        name = stage.split(" ")[0]
+        if name != self._stage:
+            self.close()
+            self._stage = name
+            unit = "B" if name != "quantise" else "steps"
+            # disable=None: no bar where nobody watches.
+            self._bar = tqdm(total=total, unit=unit, unit_scale=True, leave=False, disable=None)
+        assert self._bar is not None
+        self._bar.set_description_str(f"{stage:<10}", refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def say(self, line: str) -> None:
+        """Print a line on stderr, above the bar."""
+        tqdm.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> StageBars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,122 @@
+"""Verification of an artifact that is about to take its place.
+
+Golden probes are a part of the artifact; the certificate is written beside the finished manifest.
+An artifact that fails is kept aside with its report and does not take its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from llava_edge.convert.card import write_card
+from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.disk import write_atomic
+from llava_edge.convert.verify.estimate import estimate_seconds
+from llava_edge.convert.verify.probes import draw_probes
+from llava_edge.convert.verify.reference_answer import Reference
+from llava_edge.convert.verify.verifier import (
+    Report,
+    VerifyOptions,
+    golden_probes,
+    unverified,
+    verify_artifact,
+)
+from llava_edge.convert.write_artifact import ArtifactWriter, write_certificate
+from llava_edge.profiles.errors import LlavaEdgeError, VerificationError
+from llava_edge.runtime.artifact import Artifact, read_manifest
+from llava_edge.runtime.certificate import Certificate, Mode
+from llava_edge.runtime.golden import GOLDEN_FILE, golden_bytes
+from llava_edge.runtime.image_processor import ImageProcessor
+from llava_edge.runtime.manifest import Manifest
+from llava_edge.runtime.manifest_check import CARD
+from llava_edge.runtime.records import to_json
+from llava_edge.runtime.stage_table import stage_table, verdict_line
+
+GROUP_BYTES = 640 << 20
+"""Weights of the decoder in memory at once while ``quick`` runs it."""
+
+
+class Verification:
+    """Verification within one conversion.
+
+    Args:
+        mode: how much.
+        checkpoint: what the artifact is made from.
+        report: told about stages.
+        say: prints what was decided or found, a line at a time.
+    """
+
+    def __init__(
+        self, mode: Mode, checkpoint: Checkpoint, report: Report, say: Callable[[str], None]
+    ) -> None:
+        self._mode = mode
+        self._checkpoint = checkpoint
+        self._report = report
+        self._say = say
+        self._reference: Reference | None = None
+
+    def add_golden(self, manifest: Manifest, writer: ArtifactWriter) -> None:
+        """Add the golden probes as a part of the artifact, which so far has all but a manifest."""
+        if self._mode == "none":
+            return
+        anyres = ImageProcessor(manifest.image_processing).anyres
+        seconds = estimate_seconds(manifest.model, anyres, draw_probes(anyres, self._mode))
+        self._say(f"verifying ({self._mode}): about {_spoken(seconds)}")
+
+        def build(folder: Path) -> None:
+            listed = replace(manifest, files=dict(writer.files))
+            artifact = Artifact(folder, listed, "", None, False)
+            try:
+                probes, self._reference = golden_probes(artifact, self._checkpoint)
+            except (LlavaEdgeError, ValueError, RuntimeError) as error:
+                # Verifying will meet the same, and says at which stage.
+                self._say(f"note: no golden prompts were made: {error}")
+                return
+            (folder / GOLDEN_FILE).write_bytes(golden_bytes(probes, listed))
+
+        writer.part("golden", build)
+
+    def certify(self, folder: Path, artifact_bytes: int, writer: ArtifactWriter) -> Certificate:
+        """Verify a prepared folder and put certificate and card into it.
+
+        Raises:
+            VerificationError: a stage failed; the folder is then kept aside with the report.
+        """
+        manifest, digest = read_manifest(folder)
+        artifact = Artifact(folder, manifest, digest, None, False)
+        if self._mode == "none":
+            certificate = unverified(artifact)
+        else:
+            options = VerifyOptions(self._mode, GROUP_BYTES)
+            certificate = verify_artifact(
+                artifact, self._checkpoint, options, self._report, self._reference
+            )
+            self._say(f"verified ({self._mode}): {verdict_line(certificate.stages)}")
+        if certificate.verdict == "fail":
+            kept = writer.keep_failed(to_json(certificate))
+            raise VerificationError(
+                f"the artifact does not do what {self._checkpoint.source_id} does.\n"
+                f"{stage_table(certificate.stages)}\n{describe_deviation(certificate)}"
+                f"It is kept in {kept} with its report, and did not take its place."
+            )
+        write_certificate(folder, to_json(certificate))
+        card = write_card(manifest, artifact_bytes, certificate)
+        write_atomic(folder / CARD, card.encode("utf-8"))
+        return certificate
+
+
+def describe_deviation(certificate: Certificate) -> str:
+    """A line about the first tensor outside its bound; empty where there is none."""
+    found = certificate.first_deviation
+    if found is None:
+        return ""
+    return (
+        f"First tensor outside its bound: {found.tensor}, {found.value:.3g} of its range (bound "
+        f"{found.bound:.3g}); ours {found.ours}, the reference's {found.theirs}.\n"
+    )
+
+
+def _spoken(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,71 @@
+"""The half of ``llava-edge verify`` that needs torch: an artifact against its checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from llava_edge.convert.card import write_card
+from llava_edge.convert.checkpoint import open_checkpoint
+from llava_edge.convert.checkpoint_source import resolve_source
+from llava_edge.convert.disk import write_atomic
+from llava_edge.convert.hub import fetch_checkpoint
+from llava_edge.convert.progress import StageBars
+from llava_edge.convert.verification import GROUP_BYTES, describe_deviation
+from llava_edge.convert.verify.verifier import VerifyOptions, verify_artifact
+from llava_edge.convert.write_artifact import write_certificate
+from llava_edge.profiles.errors import RequestError
+from llava_edge.runtime.artifact import Artifact
+from llava_edge.runtime.manifest_check import CARD
+from llava_edge.runtime.records import to_json
+from llava_edge.runtime.stage_table import stage_table, verdict_line, verification_json
+
+
+def main_against(options: argparse.Namespace, artifact: Artifact) -> int:
+    """Verify, write the certificate and the card, and return the exit code.
+
+    Raises:
+        RequestError: the checkpoint is not the one that the artifact was made from.
+    """
+    source = resolve_source(options.against)
+    folder = source.folder
+    with StageBars() as bars:
+        if folder is None:
+            assert source.repo_id is not None
+            folder = fetch_checkpoint(
+                source.repo_id,
+                source.revision,
+                progress=lambda done, total: bars("download", done, total),
+            )
+        checkpoint = open_checkpoint(folder)
+        digest = checkpoint.digest(lambda done, total: bars("digest", done, total))
+        made_from = artifact.manifest.source
+        if digest != made_from.sha256:
+            raise RequestError(
+                f"{artifact.folder} was made from {made_from.id} with the digest "
+                f"{made_from.sha256[:16]}…; {folder} has {digest[:16]}…. Give the same checkpoint "
+                "and revision."
+            )
+        certificate = verify_artifact(
+            artifact,
+            checkpoint,
+            VerifyOptions(options.mode, GROUP_BYTES, options.threads),
+            bars,
+        )
+    # A failed artifact keeps its failing certificate: whoever opens it is told.
+    write_certificate(artifact.folder, to_json(certificate))
+    size = sum(entry.bytes for entry in artifact.manifest.files.values())
+    card = write_card(artifact.manifest, size, certificate)
+    write_atomic(artifact.folder / CARD, card.encode("utf-8"))
+    print(stage_table(certificate.stages), file=sys.stderr)
+    print(
+        f"{describe_deviation(certificate)}{artifact.folder} ({options.mode}, "
+        f"{certificate.seconds:.0f} s): {verdict_line(certificate.stages)}",
+        file=sys.stderr,
+    )
+    if options.json:
+        document = verification_json(certificate.stages)
+        document["first_deviation"] = to_json(certificate.first_deviation)
+        print(json.dumps(document, allow_nan=False))
+    return 0 if certificate.verdict == "pass" else 1
