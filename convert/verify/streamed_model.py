@@ -116,8 +116,9 @@ class StreamedModel:
                 merged = self._core(input_ids=inputs.ids[None], **self._images(inputs))
         finally:
             hook.remove()
-        text = self._checkpoint.dims
-        features = seen[0] if seen else torch.empty(0, text.vision.num_patches, 0)
+        dims = self._checkpoint.dims
+        empty = torch.empty(0, dims.vision.num_patches, dims.text.hidden_size)
+        features = seen[0] if seen else empty
         return features, merged.last_hidden_state[0]
 
     def pack(
