@@ -17,6 +17,7 @@ import torch
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.verify.probes import NUM_STEPS, Probe
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
+from llava_edge.convert.verify.stored_linears import StoredLinears
 from llava_edge.convert.verify.streamed_model import LinearSupply, ReferenceInputs, StreamedModel
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime.artifact import Artifact
@@ -115,6 +116,7 @@ class Reference:
         self.model = StreamedModel(checkpoint, pinpoints)
         self.supply = supply
         self._original: StreamedModel | None = None
+        self._own = None if checkpoint.gptq is None else StoredLinears(checkpoint)
         if supply is not None or any(ref.dtype != "F16" for ref in checkpoint.tensors.values()):
             self._original = StreamedModel(checkpoint, pinpoints, as_stored=False)
         self._manifest = manifest
@@ -184,9 +186,8 @@ class Reference:
         """Logits behind a prompt and behind each of some tokens, float32 [1 + tokens, vocab]."""
         forced = np.asarray(tokens, np.int64)
         first = len(inputs.ids) - 1
-        return self._model_logits(
-            self.model, inputs, forced, range(first, first + 1 + len(forced))
-        )[2]
+        kept = range(first, first + 1 + len(forced))
+        return self._model_logits(self.model, self.supply, inputs, forced, kept)[2]
 
     def answer_ids(self, text: str) -> list[int]:
         """Ids of an answer, without what the tokenizer puts before a prompt."""
@@ -201,22 +202,26 @@ class Reference:
     def _run(
         self, inputs: ReferenceInputs, forced: Array, positions: Positions
     ) -> tuple[Array, Array, Array, Array]:
+        kept = positions.kept
         features, embeddings, export = self._model_logits(
-            self.model, inputs, forced, positions.kept
+            self.model, self.supply, inputs, forced, kept
         )
         original = export
         if self._original is not None:
-            _, _, original = self._model_logits(self._original, inputs, forced, positions.kept)
+            _, _, original = self._model_logits(self._original, self._own, inputs, forced, kept)
         return features, embeddings, export, original
 
     def _model_logits(
-        self, model: StreamedModel, inputs: ReferenceInputs, forced: Array, kept: range
+        self,
+        model: StreamedModel,
+        supply: LinearSupply | None,
+        inputs: ReferenceInputs,
+        forced: Array,
+        kept: range,
     ) -> tuple[Array, Array, Array]:
         ids = torch.cat([inputs.ids, torch.from_numpy(forced)])
         whole = ReferenceInputs(ids, inputs.pixel_values, inputs.image_sizes)
-        model.use(None)
+        model.use(supply)
         features, embeddings = model.embed(whole)
-        if model is self.model:
-            model.use(self.supply)
         logits: Any = model.decode(embeddings, kept).numpy()
         return features.numpy(), embeddings.numpy(), logits
