@@ -1,15 +1,19 @@
-"""The streamed reference is the reference: the same numbers as the model loaded whole, bit for bit."""
+"""The streamed reference gives the numbers of the model loaded whole, bit for bit."""
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from llava_edge.convert.checkpoint import open_checkpoint
+from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
 from llava_edge.convert.reference import ReferenceModel
 from llava_edge.convert.verify.streamed_model import ReferenceInputs, StreamedModel
 from llava_edge.profiles.errors import CheckpointError
@@ -19,7 +23,7 @@ BACKBONES = ("llama", "mistral", "qwen2")
 
 def inputs_of(
     reference: ReferenceModel, sizes: list[tuple[int, int]]
-) -> tuple[ReferenceInputs, dict]:
+) -> tuple[ReferenceInputs, Any]:
     images = [Image.linear_gradient("L").resize(size).convert("RGB") for size in sizes]
     made = reference.prepare(reference.render("What is it?", len(images)), images)
     tiles: list[torch.Tensor] = []
@@ -31,6 +35,11 @@ def inputs_of(
         tiles.append(alone["pixel_values"][0])
     listed = tuple((image.height, image.width) for image in images)
     return ReferenceInputs(made["input_ids"][0], tuple(tiles), listed), made
+
+
+def rows_of(checkpoint: Checkpoint, count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, checkpoint.dims.text.hidden_size, generator=generator)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -75,9 +84,7 @@ def test_one_layer_alone_gives_what_it_gives_among_the_others(
     )
     checkpoint = open_checkpoint(folder)
     model = StreamedModel(checkpoint, checkpoint.dims.image_grid_pinpoints)
-    rows = torch.randn(
-        40, checkpoint.dims.text.hidden_size, generator=torch.Generator().manual_seed(0)
-    )
+    rows = rows_of(checkpoint, 40)
     seen: dict[str, torch.Tensor] = {}
     names = [f"language_model.layers.{layer}" for layer in range(3)] + ["language_model.norm"]
 
@@ -90,8 +97,6 @@ def test_one_layer_alone_gives_what_it_gives_among_the_others(
 
 
 def test_a_tensor_that_is_missing_is_named(make_checkpoint: Callable[..., Path]) -> None:
-    import dataclasses
-
     checkpoint = open_checkpoint(make_checkpoint("odd"))
     name = "language_model.layers.1.mlp.up_proj.weight"
     left = {key: ref for key, ref in checkpoint.tensors.items() if key != name}
@@ -106,10 +111,6 @@ def test_a_tensor_that_is_missing_is_named(make_checkpoint: Callable[..., Path])
 def test_bfloat16_weights_are_rounded_only_where_the_artifact_rounds_them(
     make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     folder = tmp_path / "bf16"
     shutil.copytree(make_checkpoint("odd"), folder)
     tensors = load_file(folder / "model.safetensors")
@@ -118,9 +119,7 @@ def test_bfloat16_weights_are_rounded_only_where_the_artifact_rounds_them(
     save_file(wide, folder / "model.safetensors", metadata={"format": "pt"})
     checkpoint = open_checkpoint(folder)
     pinpoints = checkpoint.dims.image_grid_pinpoints
-    rows = torch.randn(
-        4, checkpoint.dims.text.hidden_size, generator=torch.Generator().manual_seed(1)
-    )
+    rows = rows_of(checkpoint, 4)
 
     own = StreamedModel(checkpoint, pinpoints, as_stored=False).head(rows)
     stored = StreamedModel(checkpoint, pinpoints).head(rows)
