@@ -156,6 +156,14 @@ class GraphWeights:
             return self._dequantized(node, rows)
         return None
 
+    def tensors(self, name: str) -> set[str]:
+        """Initializers that a layer is made of: its weight and, where it has codes, the scales."""
+        node, weight = self._find(name)
+        place = {"MatMulNBits": 2, "MatMulIntegerToFloat": 3, "DequantizeLinear": 1}
+        if node.op_type not in place:
+            return {weight}
+        return {weight, str(node.input[place[node.op_type]])}
+
     def rounding(self, name: str) -> int | None:
         """How the layer's kernel rounds its activations to 8 bits.
 

@@ -23,7 +23,9 @@ from llava_edge.convert.verify.pixel_stage import pixel_stage
 from llava_edge.convert.verify.probes import Probe, draw_probes
 from llava_edge.convert.verify.prompt_stage import prompt_stage
 from llava_edge.convert.verify.reference_answer import Reference
+from llava_edge.convert.verify.structure import structure_stage
 from llava_edge.convert.verify.subject import Subject
+from llava_edge.convert.verify.weights import weights_stage
 from llava_edge.profiles.errors import LlavaEdgeError
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.bounds import Bounds, bounds_for
@@ -99,9 +101,11 @@ class Verifier:
         """Run every stage; a stage that cannot run at all fails with its reason."""
         started = time.perf_counter()
         artifact, checkpoint, reference = self.artifact, self.checkpoint, self.reference
+        self._stage("structure", lambda: structure_stage(artifact, checkpoint))
         self._stage("prompt", lambda: prompt_stage(artifact, checkpoint, reference.processor))
         self._stage("preprocessing", lambda: pixel_stage(artifact, reference.processor))
         self._stage("packing", lambda: packing_stage(artifact, reference.model))
+        self._stage("weights", lambda: weights_stage(artifact, checkpoint))
         deviation = None
         whole = self.options.mode == "full"
         budget = None if whole else self.options.memory_bytes
@@ -177,7 +181,7 @@ class Verifier:
 
     def _tell(self, name: str) -> None:
         self._done += 1
-        self._report(f"verify {name}", self._done, 8)
+        self._report(f"verify {name}", self._done, 10)
 
     def _certificate(self, deviation: Deviation | None, seconds: float) -> Certificate:
         manifest = self.artifact.manifest

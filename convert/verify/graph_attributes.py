@@ -1,0 +1,338 @@
+"""What a graph really holds, found by following its wiring backwards from an output.
+
+Names of nodes are used in messages only: which layer computes what is decided by who reads whom.
+``GraphWalk`` knows the few forms that linear layers, norms and activations take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llava_edge.convert.verify.graph_file import INT64_MAX, GraphFile, attribute
+
+Array = NDArray[Any]
+
+_ELEMENT_TYPES = {1: "float32", 10: "float16"}
+
+
+class WiringError(Exception):
+    """The wiring is not that of the model; the message is a whole sentence."""
+
+
+@dataclass(frozen=True)
+class LinearAttributes:
+    """One linear layer as the graph holds it.
+
+    ``hidden`` is the value it reads. ``weight`` and ``bias`` are initializers. ``block_size`` is
+    None where there are no blocks of columns with a scale of their own.
+    """
+
+    node: str
+    op_type: str
+    hidden: str
+    weight: str
+    bias: str | None
+    in_size: int
+    out_size: int
+    bits: int
+    block_size: int | None = None
+
+
+@dataclass(frozen=True)
+class NormAttributes:
+    """One norm: its node, the initializers it reads, and its epsilon; ``bias`` only LayerNorms."""
+
+    node: str
+    gain: str
+    bias: str | None
+    epsilon: float
+    axis: int
+
+
+@dataclass(frozen=True)
+class Activation:
+    """``kind`` is gelu, gelu_tanh or quick_gelu; the last one has a factor ``alpha``."""
+
+    node: str
+    kind: str
+    hidden: str
+    alpha: float | None = None
+
+
+class GraphWalk:
+    """Follows values to their producers and notes what differs from what must be there.
+
+    Args:
+        graph: the graph.
+        compute: ``float32`` or ``float16``.
+
+    Attributes:
+        faults: one sentence each, for everything that no configuration decides.
+    """
+
+    def __init__(self, graph: GraphFile, compute: str) -> None:
+        self.graph = graph
+        self.compute = compute
+        self.faults: list[str] = []
+
+    def expect(self, node: Any, what: str, have: object, want: object) -> None:
+        """Note a fault where ``have`` is not ``want``."""
+        if have != want:
+            self.faults.append(
+                f"{self.graph.label}, node {node.name}: {what} is {have}, must be {want}"
+            )
+
+    def made_by(self, value: str, *op_types: str) -> Any:
+        """The node that makes a value, which must be of one of these types.
+
+        Raises:
+            WiringError: it is not.
+        """
+        node = self.graph.producer(value)
+        if node is None or node.op_type not in op_types:
+            found = f"node {node.name} ({node.op_type})" if node else "no node"
+            raise WiringError(
+                f"{self.graph.label}: {value} comes from {found}, {' or '.join(op_types)} must be "
+                "there"
+            )
+        return node
+
+    def numbers(self, node: Any, place: int) -> list[Any]:
+        """Values of a constant input as a flat list.
+
+        Raises:
+            WiringError: it is no constant of the file.
+        """
+        name = node.input[place] if len(node.input) > place else ""
+        if name not in self.graph.initializers:
+            raise WiringError(
+                f"{self.graph.label}, node {node.name}: input {place} ({name or 'absent'}) is no "
+                "constant of the file"
+            )
+        values: list[Any] = self.graph.read(name).reshape(-1).tolist()
+        return values
+
+    def expect_numbers(self, node: Any, place: int, what: str, want: Sequence[int | float]) -> None:
+        """Note a fault where a constant input does not hold exactly these numbers."""
+        self.expect(node, what, self.numbers(node, place), list(want))
+
+    def stored(self, value: str) -> str | None:
+        """The initializer behind a value, straight or through one Cast to the compute type."""
+        if value in self.graph.initializers:
+            return value
+        node = self.graph.producer(value)
+        if node is None or node.op_type != "Cast" or node.input[0] not in self.graph.initializers:
+            return None
+        self.expect(node, "to", _ELEMENT_TYPES.get(attribute(node, "to")), self.compute)
+        return str(node.input[0])
+
+    def is_linear(self, value: str) -> bool:
+        """Whether a value is a linear layer's output."""
+        faults = list(self.faults)
+        try:
+            self.linear(value)
+        except WiringError:
+            return False
+        finally:
+            self.faults = faults
+        return True
+
+    def linear(self, value: str) -> LinearAttributes:
+        """The linear layer that makes a value.
+
+        Raises:
+            WiringError: none does.
+        """
+        node = self.made_by(value, "Add", "MatMul", "MatMulNBits", "Mul")
+        bias = None
+        if node.op_type == "Add":
+            for place in (1, 0):
+                name = str(node.input[place])
+                if name in self.graph.initializers and len(self.graph.shape(name)) == 1:
+                    bias = name
+                    return self._product(node.input[1 - place], bias)
+            raise WiringError(f"{self.graph.label}, node {node.name}: adds no bias")
+        return self._product(value, bias)
+
+    def _product(self, value: str, bias: str | None) -> LinearAttributes:
+        node = self.made_by(value, "MatMul", "MatMulNBits", "Mul")
+        if node.op_type == "MatMulNBits":
+            return self._nbits(node, bias)
+        if node.op_type == "Mul":
+            return self._integer(node, bias)
+        weight = self.stored(node.input[1])
+        if weight is not None:
+            in_size, out_size = self._matrix(node, weight)
+            if (kind := self.graph.dtype(weight)) not in ("float16", "float32"):
+                self.expect(node, "type of the weight", kind, "float16")
+            bits = 16 if kind == "float16" else 32
+            return LinearAttributes(
+                node.name, "MatMul", node.input[0], weight, bias, in_size, out_size, bits
+            )
+        unpack = self.made_by(node.input[1], "DequantizeLinear")
+        weight = self._initializer(unpack, 0)
+        in_size, out_size = self._matrix(unpack, weight)
+        block = attribute(unpack, "block_size", 0) or None
+        self.expect(unpack, "axis", attribute(unpack, "axis", 1), 1 if block is None else 0)
+        if len(unpack.input) > 2 and unpack.input[2]:
+            self.expect(unpack, "zero point", set(self.numbers(unpack, 2)), {0})
+        bits = 4 if self.graph.dtype(weight) == "int4" else 8
+        return LinearAttributes(
+            node.name,
+            "DequantizeLinear",
+            node.input[0],
+            weight,
+            bias,
+            in_size,
+            out_size,
+            bits,
+            block,
+        )
+
+    def _nbits(self, node: Any, bias: str | None) -> LinearAttributes:
+        weight = self._initializer(node, 1)
+        bits, block = attribute(node, "bits", 4), attribute(node, "block_size")
+        in_size, out_size = attribute(node, "K"), attribute(node, "N")
+        num_blocks = -(-in_size // block)
+        self.expect(
+            node,
+            "shape of the weight",
+            self.graph.shape(weight),
+            (out_size, num_blocks, block * bits // 8),
+        )
+        scales = self._initializer(node, 2)
+        size = int(np.prod(self.graph.shape(scales)))
+        self.expect(node, "number of scales", size, out_size * num_blocks)
+        for place, what in ((3, "zero points"), (4, "g_idx"), (5, "a bias")):
+            if len(node.input) > place and node.input[place]:
+                self.expect(node, what, node.input[place], "absent")
+        return LinearAttributes(
+            node.name, node.op_type, node.input[0], weight, bias, in_size, out_size, bits, block
+        )
+
+    def _integer(self, scaled: Any, bias: str | None) -> LinearAttributes:
+        """Row over its largest → QuantizeLinear → MatMulIntegerToFloat → times the largest."""
+        node = self.made_by(scaled.input[0], "MatMulIntegerToFloat")
+        weight = self._initializer(node, 1)
+        in_size, out_size = self._matrix(node, weight)
+        self.expect(node, "type of the weight", self.graph.dtype(weight), "int8")
+        scales = self._initializer(node, 3)
+        self.expect(node, "shape of the scales", self.graph.shape(scales), (out_size,))
+        if len(node.input) > 5 and node.input[5]:
+            self.expect(node, "zero point of the weight", set(self.numbers(node, 5)), {0})
+        quantize = self.made_by(node.input[0], "QuantizeLinear")
+        code_scale = float(np.float32(1 / 127))
+        for user, (scale, zero) in ((quantize, (1, 2)), (node, (2, 4))):
+            self.expect_numbers(user, scale, "scale of the activations", [code_scale])
+            self.expect_numbers(user, zero, "zero point of the activations", [128])
+        divide = self.made_by(quantize.input[0], "Div")
+        hidden, size = divide.input
+        self.expect(scaled, "what the product is multiplied by", scaled.input[1], size)
+        largest = self.made_by(size, "Max")
+        tiny = float(np.finfo(np.float32).tiny)
+        self.expect_numbers(largest, 1, "smallest row size", [tiny])
+        reduce = self.made_by(largest.input[0], "ReduceMax")
+        self.expect_numbers(reduce, 1, "axes", [-1])
+        self.expect(reduce, "keepdims", attribute(reduce, "keepdims", 1), 1)
+        magnitude = self.made_by(reduce.input[0], "Abs")
+        self.expect(magnitude, "the row whose size it takes", magnitude.input[0], hidden)
+        return LinearAttributes(node.name, node.op_type, hidden, weight, bias, in_size, out_size, 8)
+
+    def _initializer(self, node: Any, place: int) -> str:
+        name = str(node.input[place]) if len(node.input) > place else ""
+        if name not in self.graph.initializers:
+            raise WiringError(
+                f"{self.graph.label}, node {node.name}: input {place} ({name or 'absent'}) is no "
+                "tensor of the file"
+            )
+        return name
+
+    def _matrix(self, node: Any, weight: str) -> tuple[int, int]:
+        shape = self.graph.shape(weight)
+        if len(shape) != 2:
+            raise WiringError(
+                f"{self.graph.label}, node {node.name}: {weight} has shape {shape}, a matrix must "
+                "be there"
+            )
+        return shape[0], shape[1]
+
+    def layer_norm(self, value: str) -> tuple[NormAttributes, str]:
+        """The LayerNormalization that makes a value, and what it reads.
+
+        Raises:
+            WiringError: none does.
+        """
+        node = self.made_by(value, "LayerNormalization")
+        bias = self._initializer(node, 2) if len(node.input) > 2 and node.input[2] else None
+        norm = NormAttributes(
+            node.name,
+            self._initializer(node, 1),
+            bias,
+            float(attribute(node, "epsilon", 1e-5)),
+            int(attribute(node, "axis", -1)),
+        )
+        self.expect(node, "axis", norm.axis, -1)
+        return norm, str(node.input[0])
+
+    def rms_norm(self, value: str) -> tuple[NormAttributes, str, str | None, str]:
+        """The RMSNorm that makes a value.
+
+        Returns:
+            It; the residual and the delta that it adds up, the latter None where it reads one value
+            only; the name of the sum.
+
+        Raises:
+            WiringError: none does.
+        """
+        node = self.made_by(
+            value, "SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization"
+        )
+        skips = node.op_type.startswith("Skip")
+        self.expect(node, "the output that is read as the norm", value, node.output[0])
+        if skips and len(node.input) > 3 and node.input[3]:
+            self.expect(node, "a bias", node.input[3], "absent")
+        norm = NormAttributes(
+            node.name,
+            self._initializer(node, 2 if skips else 1),
+            None,
+            float(attribute(node, "epsilon", 1e-5)),
+            -1 if skips else int(attribute(node, "axis", -1)),
+        )
+        self.expect(node, "axis", norm.axis, -1)
+        if not skips:
+            return norm, str(node.input[0]), None, str(node.input[0])
+        total = node.output[3] if len(node.output) > 3 else ""
+        return norm, str(node.input[0]), str(node.input[1]), str(total)
+
+    def activation(self, value: str) -> Activation:
+        """The activation function that makes a value.
+
+        Raises:
+            WiringError: none that is known does.
+        """
+        node = self.made_by(value, "Gelu", "Mul")
+        if node.op_type == "Gelu":
+            exact = attribute(node, "approximate", "none") == "none"
+            return Activation(node.name, "gelu" if exact else "gelu_tanh", node.input[0])
+        hidden, gate = node.input
+        scaled = self.made_by(self.made_by(gate, "Sigmoid").input[0], "Mul")
+        self.expect(scaled, "what the sigmoid's factor multiplies", scaled.input[0], hidden)
+        (alpha,) = self.numbers(scaled, 1)
+        return Activation(node.name, "quick_gelu", hidden, float(alpha))
+
+    def cut(self, value: str) -> tuple[Any, str, list[int], list[int], list[int]]:
+        """The Slice that makes a value, what it reads, and its constant ends, axes and steps.
+
+        Raises:
+            WiringError: none does.
+        """
+        node = self.made_by(value, "Slice")
+        steps = self.numbers(node, 4) if len(node.input) > 4 and node.input[4] else [1]
+        self.expect_numbers(node, 2, "end", [INT64_MAX])
+        self.expect(node, "steps", steps, [1])
+        return node, str(node.input[0]), self.numbers(node, 2), self.numbers(node, 3), steps

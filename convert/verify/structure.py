@@ -1,0 +1,203 @@
+"""The stage "structure": do the graphs do what the checkpoint's config.json says?
+
+Everything that decides a graph's meaning beside its weights is read back from the file and compared
+with transformers' own classes: counts, wiring, epsilons, attention, rotary tables, activations,
+quantised operators. One sentence a fault: which graph and node, what it has, what it should have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.verify.decoder_attributes import (
+    AttentionAttributes,
+    DecoderAttributes,
+    DecoderLayerAttributes,
+    read_decoder,
+)
+from llava_edge.convert.verify.graph_attributes import GraphWalk, LinearAttributes
+from llava_edge.convert.verify.graph_comparison import compare_linear, compare_norm, says
+from llava_edge.convert.verify.graph_file import GraphFile
+from llava_edge.convert.verify.manifest_settings import manifest_settings_faults
+from llava_edge.convert.verify.reference_structure import ReferenceStructure
+from llava_edge.convert.verify.vision_structure import vision_faults
+from llava_edge.profiles.errors import ArtifactError
+from llava_edge.runtime.artifact import Artifact
+from llava_edge.runtime.certificate import StageResult, exact
+from llava_edge.runtime.manifest import Manifest
+
+STAGE = "structure"
+_FORMS = {("int8", "integer"): "MatMulIntegerToFloat", ("fp16", None): "MatMul"}
+_BITS = {"fp16": 16, "int8": 8, "int4": 4}
+# Two steps of float32 at 1: machines differ in the last digit of a power.
+_ANGLE_STEP = 2.0**-22
+_ROUNDING = {"float32": 1e-6, "float16": 3e-4}
+"""Largest error of rounding a number up to 1; half a step of float16 is 2.4e-4."""
+
+
+def structure_stage(artifact: Artifact, checkpoint: Checkpoint) -> StageResult:
+    """Compare both graphs and the manifest with the checkpoint's configuration.
+
+    Args:
+        artifact: the one to judge.
+        checkpoint: what it was made from.
+
+    Returns:
+        One row; ``value`` counts the faults.
+    """
+    reference = ReferenceStructure.of(checkpoint)
+    manifest = artifact.manifest
+    faults = manifest_settings_faults(artifact, checkpoint, reference)
+    looked_at = []
+    for label, spec, find in (
+        ("vision", manifest.vision, vision_faults),
+        ("decoder", manifest.decoder, decoder_faults),
+    ):
+        try:
+            graph = GraphFile(artifact.path(spec.file), label)
+            faults += find(graph, manifest, reference)
+        except ArtifactError as error:
+            faults.append(f"{label}: {error}")
+        else:
+            looked_at.append(f"{len(graph.nodes)} nodes of {spec.file}")
+    return exact(STAGE, "faults", faults, f"{', '.join(looked_at)}, manifest.json")
+
+
+def decoder_faults(
+    graph: GraphFile, manifest: Manifest, reference: ReferenceStructure
+) -> list[str]:
+    """Where a decoder graph differs from the reference's language model.
+
+    Args:
+        graph: the decoder.
+        manifest: for what no config.json says: precision, length of the rotary tables.
+        reference: the expectation.
+    """
+    walk = GraphWalk(graph, manifest.precision.computes)
+    found = read_decoder(walk)
+    check = _Decoder(walk, manifest, reference)
+    check.whole(found)
+    return walk.faults
+
+
+class _Decoder:
+    """One comparison; faults go into the walk's list."""
+
+    def __init__(self, walk: GraphWalk, manifest: Manifest, reference: ReferenceStructure) -> None:
+        self._walk = walk
+        self._manifest = manifest
+        self._reference = reference
+        self._tables: set[tuple[str, str]] = set()
+
+    def whole(self, found: DecoderAttributes) -> None:
+        layers = self._reference.decoder.layers
+        if found.is_whole and len(found.layers) != len(layers):
+            self._walk.faults.append(
+                f"decoder: it has {len(found.layers)} layers; config.json says {len(layers)}"
+            )
+        # Where the wiring broke off, the layers behind the break are known, counted from the end.
+        first = 0 if found.is_whole else len(layers) - len(found.layers)
+        for place, layer in enumerate(found.layers):
+            if 0 <= first + place < len(layers):
+                self._layer(first + place, layer)
+        if found.final_norm is not None:
+            module = self._reference.decoder.norm
+            compare_norm(self._walk, found.final_norm, "language_model.norm", module)
+        if found.head is not None:
+            bits = _BITS[self._manifest.precision.lm_head]
+            self._linear(found.head, ["lm_head"], [self._reference.head], bits)
+        for cosine, sine in sorted(self._tables):
+            self._rope(cosine, sine)
+
+    def _layer(self, index: int, layer: DecoderLayerAttributes) -> None:
+        module, prefix = self._reference.decoder.layers[index], f"language_model.layers.{index}"
+        attention, mlp = module.self_attn, module.mlp
+        for norm, name in (
+            (layer.input_norm, "input_layernorm"),
+            (layer.post_norm, "post_attention_layernorm"),
+        ):
+            compare_norm(self._walk, norm, f"{prefix}.{name}", getattr(module, name))
+        bits = _BITS[self._manifest.precision.language_model]
+        packed = ["q_proj", "k_proj", "v_proj"]
+        for have, owner, path, parts in (
+            (layer.qkv, attention, "self_attn", packed),
+            (layer.o, attention, "self_attn", ["o_proj"]),
+            (layer.gate, mlp, "mlp", ["gate_proj"]),
+            (layer.up, mlp, "mlp", ["up_proj"]),
+            (layer.down, mlp, "mlp", ["down_proj"]),
+        ):
+            names = [f"{prefix}.{path}.{part}" for part in parts]
+            self._linear(have, names, [getattr(owner, part) for part in parts], bits)
+        activation = type(mlp.act_fn).__name__
+        if activation != "SiLUActivation":
+            self._walk.faults.append(
+                f"decoder, {prefix}.mlp: it computes SiLU; config.json says {activation}"
+            )
+        self._attention(index, layer.attention, attention)
+
+    def _attention(self, index: int, have: AttentionAttributes, module: Any) -> None:
+        node = have.node
+        text = self._reference.text
+        window = self._reference.windows[index]
+        implied = have.scale or module.head_dim**-0.5
+        self._says(node, "num_heads", have.num_heads, text.num_attention_heads)
+        self._says(node, "kv_num_heads", have.kv_num_heads, text.num_key_value_heads)
+        self._says(node, "scale", np.float32(implied), np.float32(module.scaling))
+        self._says(node, "do_rotary", have.do_rotary, 1)
+        self._says(node, "rotary_interleaved", have.rotary_interleaved, 0)
+        self._says(node, "local_window_size", have.window, -1 if window is None else window)
+        self._says(node, "softcap", have.softcap, 0.0)
+        names = tuple(
+            f"{kind}.{index}.{part}"
+            for kind in ("past_key_values", "present")
+            for part in ("key", "value")
+        )
+        self._says(node, "cache", have.cache, names)
+        self._tables.add(have.tables)
+
+    def _linear(
+        self, have: LinearAttributes, names: list[str], modules: list[Any], bits: int
+    ) -> None:
+        compare_linear(self._walk, have, names, modules)
+        precision = self._manifest.precision
+        form = "MatMul"
+        if bits != 16:
+            form = _FORMS.get((f"int{bits}", precision.int8_route), "MatMulNBits")
+            # The standard operator is another spelling of the same numbers.
+            form = have.op_type if have.op_type == "DequantizeLinear" else form
+        self._states(have.node, "operator", have.op_type, form)
+        self._states(have.node, "bits", have.bits, bits)
+        group = self._manifest.conversion.get("group_size")
+        if bits != 16 and names != ["lm_head"] and group not in (None, -1):
+            self._states(have.node, "block_size", have.block_size, group)
+
+    def _rope(self, cosine: str, sine: str) -> None:
+        graph = self._walk.graph
+        rows = self._manifest.context_tokens
+        tables = zip((cosine, sine), self._reference.rope(rows), strict=True)
+        for name, want in tables:
+            if graph.shape(name) != want.shape:
+                self._walk.faults.append(
+                    f"decoder, table {name}: its shape is {graph.shape(name)}, must be "
+                    f"{want.shape} (context_tokens of manifest.json, half a head of config.json)"
+                )
+                continue
+            gap = np.abs(graph.read(name).astype(np.float32) - want).max(axis=1)
+            allowed = _ROUNDING.get(graph.dtype(name), 0.0) + _ANGLE_STEP * np.arange(rows)
+            wrong = np.flatnonzero(~(gap <= allowed))
+            if wrong.size:
+                worst = int(gap.argmax())
+                self._walk.faults.append(
+                    f"decoder, table {name}: {wrong.size} of {rows} positions differ from the "
+                    f"rotary embedding of config.json ({self._reference.text.rope_parameters}), "
+                    f"the first is {int(wrong[0])}, the worst {worst} by {float(gap[worst]):.2g}"
+                )
+
+    def _says(self, node: str, what: str, have: object, want: object) -> None:
+        says(self._walk, node, what, have, want)
+
+    def _states(self, node: str, what: str, have: object, want: object) -> None:
+        says(self._walk, node, what, have, want, "manifest.json")

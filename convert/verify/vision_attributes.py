@@ -1,0 +1,221 @@
+"""VisionAttributes: blocks, norms, feature layers and projector of a vision graph, read from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llava_edge.convert.verify.graph_attributes import (
+    Activation,
+    GraphWalk,
+    LinearAttributes,
+    NormAttributes,
+    WiringError,
+)
+from llava_edge.convert.verify.graph_file import attribute
+
+_PARTS = ("query", "key", "value")
+
+
+@dataclass(frozen=True)
+class BlockAttributes:
+    """One block of the tower; ``scale`` multiplies the queries."""
+
+    norm1: NormAttributes
+    qkv: LinearAttributes
+    num_heads: int
+    head_dim: int
+    scale: float
+    out: LinearAttributes
+    norm2: NormAttributes
+    fc1: LinearAttributes
+    activation: Activation
+    fc2: LinearAttributes
+
+
+@dataclass(frozen=True)
+class EmbeddingAttributes:
+    """The tower's entrance. Names are initializers; ``pre_norm`` is None where there is none.
+
+    ``patches`` are (patches a side, patch size) of the first reshape.
+    """
+
+    kernel: str
+    class_token: str
+    positions: str
+    patches: tuple[int, int]
+    pre_norm: NormAttributes | None
+
+
+@dataclass(frozen=True)
+class VisionAttributes:
+    """A whole vision graph; what could not be reached is None or empty.
+
+    ``feature_depths`` says behind how many blocks each feature is taken, ``first_tokens`` the first
+    token that is kept of it.
+    """
+
+    embedding: EmbeddingAttributes | None
+    blocks: tuple[BlockAttributes, ...]
+    feature_depths: tuple[int, ...]
+    first_tokens: tuple[int, ...]
+    linear_1: LinearAttributes | None
+    activation: Activation | None
+    linear_2: LinearAttributes | None
+
+
+def read_vision(walk: GraphWalk) -> VisionAttributes:
+    """Follow a vision graph from its features to its pixels; faults are noted in ``walk``."""
+    linear_1 = linear_2 = activation = embedding = None
+    blocks: tuple[BlockAttributes, ...] = ()
+    depths: tuple[int, ...] = ()
+    first: tuple[int, ...] = ()
+    try:
+        linear_2 = walk.linear("image_features")
+        activation = walk.activation(linear_2.hidden)
+        linear_1 = walk.linear(activation.hidden)
+        states, first = _features(walk, linear_1.hidden)
+        chains = [_chain(walk, state) for state in states]
+        depths = tuple(len(found) for found, _, _ in chains)
+        blocks, entrance, passed = max(chains, key=lambda chain: len(chain[0]))
+        for state in states:
+            if state not in passed:
+                raise WiringError(f"{walk.graph.label}: {state} is no output of a block of one row")
+        embedding = _embedding(walk, entrance)
+    except WiringError as error:
+        walk.faults.append(str(error))
+    return VisionAttributes(embedding, blocks, depths, first, linear_1, activation, linear_2)
+
+
+def _features(walk: GraphWalk, value: str) -> tuple[list[str], tuple[int, ...]]:
+    """States that the projector reads, and the first token kept of each."""
+    node = walk.graph.producer(value)
+    parts = [value]
+    if node is not None and node.op_type == "Concat":
+        walk.expect(node, "axis", attribute(node, "axis"), -1)
+        parts = [str(name) for name in node.input]
+    states, first = [], []
+    for part in parts:
+        node = walk.graph.producer(part)
+        if node is None or node.op_type != "Slice":
+            states.append(part)
+            first.append(0)
+            continue
+        node, state, _, axes, _ = walk.cut(part)
+        walk.expect(node, "axes", axes, [1])
+        states.append(state)
+        first.append(int(walk.numbers(node, 1)[0]))
+    return states, tuple(first)
+
+
+def _chain(walk: GraphWalk, value: str) -> tuple[tuple[BlockAttributes, ...], str, set[str]]:
+    """Blocks in front of a state, the value in front of all of them, and all states."""
+    blocks: list[BlockAttributes] = []
+    states = {value}
+    while True:
+        node = walk.graph.producer(value)
+        is_sum = node is not None and node.op_type == "Add"
+        if node is None or not is_sum or any(walk.stored(name) for name in node.input):
+            return tuple(reversed(blocks)), value, states
+        block, value = _block(walk, value)
+        blocks.append(block)
+        states.add(value)
+
+
+def _sum(walk: GraphWalk, value: str) -> tuple[str, LinearAttributes]:
+    """Residual and branch of a sum; the branch ends in a linear layer."""
+    node = walk.made_by(value, "Add")
+    for place in (1, 0):
+        if walk.is_linear(node.input[place]):
+            return str(node.input[1 - place]), walk.linear(node.input[place])
+    raise WiringError(f"{walk.graph.label}, node {node.name}: it adds no linear layer's output")
+
+
+def _block(walk: GraphWalk, value: str) -> tuple[BlockAttributes, str]:
+    middle, fc2 = _sum(walk, value)
+    activation = walk.activation(fc2.hidden)
+    fc1 = walk.linear(activation.hidden)
+    norm2, reads = walk.layer_norm(fc1.hidden)
+    _expect_residual(walk, norm2, reads, middle)
+    before, out = _sum(walk, middle)
+    qkv, num_heads, head_dim, scale = _attention(walk, out.hidden)
+    norm1, reads = walk.layer_norm(qkv.hidden)
+    _expect_residual(walk, norm1, reads, before)
+    return (
+        BlockAttributes(norm1, qkv, num_heads, head_dim, scale, out, norm2, fc1, activation, fc2),
+        before,
+    )
+
+
+def _expect_residual(walk: GraphWalk, norm: NormAttributes, reads: str, residual: str) -> None:
+    if reads != residual:
+        walk.faults.append(
+            f"{walk.graph.label}, node {norm.node}: it reads {reads}, its branch is added to "
+            f"{residual}; both must be one value"
+        )
+
+
+def _attention(walk: GraphWalk, value: str) -> tuple[LinearAttributes, int, int, float]:
+    """Packed projection, heads, size of a head and scale of softmax(q k^T) v."""
+    merged = walk.made_by(value, "Reshape")
+    walk.expect_numbers(merged, 1, "shape", [0, 0, -1])
+    product = walk.made_by(_turned(walk, merged.input[0], [0, 2, 1, 3]), "MatMul")
+    softmax = walk.made_by(product.input[0], "Softmax")
+    walk.expect(softmax, "axis", attribute(softmax, "axis", -1), -1)
+    scores = walk.made_by(softmax.input[0], "MatMul")
+    scaled = walk.made_by(scores.input[0], "Mul")
+    (scale,) = walk.numbers(scaled, 1)
+    parts = [scaled.input[0], _turned(walk, scores.input[1], [0, 1, 3, 2]), product.input[1]]
+    split = None
+    for place, part in enumerate(parts):
+        squeeze = walk.made_by(part, "Squeeze")
+        walk.expect_numbers(squeeze, 1, "axes", [0])
+        split = walk.made_by(squeeze.input[0], "Split")
+        found = list(split.output).index(squeeze.input[0])
+        if found != place:
+            walk.faults.append(
+                f"{walk.graph.label}, node {split.name}: its part {found} is used as "
+                f"{_PARTS[place]}; the parts are {', '.join(_PARTS)}"
+            )
+    assert split is not None
+    walk.expect(split, "axis", attribute(split, "axis", 0), 0)
+    walk.expect(split, "number of parts", len(split.output), 3)
+    reshape = walk.made_by(_turned(walk, split.input[0], [2, 0, 3, 1, 4]), "Reshape")
+    shape = walk.numbers(reshape, 1)
+    walk.expect(reshape, "leading sizes of the shape", shape[:3], [0, 0, 3])
+    return walk.linear(reshape.input[0]), int(shape[-2]), int(shape[-1]), float(scale)
+
+
+def _turned(walk: GraphWalk, value: str, order: Sequence[int]) -> str:
+    """What a Transpose reads, which must have this order of axes."""
+    node = walk.made_by(value, "Transpose")
+    walk.expect(node, "perm", list(attribute(node, "perm", [])), list(order))
+    return str(node.input[0])
+
+
+def _embedding(walk: GraphWalk, value: str) -> EmbeddingAttributes:
+    node = walk.made_by(value, "LayerNormalization", "Add")
+    pre_norm = None
+    if node.op_type == "LayerNormalization":
+        pre_norm, value = walk.layer_norm(value)
+    total = walk.made_by(value, "Add")
+    positions = walk.stored(total.input[1])
+    tokens = walk.made_by(total.input[0], "Concat")
+    walk.expect(tokens, "axis", attribute(tokens, "axis"), 1)
+    expand = walk.made_by(tokens.input[0], "Expand")
+    product = walk.made_by(tokens.input[1], "MatMul")
+    kernel = walk.stored(product.input[1])
+    class_token = walk.stored(expand.input[0])
+    if positions is None or kernel is None or class_token is None:
+        raise WiringError(
+            f"{walk.graph.label}: class token, position embedding or patch embedding is no tensor "
+            "of the file"
+        )
+    flat = walk.made_by(product.input[0], "Reshape")
+    split = walk.made_by(_turned(walk, flat.input[0], [0, 2, 4, 1, 3, 5]), "Reshape")
+    walk.expect(split, "what it reads", split.input[0], "pixel_values")
+    sizes = walk.numbers(split, 1)
+    side, patch = int(sizes[2]), int(sizes[3])
+    walk.expect(split, "shape", sizes, [-1, 3, side, patch, side, patch])
+    walk.expect_numbers(flat, 1, "shape", [-1, side * side, 3 * patch * patch])
+    return EmbeddingAttributes(kernel, class_token, positions, (side, patch), pre_norm)

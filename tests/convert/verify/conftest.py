@@ -1,0 +1,67 @@
+"""Artifacts of the test models in every form, rounded to nearest where they are quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
+from llava_edge.convert.pipeline import convert_checkpoint
+from llava_edge.convert.quantization import QuantizationRequest
+from llava_edge.convert.request import ConvertRequest
+from llava_edge.profiles.hardware import load_profile
+from llava_edge.profiles.planner import PlanRequest
+from llava_edge.runtime.artifact import Artifact, open_artifact
+from llava_edge.runtime.progress import no_progress
+
+FORMS = {
+    "fp16": ("cpu-16gb", "fp16", None),
+    "fp16 cuda": ("a100", "fp16", None),
+    "int8 integer": ("cpu-16gb", "int8", None),
+    "int8 nbits": ("cpu-16gb", "int8", "none"),
+    "int4": ("cpu-16gb", "int4", None),
+    "int4 cuda": ("a100", "int4", None),
+}
+"""Board, precision, int8 instructions where they are not the board's."""
+
+SIZES = {"hidden_size": 128, "intermediate_size": 384, "heads": 4}
+BACKBONES: dict[str, dict[str, object]] = {
+    "llama-mha": {"backbone": "llama", "kv_heads": 4},
+    "mistral-gqa": {"backbone": "mistral", "kv_heads": 2},
+    "qwen2-bias": {"backbone": "qwen2", "kv_heads": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def make_form(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], Path]:
+    """``make_form(checkpoint, form)``: an artifact in one of ``FORMS``, converted once."""
+
+    @cache
+    def make(checkpoint: Path, form: str) -> Path:
+        board, precision, isa = FORMS[form]
+        profile = load_profile(board)
+        if isa is not None:
+            profile = replace(profile, int8_isa=isa)
+        request = ConvertRequest(
+            checkpoint=str(checkpoint),
+            out=tmp_path_factory.mktemp("artifact") / "artifact",
+            profile=profile,
+            wishes=PlanRequest(precision=precision, context_tokens=640),
+            quantization=QuantizationRequest(quantizer="rtn"),
+        )
+        return convert_checkpoint(request, no_progress, lambda _: None).folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def opened() -> Callable[[Path, Path], tuple[Artifact, Checkpoint]]:
+    """``opened(artifact, checkpoint)``: both, without hashing what was just written."""
+    return lambda artifact, checkpoint: (
+        open_artifact(artifact, verify_digests=False),
+        open_checkpoint(checkpoint),
+    )
