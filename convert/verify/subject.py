@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -74,10 +74,13 @@ class Subject:
 
     def embed(self, request: Request) -> PromptEmbeddings:
         """Encode a request's tiles; the session lives only as long."""
-        session = Session(self.vision_path(), self.options)
-        encoder = VisionEncoder(session, self.dims, 1, self.dtype)
         image_id = self.artifact.manifest.tokens.image
+        encoder = _LazyEncoder(self._encoder)
         return PromptEmbedder(self.dims, image_id, self.table, encoder, self.dtype).embed(request)
+
+    def _encoder(self) -> VisionEncoder:
+        session = Session(self.vision_path(), self.options)
+        return VisionEncoder(session, self.dims, 1, self.dtype)
 
     def rows(self, embeddings: PromptEmbeddings, request: Request, forced: Array) -> Array:
         """Decoder inputs of prompt and forced tokens, in the flavour's type [positions, hidden]."""
@@ -103,13 +106,18 @@ class Subject:
     def logits(self, rows: Array, positions: Positions) -> Array:
         """Logits at the kept positions, float32 [kept, vocab]: chunks of prompt, then steps."""
         for first, stop in self.groups():
-            cut = self.graph.slice(first, stop)
-            session = cut.open(self.options)
-            decoder = Decoder(session, cut.text, positions.total, positions.chunk, self.dtype)
-            if cut.has_head:
-                return _driven(decoder, rows, positions, positions.keep_from, cut.text.vocab_size)
-            rows = _driven(decoder, rows, positions, 0, cut.text.hidden_size).astype(self.dtype)
-        raise AssertionError("the last group has the head")
+            # Nothing of a group is left when the next is loaded.
+            rows = self._group(first, stop, rows, positions)
+        return rows
+
+    def _group(self, first: int, stop: int, rows: Array, positions: Positions) -> Array:
+        """Hidden states of all positions, or logits of the kept ones behind the last layer."""
+        cut = self.graph.slice(first, stop)
+        session = cut.open(self.options)
+        decoder = Decoder(session, cut.text, positions.total, positions.chunk, self.dtype)
+        if cut.has_head:
+            return _driven(decoder, rows, positions, positions.keep_from, cut.text.vocab_size)
+        return _driven(decoder, rows, positions, 0, cut.text.hidden_size).astype(self.dtype)
 
     def layer(self, layer: int, rows: Array, positions: Positions) -> Array:
         """One layer by itself: float32 [positions, hidden] in and out."""
@@ -158,6 +166,18 @@ class Subject:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class _LazyEncoder:
+    """Tower and projector, loaded only where there is a tile."""
+
+    def __init__(self, open_encoder: Callable[[], VisionEncoder]) -> None:
+        self._open = open_encoder
+        self._encoder: VisionEncoder | None = None
+
+    def encode(self, pixel_values: Array, out: Array) -> None:
+        self._encoder = self._encoder or self._open()
+        self._encoder.encode(pixel_values, out)
 
 
 def _driven(

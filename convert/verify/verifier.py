@@ -39,7 +39,7 @@ from llava_edge.runtime.certificate import (
     overall,
 )
 from llava_edge.runtime.golden import GoldenProbe
-from llava_edge.runtime.host_memory import peak_host_bytes
+from llava_edge.runtime.host_memory import map_large_blocks, peak_host_bytes
 from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.this_machine import describe_host
@@ -100,6 +100,8 @@ class Verifier:
     def run(self) -> Certificate:
         """Run every stage; a stage that cannot run at all fails with its reason."""
         started = time.perf_counter()
+        # What a session or a layer gives back shall leave the process, not wait for the next.
+        map_large_blocks()
         artifact, checkpoint, reference = self.artifact, self.checkpoint, self.reference
         self._stage("structure", lambda: structure_stage(artifact, checkpoint))
         self._stage("prompt", lambda: prompt_stage(artifact, checkpoint, reference.processor))
@@ -215,6 +217,7 @@ def golden_probes(
     artifact: Artifact, checkpoint: Checkpoint
 ) -> tuple[list[GoldenProbe], Reference]:
     """Golden probes for an artifact, and the reference that remembers its answers to them."""
+    map_large_blocks()
     reference = open_reference(artifact, checkpoint)
     anyres = ImageProcessor(artifact.manifest.image_processing).anyres
     probes = draw_probes(anyres, "quick")
