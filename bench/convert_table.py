@@ -34,8 +34,8 @@ def peer_table(entry: Mapping[str, Any]) -> str:
     """One line a quantiser: errors on both sets of tokens, and what its runs took."""
     lines = [
         "| quantiser | linear layers | held out | last hidden state | held out | logits | "
-        "seconds | peak MiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "seconds | CPU seconds | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     judged = entry["judged"]
     for name, found in judged["calibration"].items():
@@ -49,6 +49,7 @@ def peer_table(entry: Mapping[str, Any]) -> str:
             f"{held_out['layers'][-1]:.4f}",
             f"{found['logits']:.4f}",
             ", ".join(f"{run['seconds']:.1f}" for run in runs),
+            ", ".join(f"{run['cpu_seconds']:.1f}" for run in runs if "cpu_seconds" in run),
             ", ".join(f"{run['peak_bytes'] / MIB:,.0f}" for run in runs),
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -33,6 +33,8 @@ from transformers import LlamaForCausalLM
 _LINEAR = re.compile(r"(?:^|\.)(layers\.\d+\.\w+\.\w+)\.qweight$")
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _Weights = Mapping[str, torch.Tensor]
+_Found = tuple[list[torch.Tensor], torch.Tensor]
+"""Residual stream before the first layer and behind each, and logits."""
 
 
 def read_candidate(folder: Path) -> dict[str, torch.Tensor]:
@@ -97,13 +99,17 @@ class Judge:
         """Relative output error by candidate and linear layer."""
         lost: dict[tuple[str, str], float] = defaultdict(float)
         output: dict[str, float] = defaultdict(float)
+        deltas = {
+            candidate: {n: (module.weight - weights[n]).T for n, module in self._linears.items()}
+            for candidate, weights in candidates.items()
+        }
 
         def hook(name: str) -> Callable[..., None]:
             def note(module: torch.nn.Linear, inputs: tuple[torch.Tensor], _: Any) -> None:
                 rows = inputs[0][0]
                 output[name] += _energy(rows @ module.weight.T)
-                for candidate, weights in candidates.items():
-                    lost[candidate, name] += _energy(rows @ (module.weight - weights[name]).T)
+                for candidate in candidates:
+                    lost[candidate, name] += _energy(rows @ deltas[candidate][name])
 
             return note
 
@@ -115,17 +121,23 @@ class Judge:
         return {c: {n: lost[c, n] / output[n] for n in self._linears} for c in candidates}
 
     def whole(
-        self, prompts: Sequence[Sequence[int]], candidate: _Weights
-    ) -> dict[str, list[float] | float]:
-        """Relative errors of the whole quantised model."""
+        self, prompts: Sequence[Sequence[int]], candidates: Mapping[str, _Weights]
+    ) -> dict[str, dict[str, Any]]:
+        """Relative errors of the whole quantised model, by candidate."""
         truth = [self._run(ids) for ids in prompts]
+        return {
+            name: self._compare(prompts, truth, weights) for name, weights in candidates.items()
+        }
+
+    def _compare(
+        self, prompts: Sequence[Sequence[int]], truth: Sequence[_Found], candidate: _Weights
+    ) -> dict[str, Any]:
         kept = {name: module.weight.data for name, module in self._linears.items()}
         for name, module in self._linears.items():
             module.weight.data = candidate[name]
-        found = [self._run(ids) for ids in prompts]
+        pairs = [(self._run(ids), exact) for ids, exact in zip(prompts, truth, strict=True)]
         for name, module in self._linears.items():
             module.weight.data = kept[name]
-        pairs = list(zip(found, truth, strict=True))
         layers, changes = [], []
         for place in range(1, len(truth[0][0])):
             lost = sum(_energy(f[0][place] - t[0][place]) for f, t in pairs)
@@ -135,7 +147,7 @@ class Judge:
         logits = lost / sum(_energy(t[1]) for t in truth)
         return {"layers": layers, "changes": changes, "logits": logits}
 
-    def _run(self, ids: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def _run(self, ids: Sequence[int]) -> _Found:
         """Residual stream before and behind each layer, and logits."""
         stream: list[torch.Tensor] = []
         layers = self._model.model.layers
@@ -168,10 +180,8 @@ def main() -> int:
             judge.check(candidate)
         for name, prompts in tokens.items():
             linears = judge.linears(prompts, candidates)
-            result[name] = {
-                candidate: {"linears": linears[candidate], **judge.whole(prompts, weights)}
-                for candidate, weights in candidates.items()
-            }
+            whole = judge.whole(prompts, candidates)
+            result[name] = {c: {"linears": linears[c], **whole[c]} for c in candidates}
     print(json.dumps(result))
     return 0
 

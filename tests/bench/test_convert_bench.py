@@ -219,8 +219,8 @@ def test_the_judge_reads_codes_and_measures_from_the_definition(
     with torch.no_grad():
         nothing = judge.linears(prompts, {"same": exact})["same"]
         found = judge.linears(prompts, {"rounded": candidate})["rounded"]
-        whole = judge.whole(prompts, candidate)
-        same = judge.whole(prompts, exact)
+        both = judge.whole(prompts, {"rounded": candidate, "same": exact})
+    whole, same = both["rounded"], both["same"]
     assert set(nothing.values()) == {0.0}
     assert (same["layers"], same["logits"]) == ([0.0, 0.0], 0.0)
     # The first layer reads normed embeddings, so its error can be written down.
