@@ -12,9 +12,10 @@ CHECKPOINT ?=
 MODEL ?=
 OUT ?=
 PRECISION ?=
+STEP ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo convert test test-interop lint typecheck format clean
+.PHONY: help install demo convert test test-interop bench-convert lint typecheck format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +43,9 @@ $(INTEROP)/ready:
 
 test-interop: $(READY) $(INTEROP)/ready ## transformers, optimum and GPTQModel load what --emit hf writes
 	$(BIN)/python tests/interop/check_gptq.py $(INTEROP)/bin/python
+
+bench-convert: $(READY) $(INTEROP)/ready ## make bench-convert [STEP=rtn|gptq|peer]: memory and time of converting a 7B, and beside GPTQModel
+	$(BIN)/python -m llava_edge.bench.convert_bench $(if $(STEP),--only $(STEP)) --json
 
 lint: $(READY) build/typing ## ruff (style, docstrings, formatting) and the import contracts
 	$(BIN)/ruff check .

@@ -346,6 +346,22 @@ def test_a_dead_column_becomes_zero_and_is_counted() -> None:
     np.testing.assert_array_equal(solved.scales, scales)
 
 
+def test_a_column_of_zero_weights_makes_up_for_others_and_nothing_is_lost() -> None:
+    weight, hessian = random_weight(8, 64, 2), correlated_hessian(64, 2)
+    weight[:, 5] = 0.0
+
+    solved = quantize_weight(weight, hessian, bits=4, group_size=32, never_worse=False)
+    codes, scales = solve_slowly(weight, hessian, bits=4, group_size=32)
+
+    # Its input is alive, so this is no dead column.
+    assert solved.report.dead_columns == 0
+    np.testing.assert_array_equal(solved.qweight, codes)
+    np.testing.assert_array_equal(solved.scales, scales)
+    assert solved.report.relative_error is not None
+    assert solved.report.rtn_relative_error is not None
+    assert solved.report.relative_error < solved.report.rtn_relative_error
+
+
 def test_a_layer_without_any_input_is_rounded_to_nearest() -> None:
     weight = random_weight(8, 64, 2)
 

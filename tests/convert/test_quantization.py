@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from llava_edge.convert.checkpoint import open_checkpoint
 from llava_edge.convert.pipeline import Conversion, convert_checkpoint
 from llava_edge.convert.quantization import BodyFormat, QuantizationRequest
 from llava_edge.convert.request import ConvertRequest
-from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.errors import CheckpointError, RequestError
 from llava_edge.profiles.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge
@@ -90,6 +93,46 @@ def test_a_quantised_artifact_is_smaller_and_says_how_it_was_made(
     facts = conversion.manifest.conversion
     assert facts["bits"] == 4
     assert "drawn" in str(facts).lower()
+
+
+def test_samples_that_cannot_be_used_are_named_in_the_manifest(
+    checkpoint: Path, tmp_path: Path, picture: Image.Image, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "questions"
+    folder.mkdir()
+    picture.save(folder / "good.png")
+    (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:200])
+    lines: list[dict[str, str]] = [
+        {"image": "good.png", "question": "What?", "answer": "That."},
+        {"image": "cut.png", "question": "What?", "answer": "That."},
+        {"question": "Which words?", "answer": "These."},
+    ]
+    (folder / "a.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+
+    facts = convert(checkpoint, tmp_path / "out", "int4", calibration=folder).manifest.conversion
+
+    samples = facts["samples"]
+    assert (samples["num_samples"], samples["num_text_only"]) == (2, 1)
+    assert [each["sample"] for each in samples["left_out"]] == ["a.jsonl:2"]
+    assert "cut.png" in samples["left_out"][0]["reason"]
+    assert "a.jsonl:2 is left out" in caplog.text
+
+
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+def test_a_weight_that_is_not_finite_ends_a_conversion_by_its_name(
+    checkpoint: Path, tmp_path: Path, quantizer: str
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    tensors = load_file(broken / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("layers.1.mlp.up_proj.weight"))
+    tensors[name][3, 5] = torch.nan
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        convert(broken, tmp_path / "out", "int4", quantizer=quantizer)
+
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_gptq_checkpoint_is_emitted_beside_the_graphs(checkpoint: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,43 @@ def test_no_layer_is_worse_than_rounding_to_nearest(
         assert (int(codes.min()), int(codes.max())) >= (64, 0)
         assert int(codes.max()) <= 191
     json.dumps(report, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("preset_name", "changes"),
+    [
+        ("tiny", {"backbone": "llama"}),
+        ("odd", {"backbone": "llama"}),
+        ("odd", {"backbone": "mistral", "sliding_window": 20}),
+        ("odd", {"backbone": "qwen2", "kv_heads": 1}),
+        ("demo", {"layers": 2}),
+    ],
+    ids=["tiny", "odd llama", "odd mistral", "odd qwen2", "demo"],
+)
+def test_every_linear_layer_of_every_test_model_beats_rounding_and_on_average_plain_scales(
+    make_checkpoint: CheckpointMaker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    preset_name: str,
+    changes: dict[str, Any],
+) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(preset_name, **changes))
+    samples = calibration_set(checkpoint.dims.text.hidden_size)
+
+    def reports(name: str) -> list[dict[str, Any]]:
+        store = quantize_language_model(checkpoint, tmp_path / name, _INT4, samples)
+        layers = store.report["layers"]
+        assert len(layers) == checkpoint.dims.text.num_hidden_layers
+        return [linear["report"] for layer in layers for linear in layer["linears"].values()]
+
+    searched = reports("searched")
+    plain_solver = partial(quantize_weight, scale_search=False)
+    monkeypatch.setattr("llava_edge.convert.layer_solver.quantize_weight", plain_solver)
+    plain = reports("plain")
+    assert len(searched) == 7 * checkpoint.dims.text.num_hidden_layers
+    assert all(each["relative_error"] < each["rtn_relative_error"] for each in searched)
+    means = [np.mean([each["relative_error"] for each in found]) for found in (searched, plain)]
+    assert means[0] < means[1]
 
 
 def test_the_report_says_what_was_asked_and_measured(
