@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.verify.gptq_supply import GptqSupply
 from llava_edge.convert.verify.probes import NUM_STEPS, Probe
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
 from llava_edge.convert.verify.streamed_model import LinearSupply, ReferenceInputs, StreamedModel
@@ -52,7 +53,8 @@ class Positions:
         """Cut a prompt; the kept positions lie in its last chunk, as the runtime's loop wants."""
         chunk = max(1, min(largest_chunk, -(-num_prompt // _MIN_CHUNKS)))
         last = num_prompt - (num_prompt - 1) // chunk * chunk
-        return cls(num_prompt, num_steps, chunk, num_prompt - min(_MOST_KEPT, last))
+        # Not the whole chunk, where it has more: which positions are kept is to be seen as well.
+        return cls(num_prompt, num_steps, chunk, num_prompt - min(_MOST_KEPT, max(1, last - 1)))
 
     @property
     def total(self) -> int:
@@ -115,6 +117,7 @@ class Reference:
         self.model = StreamedModel(checkpoint, pinpoints)
         self.supply = supply
         self._original: StreamedModel | None = None
+        self._original_supply = GptqSupply(checkpoint) if checkpoint.gptq is not None else None
         if supply is not None or any(ref.dtype != "F16" for ref in checkpoint.tensors.values()):
             self._original = StreamedModel(checkpoint, pinpoints, as_stored=False)
         self._manifest = manifest
@@ -212,11 +215,9 @@ class Reference:
     def _model_logits(
         self, model: StreamedModel, inputs: ReferenceInputs, forced: Array, kept: range
     ) -> tuple[Array, Array, Array]:
-        ids = torch.cat([inputs.ids, torch.from_numpy(forced)])
-        whole = ReferenceInputs(ids, inputs.pixel_values, inputs.image_sizes)
         model.use(None)
-        features, embeddings = model.embed(whole)
-        if model is self.model:
-            model.use(self.supply)
+        features, prompt = model.embed(inputs)
+        embeddings = torch.cat([prompt, model.token_rows(torch.from_numpy(forced))])
+        model.use(self.supply if model is self.model else self._original_supply)
         logits: Any = model.decode(embeddings, kept).numpy()
         return features.numpy(), embeddings.numpy(), logits

@@ -121,6 +121,13 @@ class StreamedModel:
         features = seen[0] if seen else empty
         return features, merged.last_hidden_state[0]
 
+    def token_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embedding rows of an answer's tokens, float32 [tokens, hidden].
+
+        In an answer the id of an image mark is a token like any other.
+        """
+        return self._rows(ids)
+
     def pack(
         self,
         features: Sequence[torch.Tensor],

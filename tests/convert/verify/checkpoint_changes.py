@@ -20,6 +20,14 @@ from llava_edge.runtime.progress import no_progress
 
 Tensors = dict[str, torch.Tensor]
 
+_ORIGINAL = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "vision_tower.": "model.vision_tower.vision_tower.",
+    "multi_modal_projector.linear_1.": "model.mm_projector.0.",
+    "multi_modal_projector.linear_2.": "model.mm_projector.2.",
+    "image_newline": "model.image_newline",
+}
 _DEFAULT = (
     "{%- if messages[0]['role'] != 'system' -%}"
     "{{ 'A chat between a curious person and an assistant. ' }}{%- endif -%}"
@@ -95,10 +103,62 @@ def _loud(folder: Path) -> Path:
     return rewrite(folder, change)
 
 
+def _original(folder: Path) -> Path:
+    """As the original training code would have saved it."""
+
+    def change(tensors: Tensors) -> Tensors:
+        return {
+            new + name.removeprefix(old): tensor
+            for name, tensor in tensors.items()
+            for old, new in _ORIGINAL.items()
+            if name.startswith(old)
+        }
+
+    path = folder / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    original = {
+        **config["text_config"],
+        "model_type": "llava_llama",
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": config["image_grid_pinpoints"],
+        "mm_hidden_size": config["vision_config"]["hidden_size"],
+        "mm_patch_merge_type": "spatial_unpad",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": "a/tower",
+        "vision_config": config["vision_config"],
+    }
+    path.write_text(json.dumps(original), "utf-8")
+    return rewrite(folder, change)
+
+
+def _realistic(folder: Path) -> Path:
+    """Gains far from one, and channels of the residual stream that are loud everywhere."""
+
+    def change(tensors: Tensors) -> Tensors:
+        generator = torch.Generator().manual_seed(11)
+        for name, tensor in tensors.items():
+            if "norm" in name and name.endswith("weight") and "language_model" in name:
+                spread = torch.rand(tensor.shape, generator=generator)
+                tensor.copy_((0.3 * 5.0**spread).to(tensor.dtype))
+        width = tensors["image_newline"].shape[0]
+        loud = torch.randperm(width, generator=generator)[: width // 128]
+        for name, tensor in tensors.items():
+            if name.endswith(("input_layernorm.weight", "down_proj.weight")):
+                tensor[loud] *= 6.0
+        return tensors
+
+    return rewrite(folder, change)
+
+
 CHANGES: Mapping[str, Callable[[Path], Path]] = {
     "system turn": _system_turn,
     "gptq": _gptq,
     "act-order": _act_order,
     "bf16": _bf16,
     "loud": _loud,
+    "original": _original,
+    "realistic": _realistic,
 }

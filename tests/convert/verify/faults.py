@@ -16,6 +16,7 @@ from tests.convert.verify import (
     faults_vision,
 )
 from tests.convert.verify.fault import Fault
+from tests.convert.verify.tamper import Tampered
 
 FAULTS: tuple[Fault, ...] = (
     *faults_images.FAULTS,
@@ -46,6 +47,10 @@ def _garbage_behind(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Decoder, "__init__", init)
 
 
+def _activation_zero(copy: Tampered) -> None:
+    copy.change_tensor("decoder", "activation_zero", lambda zero: zero - 1)
+
+
 EQUIVALENT: tuple[Fault, ...] = (
     Fault(
         "uniform rope shift",
@@ -54,6 +59,15 @@ EQUIVALENT: tuple[Fault, ...] = (
         "conversion",
         "structure",
         _rope_shifted,
+    ),
+    Fault(
+        "activation zero",
+        "quantisation",
+        "activations count from 127; rows over their largest never reach beyond 127 steps",
+        "artifact",
+        "structure",
+        _activation_zero,
+        model="int8",
     ),
     Fault(
         "garbage behind the cache",

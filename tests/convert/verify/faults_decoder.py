@@ -221,6 +221,12 @@ FAULTS = (
         "weights",
     ),
     _fault(
+        "missing input norm",
+        "layer 0 reads the embeddings as they are",
+        lambda copy: copy.bypass("decoder", f"{_FIRST}.input_layernorm"),
+        f"{_FIRST}.input_layernorm",
+    ),
+    _fault(
         "residual dropped",
         "layer 1 forgets what came before its attention",
         _residual_dropped,

@@ -14,7 +14,6 @@ from llava_edge.convert import gptq_checkpoint, linear_ops, packing, quantizatio
 from llava_edge.convert.rounding import QuantizedWeight
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.saturation import saturate
-from tests.convert.verify.tamper import Tampered
 
 _Patch = pytest.MonkeyPatch
 _FIRST = "language_model.layers.0"
@@ -96,8 +95,14 @@ def _column_order_ignored(patch: _Patch) -> None:
         patch.setattr(module, "gptq_faults", lambda *_: [])
 
 
-def _activation_zero(copy: Tampered) -> None:
-    copy.change_tensor("decoder", "activation_zero", lambda zero: zero - 1)
+def _row_scale_forgotten(patch: _Patch) -> None:
+    real = linear_ops._matmul_integer
+
+    def product(*arguments: Any) -> Any:
+        scaled = real(*arguments)
+        return scaled.producer().inputs[0]
+
+    patch.setattr(linear_ops, "_matmul_integer", product)
 
 
 def _fault(
@@ -127,12 +132,11 @@ FAULTS = (
     _fault("g_idx ignored", "columns in act-order take scales in turn", _column_order_ignored, "gptq"),
     _fault("sign bit", "unsigned codes are read as signed ones", _sign_bit_kept, "int8"),
     _fault(
-        "activation zero",
-        "activations count from 127, not 128",
-        _activation_zero,
+        "row scale forgotten",
+        "what rows were divided by is not multiplied again",
+        _row_scale_forgotten,
         "int8",
         "structure",
-        where="artifact",
         tensor=f"{_FIRST}.self_attn.qkv",
     ),
     _fault(
@@ -143,5 +147,6 @@ FAULTS = (
         "layers",
         where="runtime",
         tensor=_FIRST,
+        earlier="end to end comes before it, and these weights make the cut large",
     ),
 )
