@@ -19,10 +19,9 @@ _MODES = {
     "full": "in full (the whole decoder, every grid)",
 }
 _MEASURES = {
-    "kl": "KL divergence of the next-token distribution (nats)",
-    "top1_agreement": "share of positions with the same best token",
-    "answer_loss": "loss on the tokens of the answers (nats)",
-    "answer_loss_change": "rise of the loss on the tokens of the answers (nats)",
+    "kl_divergence": "KL divergence of the next token's distribution (nats)",
+    "top1_disagreement": "share of positions with another best token",
+    "answer_loss_rise": "rise of the loss on the tokens of the answers (nats)",
 }
 """Words for the measures of quantisation loss; others go by their name."""
 

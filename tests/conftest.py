@@ -56,12 +56,14 @@ def make_artifact(tmp_path_factory: pytest.TempPathFactory) -> ArtifactMaker:
         if key not in made:
             out = tmp_path_factory.mktemp("artifact") / "artifact"
             profile = load_profile(str(changes.get("profile", "cpu-16gb")))
-            wishes = {name: value for name, value in changes.items() if name != "profile"}
+            own = ("profile", "verify")
+            wishes = {name: value for name, value in changes.items() if name not in own}
             request = ConvertRequest(
                 checkpoint=str(checkpoint),
                 out=out,
                 profile=profile,
                 wishes=PlanRequest(**{"precision": "fp16", **wishes}),  # type: ignore[arg-type]
+                verify=changes.get("verify", "none"),  # type: ignore[arg-type]
             )
             made[key] = convert_checkpoint(request, no_progress, print).folder
         return made[key]

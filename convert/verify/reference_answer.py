@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from llava_edge.convert.checkpoint import Checkpoint
-from llava_edge.convert.verify.gptq_supply import GptqSupply
 from llava_edge.convert.verify.probes import NUM_STEPS, Probe
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
+from llava_edge.convert.verify.stored_linears import StoredLinears
 from llava_edge.convert.verify.streamed_model import LinearSupply, ReferenceInputs, StreamedModel
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime.artifact import Artifact
@@ -113,13 +113,17 @@ class Reference:
     ) -> None:
         manifest = artifact.manifest
         pinpoints = ImageProcessor(manifest.image_processing).anyres.candidates
-        self.processor = ReferenceProcessor(checkpoint, pinpoints)
-        self.model = StreamedModel(checkpoint, pinpoints)
+        # A config.json of the original code names no mark: the tokenizer's is taken on both sides.
+        mark = manifest.tokens.image if checkpoint.layout == "original" else None
+        self.processor = ReferenceProcessor(checkpoint, pinpoints, mark)
+        self.model = StreamedModel(checkpoint, pinpoints, image_token_id=mark)
         self.supply = supply
         self._original: StreamedModel | None = None
-        self._original_supply = GptqSupply(checkpoint) if checkpoint.gptq is not None else None
+        self._own = None if checkpoint.gptq is None else StoredLinears(checkpoint)
         if supply is not None or any(ref.dtype != "F16" for ref in checkpoint.tensors.values()):
-            self._original = StreamedModel(checkpoint, pinpoints, as_stored=False)
+            self._original = StreamedModel(
+                checkpoint, pinpoints, as_stored=False, image_token_id=mark
+            )
         self._manifest = manifest
         self._tokenizer = Tokenizer.open(
             artifact.path(manifest.tokenizer), manifest.tokens, manifest.prompt
@@ -187,9 +191,8 @@ class Reference:
         """Logits behind a prompt and behind each of some tokens, float32 [1 + tokens, vocab]."""
         forced = np.asarray(tokens, np.int64)
         first = len(inputs.ids) - 1
-        return self._model_logits(
-            self.model, inputs, forced, range(first, first + 1 + len(forced))
-        )[2]
+        kept = range(first, first + 1 + len(forced))
+        return self._model_logits(self.model, self.supply, inputs, forced, kept)[2]
 
     def answer_ids(self, text: str) -> list[int]:
         """Ids of an answer, without what the tokenizer puts before a prompt."""
@@ -204,20 +207,25 @@ class Reference:
     def _run(
         self, inputs: ReferenceInputs, forced: Array, positions: Positions
     ) -> tuple[Array, Array, Array, Array]:
+        kept = positions.kept
         features, embeddings, export = self._model_logits(
-            self.model, inputs, forced, positions.kept
+            self.model, self.supply, inputs, forced, kept
         )
         original = export
         if self._original is not None:
-            _, _, original = self._model_logits(self._original, inputs, forced, positions.kept)
+            _, _, original = self._model_logits(self._original, self._own, inputs, forced, kept)
         return features, embeddings, export, original
 
     def _model_logits(
-        self, model: StreamedModel, inputs: ReferenceInputs, forced: Array, kept: range
+        self,
+        model: StreamedModel,
+        supply: LinearSupply | None,
+        inputs: ReferenceInputs,
+        forced: Array,
+        kept: range,
     ) -> tuple[Array, Array, Array]:
-        model.use(None)
+        model.use(supply)
         features, prompt = model.embed(inputs)
         embeddings = torch.cat([prompt, model.token_rows(torch.from_numpy(forced))])
-        model.use(self.supply if model is self.model else self._original_supply)
         logits: Any = model.decode(embeddings, kept).numpy()
         return features.numpy(), embeddings.numpy(), logits

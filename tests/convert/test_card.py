@@ -16,9 +16,9 @@ from llava_edge.runtime.manifest import Manifest
 
 GAP = StageResult("prefill_logits", "max_gap_of_range", 2.34567e-6, 1e-4, "pass")
 LOSS = (
-    StageResult("quantization_loss", "kl", 0.0123, 0.5, "pass", "loss"),
-    StageResult("quantization_loss", "top1_agreement", 0.97, None, "pass", "loss"),
-    StageResult("quantization_loss", "answer_loss_change", 0.004, 0.1, "pass", "loss"),
+    StageResult("quantization_loss", "kl_divergence", 0.0123, 0.5, "pass", "loss"),
+    StageResult("quantization_loss", "top1_disagreement", 0.03, None, "pass", "loss"),
+    StageResult("quantization_loss", "answer_loss_rise", 0.004, 0.1, "pass", "loss"),
 )
 
 
@@ -69,8 +69,8 @@ def test_it_says_what_was_verified_when_where_and_what_is_lost(
     assert "int8 instructions: vnni). It passed." in card
     assert "| prefill_logits | max gap of range | 2.35e-06 | 0.0001 | pass |" in card
     assert "What int4 costs" in card
-    assert "KL divergence of the next-token distribution (nats) | 0.0123 | 0.5 |" in card
-    assert "same best token | 0.97 | – | pass |" in card
+    assert "KL divergence of the next token's distribution (nats) | 0.0123 | 0.5 |" in card
+    assert "another best token | 0.03 | – | pass |" in card
     assert "answers (nats) | 0.004 |" in card
     same, original = card.split("What int4 costs")
     assert "KL divergence" not in same

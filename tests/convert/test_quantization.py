@@ -45,6 +45,7 @@ def convert(
         profile=profile,
         wishes=PlanRequest(precision=precision),
         quantization=QuantizationRequest(**{"num_samples": 6, **quantization}),  # type: ignore[arg-type]
+        verify="none",
     )
     return convert_checkpoint(request, no_progress, print)
 
@@ -99,6 +100,7 @@ def test_a_gptq_checkpoint_is_emitted_beside_the_graphs(checkpoint: Path, tmp_pa
         wishes=PlanRequest(precision="int4"),
         quantization=QuantizationRequest("rtn"),
         emit_hf=True,
+        verify="none",
     )
 
     conversion = convert_checkpoint(request, no_progress, print)

@@ -84,6 +84,7 @@ def convert(checkpoint: Path, out: Path, reference: Reference | None = None) -> 
         out=out,
         wishes=PlanRequest(precision="fp16"),
         reference=reference,
+        verify="none",
     )
     return convert_checkpoint(request, no_progress, print).folder
 
@@ -157,6 +158,7 @@ def test_other_grids_give_the_tokens_of_the_reference_with_those_candidates(
         checkpoint=str(hub),
         out=tmp_path / "artifact",
         wishes=PlanRequest(precision="fp16", grid=grid),
+        verify="none",
     )
     artifact = convert_checkpoint(request, no_progress, print).folder
 

@@ -279,11 +279,19 @@ def test_another_provider_is_a_warning_until_the_machine_was_checked(
     assert caplog.text == ""
 
 
+@pytest.mark.parametrize("certificate", ["missing", "failed"])
 def test_an_unverified_artifact_says_only_that(
-    issue: Issue, runs: list[LlavaEdge], caplog: pytest.LogCaptureFixture
+    issue: Issue,
+    runs: list[LlavaEdge],
+    make_certificate: Callable[..., Certificate],
+    caplog: pytest.LogCaptureFixture,
+    certificate: str,
 ) -> None:
     folder = issue("golden", int8_isa="another")
     (folder / "certificate.json").unlink()
+    if certificate == "failed":
+        failed = make_certificate(host={"int8_isa": "another"}, passed=False, verdict="fail")
+        write_certificate(folder, to_json(failed))
     with caplog.at_level(logging.WARNING):
         load(folder)
 
@@ -312,3 +320,13 @@ def test_a_kept_result_comes_back(own_cache: Path) -> None:
     assert path.parent == own_cache
     assert read_result("1" * 64, host) == kept
     assert read_result("2" * 64, host) is None
+
+
+def test_machines_that_share_a_home_keep_their_results_side_by_side() -> None:
+    first = describe_host("cpu")
+    second = dataclasses.replace(first, cpu="another")
+    row = StageResult("prompt", "differing_prompts", 0.0, 0.0, "pass")
+
+    kept = [keep_result("1" * 64, host, (row,))[0] for host in (first, second)]
+
+    assert [read_result("1" * 64, host) for host in (first, second)] == kept

@@ -1,0 +1,156 @@
+"""Verification within a conversion: what passes takes its place, what fails is kept aside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llava_edge.convert import vision_graph
+from llava_edge.convert.pipeline import Conversion, convert_checkpoint
+from llava_edge.convert.quantization import QuantizationRequest
+from llava_edge.convert.request import ConvertRequest
+from llava_edge.profiles.errors import ArtifactError, VerificationError
+from llava_edge.profiles.planner import PlanRequest
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.artifact import open_artifact
+from llava_edge.runtime.cli import main
+from llava_edge.runtime.golden import GOLDEN_FILE, read_golden
+from llava_edge.runtime.progress import no_progress
+
+
+@pytest.fixture
+def request_of(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> Callable[..., ConvertRequest]:
+    def make(precision: str = "fp16", **changes: Any) -> ConvertRequest:
+        request = ConvertRequest(
+            checkpoint=str(make_checkpoint("odd", backbone="mistral")),
+            out=tmp_path / "artifact",
+            wishes=PlanRequest(precision=precision),
+            quantization=QuantizationRequest(quantizer="rtn"),
+        )
+        return replace(request, **changes)
+
+    return make
+
+
+def converted(request: ConvertRequest) -> tuple[Conversion, list[str]]:
+    said: list[str] = []
+    return convert_checkpoint(request, no_progress, said.append), said
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_a_conversion_is_verified_and_says_how_long_that_takes(
+    request_of: Callable[..., ConvertRequest], precision: str
+) -> None:
+    conversion, said = converted(request_of(precision))
+
+    artifact = open_artifact(conversion.folder, require_verified=True)
+    assert artifact.verified
+    assert conversion.certificate.mode == "quick"
+    assert GOLDEN_FILE in artifact.manifest.files
+    assert (conversion.folder / GOLDEN_FILE).stat().st_size < 400_000
+    assert any(line.startswith("verifying (quick): about ") for line in said)
+    assert "It passed." in (conversion.folder / "README.md").read_text()
+    with LlavaEdge.load(conversion.folder, require_verified=True) as model:
+        assert model.generate("What is it?", max_new_tokens=2).token_ids
+
+
+def test_left_out_verification_is_said_and_does_not_count(
+    request_of: Callable[..., ConvertRequest],
+) -> None:
+    conversion, _ = converted(request_of(verify="none"))
+
+    document = json.loads((conversion.folder / "certificate.json").read_text())
+    assert document["mode"] == "none"
+    assert not document["passed"]
+    assert GOLDEN_FILE not in conversion.manifest.files
+    with pytest.raises(ArtifactError, match="left out"):
+        open_artifact(conversion.folder, require_verified=True)
+
+
+def test_a_failed_artifact_is_kept_aside_with_its_report(
+    request_of: Callable[..., ConvertRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vision_graph, "QUICK_GELU_ALPHA", 1.6)
+    request = request_of()
+
+    with pytest.raises(VerificationError, match="tile_features") as caught:
+        converted(request)
+
+    assert request.out is not None
+    failed = request.out.with_name("artifact.failed")
+    assert not request.out.exists()
+    report = json.loads((failed / "failure.json").read_text())
+    assert report["verdict"] == "fail"
+    assert report["first_deviation"]["tensor"].startswith("vision_tower.encoder.layers.0")
+    assert str(failed) in str(caught.value)
+    assert "vision_tower.encoder.layers.0" in str(caught.value)
+
+
+def test_the_command_verifies_again_and_writes_the_certificate(
+    request_of: Callable[..., ConvertRequest],
+    make_checkpoint: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    conversion, _ = converted(request_of("int8", verify="none"))
+    checkpoint = make_checkpoint("odd", backbone="mistral")
+
+    code = main(
+        [
+            "verify",
+            str(conversion.folder),
+            "--against",
+            str(checkpoint),
+            "--verify",
+            "quick",
+            "--json",
+        ]
+    )
+
+    assert code == 0
+    shown = capsys.readouterr()
+    document = json.loads(shown.out.splitlines()[-1])
+    assert document["passed"]
+    assert document["verdict"] == "pass"
+    assert {"name", "metric", "value", "bound", "verdict"} <= set(document["stages"][0])
+    assert "export fidelity" in shown.err
+    assert open_artifact(conversion.folder, require_verified=True).verified
+
+
+def test_another_checkpoint_is_refused_by_digest(
+    request_of: Callable[..., ConvertRequest],
+    make_checkpoint: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    conversion, _ = converted(request_of(verify="none"))
+    other = make_checkpoint("odd", backbone="mistral", layers=2)
+
+    assert main(["verify", str(conversion.folder), "--against", str(other)]) == 2
+    assert "Give the same checkpoint" in capsys.readouterr().err
+
+
+def test_a_verified_artifact_passes_on_the_device_that_made_it(
+    request_of: Callable[..., ConvertRequest], capsys: pytest.CaptureFixture[str]
+) -> None:
+    conversion, _ = converted(request_of("int8"))
+
+    assert main(["verify", str(conversion.folder), "--on-device", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["passed"]
+
+
+def test_golden_features_are_those_that_the_artifact_computes(
+    request_of: Callable[..., ConvertRequest],
+) -> None:
+    conversion, _ = converted(request_of())
+    probes = read_golden(conversion.folder / GOLDEN_FILE, conversion.manifest)
+
+    assert [probe.name for probe in probes] == ["text", "grid 1x2"]
+    assert all(np.isfinite(probe.logits).all() for probe in probes)
+    assert len(probes[1].feature_rows) > 0
