@@ -46,7 +46,8 @@ class ReferenceProcessor:
         pinpoints: Sequence[tuple[int, int]],
         image_token_id: int | None = None,
     ) -> None:
-        self._image_id = image_token_id or checkpoint.dims.image_token_id
+        own = checkpoint.dims.image_token_id
+        self._image_id = own if image_token_id is None else image_token_id
         self._has_tiles = bool(pinpoints)
         side = checkpoint.dims.vision.image_size
         values = {

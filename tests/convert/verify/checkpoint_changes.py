@@ -134,6 +134,20 @@ def _original(folder: Path) -> Path:
     return rewrite(folder, change)
 
 
+def _decided(folder: Path) -> Path:
+    """A head with rows of unequal length: its best two are further apart, as in a trained model."""
+
+    def change(tensors: Tensors) -> Tensors:
+        for name, tensor in tensors.items():
+            if "lm_head" in name:
+                generator = torch.Generator().manual_seed(3)
+                lengths = torch.randn(len(tensor), 1, generator=generator)
+                tensor *= torch.exp(0.5 * lengths).to(tensor.dtype)
+        return tensors
+
+    return rewrite(folder, change)
+
+
 def _realistic(folder: Path) -> Path:
     """Gains far from one, and channels of the residual stream that are loud everywhere."""
 
@@ -160,5 +174,6 @@ CHANGES: Mapping[str, Callable[[Path], Path]] = {
     "bf16": _bf16,
     "loud": _loud,
     "original": _original,
+    "decided": _decided,
     "realistic": _realistic,
 }
