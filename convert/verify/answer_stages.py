@@ -36,6 +36,8 @@ class AnswerStages:
     losses: list[tuple[float, float, float]] = field(default_factory=list)
     failing: list[str] = field(default_factory=list)
     """Probes that leave a bound on logits, in order."""
+    at: str = "tile_features"
+    """The stage that is being measured: an error belongs to it."""
     num_probes: int = 0
     num_text_rows: int = 0
 
@@ -43,6 +45,7 @@ class AnswerStages:
         """Run one probe through the artifact and compare it with the reference's answer."""
         name, positions = answer.probe.name, answer.positions
         self.num_probes += 1
+        self.at = "embeddings"
         request = subject.request(answer.probe)
         if not np.array_equal(request.ids, answer.inputs.ids.numpy()):
             # The stages of prompts and packing say why; here nothing would be comparable.
@@ -51,12 +54,15 @@ class AnswerStages:
                 "reference, or others"
             )
             return
+        self.at = "tile_features"
         embeddings = subject.embed(request)
         features = embeddings.features[:-1].reshape(answer.features.shape)
         if answer.features.size:
             self._note("tile_features", whole_gap(features, answer.features), name)
+        self.at = "embeddings"
         rows = subject.rows(embeddings, request, answer.forced)
         self._embeddings(subject, answer, rows)
+        self.at = "prefill_logits"
         logits = subject.logits(rows, positions)
         self._logits(answer, logits)
         self._losses(answer, logits)
@@ -109,6 +115,8 @@ class AnswerStages:
         name = answer.probe.name
         ids = np.concatenate([answer.inputs.ids.numpy(), answer.forced])
         is_text = ids != subject.artifact.manifest.tokens.image
+        # A mark in an answer is a token like any other.
+        is_text[len(answer.inputs.ids) :] = True
         theirs = answer.embeddings.astype(subject.dtype)
         wrong = np.flatnonzero((rows[is_text] != theirs[is_text]).any(-1))
         self.num_text_rows += int(is_text.sum())

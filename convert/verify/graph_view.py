@@ -9,6 +9,18 @@ from llava_edge.convert.verify.graph_file import GraphFile
 from llava_edge.profiles.errors import ArtifactError
 
 
+class MissingNodeError(ArtifactError):
+    """A graph lacks a node that the reference has a module for.
+
+    Attributes:
+        node: its name.
+    """
+
+    def __init__(self, label: str, node: str) -> None:
+        super().__init__(f"the {label} graph has no node {node!r}")
+        self.node = node
+
+
 class GraphView(GraphFile):
     """Adds to ``GraphFile`` the names of nodes and of what linear layers hand on.
 
@@ -38,17 +50,17 @@ class GraphView(GraphFile):
         """Index of a node.
 
         Raises:
-            ArtifactError: there is no such node.
+            MissingNodeError: there is no such node.
         """
         if name not in self._places:
-            raise ArtifactError(f"the {self.label} graph has no node {name!r}")
+            raise MissingNodeError(self.label, name)
         return self._places[name]
 
     def node(self, name: str) -> Any:
         """A node by name.
 
         Raises:
-            ArtifactError: there is no such node.
+            MissingNodeError: there is no such node.
         """
         return self.nodes[self.place(name)]
 

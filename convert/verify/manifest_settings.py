@@ -116,7 +116,8 @@ def _image_faults(
     grid = str(manifest.plan.get("grid"))
     allowed = _candidates(checkpoint, grid)
     extra = [point for point in have.image_grid_pinpoints if point not in allowed]
-    if extra or not have.image_grid_pinpoints:
+    # The grid "base" has no candidates, every other one has some.
+    if extra or (grid == "base") == bool(have.image_grid_pinpoints):
         yield (
             f"{_NAME}, image_processing.image_grid_pinpoints: {extra or 'none'}; the plan's grid "
             f"{grid} has {allowed}"

@@ -55,7 +55,8 @@ def draw_probes(anyres: AnyRes, mode: Mode) -> tuple[Probe, ...]:
         mode: ``quick`` or ``full``.
     """
     num_grids = max(1, len(anyres.candidates))
-    conversations, _ = draw_conversations(anyres, 2 * num_grids, SEED)
+    # Of four conversations one is text alone; of fewer none.
+    conversations, _ = draw_conversations(anyres, max(4, 2 * num_grids), SEED)
     pictured = [each for each in conversations if each.image is not None]
     text_only = next(each for each in conversations if each.image is None)
     by_grid: dict[str, tuple[int, Probe]] = {}

@@ -53,7 +53,8 @@ class Positions:
         """Cut a prompt; the kept positions lie in its last chunk, as the runtime's loop wants."""
         chunk = max(1, min(largest_chunk, -(-num_prompt // _MIN_CHUNKS)))
         last = num_prompt - (num_prompt - 1) // chunk * chunk
-        return cls(num_prompt, num_steps, chunk, num_prompt - min(_MOST_KEPT, last))
+        # Not the whole chunk, where it has more: which positions are kept is to be seen as well.
+        return cls(num_prompt, num_steps, chunk, num_prompt - min(_MOST_KEPT, max(1, last - 1)))
 
     @property
     def total(self) -> int:
@@ -112,13 +113,17 @@ class Reference:
     ) -> None:
         manifest = artifact.manifest
         pinpoints = ImageProcessor(manifest.image_processing).anyres.candidates
-        self.processor = ReferenceProcessor(checkpoint, pinpoints)
-        self.model = StreamedModel(checkpoint, pinpoints)
+        # A config.json of the original code names no mark: the tokenizer's is taken on both sides.
+        mark = manifest.tokens.image if checkpoint.layout == "original" else None
+        self.processor = ReferenceProcessor(checkpoint, pinpoints, mark)
+        self.model = StreamedModel(checkpoint, pinpoints, image_token_id=mark)
         self.supply = supply
         self._original: StreamedModel | None = None
         self._own = None if checkpoint.gptq is None else StoredLinears(checkpoint)
         if supply is not None or any(ref.dtype != "F16" for ref in checkpoint.tensors.values()):
-            self._original = StreamedModel(checkpoint, pinpoints, as_stored=False)
+            self._original = StreamedModel(
+                checkpoint, pinpoints, as_stored=False, image_token_id=mark
+            )
         self._manifest = manifest
         self._tokenizer = Tokenizer.open(
             artifact.path(manifest.tokenizer), manifest.tokens, manifest.prompt
@@ -219,9 +224,8 @@ class Reference:
         forced: Array,
         kept: range,
     ) -> tuple[Array, Array, Array]:
-        ids = torch.cat([inputs.ids, torch.from_numpy(forced)])
-        whole = ReferenceInputs(ids, inputs.pixel_values, inputs.image_sizes)
         model.use(supply)
-        features, embeddings = model.embed(whole)
+        features, prompt = model.embed(inputs)
+        embeddings = torch.cat([prompt, model.token_rows(torch.from_numpy(forced))])
         logits: Any = model.decode(embeddings, kept).numpy()
         return features.numpy(), embeddings.numpy(), logits

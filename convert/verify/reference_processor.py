@@ -34,13 +34,20 @@ class ReferenceProcessor:
         checkpoint: the model.
         pinpoints: candidates (height, width) in the order that decides ties; empty for a thumbnail
             alone.
+        image_token_id: of the image mark, where config.json does not name it.
 
     Raises:
         CheckpointError: the library cannot read the checkpoint's processor or tokenizer.
     """
 
-    def __init__(self, checkpoint: Checkpoint, pinpoints: Sequence[tuple[int, int]]) -> None:
-        self._dims = checkpoint.dims
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        pinpoints: Sequence[tuple[int, int]],
+        image_token_id: int | None = None,
+    ) -> None:
+        own = checkpoint.dims.image_token_id
+        self._image_id = own if image_token_id is None else image_token_id
         self._has_tiles = bool(pinpoints)
         side = checkpoint.dims.vision.image_size
         values = {
@@ -112,7 +119,7 @@ class ReferenceProcessor:
         for place, chunk in enumerate(text.split(_MARK)):
             ids = [int(each) for each in self._tokenizer(chunk)["input_ids"]]
             if place:
-                found.append(self._dims.image_token_id)
+                found.append(self._image_id)
                 bos = self._tokenizer.bos_token_id
                 ids = ids[1:] if bos is not None and ids[:1] == [bos] else ids
             found += ids
@@ -134,7 +141,7 @@ class ReferenceProcessor:
         left = list(counts)[::-1]
         ids: list[int] = []
         for each in self.ids(text):
-            ids += [each] * left.pop() if each == self._dims.image_token_id else [each]
+            ids += [each] * left.pop() if each == self._image_id else [each]
         return ReferenceInputs(
             torch.tensor(ids),
             tuple(self.pixels(image) for image in images),

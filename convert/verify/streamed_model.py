@@ -62,6 +62,7 @@ class StreamedModel:
         pinpoints: candidates (height, width) in the order that decides ties; empty for a thumbnail
             alone.
         as_stored: take tensors as an artifact stores them, rounded to fp16; else as they are.
+        image_token_id: of the image mark, where config.json does not name it.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class StreamedModel:
         pinpoints: Sequence[tuple[int, int]],
         *,
         as_stored: bool = True,
+        image_token_id: int | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._as_stored = as_stored
@@ -77,6 +79,8 @@ class StreamedModel:
         config = {
             key: value for key, value in checkpoint.config.items() if key != "quantization_config"
         }
+        if image_token_id is not None:
+            config["image_token_index"] = image_token_id
         if pinpoints:
             config["image_grid_pinpoints"] = [list(point) for point in pinpoints]
         self._has_tiles = bool(pinpoints)
@@ -120,6 +124,13 @@ class StreamedModel:
         empty = torch.empty(0, dims.vision.num_patches, dims.text.hidden_size)
         features = seen[0] if seen else empty
         return features, merged.last_hidden_state[0]
+
+    def token_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embedding rows of an answer's tokens, float32 [tokens, hidden].
+
+        In an answer the id of an image mark is a token like any other.
+        """
+        return self._rows(ids)
 
     def pack(
         self,

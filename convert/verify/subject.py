@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
@@ -52,8 +53,16 @@ class Subject:
         )
         self._requests = RequestBuilder(manifest, tokenizer, Limits())
         self.table = EmbeddingTable(artifact.path(manifest.embeddings), self.dims)
-        self.graph = DecoderGraph(artifact.folder, manifest)
         self._memory_bytes = memory_bytes
+
+    @cached_property
+    def graph(self) -> DecoderGraph:
+        """The decoder's graph.
+
+        Raises:
+            ArtifactError: it does not have the layers that the manifest says.
+        """
+        return DecoderGraph(self.artifact.folder, self.artifact.manifest)
 
     @property
     def is_whole(self) -> bool:

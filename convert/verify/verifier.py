@@ -9,11 +9,14 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.reference import REFERENCE
 from llava_edge.convert.verify.answer_stages import AnswerStages
 from llava_edge.convert.verify.deviation import first_decoder_deviation, first_vision_deviation
 from llava_edge.convert.verify.golden_writer import golden_probe
+from llava_edge.convert.verify.graph_view import MissingNodeError
 from llava_edge.convert.verify.graph_weights import GraphWeights
 from llava_edge.convert.verify.greedy_stage import greedy_tokens
 from llava_edge.convert.verify.layer_stage import LayerStage
@@ -47,6 +50,8 @@ from llava_edge.runtime.this_machine import describe_host
 Report = Callable[[str, int, int], None]
 """``report(stage, done, total)`` in stages."""
 
+_BROKEN = (LlavaEdgeError, ValueError, RuntimeError, IndexError)
+"""What a broken artifact may raise in the code of runtime and verifier."""
 _TOOLS = ("llava-edge", "onnx", "onnxruntime", "tokenizers", "torch", "transformers", "pillow")
 
 
@@ -119,7 +124,7 @@ class Verifier:
                 self._stage("layers", lambda: self._layers(subject, layers))
             if any(stage.verdict == "fail" for stage in self._stages):
                 self._tell("deviation")
-                deviation = self._deviation(subject, answers)
+                deviation = self._find_deviation(subject, answers)
             self._stage("greedy", lambda: self._greedy(subject, answers, layers))
         if whole:
             self._stage("memory", lambda: memory_stage(artifact, self._largest()))
@@ -129,7 +134,11 @@ class Verifier:
     def _answers(self, subject: Subject, answers: AnswerStages) -> list[StageResult]:
         for probe in self.probes:
             answer = self.reference.answer(probe)
-            answers.measure(subject, answer)
+            try:
+                answers.measure(subject, answer)
+            except _BROKEN as error:
+                # What was measured before it stays.
+                return [*answers.rows(), _broken(answers.at, error)]
         return answers.rows()
 
     def _layers(self, subject: Subject, layers: LayerStage) -> list[StageResult]:
@@ -151,6 +160,15 @@ class Verifier:
         # End to end few positions are conclusive at the bound of the rounding; none of them may
         # differ. The evidence comes from behind the head.
         return [layers.tokens.row("greedy"), found.row("greedy", needs_evidence=False)]
+
+    def _find_deviation(self, subject: Subject, answers: AnswerStages) -> Deviation | None:
+        """A graph may be too broken to be looked into; a node that is missing is the deviation."""
+        try:
+            return self._deviation(subject, answers)
+        except MissingNodeError as error:
+            return Deviation(error.node, float(np.finfo(np.float32).max), 0.0, {}, {})
+        except _BROKEN:
+            return None
 
     def _deviation(self, subject: Subject, answers: AnswerStages) -> Deviation | None:
         failed = {stage.name for stage in self._stages if stage.verdict == "fail"}
@@ -175,9 +193,9 @@ class Verifier:
         self._tell(name)
         try:
             found = run()
-        except (LlavaEdgeError, ValueError, RuntimeError, IndexError) as error:
+        except _BROKEN as error:
             # What is broken enough not to run is not verified either, and the others go on.
-            found = exact(name, "errors", [f"{type(error).__name__}: {error}"[:400]], "")
+            found = _broken(name, error)
         if found is not None:
             self._stages += [found] if isinstance(found, StageResult) else found
 
@@ -204,6 +222,10 @@ class Verifier:
             seconds=round(seconds, 2),
             peak_host_bytes=peak_host_bytes(),
         )
+
+
+def _broken(name: str, error: Exception) -> StageResult:
+    return exact(name, "errors", [f"{type(error).__name__}: {error}"[:400]], "")
 
 
 def open_reference(artifact: Artifact, checkpoint: Checkpoint) -> Reference:

@@ -1,0 +1,179 @@
+"""Changes of a checkpoint that was just written: what no preset of a random one has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from llava_edge.convert.pipeline import convert_checkpoint
+from llava_edge.convert.quantization import QuantizationRequest
+from llava_edge.convert.request import ConvertRequest
+from llava_edge.profiles.planner import PlanRequest
+from llava_edge.runtime.progress import no_progress
+
+Tensors = dict[str, torch.Tensor]
+
+_ORIGINAL = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "vision_tower.": "model.vision_tower.vision_tower.",
+    "multi_modal_projector.linear_1.": "model.mm_projector.0.",
+    "multi_modal_projector.linear_2.": "model.mm_projector.2.",
+    "image_newline": "model.image_newline",
+}
+_DEFAULT = (
+    "{%- if messages[0]['role'] != 'system' -%}"
+    "{{ 'A chat between a curious person and an assistant. ' }}{%- endif -%}"
+)
+
+
+def rewrite(folder: Path, change: Callable[[Tensors], Tensors]) -> Path:
+    """Change the tensors of a checkpoint in one file."""
+    path = folder / "model.safetensors"
+    with safe_open(path, "pt") as opened:
+        tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+    save_file({k: v.contiguous() for k, v in change(tensors).items()}, path, {"format": "pt"})
+    return folder
+
+
+def _system_turn(folder: Path) -> Path:
+    """A template with a system turn of its own."""
+    path = folder / "chat_template.jinja"
+    path.write_text(_DEFAULT + path.read_text("utf-8"), "utf-8")
+    return folder
+
+
+def _gptq(folder: Path) -> Path:
+    """The same model as a GPTQ checkpoint."""
+    request = ConvertRequest(
+        checkpoint=str(folder),
+        out=folder.parent / "emitted",
+        wishes=PlanRequest(precision="int4", context_tokens=1024),
+        quantization=QuantizationRequest(quantizer="rtn"),
+        emit_hf=True,
+        verify="none",
+    )
+    return convert_checkpoint(request, no_progress, lambda _: None).folder / "gptq"
+
+
+def _act_order(folder: Path) -> Path:
+    """A GPTQ checkpoint whose columns belong to groups in an order of their own."""
+
+    def change(tensors: Tensors) -> Tensors:
+        for name, tensor in tensors.items():
+            if name.endswith(".g_idx"):
+                order = np.random.default_rng(len(name)).permutation(len(tensor))
+                tensors[name] = tensor[torch.from_numpy(order)]
+        return tensors
+
+    return rewrite(_gptq(folder), change)
+
+
+def _bf16(folder: Path) -> Path:
+    """Weights as bfloat16."""
+
+    def change(tensors: Tensors) -> Tensors:
+        return {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+
+    path = folder / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    config["torch_dtype"] = "bfloat16"
+    path.write_text(json.dumps(config), "utf-8")
+    return rewrite(folder, change)
+
+
+def _loud(folder: Path) -> Path:
+    """Neighbouring inputs that are loud together, with weights that are large together."""
+
+    def change(tensors: Tensors) -> Tensors:
+        for name, tensor in tensors.items():
+            if name.endswith("layernorm.weight") and "language_model" in name:
+                tensor[2:4] = 6.0
+            if name.endswith(("q_proj.weight", "gate_proj.weight")) and "language" in name:
+                tensor[:, 2] = tensor[:, 3] = tensor.abs().amax(1) * torch.sign(tensor[:, 2])
+        return tensors
+
+    return rewrite(folder, change)
+
+
+def _original(folder: Path) -> Path:
+    """As the original training code would have saved it."""
+
+    def change(tensors: Tensors) -> Tensors:
+        return {
+            new + name.removeprefix(old): tensor
+            for name, tensor in tensors.items()
+            for old, new in _ORIGINAL.items()
+            if name.startswith(old)
+        }
+
+    path = folder / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    original = {
+        **config["text_config"],
+        "model_type": "llava_llama",
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": config["image_grid_pinpoints"],
+        "mm_hidden_size": config["vision_config"]["hidden_size"],
+        "mm_patch_merge_type": "spatial_unpad",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": "a/tower",
+        "vision_config": config["vision_config"],
+    }
+    path.write_text(json.dumps(original), "utf-8")
+    return rewrite(folder, change)
+
+
+def _decided(folder: Path) -> Path:
+    """A head with rows of unequal length: its best two are further apart, as in a trained model."""
+
+    def change(tensors: Tensors) -> Tensors:
+        for name, tensor in tensors.items():
+            if "lm_head" in name:
+                generator = torch.Generator().manual_seed(3)
+                lengths = torch.randn(len(tensor), 1, generator=generator)
+                tensor *= torch.exp(0.5 * lengths).to(tensor.dtype)
+        return tensors
+
+    return rewrite(folder, change)
+
+
+def _realistic(folder: Path) -> Path:
+    """Gains far from one, and channels of the residual stream that are loud everywhere."""
+
+    def change(tensors: Tensors) -> Tensors:
+        generator = torch.Generator().manual_seed(11)
+        for name, tensor in tensors.items():
+            if "norm" in name and name.endswith("weight") and "language_model" in name:
+                spread = torch.rand(tensor.shape, generator=generator)
+                tensor.copy_((0.3 * 5.0**spread).to(tensor.dtype))
+        width = tensors["image_newline"].shape[0]
+        loud = torch.randperm(width, generator=generator)[: width // 128]
+        for name, tensor in tensors.items():
+            if name.endswith(("input_layernorm.weight", "down_proj.weight")):
+                tensor[loud] *= 6.0
+        return tensors
+
+    return rewrite(folder, change)
+
+
+CHANGES: Mapping[str, Callable[[Path], Path]] = {
+    "system turn": _system_turn,
+    "gptq": _gptq,
+    "act-order": _act_order,
+    "bf16": _bf16,
+    "loud": _loud,
+    "original": _original,
+    "decided": _decided,
+    "realistic": _realistic,
+}

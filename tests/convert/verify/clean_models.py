@@ -1,0 +1,82 @@
+"""Sound conversions: every backbone in every form and geometry, and the rarer checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tests.convert.verify.fault_models import Model
+
+BACKBONES: Mapping[str, Mapping[str, object]] = {
+    "llama": {"kv_heads": 6},
+    "mistral": {"kv_heads": 2},
+    "qwen2": {"kv_heads": 2},
+}
+FORMS: Mapping[str, tuple[str, str, str | None]] = {
+    "fp16": ("cpu-16gb", "fp16", None),
+    "fp16 cuda": ("a100", "fp16", None),
+    "int8": ("cpu-16gb", "int8", None),
+    "int4": ("cpu-16gb", "int4", None),
+}
+FURTHER_FORMS: Mapping[str, tuple[str, str, str | None]] = {
+    "int8 nbits": ("cpu-16gb", "int8", "none"),
+    "int8 cuda": ("a100", "int8", None),
+    "int4 cuda": ("a100", "int4", None),
+}
+
+
+def _model(
+    backbone: str, form: tuple[str, str, str | None], *, seed: int = 1, **changes: object
+) -> Model:
+    board, precision, isa = form
+    return Model(
+        backbone,
+        precision=precision,
+        board=board,
+        int8_isa=isa,
+        seed=seed,
+        # In float16 a random model has too many positions that are too close to call.
+        alters="decided" if board == "a100" else "",
+        changes={"layers": 2, **BACKBONES[backbone], **changes},
+    )
+
+
+def clean_models(seed: int = 1) -> dict[str, Model]:
+    """All backbones and forms on tiles of 5 x 5 patches, by name."""
+    forms = {**FORMS, **FURTHER_FORMS}
+    return {
+        f"{backbone} {name}": _model(backbone, form, seed=seed)
+        for backbone in BACKBONES
+        for name, form in forms.items()
+    }
+
+
+CLEAN: Mapping[str, Model] = {
+    **{f"{b} {f}": _model(b, form) for b in BACKBONES for f, form in FORMS.items()},
+    **{f: _model("mistral", form) for f, form in FURTHER_FORMS.items()},
+    "original layout": Model("llama", alters="original"),
+    "bfloat16": Model("mistral", alters="bf16"),
+    "windowed": Model("mistral", changes={"sliding_window": 24}),
+    "rope scaling": Model("llama", changes={"rope_factor": 4.0, "max_positions": 4096}),
+    "tied head": Model("qwen2", changes={"tie_word_embeddings": True}),
+    "no projector bias": Model("llama", changes={"projector_bias": False}),
+    "grid base": Model("qwen2", grid="base"),
+    "grid 3x3": Model("mistral", grid="3x3"),
+    "system turn": Model("llama", alters="system turn"),
+    "gptq": Model("mistral", precision="int4", changes={"layers": 2}, alters="gptq"),
+    "loud int8": Model("mistral", precision="int8", changes={"layers": 2}, alters="loud"),
+}
+"""Tiles of 5 x 5 patches: quick."""
+
+RELEASED: Mapping[str, Model] = {
+    f"{backbone} {name} 336/14": Model(
+        backbone,
+        "tiny",
+        precision=form[1],
+        board=form[0],
+        context_tokens=4096,
+        changes={"kv_heads": 4 if backbone == "llama" else 2},
+    )
+    for backbone in BACKBONES
+    for name, form in FORMS.items()
+}
+"""The released geometry: 24 x 24 patches a tile."""

@@ -1,0 +1,40 @@
+"""Fault: one thing that goes quietly wrong, how it is planted, and which stage must find it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Where = Literal["conversion", "artifact", "runtime"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One seeded fault.
+
+    Attributes:
+        id: short name.
+        part: of the model or tool.
+        wrong: a sentence.
+        where: ``conversion`` patches the converter while it writes, ``artifact`` edits a finished
+            artifact's files and seals it anew, ``runtime`` patches the runtime while it is verified.
+        stage: that must find it, and be the first that fails unless ``earlier`` says why not.
+        plant: given a ``pytest.MonkeyPatch``, or the ``Tampered`` copy for ``artifact``.
+        model: key of ``fault_models.MODELS``.
+        tensor: what the certificate's first deviation must begin with; empty where there is none,
+            because what the graphs compute with these weights is right.
+        earlier: why another stage fails before.
+        mode: of verification.
+    """
+
+    id: str
+    part: str
+    wrong: str
+    where: Where
+    stage: str
+    plant: Callable[[Any], None]
+    model: str = "qwen2"
+    tensor: str = ""
+    earlier: str = ""
+    mode: Literal["quick", "full"] = "quick"

@@ -1,0 +1,164 @@
+"""FaultModels: small checkpoints and their artifacts, written once and shared by all faults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
+from llava_edge.convert.pipeline import convert_checkpoint
+from llava_edge.convert.quantization import QuantizationRequest
+from llava_edge.convert.random_checkpoint import write_random_checkpoint
+from llava_edge.convert.random_spec import preset
+from llava_edge.convert.request import ConvertRequest
+from llava_edge.convert.verify.probes import draw_probes
+from llava_edge.convert.verify.reference_answer import Reference
+from llava_edge.convert.verify.verifier import VerifyOptions, open_reference, verify_artifact
+from llava_edge.profiles.hardware import load_profile
+from llava_edge.profiles.planner import PlanRequest
+from llava_edge.runtime.artifact import open_artifact
+from llava_edge.runtime.certificate import Certificate, Mode
+from llava_edge.runtime.image_processor import ImageProcessor
+from llava_edge.runtime.progress import no_progress
+from tests.convert.verify.checkpoint_changes import CHANGES
+from tests.convert.verify.fault import Fault
+from tests.convert.verify.tamper import Tampered
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a checkpoint is made of, and the form of its artifact."""
+
+    backbone: str = "qwen2"
+    preset: str = "odd"
+    precision: str = "fp16"
+    board: str = "cpu-16gb"
+    int8_isa: str | None = None
+    context_tokens: int = 1024
+    grid: str | None = None
+    seed: int = 1
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    alters: str = ""
+    """Key of ``checkpoint_changes.CHANGES``: what is done to the checkpoint afterwards."""
+
+
+MODELS: Mapping[str, Model] = {
+    "qwen2": Model(),
+    "llama": Model("llama"),
+    "mistral": Model("mistral"),
+    "long": Model("llama", changes={"rope_factor": 4.0, "max_positions": 4096}),
+    "int8": Model("mistral", precision="int8", changes={"layers": 2}),
+    "int8 saturating": Model("mistral", precision="int8", changes={"layers": 2}, alters="loud"),
+    "int4": Model("mistral", precision="int4", changes={"layers": 2}),
+    "gptq": Model("mistral", precision="int4", changes={"layers": 2}, alters="act-order"),
+    "system": Model("llama", alters="system turn"),
+}
+"""What faults are planted in: every bias, gain, class and position embedding is random."""
+
+
+class FaultModels:
+    """Writes what is asked for, below a folder, and keeps it.
+
+    Args:
+        folder: an empty one.
+        models: by name.
+    """
+
+    def __init__(self, folder: Path, models: Mapping[str, Model] = MODELS) -> None:
+        self.folder = folder
+        self.models = models
+        self._made: dict[str, Made] = {}
+        self._count = 0
+
+    def __getitem__(self, name: str) -> Made:
+        if name not in self._made:
+            self._made[name] = Made(self.folder / name, self.models[name])
+        return self._made[name]
+
+    def examine(self, fault: Fault) -> Certificate:
+        """Plant a fault and verify what comes of it."""
+        made = self[fault.model]
+        self._count += 1
+        fresh = self.folder / f"{self._count}-{fault.id}"
+        # Asked before anything is patched: the reference is nobody's fault.
+        reference = made.reference(fault.mode) if made.model.precision == "fp16" else None
+        with pytest.MonkeyPatch.context() as patch:
+            artifact = fresh
+            if fault.where == "conversion":
+                fault.plant(patch)
+                made.convert(fresh)
+                patch.undo()
+            elif fault.where == "artifact":
+                copy = Tampered(made.artifact, fresh)
+                fault.plant(copy)
+                copy.seal()
+            else:
+                artifact = made.artifact
+                fault.plant(patch)
+            return made.verify(artifact, fault.mode, reference)
+
+
+class Made:
+    """One checkpoint, and its artifact once it is asked for."""
+
+    def __init__(self, folder: Path, model: Model) -> None:
+        self.folder = folder
+        self.model = model
+        self._references: dict[Mode, Reference] = {}
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """Written and opened."""
+        folder = self.folder / "checkpoint"
+        spec = preset(self.model.preset, backbone=self.model.backbone, **self.model.changes)
+        write_random_checkpoint(folder, spec, self.model.seed)
+        if self.model.alters:
+            folder = CHANGES[self.model.alters](folder)
+        return open_checkpoint(folder)
+
+    @cached_property
+    def artifact(self) -> Path:
+        """A sound conversion."""
+        return self.convert(self.folder / "artifact")
+
+    def convert(self, out: Path) -> Path:
+        """Convert without verifying: that is done apart."""
+        model = self.model
+        profile = load_profile(model.board)
+        if model.int8_isa is not None:
+            profile = replace(profile, int8_isa=model.int8_isa)
+        request = ConvertRequest(
+            checkpoint=str(self.checkpoint.folder),
+            out=out,
+            profile=profile,
+            wishes=PlanRequest(
+                precision=model.precision, context_tokens=model.context_tokens, grid=model.grid
+            ),
+            quantization=QuantizationRequest(quantizer="rtn"),
+            verify="none",
+        )
+        return convert_checkpoint(request, no_progress, lambda _: None).folder
+
+    def reference(self, mode: Mode) -> Reference:
+        """The reference, its answers to a mode's probes remembered."""
+        if mode not in self._references:
+            artifact = open_artifact(self.artifact, verify_digests=False)
+            reference = open_reference(artifact, self.checkpoint)
+            anyres = ImageProcessor(artifact.manifest.image_processing).anyres
+            for probe in draw_probes(anyres, mode):
+                reference.answer(probe, remember=True)
+            self._references[mode] = reference
+        return self._references[mode]
+
+    def verify(
+        self, artifact: Path, mode: Mode = "quick", reference: Reference | None = None
+    ) -> Certificate:
+        """Verify an artifact of this checkpoint, all layers of the decoder at once."""
+        opened = open_artifact(artifact, verify_digests=False)
+        options = VerifyOptions(mode, threads=1)
+        return verify_artifact(opened, self.checkpoint, options, no_progress, reference)

@@ -1,0 +1,81 @@
+"""All seeded faults, and those that change nothing that is ever read."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from llava_edge.convert import decoder_graph
+from llava_edge.profiles.model_dims import TextDims
+from llava_edge.runtime.decoder import Decoder
+from tests.convert.verify import (
+    faults_decoder,
+    faults_images,
+    faults_quantized,
+    faults_runtime,
+    faults_vision,
+)
+from tests.convert.verify.fault import Fault
+from tests.convert.verify.tamper import Tampered
+
+FAULTS: tuple[Fault, ...] = (
+    *faults_images.FAULTS,
+    *faults_vision.FAULTS,
+    *faults_decoder.FAULTS,
+    *faults_quantized.FAULTS,
+    *faults_runtime.FAULTS,
+)
+
+
+def _rope_shifted(patch: pytest.MonkeyPatch) -> None:
+    real = decoder_graph.rope_tables
+
+    def tables(text: TextDims, num_positions: int) -> tuple[decoder_graph.Array, ...]:
+        return tuple(table[1:] for table in real(text, num_positions + 1))
+
+    patch.setattr(decoder_graph, "rope_tables", tables)
+
+
+def _garbage_behind(patch: pytest.MonkeyPatch) -> None:
+    real = Decoder.__init__
+
+    def init(self: Decoder, *arguments: object) -> None:
+        real(self, *arguments)  # type: ignore[arg-type]
+        for buffer in self.cache._buffers.values():
+            buffer.write(np.full(buffer.shape, 7.0, self._dtype))
+
+    patch.setattr(Decoder, "__init__", init)
+
+
+def _activation_zero(copy: Tampered) -> None:
+    copy.change_tensor("decoder", "activation_zero", lambda zero: zero - 1)
+
+
+EQUIVALENT: tuple[Fault, ...] = (
+    Fault(
+        "uniform rope shift",
+        "decoder",
+        "all positions are one later; attention reads differences of positions only",
+        "conversion",
+        "structure",
+        _rope_shifted,
+    ),
+    Fault(
+        "activation zero",
+        "quantisation",
+        "activations count from 127; rows over their largest never reach beyond 127 steps",
+        "artifact",
+        "structure",
+        _activation_zero,
+        model="int8",
+    ),
+    Fault(
+        "garbage behind the cache",
+        "runtime",
+        "rows behind the length hold old values; the kernel does not read them",
+        "runtime",
+        "",
+        _garbage_behind,
+    ),
+)
+"""Not faults: no output changes. ``stage`` says where the difference is named all the same."""

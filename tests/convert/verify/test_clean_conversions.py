@@ -1,0 +1,50 @@
+"""Sound artifacts pass, whatever the backbone, the form, the geometry and the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+from llava_edge.runtime.certificate import Certificate
+from tests.convert.verify.clean_models import CLEAN, RELEASED
+from tests.convert.verify.fault_models import FaultModels, Model
+
+MODELS: Mapping[str, Model] = {**CLEAN, **RELEASED}
+IN_SHORT = {"qwen2 fp16 336/14", "mistral int4 336/14"}
+"""Of the released geometry; the others of it take their time."""
+
+
+@pytest.fixture
+def models(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
+    return FaultModels(tmp_path_factory.mktemp("clean"), MODELS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow)
+        if name in RELEASED and name not in IN_SHORT
+        else name
+        for name in MODELS
+    ],
+)
+def test_a_sound_conversion_passes(name: str, models: FaultModels) -> None:
+    made = models[name]
+
+    certificate = made.verify(made.artifact)
+
+    assert certificate.verdict == "pass", not_passed(certificate)
+    assert certificate.first_deviation is None
+
+
+def test_a_sound_conversion_passes_in_full(models: FaultModels) -> None:
+    made = models["mistral int4"]
+
+    certificate = made.verify(made.artifact, "full")
+
+    assert certificate.verdict == "pass", not_passed(certificate)
+
+
+def not_passed(certificate: Certificate) -> list[object]:
+    return [stage for stage in certificate.stages if stage.verdict != "pass"]

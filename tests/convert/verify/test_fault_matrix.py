@@ -1,0 +1,62 @@
+"""Every seeded fault is found, by the stage that should find it, at the place where it is."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tests.convert.verify.fault import Fault
+from tests.convert.verify.fault_models import FaultModels
+from tests.convert.verify.faults import EQUIVALENT, FAULTS
+
+PARTS = {
+    "image processing": 8,
+    "packing": 5,
+    "tower": 5,
+    "projector": 2,
+    "decoder": 8,
+    "embeddings": 2,
+    "quantisation": 6,
+    "runtime": 6,
+}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
+    return FaultModels(tmp_path_factory.mktemp("faults"))
+
+
+def test_faults_are_many_and_of_every_part() -> None:
+    assert len({fault.id for fault in FAULTS}) == len(FAULTS) >= 40
+    assert {part: n for part, n in Counter(f.part for f in FAULTS).items() if n < PARTS[part]} == {}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
+def test_a_fault_is_found_by_its_stage_and_at_its_place(fault: Fault, models: FaultModels) -> None:
+    certificate = models.examine(fault)
+
+    assert certificate.verdict == "fail"
+    failing = [stage.name for stage in certificate.stages if stage.verdict == "fail"]
+    assert fault.stage in failing
+    # Either it is the first, or the fault says why another one is.
+    assert (failing[0] == fault.stage) == (not fault.earlier)
+    found = certificate.first_deviation
+    if fault.tensor:
+        assert found is not None
+        assert found.tensor.startswith(fault.tensor)
+        assert not found.value <= found.bound
+    else:
+        # No tensor inside a graph is wrong, so none is accused.
+        assert found is None
+
+
+@pytest.mark.parametrize("fault", EQUIVALENT, ids=lambda fault: fault.id)
+def test_what_changes_no_output_fails_no_stage_that_looks_at_outputs(
+    fault: Fault, models: FaultModels
+) -> None:
+    certificate = models.examine(fault)
+
+    failing = {stage.name for stage in certificate.stages if stage.verdict == "fail"}
+    assert failing == ({fault.stage} if fault.stage else set())
+    assert certificate.first_deviation is None
