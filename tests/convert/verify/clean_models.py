@@ -74,6 +74,7 @@ RELEASED: Mapping[str, Model] = {
         precision=form[1],
         board=form[0],
         context_tokens=4096,
+        alters="decided" if form[0] == "a100" else "",
         changes={"kv_heads": 4 if backbone == "llama" else 2},
     )
     for backbone in BACKBONES

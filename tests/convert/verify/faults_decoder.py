@@ -116,7 +116,6 @@ def _gate_for_up(copy: Tampered) -> None:
     copy.swap_tensors("decoder", gate, up)
 
 
-
 def _fault(
     id_: str,
     wrong: str,

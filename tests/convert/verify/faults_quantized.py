@@ -129,7 +129,9 @@ FAULTS = (
         _scales_of_the_next_row,
         "int8",
     ),
-    _fault("g_idx ignored", "columns in act-order take scales in turn", _column_order_ignored, "gptq"),
+    _fault(
+        "g_idx ignored", "columns in act-order take scales in turn", _column_order_ignored, "gptq"
+    ),
     _fault("sign bit", "unsigned codes are read as signed ones", _sign_bit_kept, "int8"),
     _fault(
         "row scale forgotten",

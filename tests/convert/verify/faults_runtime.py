@@ -197,9 +197,7 @@ FAULTS = (
         _after_the_image,
         "prefill_logits",
     ),
-    _fault(
-        "stale row", "a row of an earlier answer is seen", _stale_row, "prefill_logits"
-    ),
+    _fault("stale row", "a row of an earlier answer is seen", _stale_row, "prefill_logits"),
     _fault("logits late", "a step returns the logits before", _last_logits, "decode_logits"),
     _fault(
         "image tokens shifted",

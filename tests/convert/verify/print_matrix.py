@@ -1,6 +1,6 @@
 """Plant every fault and print which stage found it, as a table in Markdown.
 
-    python -m tests.convert.verify.print_matrix [--realistic] [--out build/fault_matrix.md]
+python -m tests.convert.verify.print_matrix [--realistic] [--out build/fault_matrix.md]
 """
 
 from __future__ import annotations
@@ -41,13 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--realistic", action="store_true", help="weights of realistic scale")
     options = parser.parse_args(arguments)
-    faults = realistic_faults() if options.realistic else (*FAULTS, *EQUIVALENT)
+    faults = _faults(options.realistic)
     out = options.out or Path("build") / f"fault_matrix{'_realistic' * options.realistic}.md"
     started = time.perf_counter()
     shares = [faults[first :: options.jobs] for first in range(options.jobs)]
     context = multiprocessing.get_context("spawn")
     with context.Pool(options.jobs) as pool:
-        parts = pool.starmap(_examined, [(share, options.realistic) for share in shares])
+        # Ids and not faults travel: what plants a fault is a function made on the spot.
+        named = [([fault.id for fault in share], options.realistic) for share in shares]
+        parts = pool.starmap(_examined, named)
     found = {fault_id: (row, caught) for part in parts for fault_id, row, caught in part}
     lines = [_line(_HEADINGS), _line(["---"] * len(_HEADINGS))]
     lines += [found[fault.id][0] for fault in faults]
@@ -64,12 +66,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if missed else 0
 
 
-def _examined(faults: Sequence[Fault], realistic: bool) -> list[tuple[str, str, bool]]:
+def _examined(ids: Sequence[str], realistic: bool) -> list[tuple[str, str, bool]]:
     logging.disable(logging.WARNING)
+    known = {fault.id: fault for fault in _faults(realistic)}
+    faults = [known[each] for each in ids]
     with tempfile.TemporaryDirectory(prefix="llava-edge-faults-") as folder:
         given = {"models": REALISTIC_MODELS} if realistic else {}
         models = FaultModels(Path(folder), **given)
         return [(fault.id, *_row(fault, models.examine(fault))) for fault in faults]
+
+
+def _faults(realistic: bool) -> tuple[Fault, ...]:
+    return realistic_faults() if realistic else (*FAULTS, *EQUIVALENT)
 
 
 def _row(fault: Fault, certificate: Certificate) -> tuple[str, bool]:

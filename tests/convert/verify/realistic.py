@@ -1,4 +1,4 @@
-"""Faults in weights of realistic scale: a wide model with loud channels and gains from 0.3 to 1.5."""
+"""Faults in weights of realistic scale: a wide model, loud channels, gains from 0.3 to 1.5."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ _SIZES = {
 }
 
 
-def _model(backbone: str, precision: str = "fp16", board: str = "cpu-16gb", **changes: object) -> Model:
+def _model(
+    backbone: str, precision: str = "fp16", board: str = "cpu-16gb", **changes: object
+) -> Model:
     return Model(
         backbone,
         "odd",
