@@ -109,12 +109,13 @@ class GraphWeights:
         graph = GraphFile(artifact.path(manifest.decoder.file), "decoder")
         return cls(graph, manifest.model.text)
 
-    def linear(self, name: str) -> NDArray[np.float32]:
+    def linear(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
         """Dequantised weight of one layer.
 
         Args:
             name: canonical name without ``.weight``, such as
                 ``language_model.layers.3.self_attn.k_proj`` or ``lm_head``.
+            rows: some of the outputs, so that a head need not be in memory whole.
 
         Returns:
             float32 [N, K], the numbers that the kernel computes with.
@@ -122,10 +123,10 @@ class GraphWeights:
         Raises:
             ArtifactError: the graph holds no such layer, or in a form that is not known.
         """
-        codes = self.codes(name)
+        codes = self.codes(name, rows)
         if codes is not None:
             return codes.dequantize()
-        return _turned(self.floats(name)).astype(np.float32, copy=False)
+        return _turned(self.floats(name)[:, rows or slice(None)]).astype(np.float32, copy=False)
 
     def floats(self, name: str) -> Array:
         """Weight [K, N] of a layer that is not quantised, in the type it is stored in.
@@ -140,14 +141,14 @@ class GraphWeights:
         values = self.graph.read(weight)
         return values if rows is None else values[:, rows]
 
-    def codes(self, name: str) -> GraphCodes | None:
-        """Codes of one layer; None where it is stored as floats.
+    def codes(self, name: str, rows: slice | None = None) -> GraphCodes | None:
+        """Codes of one layer, or of some of its outputs; None where it is stored as floats.
 
         Raises:
             ArtifactError: the graph holds no such layer, or in a form that is not known.
         """
         node, weight = self._find(name)
-        rows = self._rows(name, weight)
+        rows = _within(self._rows(name, weight), rows)
         if node.op_type == "MatMulNBits":
             return self._nbits(node, rows)
         if node.op_type == "MatMulIntegerToFloat":
@@ -247,12 +248,30 @@ class GraphWeights:
             raise ArtifactError(f"{self.graph.path}: {weight} has a zero point other than 0")
         if not self.graph.dtype(weight).startswith("int"):
             raise ArtifactError(f"{self.graph.path}: {weight} is {self.graph.dtype(weight)}")
-        values = self.graph.read(weight)
-        turned = _turned(values if rows is None else values[:, rows])
+        turned = _turned(self._columns(weight, rows))
         codes: NDArray[np.uint8] = turned.view(np.uint8)
         # Modulo 256, -128 + 128 is 0 as it should be.
         codes += np.uint8(1 << (bits - 1))
         return codes
+
+    def _columns(self, weight: str, columns: slice | None) -> Array:
+        """Some columns of a weight [K, N], read in blocks of rows."""
+        if columns is None:
+            return self.graph.read(weight)
+        num_rows, width = self.graph.shape(weight)
+        step = max(1, _ELEMENTS_AT_A_TIME // width)
+        blocks = (
+            self.graph.read(weight, slice(first, min(first + step, num_rows)))[:, columns]
+            for first in range(0, num_rows, step)
+        )
+        return np.concatenate([np.ascontiguousarray(block) for block in blocks])
+
+
+def _within(layer: slice | None, rows: slice | None) -> slice | None:
+    """Some outputs of a layer as outputs of the packed one that it may be part of."""
+    if layer is None or rows is None:
+        return layer or rows
+    return slice(layer.start + rows.start, layer.start + rows.stop)
 
 
 def _low_bits_first(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

@@ -20,12 +20,13 @@ class StoredLinears:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
 
-    def linear(self, name: str) -> NDArray[np.float32]:
-        """Weight [outputs, inputs] by canonical name without ``.weight``."""
+    def linear(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
+        """Weight [outputs, inputs] by canonical name without ``.weight``, or some rows."""
         if name == HEAD:
-            return self._checkpoint.read(f"{HEAD}.weight").astype(np.float32)
+            return self._checkpoint.read(f"{HEAD}.weight", rows).astype(np.float32)
         values = GptqValues(self._checkpoint, name)
-        return values.rows(0, values.num_rows)
+        first, last, _ = (rows or slice(None)).indices(values.num_rows)
+        return values.rows(first, last)
 
     def rounding(self, name: str) -> int | None:
         """Nothing that the checkpoint's own arithmetic reads is rounded."""

@@ -32,8 +32,8 @@ _HEAD_ROWS = 8192
 class LinearSupply(Protocol):
     """Weights that the language model's linear layers take in place of the checkpoint's."""
 
-    def linear(self, name: str) -> NDArray[np.float32]:
-        """Weight [outputs, inputs] of a layer (canonical, without ``.weight``)."""
+    def linear(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
+        """Weight [outputs, inputs] of a layer (canonical, without ``.weight``), or some rows."""
 
     def rounding(self, name: str) -> int | None:
         """Inputs rounded to 8 bits as one: a block's length, -1 the row, None for no rounding."""
@@ -175,12 +175,10 @@ class StreamedModel:
         block = None if self._supply is None else self._supply.rounding(_HEAD)
         rows = hidden if block is None else _rounded(hidden, block)
         vocab = self._checkpoint.dims.text.vocab_size
-        if self._supply is not None:
-            return rows @ torch.from_numpy(self._supply.linear(_HEAD)).T
         parts: list[torch.Tensor] = []
         for first in range(0, vocab, _HEAD_ROWS):
             chosen = slice(first, min(first + _HEAD_ROWS, vocab))
-            parts.append(rows @ self._read(f"{_HEAD}.weight", chosen).T)
+            parts.append(rows @ self._head_rows(chosen).T)
         return torch.cat(parts, dim=1)
 
     @contextmanager
@@ -298,6 +296,11 @@ class StreamedModel:
             width = self._checkpoint.dims.text.hidden_size
             found[each] = torch.zeros(width) if row is None else row[0]
         return torch.stack([found[each] for each in ids.tolist()])
+
+    def _head_rows(self, rows: slice) -> torch.Tensor:
+        if self._supply is not None:
+            return torch.from_numpy(self._supply.linear(_HEAD, rows))
+        return self._read(f"{_HEAD}.weight", rows)
 
     def _materialise_buffers(self) -> None:
         """Buffers are no weights: they follow from the configuration and are made for real."""

@@ -18,7 +18,7 @@ class Fault:
         part: of the model or tool.
         wrong: a sentence.
         where: ``conversion`` patches the converter while it writes, ``artifact`` edits a finished
-            artifact's files and seals it anew, ``runtime`` patches the runtime while it is verified.
+            artifact's files and seals it anew, ``runtime`` patches the runtime that is verified.
         stage: that must find it, and be the first that fails unless ``earlier`` says why not.
         plant: given a ``pytest.MonkeyPatch``, or the ``Tampered`` copy for ``artifact``.
         model: key of ``fault_models.MODELS``.

@@ -21,6 +21,8 @@ from llava_edge.convert.verify.digested_source import DigestedSource, weight_dig
 from llava_edge.convert.verify.graph_file import GraphFile
 from llava_edge.convert.verify.graph_weights import WHOLE_ROW, GraphWeights
 from llava_edge.profiles.errors import ArtifactError, CheckpointError
+from llava_edge.runtime.artifact import open_artifact
+from tests.convert.verify.conftest import BACKBONES
 
 CONTEXT = 32
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "heads": 4, "kv_heads": 2, "vocab_size": 401}
@@ -228,3 +230,17 @@ def test_a_source_that_changes_its_mind_is_refused(open_sizes: Callable[..., Che
 
     with pytest.raises(CheckpointError, match="read twice"):
         source.linear(name)
+
+
+@pytest.mark.parametrize("form", ["fp16", "int8 integer", "int8 nbits", "int4"])
+def test_some_outputs_are_those_of_the_whole(
+    make_checkpoint: Callable[..., Path], make_form: Callable[[Path, str], Path], form: str
+) -> None:
+    folder = make_checkpoint("odd", **{**SIZES, **BACKBONES["mistral-gqa"]})
+    weights = GraphWeights.open(open_artifact(make_form(folder, form)))
+    for name in ("language_model.layers.1.self_attn.k_proj", "lm_head"):
+        whole = weights.linear(name)
+
+        part = weights.linear(name, slice(5, 29))
+
+        np.testing.assert_array_equal(part, whole[5:29])
