@@ -66,8 +66,11 @@ class Subject:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all layers are run at once."""
-        return len(list(self.groups())) == 1
+        """Whether all layers and the head are run at once."""
+        if self._memory_bytes is None:
+            return True
+        layer, head = self._layer_bytes()
+        return layer * self.dims.text.num_hidden_layers + head <= self._memory_bytes
 
     def request(self, probe: Probe) -> Request:
         """A probe made ready as a user's question would be."""
@@ -103,38 +106,35 @@ class Subject:
     def groups(self) -> Iterator[tuple[int, int]]:
         """First layer and layer after the last, of as many layers as the memory allows."""
         count = self.dims.text.num_hidden_layers
-        if self._memory_bytes is None:
-            yield 0, count
-            return
-        layer, head = self._layer_bytes()
-        fit = max(1, self._memory_bytes // max(1, layer))
-        if layer * count + head <= self._memory_bytes:
-            fit = count
+        fit = count
+        if self._memory_bytes is not None and not self.is_whole:
+            layer, _ = self._layer_bytes()
+            fit = max(1, self._memory_bytes // max(1, layer))
         yield from ((first, min(first + fit, count)) for first in range(0, count, fit))
 
     def logits(self, rows: Array, positions: Positions) -> Array:
         """Logits at the kept positions, float32 [kept, vocab]: chunks of prompt, then steps."""
+        if self.is_whole:
+            cut = self.graph.slice(0, self.dims.text.num_hidden_layers)
+            session = cut.open(self.options)
+            decoder = Decoder(session, cut.text, positions.total, positions.chunk, self.dtype)
+            return _driven(decoder, rows, positions, positions.keep_from, cut.text.vocab_size)
         for first, stop in self.groups():
             # Nothing of a group is left when the next is loaded.
-            rows = self._group(first, stop, rows, positions)
-        return rows
+            rows = self._layers(first, stop, rows, positions)
+        return self.head(rows[positions.keep_from :])
 
-    def _group(self, first: int, stop: int, rows: Array, positions: Positions) -> Array:
-        """Hidden states of all positions, or logits of the kept ones behind the last layer."""
-        cut = self.graph.slice(first, stop)
+    def _layers(self, first: int, stop: int, rows: Array, positions: Positions) -> Array:
+        """Hidden states behind some layers, float32 [positions, hidden]."""
+        cut = self.graph.slice(first, stop, head=False)
         session = cut.open(self.options)
         decoder = Decoder(session, cut.text, positions.total, positions.chunk, self.dtype)
-        if cut.has_head:
-            return _driven(decoder, rows, positions, positions.keep_from, cut.text.vocab_size)
-        return _driven(decoder, rows, positions, 0, cut.text.hidden_size).astype(self.dtype)
+        given = rows.astype(self.dtype, copy=False)
+        return _driven(decoder, given, positions, 0, cut.text.hidden_size)
 
     def layer(self, layer: int, rows: Array, positions: Positions) -> Array:
         """One layer by itself: float32 [positions, hidden] in and out."""
-        cut = self.graph.slice(layer, layer + 1, head=False)
-        session = cut.open(self.options)
-        decoder = Decoder(session, cut.text, positions.total, positions.chunk, self.dtype)
-        given = rows.astype(self.dtype)
-        return _driven(decoder, given, positions, 0, cut.text.hidden_size)
+        return self._layers(layer, layer + 1, rows, positions)
 
     def head(self, states: Array) -> Array:
         """Final norm and head by themselves: [rows, hidden] to logits float32 [rows, vocab]."""
