@@ -15,7 +15,7 @@ PRECISION ?=
 STEP ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo convert test test-interop bench-convert lint typecheck format clean
+.PHONY: help install demo convert test test-slow faults test-interop bench-convert lint typecheck format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,8 +33,14 @@ demo: $(READY) ## convert the small checkpoint and ask it about a drawn picture,
 convert: $(READY) ## make convert PROFILE=a100 [CHECKPOINT=folder or hub id | MODEL=name] [OUT=folder] [PRECISION=fp16]
 	$(BIN)/llava-edge convert $(CHECKPOINT) $(if $(OUT),--out $(OUT)) $(if $(MODEL),--model $(MODEL)) --profile $(PROFILE) $(if $(PRECISION),--precision $(PRECISION))
 
-test: $(READY) ## the whole test suite, on all cores
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+test: $(READY) ## the test suite without its slow proofs, on all cores
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow"
+
+test-slow: $(READY) ## the slow proofs: sound artifacts of the released geometry, faults at realistic scale
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m slow
+
+faults: $(READY) ## plant every seeded fault and print which stage finds it, as a table
+	$(BIN)/python -m tests.convert.verify.print_matrix
 
 $(INTEROP)/ready:
 	test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)

@@ -54,6 +54,14 @@ class Bounds:
         """
         return self.form.startswith("cpu-int")
 
+    @property
+    def compares_layers(self) -> bool:
+        """Whether layers are compared one by one, since end to end their rounding adds up.
+
+        So it is where activations are rounded to 8 bits, and in float16.
+        """
+        return self.rounds_activations or self.form.startswith("cuda")
+
     def get(self, stage: str, metric: str) -> Bound:
         """The bound of the nearest form: ``cpu-int8-integer``, else ``cpu-int8``, ``cpu``, ``any``.
 

@@ -217,7 +217,7 @@ def _token_row(seen: Sequence[_Seen], bounds: Bounds) -> StageResult:
     for each in seen:
         if each.tokens is not None:
             total += each.tokens
-    needs_evidence = not (bounds.rounds_activations and total.positions)
+    needs_evidence = not (bounds.compares_layers and total.positions)
     return total.row("greedy", needs_evidence=needs_evidence)
 
 

@@ -120,7 +120,7 @@ class Verifier:
             answers = AnswerStages(self.bounds)
             layers = LayerStage(self.bounds)
             self._stage("tile_features", lambda: self._answers(subject, answers))
-            if self.bounds.rounds_activations:
+            if self.bounds.compares_layers:
                 self._stage("layers", lambda: self._layers(subject, layers))
             if any(stage.verdict == "fail" for stage in self._stages):
                 self._tell("deviation")
@@ -155,7 +155,7 @@ class Verifier:
             found += greedy_tokens(
                 self.artifact, pair, self.reference, self.bounds, self.options.threads
             )
-        if not self.bounds.rounds_activations:
+        if not self.bounds.compares_layers:
             return [found.row("greedy")]
         # End to end few positions are conclusive at the bound of the rounding; none of them may
         # differ. The evidence comes from behind the head.

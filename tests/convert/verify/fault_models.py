@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
 from llava_edge.convert.pipeline import convert_checkpoint
@@ -161,4 +162,10 @@ class Made:
         """Verify an artifact of this checkpoint, all layers of the decoder at once."""
         opened = open_artifact(artifact, verify_digests=False)
         options = VerifyOptions(mode, threads=1)
-        return verify_artifact(opened, self.checkpoint, options, no_progress, reference)
+        threads = torch.get_num_threads()
+        # Tests run side by side: threads of one would wait for those of the other.
+        torch.set_num_threads(1)
+        try:
+            return verify_artifact(opened, self.checkpoint, options, no_progress, reference)
+        finally:
+            torch.set_num_threads(threads)
