@@ -307,6 +307,11 @@ def _manifest(
         reference=REFERENCE,
         tools={name: version(name) for name in _TOOLS},
         prefill_chunk=job.request.profile.prefill_chunk,
-        conversion={"is_trained_grid": not job.planned.grid.beyond_stock, **facts},
+        conversion={
+            "is_trained_grid": not job.planned.grid.beyond_stock,
+            "asked_reference": job.request.reference,
+            "template_left_out": not job.request.use_template,
+            **facts,
+        },
         files={},
     )

@@ -62,7 +62,8 @@ class Verification:
         if self._mode == "none":
             return
         anyres = ImageProcessor(manifest.image_processing).anyres
-        seconds = estimate_seconds(manifest.model, anyres, draw_probes(anyres, self._mode))
+        probes = draw_probes(anyres, self._mode, manifest.context_tokens)
+        seconds = estimate_seconds(manifest.model, anyres, probes)
         self._say(f"verifying ({self._mode}): about {_spoken(seconds)}")
 
         def build(folder: Path) -> None:

@@ -34,7 +34,9 @@ def main(argv: list[str] | None = None) -> int:
             "compared with a checkpoint. Leave it out, or give --against CHECKPOINT."
         )
     # Both ways hash every file anew: whoever verifies does not want to hear what was true before.
-    artifact = open_artifact(options.artifact, hash_everything=True)
+    artifact = open_artifact(
+        options.artifact, hash_everything=True, read_certificate_too=options.on_device
+    )
     return _on_device(options, artifact) if options.on_device else _against(options, artifact)
 
 

@@ -53,11 +53,11 @@ def main_against(options: argparse.Namespace, artifact: Artifact) -> int:
             VerifyOptions(options.mode, GROUP_BYTES, options.threads),
             bars,
         )
-    # A failed artifact keeps its failing certificate: whoever opens it is told.
-    write_certificate(artifact.folder, to_json(certificate))
     size = sum(entry.bytes for entry in artifact.manifest.files.values())
     card = write_card(artifact.manifest, size, certificate)
     write_atomic(artifact.folder / CARD, card.encode("utf-8"))
+    # A failed artifact keeps its failing certificate: whoever opens it is told.
+    write_certificate(artifact.folder, to_json(certificate))
     print(stage_table(certificate.stages), file=sys.stderr)
     print(
         f"{describe_deviation(certificate)}{artifact.folder} ({options.mode}, "

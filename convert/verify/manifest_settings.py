@@ -115,12 +115,19 @@ def _image_faults(
         )
     grid = str(manifest.plan.get("grid"))
     allowed = _candidates(checkpoint, grid)
-    extra = [point for point in have.image_grid_pinpoints if point not in allowed]
-    # The grid "base" has no candidates, every other one has some.
-    if extra or (grid == "base") == bool(have.image_grid_pinpoints):
+    # In this order: it decides ties, and one candidate less gives other images another grid.
+    if have.image_grid_pinpoints != allowed:
         yield (
-            f"{_NAME}, image_processing.image_grid_pinpoints: {extra or 'none'}; the plan's grid "
-            f"{grid} has {allowed}"
+            f"{_NAME}, image_processing.image_grid_pinpoints: they are "
+            f"{have.image_grid_pinpoints}; the plan's grid {grid} has {allowed}"
+        )
+    order = manifest.conversion.get("asked_reference") or (
+        "original" if checkpoint.layout == "original" else "hf"
+    )
+    if have.reference != order:
+        yield (
+            f"{_NAME}, image_processing.reference: it is {have.reference}; asked was, or the "
+            f"checkpoint's layout has, {order}"
         )
 
 
@@ -153,6 +160,16 @@ def _token_faults(
             f"{_NAME}, model.image_token_id: it is {artifact.manifest.model.image_token_id}; "
             f"config.json says {image}"
         )
+    marks = {tokens.image, tokens.video, *_padding(checkpoint, tokenizer)} - {
+        *tokens.stop,
+        tokens.bos,
+    }
+    text = {*tokenizer.get_vocab(with_added_tokens=True).values()} - marks
+    if tokens.num_text_tokens != max(text) + 1:
+        yield (
+            f"{_NAME}, tokens.num_text_tokens: it is {tokens.num_text_tokens}; tokenizer.json has "
+            f"text up to {max(text)}"
+        )
     if tokens.image not in control:
         yield f"{_NAME}, tokens.image: {tokens.image} is no control token of tokenizer.json"
     named = dict(_named_stops(checkpoint, tokenizer, control))
@@ -163,6 +180,18 @@ def _token_faults(
         if number not in control and number not in named:
             shown = tokenizer.id_to_token(number)
             yield f"{_NAME}, tokens.stop: {number} ({shown!r}) is no control token"
+
+
+def _padding(checkpoint: Checkpoint, tokenizer: Tokenizer) -> set[int | None]:
+    """The padding token that the checkpoint's files name."""
+    found: set[int | None] = set()
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = checkpoint.folder / name
+        if path.is_file():
+            value = json.loads(path.read_text("utf-8")).get("pad_token")
+            content = value.get("content") if isinstance(value, Mapping) else value
+            found.add(tokenizer.token_to_id(content) if isinstance(content, str) else None)
+    return found
 
 
 def _named_stops(

@@ -22,6 +22,8 @@ from llava_edge.runtime.images import open_image
 SEED = 2024
 NUM_STEPS = 64
 """Answer tokens that are forced on both sides."""
+_ROOM = 256
+"""Tokens of question and answer beside the images, at least."""
 _SIDE = 96
 """Longest side of a probe's image, where that keeps its grid."""
 
@@ -47,12 +49,13 @@ class Probe:
         return tuple(np.asarray(image.convert("RGB")) for image in self.images)
 
 
-def draw_probes(anyres: AnyRes, mode: Mode) -> tuple[Probe, ...]:
+def draw_probes(anyres: AnyRes, mode: Mode, context_tokens: int) -> tuple[Probe, ...]:
     """What a mode asks: text alone and the cheapest grid; or every grid, and two images at once.
 
     Args:
         anyres: of the artifact.
         mode: ``quick`` or ``full``.
+        context_tokens: two images are asked about only where they fit.
     """
     num_grids = max(1, len(anyres.candidates))
     # Of four conversations one is text alone; of fewer none.
@@ -71,7 +74,10 @@ def draw_probes(anyres: AnyRes, mode: Mode) -> tuple[Probe, ...]:
     if mode == "quick":
         return (text, cheapest[0][1])
     probes = [probe for _, probe in cheapest]
-    return (text, *probes, _pair(probes))
+    pair = _pair(probes)
+    layouts = [anyres.layout(image.height, image.width) for image in pair.images]
+    needed = sum(layout.num_image_tokens for layout in layouts) + _ROOM
+    return (text, *probes, pair) if needed <= context_tokens else (text, *probes)
 
 
 def _pair(probes: Sequence[Probe]) -> Probe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from llava_edge.convert.chat_template import compile_chat_template
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.prompt_family import detect_family, stop_tokens
 from llava_edge.convert.template_checks import check_conversations
@@ -33,11 +34,27 @@ def prompt_stage(
     tokenizer = Tokenizer.open(artifact.path(manifest.tokenizer), manifest.tokens, manifest.prompt)
     faults: list[str] = []
     count = 0
+    left_out = manifest.conversion.get("template_left_out", manifest.prompt is None)
+    if not left_out:
+        compiled = compile_chat_template(
+            checkpoint.folder, checkpoint.config, source_id=checkpoint.source_id
+        )
+        if manifest.prompt != compiled:
+            faults.append("the prompt format is not what the checkpoint's template compiles to")
+    if not _bos_fits(artifact, reference):
+        faults.append(
+            f"bos is {manifest.tokens.bos}; the checkpoint's tokenizer has {reference.bos_id}"
+        )
     if manifest.prompt is not None and reference.has_template:
         marks = reference.control_tokens
+        # Whether there are system turns is asked of the template, not of the manifest.
         chosen = check_conversations(
-            system=manifest.prompt.system is not None, placed=False, video=False
+            system=manifest.prompt.system is not None and reference.takes_system,
+            placed=False,
+            video=False,
         )
+        if (manifest.prompt.system is not None) != reference.takes_system:
+            faults.append("system turns: the template and the prompt format do not agree on them")
         for conversation in chosen:
             if any(mark in text for mark in marks for text in _texts(conversation.messages)):
                 continue
@@ -59,9 +76,16 @@ def prompt_stage(
             faults.append(f"the finished prompt {prompt!r:.60} has other ids")
     faults += _stop_faults(artifact, checkpoint, reference, tokenizer)
     looked = f"{count} prompts, stop ids {list(manifest.tokens.stop)}"
-    if manifest.prompt is not None and not reference.has_template:
+    if left_out:
+        looked += "; the chat template was left out"
+    elif not reference.has_template:
         looked += "; the checkpoint has no template, so the string is that of its family"
     return exact("prompt", "differing_prompts", faults, looked)
+
+
+def _bos_fits(artifact: Artifact, reference: ReferenceProcessor) -> bool:
+    """Whether the manifest's bos is the one that the checkpoint's tokenizer names, if it does."""
+    return reference.bos_id is None or artifact.manifest.tokens.bos == reference.bos_id
 
 
 def _texts(messages: Iterable[Message]) -> Iterator[str]:

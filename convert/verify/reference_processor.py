@@ -86,6 +86,22 @@ class ReferenceProcessor:
         return frozenset(text for text in added if text.strip())
 
     @property
+    def takes_system(self) -> bool:
+        """Whether the template shows what a system turn says."""
+        rule = "Answer in one word."
+        messages = (Message("system", (Text(rule),)), Message("user", (Text("what is this?"),)))
+        try:
+            return rule in self.render(messages)
+        except CheckpointError:
+            return False
+
+    @property
+    def bos_id(self) -> int | None:
+        """What the tokenizer calls the beginning of a sequence."""
+        found = self._tokenizer.bos_token_id
+        return None if found is None else int(found)
+
+    @property
     def eos_ids(self) -> frozenset[int]:
         """What the tokenizer calls the end of a sequence."""
         found = self._tokenizer.eos_token_id

@@ -15,6 +15,7 @@ from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.reference import REFERENCE
 from llava_edge.convert.verify.answer_stages import AnswerStages
 from llava_edge.convert.verify.deviation import first_decoder_deviation, first_vision_deviation
+from llava_edge.convert.verify.golden_stage import golden_stage
 from llava_edge.convert.verify.golden_writer import golden_probe
 from llava_edge.convert.verify.graph_view import MissingNodeError
 from llava_edge.convert.verify.graph_weights import GraphWeights
@@ -29,7 +30,6 @@ from llava_edge.convert.verify.reference_answer import Reference
 from llava_edge.convert.verify.structure import structure_stage
 from llava_edge.convert.verify.subject import Subject
 from llava_edge.convert.verify.weights import weights_stage
-from llava_edge.profiles.errors import LlavaEdgeError
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.bounds import Bounds, bounds_for
 from llava_edge.runtime.certificate import (
@@ -50,8 +50,6 @@ from llava_edge.runtime.this_machine import describe_host
 Report = Callable[[str, int, int], None]
 """``report(stage, done, total)`` in stages."""
 
-_BROKEN = (LlavaEdgeError, ValueError, RuntimeError, IndexError)
-"""What a broken artifact may raise in the code of runtime and verifier."""
 _TOOLS = ("llava-edge", "onnx", "onnxruntime", "tokenizers", "torch", "transformers", "pillow")
 
 
@@ -97,7 +95,7 @@ class Verifier:
         self.bounds: Bounds = bounds_for(manifest.flavour, manifest.precision)
         self.reference = reference or open_reference(artifact, checkpoint)
         anyres = ImageProcessor(manifest.image_processing).anyres
-        self.probes = draw_probes(anyres, options.mode)
+        self.probes = draw_probes(anyres, options.mode, manifest.context_tokens)
         self._report = report
         self._stages: list[StageResult] = []
         self._done = 0
@@ -126,6 +124,8 @@ class Verifier:
                 self._tell("deviation")
                 deviation = self._find_deviation(subject, answers)
             self._stage("greedy", lambda: self._greedy(subject, answers, layers))
+        pair = self.probes[:2]
+        self._stage("golden", lambda: golden_stage(artifact, pair, reference, self.bounds))
         if whole:
             self._stage("memory", lambda: memory_stage(artifact, self._largest()))
         self._stages += answers.loss_rows()
@@ -133,10 +133,11 @@ class Verifier:
 
     def _answers(self, subject: Subject, answers: AnswerStages) -> list[StageResult]:
         for probe in self.probes:
-            answer = self.reference.answer(probe)
+            # The first two are asked again: layer by layer, and for the golden prompts.
+            answer = self.reference.answer(probe, remember=probe in self.probes[:2])
             try:
                 answers.measure(subject, answer)
-            except _BROKEN as error:
+            except Exception as error:
                 # What was measured before it stays.
                 return [*answers.rows(), _broken(answers.at, error)]
         return answers.rows()
@@ -167,7 +168,7 @@ class Verifier:
             return self._deviation(subject, answers)
         except MissingNodeError as error:
             return Deviation(error.node, float(np.finfo(np.float32).max), 0.0, {}, {})
-        except _BROKEN:
+        except Exception:
             return None
 
     def _deviation(self, subject: Subject, answers: AnswerStages) -> Deviation | None:
@@ -185,16 +186,16 @@ class Verifier:
         return found
 
     def _largest(self) -> Probe:
-        return max(
-            self.probes[:-1], key=lambda probe: sum(i.width * i.height for i in probe.images)
-        )
+        alone = [probe for probe in self.probes if len(probe.images) == 1]
+        return max(alone, key=lambda probe: probe.images[0].width * probe.images[0].height)
 
     def _stage(self, name: str, run: Callable[[], Any]) -> None:
         self._tell(name)
         try:
             found = run()
-        except _BROKEN as error:
-            # What is broken enough not to run is not verified either, and the others go on.
+        except Exception as error:
+            # What is broken enough not to run is not verified either, whatever it raises, and the
+            # others go on.
             found = _broken(name, error)
         if found is not None:
             self._stages += [found] if isinstance(found, StageResult) else found
@@ -242,7 +243,7 @@ def golden_probes(
     map_large_blocks()
     reference = open_reference(artifact, checkpoint)
     anyres = ImageProcessor(artifact.manifest.image_processing).anyres
-    probes = draw_probes(anyres, "quick")
+    probes = draw_probes(anyres, "quick", artifact.manifest.context_tokens)
     return [golden_probe(reference.answer(p, remember=True)) for p in probes], reference
 
 

@@ -44,11 +44,14 @@ class ErrorSum:
 
     Args:
         codes: the whole layer.
+        num_dead: most columns that the solver set to zero because calibration never met them.
     """
 
-    def __init__(self, codes: GraphCodes) -> None:
+    def __init__(self, codes: GraphCodes, num_dead: int = 0) -> None:
         self._codes = codes
-        self._dead = _dead_columns(codes)
+        dead = _dead_columns(codes) if num_dead else np.zeros(0, np.int64)
+        # More than were recorded are a fault, and none of them is left out of the error.
+        self._dead = dead if len(dead) <= num_dead else dead[:0]
         self._squared = 0.0
         self._norm = 0.0
         self._along = 0.0

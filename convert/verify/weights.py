@@ -162,7 +162,7 @@ class _Comparison:
         if codes.codes.shape != shape:
             self._code_faults.append(f"{name}: {codes.codes.shape} codes for a weight of {shape}")
             return
-        error = ErrorSum(codes)
+        error = ErrorSum(codes, _num_dead(self._artifact.manifest.conversion, name))
         for rows in _row_blocks(*shape):
             error.add(rows, self._checkpoint.read(f"{name}.weight", rows).astype(np.float32))
         self._errors.setdefault(codes.bits, {})[name] = error.result()
@@ -314,6 +314,16 @@ def _digest_fault(codes: GraphCodes, recorded: object) -> str | None:
     except ValueError as error:
         return str(error)
     return "codes or scales are not those that were written"
+
+
+def _num_dead(conversion: dict[str, Any], name: str) -> int:
+    """Columns of a layer that the solver is recorded to have set to zero."""
+    layers = conversion.get("layers")
+    for layer in layers if isinstance(layers, list) else []:
+        for linear, record in layer.get("linears", {}).items():
+            if name == f"language_model.layers.{layer.get('layer')}.{linear}":
+                return int((record.get("report") or {}).get("dead_columns", 0))
+    return 0
 
 
 def _row_blocks(num_rows: int, inner: int) -> Iterator[slice]:

@@ -1,0 +1,64 @@
+"""Stage ``golden``: the prompts that travel in the artifact say what the reference says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from llava_edge.convert.verify.gaps import GAP, whole_gap
+from llava_edge.convert.verify.golden_writer import golden_probe
+from llava_edge.convert.verify.probes import Probe
+from llava_edge.convert.verify.reference_answer import Reference
+from llava_edge.runtime.artifact import Artifact
+from llava_edge.runtime.bounds import Bounds
+from llava_edge.runtime.certificate import StageResult, exact
+from llava_edge.runtime.golden import GOLDEN_FILE, GoldenProbe, read_golden
+
+_EXACT = ("ids", "feature_rows", "forced", "logit_ids", "top_ids")
+_CLOSE = {
+    "features": "tile_features",
+    "logits": "prefill_logits",
+    "top_logits": "prefill_logits",
+    "ranges": "prefill_logits",
+}
+"""Numbers, and the stage whose bound they keep: another machine rounds otherwise."""
+
+
+def golden_stage(
+    artifact: Artifact, probes: Sequence[Probe], reference: Reference, bounds: Bounds
+) -> StageResult | None:
+    """Compare every golden probe with the reference's answer to the same question.
+
+    Returns:
+        None where the artifact carries none.
+    """
+    if GOLDEN_FILE not in artifact.manifest.files:
+        return None
+    asked = {probe.name: probe for probe in probes}
+    faults: list[str] = []
+    found = read_golden(artifact.path(GOLDEN_FILE), artifact.manifest)
+    for ours in found:
+        if ours.name not in asked:
+            faults.append(f"{ours.name}: this tool asks no such question")
+            continue
+        theirs = golden_probe(reference.answer(asked[ours.name], remember=True))
+        faults += [f"{ours.name}: {what} differ" for what in _differences(ours, theirs, bounds)]
+    return exact("golden", "differing_tensors", faults, f"{len(found)} prompts")
+
+
+def _differences(ours: GoldenProbe, theirs: GoldenProbe, bounds: Bounds) -> Iterator[str]:
+    same_images = len(ours.images) == len(theirs.images) and all(
+        np.array_equal(one, other) for one, other in zip(ours.images, theirs.images, strict=True)
+    )
+    if (ours.prompt, ours.pixel_sha256) != (theirs.prompt, theirs.pixel_sha256) or not same_images:
+        yield "question, images or pixels"
+        return
+    for name in _EXACT:
+        if not np.array_equal(getattr(ours, name), getattr(theirs, name)):
+            yield name
+            return
+    for name, stage in _CLOSE.items():
+        have, want = getattr(ours, name), getattr(theirs, name)
+        if want.size and not whole_gap(have, want) <= bounds.value(stage, GAP):
+            yield name
