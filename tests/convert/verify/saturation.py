@@ -78,13 +78,35 @@ def _written_out(graph: Any, node: Any, inner: int, outer: int) -> list[Any]:
     rows = put("Reshape", float_codes, constant(np.array([-1, inner // 2, 2], np.int64)))
     rows = put("Transpose", rows, perm=[1, 0, 2])
     pairs = put("Reshape", float_weight, constant(np.array([inner // 2, 2, outer], np.int64)))
-    products = put("MatMul", rows, pairs)
-    cut = put("Clip", products, constant(np.float32(_LEAST)), constant(np.float32(_MOST)))
-    total = put("ReduceSum", cut, axis, keepdims=0)
     columns = put("ReduceSum", float_weight, axis, keepdims=0)
+    one_row = put("Gather", rows, constant(np.int64(0)), axis=0)
+    one_pair = put("Gather", pairs, constant(np.int64(0)), axis=0)
+    nothing = put("Mul", put("MatMul", one_row, one_pair), constant(np.float32(0)))
+    # Pair by pair: all sums at once would not fit the memory of a wide model.
+    total = put("Scan", nothing, rows, pairs, body=_pair(), num_scan_inputs=2)
     offset = put("Mul", columns, put("Cast", zero, to=onnx.TensorProto.FLOAT))
     centred = put("Sub", total, offset)
     scaled = put("Mul", put("Mul", centred, scale), scales)
     shape = constant(np.array([1, -1, outer], np.int64))
     made.append(helper.make_node("Reshape", [scaled, shape], [node.output[0]], node.name))
     return made
+
+
+def _pair() -> Any:
+    """One step: the sum so far, and the cut sum of the next two products added to it."""
+    limits = [
+        numpy_helper.from_array(np.array(value, np.float32), name)
+        for name, value in (("least", _LEAST), ("most", _MOST))
+    ]
+    nodes = [
+        helper.make_node("MatMul", ["row", "pair"], ["product"]),
+        helper.make_node("Clip", ["product", "least", "most"], ["cut"]),
+        helper.make_node("Add", ["before", "cut"], ["behind"]),
+    ]
+    kind = onnx.TensorProto.FLOAT
+    inputs = [
+        helper.make_tensor_value_info(name, kind, [None, None])
+        for name in ("before", "row", "pair")
+    ]
+    outputs = [helper.make_tensor_value_info("behind", kind, [None, None])]
+    return helper.make_graph(nodes, "pair", inputs, outputs, limits)
