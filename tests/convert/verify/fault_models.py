@@ -151,7 +151,7 @@ class Made:
             artifact = open_artifact(self.artifact, verify_digests=False)
             reference = open_reference(artifact, self.checkpoint)
             anyres = ImageProcessor(artifact.manifest.image_processing).anyres
-            for probe in draw_probes(anyres, mode):
+            for probe in draw_probes(anyres, mode, 4096):
                 reference.answer(probe, remember=True)
             self._references[mode] = reference
         return self._references[mode]
