@@ -94,11 +94,11 @@ def _reason(certificate: Certificate, manifest: Manifest, manifest_sha256: str) 
         return f"its {CERTIFICATE} says that {what} ({shorten(list(named)) or 'no stage named'})"
     if not certificate.passed:
         return f"its {CERTIFICATE} says that verification did not pass"
+    if not certificate.stages or overall(certificate.stages) != "pass":
+        return f"its {CERTIFICATE} says passed, and its stages do not bear that out"
     if any(
         row.value is not None and row.bound is not None and row.value > row.bound
         for row in certificate.stages
     ):
         return f"its {CERTIFICATE} says passed, and a row of it is outside its own bound"
-    if not certificate.stages or overall(certificate.stages) != "pass":
-        return f"its {CERTIFICATE} says passed, and its stages do not bear that out"
     return None

@@ -323,13 +323,13 @@ def _faults(probe: GoldenProbe, manifest: Manifest) -> list[str]:
         faults.append("no logits are kept")
     if (probe.ranges <= 0).any():
         faults.append("a range of logits is not above zero")
+    if not faults and (probe.top_logits[:, 0] < probe.top_logits[:, 1]).any():
+        faults.append("top_logits does not hold the best first")
     if not faults:
         # Gaps are shares of the range: a made-up one would let any logits pass.
         spread = np.ptp(np.concatenate([probe.logits, probe.top_logits], axis=1), axis=1)
         if (probe.ranges < 0.999 * spread).any() or (probe.ranges > _MOST_RANGE * spread).any():
             faults.append("a range of logits does not go with the logits that are kept")
-    if not faults and (probe.top_logits[:, 0] < probe.top_logits[:, 1]).any():
-        faults.append("top_logits does not hold the best first")
     return faults
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from llava_edge.convert.verify.decoder_slice import DecoderGraph
 from llava_edge.convert.verify.probes import Probe
 from llava_edge.convert.verify.reference_answer import Positions
+from llava_edge.convert.verify.vision_halves import VisionHalves
 from llava_edge.profiles.buffers import default_cache_type, kv_cache_bytes
 from llava_edge.profiles.formats import PRECISIONS, weight_bytes
 from llava_edge.profiles.hardware import Int8Isa
@@ -21,7 +22,7 @@ from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.instructions import needs_wide_sums
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.prompt import MARKS
-from llava_edge.runtime.prompt_embedder import PromptEmbedder
+from llava_edge.runtime.prompt_embedder import PromptEmbedder, TileEncoder
 from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
 from llava_edge.runtime.request import PromptOptions, Request, RequestBuilder
 from llava_edge.runtime.session import Array, Session, SessionOptions
@@ -87,10 +88,13 @@ class Subject:
     def embed(self, request: Request) -> PromptEmbeddings:
         """Encode a request's tiles; the session lives only as long."""
         image_id = self.artifact.manifest.tokens.image
-        encoder = _LazyEncoder(self._encoder)
+        encoder = _LazyEncoder(self.encoder)
         return PromptEmbedder(self.dims, image_id, self.table, encoder, self.dtype).embed(request)
 
-    def _encoder(self) -> VisionEncoder:
+    def encoder(self) -> VisionEncoder | VisionHalves:
+        """Tower and projector, in halves where the memory does not hold them whole."""
+        if self._memory_bytes is not None and self._tower_bytes() > self._memory_bytes:
+            return VisionHalves(self.vision_path(), self.dims, self.options, self.dtype)
         session = Session(self.vision_path(), self.options)
         return VisionEncoder(session, self.dims, 1, self.dtype)
 
@@ -148,6 +152,12 @@ class Subject:
         found: Array = logits[0]
         return found
 
+    def _tower_bytes(self) -> int:
+        """Bytes of tower and projector in memory."""
+        flavour = self.artifact.manifest.flavour
+        sizes = weight_bytes(self.dims, "fp16", flavour, resident=True)
+        return sizes.vision_tower + sizes.projector
+
     def _layer_bytes(self) -> tuple[int, int]:
         """Bytes of one layer's weights in memory and its cache, and of the head."""
         manifest = self.artifact.manifest
@@ -180,9 +190,9 @@ class Subject:
 class _LazyEncoder:
     """Tower and projector, loaded only where there is a tile."""
 
-    def __init__(self, open_encoder: Callable[[], VisionEncoder]) -> None:
+    def __init__(self, open_encoder: Callable[[], TileEncoder]) -> None:
         self._open = open_encoder
-        self._encoder: VisionEncoder | None = None
+        self._encoder: TileEncoder | None = None
 
     def encode(self, pixel_values: Array, out: Array) -> None:
         self._encoder = self._encoder or self._open()

@@ -83,7 +83,7 @@ def probe() -> GoldenProbe:
         logits=logits,
         top_ids=np.array([[1, 2], [3, 4], [5, 6], [7, 8]]),
         top_logits=logits[:, :2].copy(),
-        ranges=np.ones(4, np.float32),
+        ranges=np.full(4, 8.0, np.float32),
     )
 
 

@@ -83,3 +83,22 @@ def test_a_prompt_is_cut_so_that_its_kept_rows_lie_in_the_last_chunk() -> None:
         assert start <= positions.keep_from < num_prompt
         assert positions.chunk <= 64
         assert len(positions.kept) == positions.num_prefill + 5
+
+
+@pytest.mark.parametrize("profile", ["cpu-16gb", "a100"])
+def test_a_tower_in_halves_gives_the_features_of_the_whole(
+    subject_of: Callable[..., Subject], profile: str
+) -> None:
+    with subject_of(None, profile=profile) as whole, subject_of(1, profile=profile) as halves:
+        vision = whole.dims.vision
+        shape = (2, 3, vision.image_size, vision.image_size)
+        pixels = np.random.default_rng(5).normal(0, 1, shape).astype(np.float32)
+        features = [
+            np.empty((2, vision.num_patches, whole.dims.text.hidden_size), whole.dtype)
+            for _ in range(2)
+        ]
+        for subject, out in zip((whole, halves), features, strict=True):
+            subject.encoder().encode(pixels, out)
+
+    assert type(whole.encoder()) is not type(halves.encoder())
+    np.testing.assert_allclose(features[1], features[0], rtol=0, atol=2e-3 * np.ptp(features[0]))
