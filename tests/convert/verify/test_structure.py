@@ -397,7 +397,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "rescaling": (setting("image_processing", "rescale_factor", to=1 / 256), "rescale_factor"),
     "candidates": (
         setting("image_processing", "image_grid_pinpoints", to=[[210, 210]]),
-        "image_grid_pinpoints: [(210, 210)]",
+        "image_grid_pinpoints: they are ((210, 210),)",
     ),
     "image id": (setting("tokens", "image", to=5), "tokens.image: it is 5"),
     "stop id": (setting("tokens", "stop", to=[17]), "which generation_config.json names"),
