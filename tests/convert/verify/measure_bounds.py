@@ -2,8 +2,8 @@
 
     python -m tests.convert.verify.measure_bounds [--first 0] [--seeds 10] [--jobs 2] [--realistic]
 
-Bounds were set on the seeds from 0 to 4, later ones tell whether they hold. Prints the largest value
-of each row by form, beside its bound and the room between them.
+Bounds were set on the seeds from 0 to 4, later ones tell whether they hold. Prints the largest
+value of each row by form, beside its bound and the room between them.
 """
 
 from __future__ import annotations
