@@ -150,17 +150,16 @@ class Verifier:
     def _greedy(
         self, subject: Subject, answers: AnswerStages, layers: LayerStage
     ) -> list[StageResult]:
-        found = answers.tokens
+        found, loop = answers.tokens, []
         if subject.is_whole:
             pair = self.probes[:2]
-            found += greedy_tokens(
-                self.artifact, pair, self.reference, self.bounds, self.options.threads
-            )
+            more, own = greedy_tokens(self.artifact, pair, self.reference, self.bounds, subject)
+            found, loop = found + more, [own]
         if not self.bounds.compares_layers:
-            return [found.row("greedy")]
+            return [found.row("greedy"), *loop]
         # End to end few positions are conclusive at the bound of the rounding; none of them may
-        # differ. The evidence comes from behind the head.
-        return [layers.tokens.row("greedy"), found.row("greedy", needs_evidence=False)]
+        # differ. The evidence comes from behind the head, and for the loop from its own logits.
+        return [layers.tokens.row("greedy"), found.row("greedy", needs_evidence=False), *loop]
 
     def _find_deviation(self, subject: Subject, answers: AnswerStages) -> Deviation | None:
         """A graph may be too broken to be looked into; a node that is missing is the deviation."""
