@@ -17,6 +17,7 @@ from llava_edge.convert.verify.estimate import estimate_seconds
 from llava_edge.convert.verify.probes import draw_probes
 from llava_edge.convert.verify.reference_answer import Reference
 from llava_edge.convert.verify.verifier import (
+    QUICK_BYTES,
     Report,
     VerifyOptions,
     golden_probes,
@@ -32,10 +33,7 @@ from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.manifest_check import CARD
 from llava_edge.runtime.records import to_json
-from llava_edge.runtime.stage_table import stage_table, verdict_line
-
-GROUP_BYTES = 640 << 20
-"""Weights of the decoder in memory at once while ``quick`` runs it."""
+from llava_edge.runtime.stage_table import deviation_line, stage_table, verdict_line
 
 
 class Verification:
@@ -90,7 +88,7 @@ class Verification:
         if self._mode == "none":
             certificate = unverified(artifact)
         else:
-            options = VerifyOptions(self._mode, GROUP_BYTES)
+            options = VerifyOptions(self._mode, QUICK_BYTES)
             certificate = verify_artifact(
                 artifact, self._checkpoint, options, self._report, self._reference
             )
@@ -99,24 +97,13 @@ class Verification:
             kept = writer.keep_failed(to_json(certificate))
             raise VerificationError(
                 f"the artifact does not do what {self._checkpoint.source_id} does.\n"
-                f"{stage_table(certificate.stages)}\n{describe_deviation(certificate)}"
+                f"{stage_table(certificate.stages)}\n{deviation_line(certificate.first_deviation)}"
                 f"It is kept in {kept} with its report, and did not take its place."
             )
         write_certificate(folder, to_json(certificate))
         card = write_card(manifest, artifact_bytes, certificate)
         write_atomic(folder / CARD, card.encode("utf-8"))
         return certificate
-
-
-def describe_deviation(certificate: Certificate) -> str:
-    """A line about the first tensor outside its bound; empty where there is none."""
-    found = certificate.first_deviation
-    if found is None:
-        return ""
-    return (
-        f"First tensor outside its bound: {found.tensor}, {found.value:.3g} of its range (bound "
-        f"{found.bound:.3g}); ours {found.ours}, the reference's {found.theirs}.\n"
-    )
 
 
 def _spoken(seconds: float) -> str:

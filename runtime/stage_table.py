@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llava_edge.runtime.certificate import Question, StageResult, overall
+from llava_edge.runtime.certificate import Deviation, Question, StageResult, overall
 from llava_edge.runtime.records import to_json
 
 _TITLES: dict[Question, str] = {
@@ -50,6 +50,16 @@ def verdict_line(stages: Sequence[StageResult]) -> str:
         return "passed"
     names = ", ".join(dict.fromkeys(_plain(s.name) for s in stages if s.verdict == verdict))
     return f"failed: {names}" if verdict == "fail" else f"inconclusive: {names}"
+
+
+def deviation_line(found: Deviation | None) -> str:
+    """A line about the first tensor outside its bound; empty where there is none."""
+    if found is None:
+        return ""
+    return (
+        f"First tensor outside its bound: {_plain(found.tensor)}, {found.value:.3g} of its range "
+        f"(bound {found.bound:.3g}); ours {found.ours}, the reference's {found.theirs}.\n"
+    )
 
 
 def _cells(stage: StageResult) -> tuple[str, ...]:

@@ -12,22 +12,32 @@ from llava_edge.convert.checkpoint_source import resolve_source
 from llava_edge.convert.disk import write_atomic
 from llava_edge.convert.hub import fetch_checkpoint
 from llava_edge.convert.progress import StageBars
-from llava_edge.convert.verification import GROUP_BYTES, describe_deviation
-from llava_edge.convert.verify.verifier import VerifyOptions, verify_artifact
+from llava_edge.convert.verify.verifier import QUICK_BYTES, VerifyOptions, verify_artifact
 from llava_edge.convert.write_artifact import write_certificate
 from llava_edge.profiles.errors import RequestError
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.manifest_check import CARD
 from llava_edge.runtime.records import to_json
-from llava_edge.runtime.stage_table import stage_table, verdict_line, verification_json
+from llava_edge.runtime.stage_table import (
+    deviation_line,
+    stage_table,
+    verdict_line,
+    verification_json,
+)
 
 
 def main_against(options: argparse.Namespace, artifact: Artifact) -> int:
     """Verify, write the certificate and the card, and return the exit code.
 
     Raises:
-        RequestError: the checkpoint is not the one that the artifact was made from.
+        RequestError: the checkpoint is not the one that the artifact was made from, or another
+            device than the CPU was named.
     """
+    if options.device == "cuda":
+        raise RequestError(
+            "--device cuda and --against were both given; the reference and the artifact are "
+            "compared on the CPU. Leave --device out, and check the GPU with --on-device."
+        )
     source = resolve_source(options.against)
     folder = source.folder
     with StageBars() as bars:
@@ -50,7 +60,7 @@ def main_against(options: argparse.Namespace, artifact: Artifact) -> int:
         certificate = verify_artifact(
             artifact,
             checkpoint,
-            VerifyOptions(options.mode, GROUP_BYTES, options.threads),
+            VerifyOptions(options.mode, QUICK_BYTES, options.threads),
             bars,
         )
     size = sum(entry.bytes for entry in artifact.manifest.files.values())
@@ -60,7 +70,7 @@ def main_against(options: argparse.Namespace, artifact: Artifact) -> int:
     write_certificate(artifact.folder, to_json(certificate))
     print(stage_table(certificate.stages), file=sys.stderr)
     print(
-        f"{describe_deviation(certificate)}{artifact.folder} ({options.mode}, "
+        f"{deviation_line(certificate.first_deviation)}{artifact.folder} ({options.mode}, "
         f"{certificate.seconds:.0f} s): {verdict_line(certificate.stages)}",
         file=sys.stderr,
     )

@@ -12,7 +12,6 @@ from llava_edge.convert.verify.probes import Probe
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.certificate import StageResult, bounded
-from llava_edge.runtime.prompt import MARKS
 
 _TIMEOUT_SECONDS = 3600
 _NUM_TOKENS = 8
@@ -32,7 +31,6 @@ def memory_stage(artifact: Artifact, probe: Probe) -> StageResult | None:
         return None
     planned = int(manifest.plan["memory"]["total_bytes"])
     raw = manifest.prompt is None
-    prompt = f"{MARKS['image'] * len(probe.images)}\n{probe.question}" if raw else probe.question
     with tempfile.TemporaryDirectory() as folder:
         images: list[str] = []
         for index, image in enumerate(probe.images):
@@ -41,7 +39,7 @@ def memory_stage(artifact: Artifact, probe: Probe) -> StageResult | None:
             images += ["--image", str(path)]
         command = [
             *(sys.executable, "-m", "llava_edge.runtime.cli", "run", str(artifact.folder)),
-            *("--prompt", prompt, "--max-new-tokens", str(_NUM_TOKENS), "--json"),
+            *("--prompt", probe.prompt(raw=raw), "--max-new-tokens", str(_NUM_TOKENS), "--json"),
             *(["--raw"] if raw else []),
             *images,
         ]

@@ -18,6 +18,7 @@ from llava_edge.convert.drawn_conversations import draw_conversations
 from llava_edge.profiles.anyres import AnyRes
 from llava_edge.runtime.certificate import Mode
 from llava_edge.runtime.images import open_image
+from llava_edge.runtime.prompt import MARKS
 
 SEED = 2024
 NUM_STEPS = 64
@@ -43,6 +44,10 @@ class Probe:
     question: str
     answer: str
     images: tuple[Image.Image, ...] = ()
+
+    def prompt(self, *, raw: bool) -> str:
+        """What is handed to the runtime: the question, or a finished prompt with its marks."""
+        return f"{MARKS['image'] * len(self.images)}\n{self.question}" if raw else self.question
 
     def arrays(self) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.uint8]], ...]:
         """The images as uint8 (height, width, 3)."""

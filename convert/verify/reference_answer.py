@@ -22,7 +22,7 @@ from llava_edge.convert.verify.streamed_model import LinearSupply, ReferenceInpu
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.image_processor import ImageProcessor
-from llava_edge.runtime.prompt import MARKS, Piece, compose, rendered, user_message
+from llava_edge.runtime.prompt import Piece, compose, rendered, user_message
 from llava_edge.runtime.session import Array
 from llava_edge.runtime.tokenizer import Tokenizer
 
@@ -133,7 +133,7 @@ class Reference:
     def text(self, probe: Probe) -> str:
         """The finished prompt by the checkpoint's own template, else its family's."""
         if self._manifest.prompt is None:
-            return MARKS["image"] * len(probe.images) + f"\n{probe.question}"
+            return probe.prompt(raw=True)
         message = user_message(probe.question, len(probe.images))
         if self.processor.has_template:
             return self.processor.render([message])
@@ -199,10 +199,6 @@ class Reference:
         ids = self._tokenizer.encode_pieces((Piece("text", text),))
         bos = self._manifest.tokens.bos
         return ids[1:] if ids[:1] == [bos] else ids
-
-    def forget(self) -> None:
-        """Let remembered answers go."""
-        self._answers.clear()
 
     def _run(
         self, inputs: ReferenceInputs, forced: Array, positions: Positions

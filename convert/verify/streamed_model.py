@@ -95,10 +95,9 @@ class StreamedModel:
         embed = _StreamedEmbedding(self._rows, checkpoint.dims.text.hidden_size)
         self._language.embed_tokens = embed
         self._core.language_model = _Echo(embed)
-        self._prefix = {id(self._language): "language_model", id(self._core): ""}
         self._materialise_buffers()
-        for root in (self._core, self._language):
-            self._attach(root, self._prefix[id(root)])
+        self._attach(self._core, "")
+        self._attach(self._language, "language_model")
 
     def use(self, supply: LinearSupply | None) -> None:
         """Take other weights for the language model's linear layers from now on."""

@@ -21,7 +21,6 @@ from llava_edge.runtime.decoder import Decoder, FillEmbeddings
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.instructions import needs_wide_sums
 from llava_edge.runtime.limits import Limits
-from llava_edge.runtime.prompt import MARKS
 from llava_edge.runtime.prompt_embedder import PromptEmbedder, TileEncoder
 from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
 from llava_edge.runtime.request import PromptOptions, Request, RequestBuilder
@@ -76,10 +75,8 @@ class Subject:
     def request(self, probe: Probe) -> Request:
         """A probe made ready as a user's question would be."""
         raw = self.artifact.manifest.prompt is None
-        mark = MARKS["image"] * len(probe.images) + "\n" if raw else ""
-        return self._requests.build(
-            f"{mark}{probe.question}", probe.arrays(), PromptOptions(raw=raw)
-        )
+        prompt = probe.prompt(raw=raw)
+        return self._requests.build(prompt, probe.arrays(), PromptOptions(raw=raw))
 
     def vision_path(self) -> Path:
         """The vision graph."""

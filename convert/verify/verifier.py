@@ -50,6 +50,10 @@ from llava_edge.runtime.this_machine import describe_host
 Report = Callable[[str, int, int], None]
 """``report(stage, done, total)`` in stages."""
 
+_MOST_STAGES = 11
+"""Of a full run that looks for a deviation."""
+QUICK_BYTES = 640 << 20
+"""Weights of the decoder in memory at once while ``quick`` runs it."""
 _TOOLS = ("llava-edge", "onnx", "onnxruntime", "tokenizers", "torch", "transformers", "pillow")
 
 
@@ -132,9 +136,9 @@ class Verifier:
         return self._certificate(deviation, time.perf_counter() - started)
 
     def _answers(self, subject: Subject, answers: AnswerStages) -> list[StageResult]:
-        for probe in self.probes:
+        for index, probe in enumerate(self.probes):
             # The first two are asked again: layer by layer, and for the golden prompts.
-            answer = self.reference.answer(probe, remember=probe in self.probes[:2])
+            answer = self.reference.answer(probe, remember=index < 2)
             try:
                 answers.measure(subject, answer)
             except Exception as error:
@@ -153,7 +157,9 @@ class Verifier:
         found, loop = answers.tokens, []
         if subject.is_whole:
             pair = self.probes[:2]
-            more, own = greedy_tokens(self.artifact, pair, self.reference, self.bounds, subject)
+            more, own = greedy_tokens(
+                self.artifact, pair, self.reference, self.bounds, self.options.threads
+            )
             found, loop = found + more, [own]
         if not self.bounds.compares_layers:
             return [found.row("greedy"), *loop]
@@ -167,7 +173,9 @@ class Verifier:
             return self._deviation(subject, answers)
         except MissingNodeError as error:
             return Deviation(error.node, float(np.finfo(np.float32).max), 0.0, {}, {})
-        except Exception:
+        except Exception as error:
+            # The artifact has failed already; that the place was not found is said beside it.
+            self._stages.append(_broken("deviation", error))
             return None
 
     def _deviation(self, subject: Subject, answers: AnswerStages) -> Deviation | None:
@@ -201,7 +209,7 @@ class Verifier:
 
     def _tell(self, name: str) -> None:
         self._done += 1
-        self._report(f"verify {name}", self._done, 10)
+        self._report(f"verify {name}", self._done, _MOST_STAGES)
 
     def _certificate(self, deviation: Deviation | None, seconds: float) -> Certificate:
         manifest = self.artifact.manifest

@@ -21,7 +21,6 @@ from llava_edge.convert.verify.graph_weights import GraphCodes
 
 _FLOOR = 2.0**-13
 """A group with a scale this small is all but zero, and the smallest scale need not fit it."""
-_DEAD_SHARE = 0.05
 _NEGLIGIBLE = 1e-3
 """Below this relative error nothing is asked of its kind: the original was on a grid itself."""
 
@@ -49,9 +48,10 @@ class ErrorSum:
 
     def __init__(self, codes: GraphCodes, num_dead: int = 0) -> None:
         self._codes = codes
-        dead = _dead_columns(codes) if num_dead else np.zeros(0, np.int64)
-        # More than were recorded are a fault, and none of them is left out of the error.
-        self._dead = dead if len(dead) <= num_dead else dead[:0]
+        self._empty = _empty_columns(codes)
+        # More than were recorded are none of the solver's, and stay in the error.
+        self._dead = self._empty if len(self._empty) <= num_dead else self._empty[:0]
+        self._lost_steps = np.zeros(len(self._empty))
         self._squared = 0.0
         self._norm = 0.0
         self._along = 0.0
@@ -65,13 +65,15 @@ class ErrorSum:
             original: float32 [rows, K], the checkpoint's; overwritten.
         """
         part = self._codes.cut(rows)
+        scales = part.scales.astype(np.float32)
+        steps = np.maximum(scales[:, self._empty // part.block_size], _FLOOR)
+        self._lost_steps += (np.abs(original[:, self._empty]) / steps).sum(0, np.float64)
         original[:, self._dead] = 0.0
         error = part.dequantize()
         error -= original
         self._squared += float(np.vdot(error, error))
         self._norm += float(np.vdot(original, original))
         error, original = (_in_blocks(values, part.block_size) for values in (error, original))
-        scales = part.scales.astype(np.float32)
         energy = np.einsum("ngk,ngk->ng", original, original)
         along = np.einsum("ngk,ngk->ng", error, original)
         # A group of zeros must come out as zeros: then error and energy are both 0.
@@ -81,6 +83,10 @@ class ErrorSum:
             shifts = error.sum(axis=2) / scales
         self._along += float(along.sum(dtype=np.float64))
         self._shift += float(shifts.sum(dtype=np.float64))
+
+    def vanished(self) -> int:
+        """Columns without a code whose originals are a step or more, on average: not rounding."""
+        return int((self._lost_steps > len(self._codes.codes)).sum())
 
     def result(self) -> WeightError:
         """The measures over all that was taken."""
@@ -93,14 +99,14 @@ class ErrorSum:
         return WeightError(relative, scale, shift, len(self._dead))
 
 
-def _dead_columns(codes: GraphCodes) -> NDArray[np.int64]:
-    """Columns that are zero in every row, where they are few."""
+def _empty_columns(codes: GraphCodes) -> NDArray[np.int64]:
+    """Columns that are zero in every row."""
     if not isinstance(codes.zeros, int):
         return np.zeros(0, np.int64)
     # The first rows settle it for nearly all columns.
     candidates = np.flatnonzero((codes.codes[:256] == codes.zeros).all(axis=0))
-    dead: NDArray[np.int64] = candidates[(codes.codes[:, candidates] == codes.zeros).all(axis=0)]
-    return dead if len(dead) <= _DEAD_SHARE * codes.codes.shape[1] else dead[:0]
+    empty: NDArray[np.int64] = candidates[(codes.codes[:, candidates] == codes.zeros).all(axis=0)]
+    return empty
 
 
 def _in_blocks(values: NDArray[np.float32], block: int) -> NDArray[np.float32]:

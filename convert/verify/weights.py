@@ -162,9 +162,15 @@ class _Comparison:
         if codes.codes.shape != shape:
             self._code_faults.append(f"{name}: {codes.codes.shape} codes for a weight of {shape}")
             return
-        error = ErrorSum(codes, _num_dead(self._artifact.manifest.conversion, name))
+        num_dead = _num_dead(self._artifact.manifest.conversion, name)
+        error = ErrorSum(codes, num_dead)
         for rows in _row_blocks(*shape):
             error.add(rows, self._checkpoint.read(f"{name}.weight", rows).astype(np.float32))
+        if error.vanished() > num_dead:
+            self._code_faults.append(
+                f"{name}: {error.vanished()} columns are zero and the checkpoint's are not; "
+                f"recorded as never met in calibration are {num_dead}"
+            )
         self._errors.setdefault(codes.bits, {})[name] = error.result()
 
     def _gptq(self, name: str, codes: GraphCodes) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file, save_file
 
 from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.reference import ReferenceModel
@@ -19,6 +18,7 @@ from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.manifest import Reference
 from llava_edge.runtime.progress import no_progress
+from tests.checkpoint_layouts import as_original, renamed
 
 IN_MEMORY = (
     ("language_model.model.", "model.language_model."),
@@ -27,55 +27,11 @@ IN_MEMORY = (
     ("multi_modal_projector.", "model.multi_modal_projector."),
     ("image_newline", "model.image_newline"),
 )
-ORIGINAL = (
-    ("language_model.model.", "model."),
-    ("language_model.lm_head.", "lm_head."),
-    ("vision_tower.", "model.vision_tower.vision_tower."),
-    ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
-    ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
-    ("image_newline", "model.image_newline"),
-)
 
 
 @pytest.fixture(scope="module")
 def hub(make_checkpoint: Callable[..., Path]) -> Path:
     return make_checkpoint("odd")
-
-
-def renamed(folder: Path, target: Path, pairs: tuple[tuple[str, str], ...]) -> Path:
-    shutil.copytree(folder, target)
-    tensors = load_file(target / "model.safetensors")
-
-    def rename(name: str) -> str:
-        for old, new in pairs:
-            if name.startswith(old):
-                return new + name[len(old) :]
-        raise AssertionError(name)
-
-    save_file(
-        {rename(name): array for name, array in tensors.items()}, target / "model.safetensors"
-    )
-    return target
-
-
-def as_original(folder: Path, target: Path) -> Path:
-    renamed(folder, target, ORIGINAL)
-    config = json.loads((target / "config.json").read_text())
-    changes = {
-        "model_type": "llava_llama",
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "image_aspect_ratio": "anyres",
-        "image_grid_pinpoints": config["image_grid_pinpoints"],
-        "mm_hidden_size": config["vision_config"]["hidden_size"],
-        "mm_patch_merge_type": "spatial_unpad",
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_select_feature": "patch",
-        "mm_vision_select_layer": -2,
-        "mm_vision_tower": "a/tower",
-        "vision_config": config["vision_config"],
-    }
-    (target / "config.json").write_text(json.dumps({**config["text_config"], **changes}))
-    return target
 
 
 def convert(checkpoint: Path, out: Path, reference: Reference | None = None) -> Path:

@@ -17,17 +17,10 @@ from llava_edge.convert.quantization import QuantizationRequest
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.progress import no_progress
+from tests.checkpoint_layouts import as_original
 
 Tensors = dict[str, torch.Tensor]
 
-_ORIGINAL = {
-    "language_model.model.": "model.",
-    "language_model.lm_head.": "lm_head.",
-    "vision_tower.": "model.vision_tower.vision_tower.",
-    "multi_modal_projector.linear_1.": "model.mm_projector.0.",
-    "multi_modal_projector.linear_2.": "model.mm_projector.2.",
-    "image_newline": "model.image_newline",
-}
 _DEFAULT = (
     "{%- if messages[0]['role'] != 'system' -%}"
     "{{ 'A chat between a curious person and an assistant. ' }}{%- endif -%}"
@@ -104,34 +97,7 @@ def _loud(folder: Path) -> Path:
 
 
 def _original(folder: Path) -> Path:
-    """As the original training code would have saved it."""
-
-    def change(tensors: Tensors) -> Tensors:
-        return {
-            new + name.removeprefix(old): tensor
-            for name, tensor in tensors.items()
-            for old, new in _ORIGINAL.items()
-            if name.startswith(old)
-        }
-
-    path = folder / "config.json"
-    config: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    original = {
-        **config["text_config"],
-        "model_type": "llava_llama",
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "image_aspect_ratio": "anyres",
-        "image_grid_pinpoints": config["image_grid_pinpoints"],
-        "mm_hidden_size": config["vision_config"]["hidden_size"],
-        "mm_patch_merge_type": "spatial_unpad",
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_select_feature": "patch",
-        "mm_vision_select_layer": -2,
-        "mm_vision_tower": "a/tower",
-        "vision_config": config["vision_config"],
-    }
-    path.write_text(json.dumps(original), "utf-8")
-    return rewrite(folder, change)
+    return as_original(folder, folder.with_name(f"{folder.name}-original"))
 
 
 def _decided(folder: Path) -> Path:

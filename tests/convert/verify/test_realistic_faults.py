@@ -17,7 +17,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
 
 
 @pytest.mark.parametrize("name", REALISTIC_MODELS)
-def test_a_sound_conversion_passes(name: str, models: FaultModels) -> None:
+def test_a_sound_conversion_does_not_fail(name: str, models: FaultModels) -> None:
     made = models[name]
 
     certificate = made.verify(made.artifact)

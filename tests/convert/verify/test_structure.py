@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from onnx import numpy_helper
-from safetensors.torch import load_file, save_file
 
 from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
 from llava_edge.convert.verify.structure import structure_stage
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.certificate import StageResult
+from tests.checkpoint_layouts import as_original
 from tests.convert.verify.conftest import BACKBONES, FORMS, SIZES
 from tests.convert.verify.tamper import Tampered
 
@@ -86,46 +84,6 @@ def test_a_checkpoint_in_the_original_layout_passes(
     assert open_checkpoint(folder).layout == "original"
 
     assert row(opened, make_form(folder, "fp16"), folder).verdict == "pass"
-
-
-def as_original(hub: Path, folder: Path) -> Path:
-    """A checkpoint as the original training code would have saved it."""
-    shutil.copytree(hub, folder)
-    prefixes = {
-        "language_model.model.": "model.",
-        "language_model.lm_head.": "lm_head.",
-        "vision_tower.": "model.vision_tower.vision_tower.",
-        "multi_modal_projector.linear_1.": "model.mm_projector.0.",
-        "multi_modal_projector.linear_2.": "model.mm_projector.2.",
-        "image_newline": "model.image_newline",
-    }
-    tensors = load_file(folder / "model.safetensors")
-    renamed = {
-        new + name.removeprefix(old): tensor
-        for name, tensor in tensors.items()
-        for old, new in prefixes.items()
-        if name.startswith(old)
-    }
-    assert len(renamed) == len(tensors)
-    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    original = {
-        **config["text_config"],
-        "model_type": "llava_llama",
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "image_aspect_ratio": "anyres",
-        "image_grid_pinpoints": config["image_grid_pinpoints"],
-        "mm_hidden_size": config["vision_config"]["hidden_size"],
-        "mm_patch_merge_type": "spatial_unpad",
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_use_im_start_end": False,
-        "mm_vision_select_feature": "patch",
-        "mm_vision_select_layer": -2,
-        "mm_vision_tower": "a/tower-of-five-patches",
-        "vision_config": config["vision_config"],
-    }
-    (folder / "config.json").write_text(json.dumps(original))
-    return folder
 
 
 Fault = Callable[[Tampered], None]

@@ -380,6 +380,35 @@ def test_wrong_codes_and_scales_are_found_without_a_digest(
     assert "layers.1.mlp" in found[metric].detail or "lm_head" in found[metric].detail
 
 
+@pytest.mark.parametrize(("recorded", "is_found"), [(0, True), (1, True), (2, False)])
+def test_columns_that_vanished_are_found_unless_the_solver_recorded_them(
+    make_checkpoint: Callable[..., Path],
+    make_form: Callable[[Path, str], Path],
+    opened: Opened,
+    tmp_path: Path,
+    recorded: int,
+    is_found: bool,
+) -> None:
+    def without_two(codes: Array) -> Array:
+        changed = codes.copy()
+        changed[[3, 70]] = 0
+        return changed
+
+    checkpoint = make_checkpoint("odd", **SIZES, **BACKBONES["mistral-gqa"])
+    copy = Tampered(make_form(checkpoint, "int8 integer"), tmp_path / "copy")
+    copy.change_tensor("decoder", f"{UP}.weight", without_two)
+    # As a solver or a converter at fault would leave it: digests of what it wrote.
+    del copy.manifest["conversion"]["weights_sha256"]
+    report = {"report": {"dead_columns": recorded}}
+    copy.manifest["conversion"]["layers"] = [{"layer": 1, "linears": {"mlp.up_proj": report}}]
+
+    found = failed(rows_of(opened, copy.seal(), checkpoint))
+
+    assert ("differing_codes" in found) is is_found
+    if is_found:
+        assert f"{UP}: 2 columns are zero" in found["differing_codes"].detail
+
+
 def digests(checkpoint: Path, form: str) -> dict[str, str]:
     """What a conversion in this form would have noted."""
     source, per_channel = open_checkpoint(checkpoint), form == "int8 integer"
