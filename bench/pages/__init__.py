@@ -1,0 +1,1 @@
+"""Pages: pictures that the project draws, questions about them, and a model trained on them."""
