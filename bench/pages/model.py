@@ -7,7 +7,8 @@ heads for this are left behind when training ends.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -160,6 +161,16 @@ class PageModel(nn.Module):
         right = (logits.argmax(-1) == labels).all(-1)
         inked = batch["signs"][wanted] > 0
         return loss, right[inked].float().mean()
+
+
+def mean_losses(losses: Sequence[Losses]) -> Losses:
+    """The mean of each, without what gradients need."""
+    return Losses(
+        **{
+            field.name: torch.stack([getattr(one, field.name).detach() for one in losses]).mean()
+            for field in fields(Losses)
+        }
+    )
 
 
 def _rows(states: Tensor, wanted: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from tokenizers import Tokenizer
 
 from llava_edge.bench.pages.batch import Batch, collate, encode_sample
-from llava_edge.bench.pages.model import Losses, PageModel, to_tensors
+from llava_edge.bench.pages.model import Losses, PageModel, mean_losses, to_tensors
 from llava_edge.bench.pages.sample import training_sample
 from llava_edge.bench.pages.spec import Spec
 from llava_edge.bench.pages.state import load_state, save_state
@@ -66,7 +67,12 @@ class Trainer:
     """
 
     def __init__(
-        self, settings: Settings, state: Path, device: torch.device, half: bool = True
+        self,
+        settings: Settings,
+        state: Path,
+        device: torch.device,
+        half: bool = True,
+        threads: int = 1,
     ) -> None:
         self.settings = settings
         self.step = 0
@@ -75,6 +81,11 @@ class Trainer:
         self._device = device
         self._half = half
         self._state = state
+        # A micro-batch a thread: threads that share each small product mostly wait, the more so on
+        # a busy machine.
+        self._workers = ThreadPoolExecutor(
+            threads, initializer=torch.set_num_threads, initargs=(1,)
+        )
         matrices: list[torch.nn.Parameter] = []
         others: list[torch.nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
@@ -92,7 +103,7 @@ class Trainer:
             self.step = load_state(state, self.model, self._optimizers, self._agreed())
 
     def train_step(self, batches: list[Batch], total_steps: int) -> Losses:
-        """One step over the micro-batches of one batch; losses of the last of them."""
+        """One step over the micro-batches of one batch; their mean losses."""
         settings = self.settings
         tower_only = self.step < settings.tower_steps
         share = self._rate_share(total_steps)
@@ -101,17 +112,34 @@ class Trainer:
         ):
             for group in optimizer.param_groups:
                 group["lr"] = rate * share
-        for batch in batches:
-            tensors = to_tensors(batch, self._device)
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
-                losses: Losses = self.model(tensors, tower_only)
-            (losses.total / len(batches)).backward()  # type: ignore[no-untyped-call]
+        parameters = list(self.model.parameters())
+        # What a stage does not use keeps no gradient, and the optimisers leave it alone.
+        for parameter in parameters:
+            parameter.grad = None
+        # In order, so that the sum does not depend on who was first.
+        found: list[Losses] = []
+        for losses, gradients in self._workers.map(
+            lambda batch: self._gradients(batch, parameters, tower_only), batches
+        ):
+            found.append(losses)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    part = gradient / len(batches)
+                    parameter.grad = part if parameter.grad is None else parameter.grad + part
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self._optimizers.values():
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return losses
+        return mean_losses(found)
+
+    def _gradients(
+        self, batch: Batch, parameters: list[torch.nn.Parameter], tower_only: bool
+    ) -> tuple[Losses, Sequence[torch.Tensor | None]]:
+        tensors = to_tensors(batch, self._device)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
+            losses: Losses = self.model(tensors, tower_only)
+        gradients = torch.autograd.grad(losses.total, parameters, allow_unused=True)
+        return losses, gradients
 
     def save(self) -> None:
         """Write the state to its file."""
@@ -160,8 +188,12 @@ def _pool(settings: Settings, tokenizer: Tokenizer, number: int) -> list[list[Ba
     ]
 
 
+def _minutes(since: float) -> float:
+    return (time.monotonic() - since) / 60
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Train until the steps are done or the time is up; 0 in both cases."""
+    """Train until the steps are done, the time is up or the process is asked to end; then save."""
     parser = argparse.ArgumentParser(prog="python -m llava_edge.bench.pages.train")
     parser.add_argument("--out", type=Path, required=True, help="folder of state and log")
     parser.add_argument("--minutes", type=float, default=float("inf"))
@@ -172,12 +204,16 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(given.threads)
     given.out.mkdir(parents=True, exist_ok=True)
     settings = Settings()
-    trainer = Trainer(settings, given.out / "state.safetensors", torch.device(given.device))
+    device = torch.device(given.device)
+    threads = given.threads if device.type == "cpu" else 1
+    trainer = Trainer(settings, given.out / "state.safetensors", device, threads=threads)
+    stop: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
     started = time.monotonic()
     saved = started
     batches = batches_from(settings, trainer.tokenizer, trainer.step)
     with (given.out / "log.jsonl").open("a", encoding="utf-8") as log:
-        while trainer.step < given.steps and time.monotonic() - started < given.minutes * 60:
+        while trainer.step < given.steps and not stop and _minutes(started) < given.minutes:
             losses = trainer.train_step(next(batches), given.steps)
             now = time.monotonic()
             if trainer.step % 10 == 0 or trainer.step == given.steps:
