@@ -1,0 +1,119 @@
+"""``llava-edge bench ARTIFACT… --quality DATA.jsonl``: artifacts on the same questions.
+
+The table goes to stderr. With ``--json`` the last line of stdout is one object with a row an
+artifact; with ``--answers FILE`` every answer is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from llava_edge.bench.quality_questions import QualityQuestion, read_quality_questions
+from llava_edge.bench.quality_run import QualityResult, measure_quality
+from llava_edge.profiles.errors import OutputExistsError
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.host_memory import peak_host_bytes
+from llava_edge.runtime.progress import ProgressLine
+
+_COLUMNS = ("exact_match", "anls", "relaxed_accuracy", "multiple_choice")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    options = _parser().parse_args(argv)
+    questions = read_quality_questions(options.quality, options.limit)
+    if options.answers is not None and options.answers.exists():
+        raise OutputExistsError(f"{options.answers} exists. Choose another name for --answers.")
+    rows: list[dict[str, Any]] = []
+    kept: list[dict[str, Any]] = []
+    for artifact in options.artifact:
+        progress = ProgressLine()
+        with LlavaEdge.load(artifact, threads=options.threads, progress=progress) as model:
+            result = measure_quality(
+                model, questions, options.grid, options.max_new_tokens, progress
+            )
+            progress.clear()
+            rows.append(_row(artifact, model, result))
+        kept += _answers(artifact, questions, result)
+        for message in result.refused[:10]:
+            print(message, file=sys.stderr)
+    print(_table(rows), file=sys.stderr)
+    if options.answers is not None:
+        lines = "".join(json.dumps(entry) + "\n" for entry in kept)
+        options.answers.write_text(lines, "utf-8")
+    if options.json:
+        print(json.dumps({"rows": rows}))
+    return 0
+
+
+def _row(artifact: str, model: LlavaEdge, result: QualityResult) -> dict[str, Any]:
+    return {
+        "artifact": artifact,
+        "precision": model.artifact.manifest.precision.language_model,
+        "device": model.device,
+        # Of this process: with several artifacts, the largest so far.
+        "peak_memory": {"host_bytes": peak_host_bytes(), "device_bytes": None},
+        "ttft_seconds": result.ttft_seconds,
+        "decode_tokens_per_second": result.decode_tokens_per_second,
+        "quality": result.summary(),
+    }
+
+
+def _answers(
+    artifact: str, questions: tuple[QualityQuestion, ...], result: QualityResult
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "artifact": artifact,
+            "question": question.question,
+            "answers": list(question.answers),
+            "kind": question.kind,
+            "prediction": prediction,
+        }
+        for question, prediction in zip(questions, result.predictions, strict=True)
+    ]
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    columns = [name for name in _COLUMNS if any(row["quality"][name] is not None for row in rows)]
+    heads = ["artifact", "precision", "questions", *(name.replace("_", " ") for name in columns)]
+    cells = [heads]
+    for row in rows:
+        quality = row["quality"]
+        shares = ["" if quality[name] is None else f"{quality[name]:.2f} %" for name in columns]
+        cells.append([row["artifact"], row["precision"], str(quality["questions"]), *shares])
+    widths = [max(len(line[at]) for line in cells) for at in range(len(heads))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    )
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llava-edge bench", description="Measure artifacts.")
+    parser.add_argument("artifact", nargs="+", help="folder that llava-edge convert wrote")
+    parser.add_argument(
+        "--quality",
+        type=Path,
+        required=True,
+        metavar="DATA.jsonl",
+        help="lines of image, question, answers, and choices where there are any",
+    )
+    parser.add_argument("--limit", type=_count, help="ask the first so many questions")
+    parser.add_argument("--grid", help="lower the AnyRes grid, for instance base or 1x2")
+    parser.add_argument("--max-new-tokens", type=_count, default=64)
+    parser.add_argument("--threads", type=int, default=0, help="0: one a physical core")
+    parser.add_argument("--answers", type=Path, help="keep every answer in this new file")
+    parser.add_argument("--json", action="store_true", help="one JSON object as last stdout line")
+    return parser

@@ -1,0 +1,119 @@
+"""Quality questions: a JSONL file of image, question and accepted answers.
+
+One JSON object a line, as DocVQA, ChartQA, TextVQA and the like are easily brought to::
+
+    {"image": "page-1.png", "question": "What is the total?", "answers": ["12.80", "12.80 EUR"]}
+
+``answer`` does for one answer. With ``choices``, a list of texts, the question is one of multiple
+choice and the answer a letter. ``kind`` counts results apart. ``image`` is a path inside the
+folder of the file, or a list of such paths, or left out. Further keys are ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_edge.profiles.errors import RequestError, shorten
+
+_MAX_CHOICES = 26
+
+
+@dataclass(frozen=True)
+class QualityQuestion:
+    """One question; ``choices`` is empty unless it is one of multiple choice."""
+
+    question: str
+    answers: tuple[str, ...]
+    images: tuple[Path, ...]
+    choices: tuple[str, ...] = ()
+    kind: str = ""
+
+
+def read_quality_questions(file: Path, limit: int | None = None) -> tuple[QualityQuestion, ...]:
+    """Read the first ``limit`` questions of a file, or all.
+
+    Raises:
+        RequestError: there is no such file or no question in it, or lines are malformed; every
+            fault is listed.
+    """
+    file = Path(file)
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise RequestError(f"--quality {file} cannot be read: {error}") from error
+    faults: list[str] = []
+    found: list[QualityQuestion] = []
+    for number, line in enumerate(lines, start=1):
+        if len(found) == limit:
+            break
+        if line.strip():
+            question = _read(file.parent, f"line {number}", line, faults)
+            if question is not None:
+                found.append(question)
+    if not found and not faults:
+        faults.append("it holds no question")
+    if faults:
+        raise RequestError(
+            f"--quality {file} cannot be used: {shorten(faults, 10)}. Lines are like "
+            '{"image": "a.png", "question": "…", "answers": ["…"]}.'
+        )
+    return tuple(found)
+
+
+def _read(folder: Path, name: str, line: str, faults: list[str]) -> QualityQuestion | None:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        faults.append(f"{name}: no JSON ({error})")
+        return None
+    if not isinstance(entry, dict):
+        faults.append(f"{name}: no JSON object")
+        return None
+    before = len(faults)
+    question = entry.get("question")
+    if not isinstance(question, str) or not question.strip():
+        faults.append(f"{name}: question is {question!r:.40}, not a text")
+    choices = _texts(entry.get("choices", []), f"{name}: choices", faults)
+    if len(choices) > _MAX_CHOICES:
+        faults.append(f"{name}: {len(choices)} choices; at most {_MAX_CHOICES}")
+    given = entry.get("answers", entry.get("answer"))
+    answers = _texts([given] if isinstance(given, str) else given, f"{name}: answers", faults)
+    if not answers and len(faults) == before:
+        faults.append(f"{name}: there are no answers")
+    letters = {chr(ord("A") + place) for place in range(len(choices))}
+    if choices and len(faults) == before and not letters.issuperset(answers):
+        faults.append(f"{name}: answers are {answers!r:.40}; with choices they are letters")
+    images = _images(folder, name, entry.get("image"), faults)
+    if len(faults) > before:
+        return None
+    assert isinstance(question, str)
+    return QualityQuestion(question, answers, images, choices, str(entry.get("kind") or ""))
+
+
+def _texts(value: Any, what: str, faults: list[str]) -> tuple[str, ...]:
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    faults.append(f"{what} are {value!r:.40}, not a list of texts")
+    return ()
+
+
+def _images(folder: Path, name: str, value: Any, faults: list[str]) -> tuple[Path, ...]:
+    paths: Sequence[Any] = [] if value is None else value if isinstance(value, list) else [value]
+    found: list[Path] = []
+    for path in paths:
+        if not isinstance(path, str) or not path or "\0" in path or not _inside(folder, path):
+            faults.append(f"{name}: image is {path!r:.80}, no path inside the folder")
+            continue
+        found.append(folder / path)
+    return tuple(found)
+
+
+def _inside(folder: Path, path: str) -> bool:
+    try:
+        return (folder / path).resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):
+        return False
