@@ -72,6 +72,8 @@ def write_checkpoint(folder: Path, spec: Spec, weights: Mapping[str, Tensor]) ->
             for name, tensor in sorted(weights.items())
         }
         save_file(half, made / "model.safetensors", metadata={"format": "pt"})
+        # It writes for its owner alone; the other files are for everyone.
+        (made / "model.safetensors").chmod(0o644)
         os.replace(made, folder)
 
 

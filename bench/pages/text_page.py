@@ -30,8 +30,8 @@ _Line = tuple[_Item, ...]
 def text_page(generator: np.random.Generator, rows: int, columns: int) -> Page:
     """A page with a line of text on every second row, the last few perhaps empty.
 
-    A line is a word and a number, and from ten columns on mostly a second word. No word and no
-    number stands twice on a page.
+    A line is a word and a number, and from ten columns on mostly a second word. No two items of a
+    page begin with the same sign, so a small model can look one up by it.
 
     Args:
         generator: all chance comes from it.
@@ -66,16 +66,11 @@ def _line(generator: np.random.Generator, columns: int, taken: set[str]) -> _Lin
             break
         if kind == "number" and not two_words:
             behind = 0
-        text = (
-            _word(generator, left - behind) if kind == "word" else _number(generator, left - behind)
-        )
-        while text in taken:
-            text = (
-                _word(generator, left - behind)
-                if kind == "word"
-                else _number(generator, left - behind)
-            )
-        taken.add(text)
+        draw = _word if kind == "word" else _number
+        text = draw(generator, left - behind)
+        while text[0] in taken:
+            text = draw(generator, left - behind)
+        taken.add(text[0])
         texts.append(text)
         left -= len(text) + 1
     names = tuple(COLOURS)
