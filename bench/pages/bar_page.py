@@ -1,4 +1,4 @@
-"""Pages with a bar chart: bars of different heights and colours, a letter below each."""
+"""Pages with a bar chart: bars of different heights and colours, a letter of its colour below each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def bar_page(generator: np.random.Generator, rows: int, columns: int) -> Page:
         column = 2 * slot
         for step in range(height):
             marks[rows - 2 - step, column] = Mark(BAR, colour, (step + 1, slot + 1, 0))
-        marks[rows - 1, column] = Mark(letter, "black", (height, slot + 1, number))
+        marks[rows - 1, column] = Mark(letter, colour, (height, slot + 1, number))
     tallest, shortest = heights.index(max(heights)), heights.index(min(heights))
     questions = [
         Question("count bars", "How many bars are there?", str(count)),

@@ -18,9 +18,9 @@ from llava_edge.bench.pages.text_page import text_page
 
 _GRID_SHARES = (0.4, 0.15, 0.15, 0.15, 0.15)
 _PAGES: tuple[tuple[float, Callable[[np.random.Generator, int, int], Page]], ...] = (
-    (0.5, text_page),
-    (0.27, bar_page),
-    (0.23, shape_page),
+    (0.48, text_page),
+    (0.33, bar_page),
+    (0.19, shape_page),
 )
 _COPY_SHARE = 0.1
 _TRAINING, _HELD_OUT = 0, 1
