@@ -15,8 +15,8 @@ alone and among others, since sums of integers are exact and everything else is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import ml_dtypes
@@ -108,6 +108,10 @@ class QuantizedLayers:
         nbits_layers: layers (names as in ``source.linear``) that take MatMulNBits in spite of
             ``integer``, whose activations have a scale a block instead of a row. The first of
             several packed layers decides.
+        float_layers: layers that keep their weights in fp16, named likewise.
+        input_scales: float32 [K] by layer: on the integer route its input is divided by them
+            first, because the source's weights are multiplied by them. Powers of two, so that this
+            is exact.
     """
 
     source: QuantizedSource
@@ -116,6 +120,8 @@ class QuantizedLayers:
     int8_route: Int8Route = "nbits"
     portable: bool = False
     nbits_layers: frozenset[str] = frozenset()
+    float_layers: frozenset[str] = frozenset()
+    input_scales: Mapping[str, Array] = field(default_factory=dict)
 
 
 class QuantizedLinear:
@@ -147,12 +153,19 @@ class QuantizedLinear:
         rows: _IntegerRows | None = None
         outputs = []
         for layer in layers:
+            if layer.names[0] in self._weights.float_layers:
+                outputs += FloatLinear(self._source, HEAD).layers(g, hidden, [layer])
+                continue
             weight = _Weight(
                 layer.names[0], layer.in_size, layer.out_size, bits, group, self._loader(layer)
             )
             if self._is_integer(group) and layer.names[0] not in self._weights.nbits_layers:
-                rows = rows or _integer_rows(g, hidden)
-                product = _matmul_integer(g, rows, weight)
+                scale = self._weights.input_scales.get(layer.names[0])
+                if scale is not None:
+                    given = _integer_rows(g, _divided(g, hidden, layer.names[0], scale))
+                else:
+                    given = rows = rows or _integer_rows(g, hidden)
+                product = _matmul_integer(g, given, weight)
             else:
                 product = self._product(g, hidden, weight)
             outputs.append(_add_bias(g, self._source, layer, product))
@@ -231,6 +244,10 @@ class _IntegerRows:
     size: ir.Value
     code_scale: ir.Value
     zero: ir.Value
+
+
+def _divided(g: GraphBuilder, hidden: ir.Value, name: str, scale: Array) -> ir.Value:
+    return g.op("Mul", hidden, g.vector(f"{name}.input_factor", 1 / scale))
 
 
 def _integer_rows(g: GraphBuilder, hidden: ir.Value) -> _IntegerRows:

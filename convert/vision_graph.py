@@ -12,30 +12,65 @@ Source: transformers ``CLIPVisionTransformer`` and ``LlavaNextMultiModalProjecto
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
 from llava_edge.convert.graph import GraphBuilder
-from llava_edge.convert.weights import TensorSource, linear, reshaped, vectors
+from llava_edge.convert.linear_ops import FloatLinear, LinearLayer, LinearOps
+from llava_edge.convert.weights import Array, TensorSource, reshaped, vectors
 from llava_edge.profiles.model_dims import ModelDims, VisionDims
 
 QUICK_GELU_ALPHA = 1.702
 NUM_CHANNELS = 3
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What all functions here share: the builder, sizes, tensors, and how layers become nodes."""
+
+    g: GraphBuilder
+    vision: VisionDims
+    source: TensorSource
+    linears: LinearOps
+    norm_scales: Mapping[str, Array]
+
+
 def build_vision_graph(
-    dims: ModelDims, source: TensorSource, compute: type[np.float32] | type[np.float16]
+    dims: ModelDims,
+    source: TensorSource,
+    compute: type[np.float32] | type[np.float16],
+    linears: LinearOps | None = None,
+    norm_scales: Mapping[str, Array] | None = None,
 ) -> GraphBuilder:
-    """Build tower and projector; weights are read when the graph is saved."""
+    """Build tower and projector; weights are read when the graph is saved.
+
+    Args:
+        dims: of the model.
+        source: the checkpoint.
+        compute: type of pixels, activations and features.
+        linears: how linear layers become nodes; None for weights as they are.
+        norm_scales: float32 [width] by name of a layer norm: its gain and bias are divided by it,
+            because the layer behind it holds weights multiplied by it.
+    """
     vision = dims.vision
     g = GraphBuilder("vision", compute)
+    parts = _Parts(
+        g,
+        vision,
+        source,
+        linears or FloatLinear(source, head=""),
+        norm_scales or {},
+    )
     side = vision.image_size
     pixels = g.input("pixel_values", g.compute_name, ["tiles", NUM_CHANNELS, side, side])
-    hidden = _embed(g, vision, source, pixels)
+    hidden = _embed(parts, pixels)
     # hidden_states[0] is the embedding output after pre_layrnorm; entry k is the output of block k.
     states = {0: hidden}
     for index in range(vision.num_blocks_used):
-        hidden = _block(g, vision, source, index, hidden)
+        hidden = _block(parts, index, hidden)
         states[index + 1] = hidden
     last = g.integers(np.iinfo(np.int64).max)
     features = [
@@ -43,7 +78,7 @@ def build_vision_graph(
         for layer in vision.feature_layers
     ]
     joined = features[0] if len(features) == 1 else g.op("Concat", *features, axis=-1)
-    projected = _projector(g, dims, source, joined)
+    projected = _projector(parts, dims.text.hidden_size, joined)
     g.output(
         projected,
         "image_features",
@@ -53,7 +88,8 @@ def build_vision_graph(
     return g
 
 
-def _embed(g: GraphBuilder, v: VisionDims, source: TensorSource, pixels: ir.Value) -> ir.Value:
+def _embed(p: _Parts, pixels: ir.Value) -> ir.Value:
+    g, v, source = p.g, p.vision, p.source
     prefix = "vision_tower.embeddings"
     per_side, patch, width = v.patches_per_side, v.patch_size, v.hidden_size
     split = g.op("Reshape", pixels, g.integers(-1, NUM_CHANNELS, per_side, patch, per_side, patch))
@@ -82,27 +118,25 @@ def _embed(g: GraphBuilder, v: VisionDims, source: TensorSource, pixels: ir.Valu
         lambda array: array,
     )
     table = g.compute_weight(f"{prefix}.position_embedding.weight", positions)
-    return _norm(g, v, source, "vision_tower.pre_layrnorm", g.op("Add", tokens, table))
+    return _norm(p, "vision_tower.pre_layrnorm", g.op("Add", tokens, table))
 
 
-def _block(
-    g: GraphBuilder, v: VisionDims, source: TensorSource, index: int, hidden: ir.Value
-) -> ir.Value:
+def _block(p: _Parts, index: int, hidden: ir.Value) -> ir.Value:
+    g, v = p.g, p.vision
     prefix = f"vision_tower.encoder.layers.{index}"
-    normed = _norm(g, v, source, f"{prefix}.layer_norm1", hidden)
-    hidden = g.op("Add", hidden, _attention(g, v, source, f"{prefix}.self_attn", normed))
-    normed = _norm(g, v, source, f"{prefix}.layer_norm2", hidden)
-    up = _linear(g, source, [f"{prefix}.mlp.fc1"], v.hidden_size, v.intermediate_size, normed)
+    normed = _norm(p, f"{prefix}.layer_norm1", hidden)
+    hidden = g.op("Add", hidden, _attention(p, f"{prefix}.self_attn", normed))
+    normed = _norm(p, f"{prefix}.layer_norm2", hidden)
+    up = _linear(p, [f"{prefix}.mlp.fc1"], v.hidden_size, v.intermediate_size, normed)
     active = _activation(g, v.hidden_act, up)
-    down = _linear(g, source, [f"{prefix}.mlp.fc2"], v.intermediate_size, v.hidden_size, active)
+    down = _linear(p, [f"{prefix}.mlp.fc2"], v.intermediate_size, v.hidden_size, active)
     return g.op("Add", hidden, down)
 
 
-def _attention(
-    g: GraphBuilder, v: VisionDims, source: TensorSource, prefix: str, hidden: ir.Value
-) -> ir.Value:
+def _attention(p: _Parts, prefix: str, hidden: ir.Value) -> ir.Value:
+    g, v = p.g, p.vision
     names = [f"{prefix}.{part}_proj" for part in "qkv"]
-    packed = _linear(g, source, names, v.hidden_size, 3 * v.hidden_size, hidden)
+    packed = _linear(p, names, v.hidden_size, 3 * v.hidden_size, hidden)
     heads, size = v.num_attention_heads, v.head_dim
     split = g.op("Reshape", packed, g.integers(0, 0, 3, heads, size))
     # [3, tiles, heads, tokens, size]
@@ -116,45 +150,42 @@ def _attention(
     mixed = g.op("MatMul", scores, g.op("Squeeze", value, first))
     # [tiles, tokens, heads * size]
     merged = g.op("Reshape", g.op("Transpose", mixed, perm=[0, 2, 1, 3]), g.integers(0, 0, -1))
-    return _linear(g, source, [f"{prefix}.out_proj"], v.hidden_size, v.hidden_size, merged)
+    return _linear(p, [f"{prefix}.out_proj"], v.hidden_size, v.hidden_size, merged)
 
 
-def _projector(
-    g: GraphBuilder, dims: ModelDims, source: TensorSource, features: ir.Value
-) -> ir.Value:
-    v, hidden = dims.vision, dims.text.hidden_size
+def _projector(p: _Parts, hidden: int, features: ir.Value) -> ir.Value:
+    g, v = p.g, p.vision
     prefix = "multi_modal_projector"
     bias = v.projector_bias
-    first = _linear(g, source, [f"{prefix}.linear_1"], v.feature_size, hidden, features, bias)
+    first = _linear(p, [f"{prefix}.linear_1"], v.feature_size, hidden, features, bias)
     active = g.op("Gelu", first, approximate="none")
-    return _linear(g, source, [f"{prefix}.linear_2"], hidden, hidden, active, bias)
+    return _linear(p, [f"{prefix}.linear_2"], hidden, hidden, active, bias)
 
 
 def _linear(
-    g: GraphBuilder,
-    source: TensorSource,
-    prefixes: list[str],
+    p: _Parts,
+    names: list[str],
     in_size: int,
     out_size: int,
     hidden: ir.Value,
     bias: bool = True,
 ) -> ir.Value:
-    name = prefixes[0]
-    weight = linear(source, [f"{prefix}.weight" for prefix in prefixes], in_size, out_size)
-    product = g.op("MatMul", hidden, g.compute_weight(f"{name}.weight", weight), name=name)
-    if not bias:
-        return product
-    row = vectors(source, [f"{prefix}.bias" for prefix in prefixes])
-    return g.op("Add", product, g.vector(f"{name}.bias", row))
+    layer = LinearLayer(tuple(names), in_size, out_size, bias)
+    return p.linears.layers(p.g, hidden, [layer])[0]
 
 
-def _norm(
-    g: GraphBuilder, v: VisionDims, source: TensorSource, prefix: str, hidden: ir.Value
-) -> ir.Value:
-    gain = g.vector(f"{prefix}.weight", vectors(source, [f"{prefix}.weight"]))
-    bias = g.vector(f"{prefix}.bias", vectors(source, [f"{prefix}.bias"]))
-    return g.op(
-        "LayerNormalization", hidden, gain, bias, name=prefix, axis=-1, epsilon=v.layer_norm_eps
+def _norm(p: _Parts, prefix: str, hidden: ir.Value) -> ir.Value:
+    rows = [vectors(p.source, [f"{prefix}.{part}"]) for part in ("weight", "bias")]
+    scale = p.norm_scales.get(prefix)
+    if scale is not None:
+        rows = [row / scale for row in rows]
+    gain, bias = (
+        p.g.vector(f"{prefix}.{part}", row)
+        for part, row in zip(("weight", "bias"), rows, strict=True)
+    )
+    epsilon = p.vision.layer_norm_eps
+    return p.g.op(
+        "LayerNormalization", hidden, gain, bias, name=prefix, axis=-1, epsilon=epsilon
     )
 
 

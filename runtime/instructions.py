@@ -30,8 +30,13 @@ def needs_wide_sums(
     Raises:
         EngineError: there is no such kernel for this architecture.
     """
-    if precision.int8_route != "integer":
+    if precision.int8_route != "integer" and precision.vision_tower != "int8":
         return False
+    return sums_saturate(cpuinfo, machine)
+
+
+def sums_saturate(cpuinfo: Path = _CPUINFO, machine: str | None = None) -> bool:
+    """Whether this processor's fastest int8 kernel sums in 16 bits; see ``needs_wide_sums``."""
     try:
         text = cpuinfo.read_text(encoding="ascii", errors="replace")
     except OSError:
