@@ -10,10 +10,11 @@ The patch embedding reads pixels once and stays in float, as do norms, biases an
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from llava_edge.convert.linear_ops import QuantizedLayers, QuantizedLinear
 from llava_edge.convert.rounding import PER_CHANNEL, QuantizedWeight, round_to_nearest
 from llava_edge.convert.verify.digested_source import DigestedSource
 from llava_edge.convert.vision_graph import build_vision_graph
-from llava_edge.convert.vision_scales import ScaledLayer, scale_inputs
+from llava_edge.convert.vision_scales import AT_A_COST, FREE, ScaledLayer, scale_inputs
 from llava_edge.convert.vision_trace import Additions, Piece, VisionTrace
 from llava_edge.convert.weights import as_float16
 from llava_edge.profiles.model_dims import ModelDims
@@ -169,7 +170,10 @@ class Int8Calibration:
             if name.endswith(".q_proj"):
                 names = [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
             weight = torch.cat([stored_weight(self._checkpoint, each) for each in names])
-            found = scale_inputs(np.concatenate(rows), seen.largest[name], weight.numpy())
+            worthwhile = AT_A_COST if norm_of(name) is None else FREE
+            found = scale_inputs(
+                np.concatenate(rows), seen.largest[name], weight.numpy(), worthwhile
+            )
             self.layers[name] = found
             self.shares[name] = found.error * seen.share(name)
 
@@ -299,7 +303,7 @@ def _facts(
     sizes = {name: _parameters(checkpoint, name) for name in calibration.layers}
     left = [name for name in calibration.layers if name in vision.float_layers]
     in_float = sum(sizes[name] for name in left)
-    used = replace(vision, float_layers=frozenset())
+    scales = {n: scale for n, scale in vision.scales.items() if n not in vision.float_layers}
     return {
         "precision": "int8",
         "layers_in_float": {
@@ -315,15 +319,17 @@ def _facts(
             str(count): {"mean": found.mean_loss, "worst": found.worst_loss}
             for count, found in sorted(tried.items())
         },
-        "scaled_inputs": {
-            name: int(np.count_nonzero(scale != 1))
-            for name, scale in used.scales.items()
-            if name not in vision.float_layers
-        },
-        "scales_sha256": {
-            name: scale_digest(scale)
-            for name, scale in used.scales.items()
-            if name not in vision.float_layers
-        },
+        "scaled_inputs": {n: int(np.count_nonzero(scale != 1)) for n, scale in scales.items()},
+        "scales_sha256": {name: scale_digest(scale) for name, scale in scales.items()},
         "weights_sha256": dict(digests),
     }
+
+
+def _parameters(checkpoint: Checkpoint, name: str) -> int:
+    rows, columns = checkpoint.tensors[f"{name}.weight"].shape
+    return int(rows * columns * (3 if name.endswith(".q_proj") else 1))
+
+
+def scale_digest(scale: Array) -> str:
+    """SHA-256 of what an input is divided by, as little-endian float32 [K]."""
+    return hashlib.sha256(np.ascontiguousarray(scale, "<f4").tobytes()).hexdigest()

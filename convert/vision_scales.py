@@ -21,8 +21,9 @@ from llava_edge.runtime.session import Array
 _STRENGTHS = (0.0, 0.5, 0.75, 1.0)
 """Exponents of a channel's size over the median channel's."""
 _LARGEST_EXPONENT = 15
-_WORTHWHILE = 0.9
-"""Error that must be left, of the error without scales, for scales to be taken."""
+FREE, AT_A_COST = 0.9, 0.7
+"""Error that may be left, of the error without scales, for scales to be taken: where a norm takes
+the division, and where a multiplication is added."""
 _STEPS = 127.0
 
 
@@ -41,13 +42,14 @@ class ScaledLayer:
     plain_error: float
 
 
-def scale_inputs(rows: Array, largest: Array, weight: Array) -> ScaledLayer:
+def scale_inputs(rows: Array, largest: Array, weight: Array, worthwhile: float) -> ScaledLayer:
     """Choose the scale of one layer's input.
 
     Args:
         rows: float32 [R, K], some rows that the layer reads.
         largest: float32 [K], each channel's largest magnitude over all rows.
         weight: float32 [N, K].
+        worthwhile: ``FREE`` or ``AT_A_COST``.
     """
     x, w = torch.from_numpy(rows), torch.from_numpy(weight)
     exact = x @ w.T
@@ -62,7 +64,7 @@ def scale_inputs(rows: Array, largest: Array, weight: Array) -> ScaledLayer:
         found.append((float((rounded - exact).norm()) / norm, scale))
     plain = found[0][0]
     error, scale = min(found, key=lambda each: each[0])
-    if error > _WORTHWHILE * plain:
+    if error > worthwhile * plain:
         return ScaledLayer(None, plain, plain)
     return ScaledLayer(scale, error, plain)
 

@@ -19,6 +19,8 @@ else:
     import tomli as tomllib
 
 ANY = "any"
+VISION_INT8 = "vision-int8"
+"""Form of artifacts whose tower computes at 8 bits, whatever the language model does."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Bound:
 class Bounds:
     """The table, for artifacts of one form."""
 
-    def __init__(self, rows: tuple[Bound, ...], form: str) -> None:
+    def __init__(self, rows: tuple[Bound, ...], form: str, *, int8_vision: bool = False) -> None:
         self.form = form
+        self._first = (VISION_INT8,) if int8_vision else ()
         self._rows: Mapping[tuple[str, str, str], Bound] = {
             (row.stage, row.metric, row.form): row for row in rows
         }
@@ -65,12 +68,14 @@ class Bounds:
     def get(self, stage: str, metric: str) -> Bound:
         """The bound of the nearest form: ``cpu-int8-integer``, else ``cpu-int8``, ``cpu``, ``any``.
 
+        A row for ``vision-int8`` comes before them where the tower has 8 bits.
+
         Raises:
             KeyError: there is none; every metric that is measured must have one.
         """
         parts = self.form.split("-")
         forms = ["-".join(parts[:count]) for count in range(len(parts), 0, -1)]
-        for form in (*forms, ANY):
+        for form in (*self._first, *forms, ANY):
             if (stage, metric, form) in self._rows:
                 return self._rows[stage, metric, form]
         raise KeyError(f"no bound for {metric} of {stage} at {self.form}")
@@ -82,7 +87,17 @@ class Bounds:
 
 def bounds_for(flavour: Flavour, precision: Precision) -> Bounds:
     """The bounds of artifacts like this one."""
-    return Bounds(bound_rows(), form_of(flavour, precision))
+    int8_vision = precision.vision_tower == "int8"
+    return Bounds(bound_rows(), form_of(flavour, precision), int8_vision=int8_vision)
+
+
+def bound_value(stage: str, metric: str, form: str) -> float:
+    """The value of the one row of exactly this form."""
+    return next(
+        row.value
+        for row in bound_rows()
+        if (row.stage, row.metric, row.form) == (stage, metric, form)
+    )
 
 
 def form_of(flavour: Flavour, precision: Precision) -> str:
