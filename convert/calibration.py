@@ -28,6 +28,7 @@ from llava_edge.profiles.model_dims import ModelDims
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.images import open_image
+from llava_edge.runtime.instructions import sums_saturate
 from llava_edge.runtime.manifest import Flavour, ImageProcessing, PromptFormat, TokenIds
 from llava_edge.runtime.prompt import MARKS, Message, Piece, Text, compose, user_message
 from llava_edge.runtime.prompt_embedder import PromptEmbedder, TileEncoder
@@ -155,6 +156,7 @@ class CalibrationModel:
         embeddings: str = "embeddings.safetensors",
         tokenizer: str = "tokenizer.json",
         threads: int = 0,
+        int8_vision: bool = False,
     ) -> CalibrationModel:
         """Open the finished light parts of an artifact: vision graph, embeddings, tokenizer.
 
@@ -170,6 +172,7 @@ class CalibrationModel:
             embeddings: table, below ``folder``.
             tokenizer: below ``folder``.
             threads: of the vision graph; 0 for every physical core.
+            int8_vision: whether the vision graph multiplies int8.
 
         Raises:
             ArtifactError: tokenizer or embeddings are missing or do not fit.
@@ -177,7 +180,9 @@ class CalibrationModel:
         dtype: type[np.float32] | type[np.float16] = np.float32 if flavour == "cpu" else np.float16
 
         def open_encoder() -> TileEncoder:
-            session = Session(folder / vision, SessionOptions(device="cpu", threads=threads))
+            wide_sums = int8_vision and sums_saturate()
+            options = SessionOptions(device="cpu", threads=threads, wide_sums=wide_sums)
+            session = Session(folder / vision, options)
             return VisionEncoder(session, dims, 1, dtype)
 
         return cls(

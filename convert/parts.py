@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from llava_edge.convert.graph import GraphBuilder
 from llava_edge.convert.linear_ops import QuantizedLayers
 from llava_edge.convert.tokenizer_files import prepare_tokenizer
 from llava_edge.convert.vision_graph import build_vision_graph
+from llava_edge.convert.vision_int8 import Int8Calibration, write_int8_vision
+from llava_edge.convert.vision_tiles import CalibrationTiles
+from llava_edge.convert.vision_trace import VisionTrace
 from llava_edge.convert.weights import Array
 from llava_edge.convert.write_embeddings import write_embeddings
 from llava_edge.runtime.manifest import Flavour
@@ -51,9 +56,43 @@ class PartBuilders:
         )
 
     def vision(self, folder: Path) -> Any:
-        """Tower and projector; returns their GraphSpec."""
+        """Tower and projector as they are; returns their GraphSpec and nothing to say of them."""
         graph = build_vision_graph(self._checkpoint.dims, self._checkpoint, self._compute)
-        return self._save(graph, folder, "vision")
+        return [self._save(graph, folder, "vision"), {}]
+
+    def int8_vision(self, folder: Path, tiles: CalibrationTiles, work: Path) -> Any:
+        """Tower and projector at 8 bits; returns their GraphSpec and what was decided.
+
+        Args:
+            folder: of the artifact.
+            tiles: that decide which layers stay in float.
+            work: where the float graph lies meanwhile.
+        """
+        with self._traced(tiles, work) as trace:
+            calibration = Int8Calibration(
+                self._checkpoint, trace, lambda done, of: self._report("look at tiles", done, of)
+            )
+        spec, facts = write_int8_vision(
+            self._checkpoint,
+            calibration,
+            tiles.pixel_values,
+            folder,
+            lambda graph: self._save(graph, folder, "vision"),
+        )
+        return [spec, {**facts, "calibration": tiles.report}]
+
+    @contextmanager
+    def _traced(self, tiles: CalibrationTiles, work: Path) -> Iterator[VisionTrace]:
+        """The float32 graph, in a folder that is gone afterwards, to be looked into."""
+        place = work / "vision-trace"
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        try:
+            graph = build_vision_graph(self._checkpoint.dims, self._checkpoint, np.float32)
+            graph.save(place)
+            yield VisionTrace(place / "model.onnx", tiles.pixel_values)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
 
     def decoder(self, folder: Path, weights: QuantizedLayers | None = None) -> Any:
         """The language model without its embeddings; returns its GraphSpec."""

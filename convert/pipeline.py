@@ -23,13 +23,20 @@ from llava_edge.convert.hub import fetch_checkpoint
 from llava_edge.convert.image_settings import read_image_processing
 from llava_edge.convert.linear_ops import QuantizedLayers
 from llava_edge.convert.parts import EMBEDDINGS_FILE, TOKENIZER_FILE, PartBuilders, Report
-from llava_edge.convert.planning import ArtifactPlan, choose, plan_artifact
+from llava_edge.convert.planning import ArtifactPlan, as_variant, choose, plan_artifact
 from llava_edge.convert.preflight import check_download
-from llava_edge.convert.quantization import BodyFormat, LightParts, quantize
+from llava_edge.convert.quantization import (
+    BodyFormat,
+    LightParts,
+    calibration_conversations,
+    quantize,
+)
 from llava_edge.convert.reference import REFERENCE
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.verification import Verification
 from llava_edge.convert.verify.digested_source import DigestedSource
+from llava_edge.convert.verify.weights import DIGESTS
+from llava_edge.convert.vision_tiles import cut_tiles
 from llava_edge.convert.write_artifact import ArtifactWriter, refuse_existing
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.formats import part_precisions, weight_bytes
@@ -117,10 +124,21 @@ def _write_parts(job: _Job, writer: ArtifactWriter, report: Report) -> Manifest:
     """Everything but manifest and card; the decoder last: its codes are found through the rest."""
     profile, context = job.request.profile, job.planned.plan.context_tokens
     build = PartBuilders(job.checkpoint, profile.flavour, context, report)
-    vision = from_json(GraphSpec, writer.part("vision", build.vision))
+    vision_spec, vision_facts = writer.part(
+        "vision", lambda folder: _vision(job, build, writer.work, folder)
+    )
+    vision = from_json(GraphSpec, vision_spec)
+    job = _planned_again(job, vision_facts)
     writer.part("embeddings", build.embeddings)
     tokens = from_json(TokenIds, writer.part("tokenizer", build.tokenizer))
-    parts = LightParts(writer.folder, tokens, job.prompt, job.processing, context)
+    parts = LightParts(
+        writer.folder,
+        tokens,
+        job.prompt,
+        job.processing,
+        context,
+        int8_vision=job.planned.plan.vision_precision == "int8",
+    )
 
     @cache
     def codes() -> tuple[QuantizedLayers, dict[str, Any]]:
@@ -159,7 +177,46 @@ def _write_parts(job: _Job, writer: ArtifactWriter, report: Report) -> Manifest:
     spec, facts = writer.part("decoder", decoder)
     if job.request.emit_hf:
         writer.part(GPTQ_FOLDER, gptq)
+    digests = {**vision_facts.pop(DIGESTS, {}), **facts.pop(DIGESTS, {})}
+    facts |= ({"vision": vision_facts} if vision_facts else {}) | (
+        {DIGESTS: digests} if digests else {}
+    )
     return _manifest(job, tokens, vision, from_json(GraphSpec, spec), facts)
+
+
+def _vision(job: _Job, build: PartBuilders, work: Path, folder: Path) -> Any:
+    """Tower and projector in the precision of the plan; its GraphSpec and what was decided."""
+    if job.planned.plan.vision_precision == "fp16":
+        return build.vision(folder)
+    tiles = cut_tiles(
+        *calibration_conversations(job.request.quantization, job.processing), job.processing
+    )
+    return build.int8_vision(folder, tiles, work)
+
+
+def _planned_again(job: _Job, vision: dict[str, Any]) -> _Job:
+    """The plan with the layers that calibration left in float; it must still fit.
+
+    Raises:
+        BudgetError: it does not.
+    """
+    left = int(vision.get("weights_in_float", 0))
+    if not left:
+        return job
+    plan = job.planned.plan
+    wishes = replace(
+        job.request.wishes,
+        variants=(as_variant(job.checkpoint),),
+        precision=plan.precision,
+        vision_precision="int8",
+        context_tokens=plan.context_tokens,
+        vision_float_weights=left,
+    )
+    if wishes.pinpoints is None:
+        wishes = replace(wishes, grid=plan.grid)
+    again, _ = choose(job.request, wishes)
+    again = replace(again, rejected=plan.rejected)
+    return replace(job, planned=replace(job.planned, plan=again))
 
 
 def default_output(planned: ArtifactPlan) -> Path:
@@ -240,6 +297,7 @@ def _key(job: _Job) -> dict[str, object]:
         "profile": profile.name,
         "flavour": profile.flavour,
         "precision": plan.precision,
+        "vision_precision": plan.vision_precision,
         "pinpoints": to_json(job.planned.grid.pinpoints),
         "reference": job.planned.reference,
         "context": plan.context_tokens,
@@ -268,10 +326,14 @@ def _needed_bytes(job: _Job) -> int:
     sizes = weight_bytes(
         job.checkpoint.dims, precision, profile.flavour, profile.int8_isa, resident=False
     )
+    floats = weight_bytes(job.checkpoint.dims, "fp16", profile.flavour, resident=False)
+    # The float graph of the tower lies beside the artifact while it is looked into, and any number
+    # of its layers may stay as they are.
+    tower = 2 * (floats.vision_tower + floats.projector)
     solved = job.body is not None and job.request.quantization.quantizer == "gptq"
     # A GPTQ checkpoint keeps head and embeddings at fp16: at most twice what they take here.
     emitted = 2 * sizes.total if job.request.emit_hf else 0
-    return _TEXTS_BYTES + sizes.total + (sizes.decoder if solved else 0) + emitted
+    return _TEXTS_BYTES + tower + sizes.total + (sizes.decoder if solved else 0) + emitted
 
 
 def _manifest(
@@ -279,7 +341,7 @@ def _manifest(
 ) -> Manifest:
     checkpoint, plan = job.checkpoint, job.planned.plan
     flavour = job.request.profile.flavour
-    stored = part_precisions(plan.precision)
+    stored = part_precisions(plan.precision, plan.vision_precision)
     precision = Precision(
         language_model=stored.language_model,
         lm_head=stored.lm_head,

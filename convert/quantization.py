@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from llava_edge.convert.calibration import CalibrationModel, CalibrationSet
 from llava_edge.convert.checkpoint import Checkpoint
-from llava_edge.convert.conversations import read_conversations
+from llava_edge.convert.conversations import Conversation, read_conversations
 from llava_edge.convert.drawn_conversations import draw_conversations
 from llava_edge.convert.gptq_checkpoint import open_gptq
 from llava_edge.convert.linear_ops import QuantizedLayers
@@ -77,6 +77,7 @@ class LightParts:
     prompt: PromptFormat | None
     processing: ImageProcessing
     context_tokens: int
+    int8_vision: bool = False
 
 
 def quantize(
@@ -146,12 +147,20 @@ def _calibration_model(
         parts.processing,
         profile.flavour,
         parts.context_tokens,
+        int8_vision=parts.int8_vision,
     )
 
 
 def _samples(
     model: CalibrationModel, request: QuantizationRequest, processing: ImageProcessing
 ) -> CalibrationSet:
+    return model.prepare(*calibration_conversations(request, processing))
+
+
+def calibration_conversations(
+    request: QuantizationRequest, processing: ImageProcessing
+) -> tuple[tuple[Conversation, ...], dict[str, Any]]:
+    """The conversations that were asked for, or drawn ones, and what is to be said of them."""
     anyres = AnyRes(
         processing.tile_size,
         processing.patch_size,
@@ -159,12 +168,8 @@ def _samples(
         processing.reference,
     )
     if request.calibration is None:
-        conversations, source = draw_conversations(anyres, request.num_samples, request.seed)
-    else:
-        conversations, source = read_conversations(
-            request.calibration, anyres, request.num_samples, request.seed
-        )
-    return model.prepare(conversations, source)
+        return draw_conversations(anyres, request.num_samples, request.seed)
+    return read_conversations(request.calibration, anyres, request.num_samples, request.seed)
 
 
 def _progress(report: Report) -> Callable[[LayerProgress], None]:

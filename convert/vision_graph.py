@@ -184,9 +184,7 @@ def _norm(p: _Parts, prefix: str, hidden: ir.Value) -> ir.Value:
         for part, row in zip(("weight", "bias"), rows, strict=True)
     )
     epsilon = p.vision.layer_norm_eps
-    return p.g.op(
-        "LayerNormalization", hidden, gain, bias, name=prefix, axis=-1, epsilon=epsilon
-    )
+    return p.g.op("LayerNormalization", hidden, gain, bias, name=prefix, axis=-1, epsilon=epsilon)
 
 
 def _activation(g: GraphBuilder, kind: str, hidden: ir.Value) -> ir.Value:

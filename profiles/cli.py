@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from llava_edge.profiles.detect import detect_profile
 from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.formats import VISION_PRECISIONS
 from llava_edge.profiles.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.plan import DeploymentPlan, RejectedCandidate
 from llava_edge.profiles.planner import PlanRequest, PlanResult, nearest_fit, plan_deployment
@@ -72,6 +73,11 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     wish = parser.add_argument_group("wishes")
     wish.add_argument("--prefer", choices=("largest", "quality", "speed"), default="largest")
     wish.add_argument("--precision", choices=("fp16", "int8", "int4"))
+    wish.add_argument(
+        "--vision-precision",
+        choices=VISION_PRECISIONS,
+        help="of tower and projector; default: int8 where language model and board allow it",
+    )
     wish.add_argument("--grid", help="base, 1x2, 2x2, 2x3, 2x4, 3x3 or 2x6")
     wish.add_argument("--pinpoints", metavar="HxW,…", help="candidates of one's own, in pixels")
     wish.add_argument("--context", type=int, metavar="TOKENS")
@@ -123,6 +129,7 @@ def build_request(arguments: argparse.Namespace) -> PlanRequest:
     return PlanRequest(
         variants=(find_variant(arguments.model),) if arguments.model else (),
         precision=arguments.precision,
+        vision_precision=arguments.vision_precision,
         grid=arguments.grid,
         pinpoints=arguments.pinpoints,
         context_tokens=arguments.context,

@@ -20,7 +20,9 @@ from llava_edge.profiles.parameters import (
     Matrix,
     decoder_matrices,
     decoder_vectors,
+    projector_matrices,
     projector_parameters,
+    vision_matrices,
     vision_parameters,
 )
 
@@ -51,7 +53,44 @@ class PartPrecisions:
     embeddings: PrecisionName
 
 
-def part_precisions(precision: str) -> PartPrecisions:
+@dataclass(frozen=True)
+class VisionFormat:
+    """How the linear layers of tower and projector are stored.
+
+    Attributes:
+        precision: ``fp16`` or ``int8``.
+        float_weights: weights that ``int8`` leaves in fp16, because calibration asked for it.
+    """
+
+    precision: PrecisionName = "fp16"
+    float_weights: int = 0
+
+
+VISION_PRECISIONS: tuple[PrecisionName, ...] = ("fp16", "int8")
+
+
+def vision_obstacle(precision: str, flavour: Flavour, int8_isa: Int8Isa) -> str | None:
+    """Why the tower cannot take 8 bits beside a language model; None where it can.
+
+    Its kernel needs a CPU's int8 instructions, and bounds of verification are set for artifacts
+    whose language model is quantised as well.
+    """
+    if flavour != "cpu":
+        return "the cuda flavour computes the tower in fp16"
+    if int8_isa == "none":
+        return "the board has no int8 instructions"
+    if precision == "fp16":
+        return "the language model is fp16; an int8 tower goes with int8 or int4"
+    return None
+
+
+def default_vision(precision: str, flavour: Flavour, int8_isa: Int8Isa) -> VisionFormat:
+    """The tower's format where nothing else was asked: 8 bits wherever it can take them."""
+    possible = vision_obstacle(precision, flavour, int8_isa) is None
+    return VisionFormat("int8" if possible else "fp16")
+
+
+def part_precisions(precision: str, vision: str = "fp16") -> PartPrecisions:
     """What each part is stored in when the artifact is ``precision``.
 
     An int8 head goes with every quantised body: it costs half of fp16 and little accuracy.
@@ -64,7 +103,8 @@ def part_precisions(precision: str) -> PartPrecisions:
             f"precision {precision!r:.40} is unknown; precisions are {', '.join(PRECISIONS)}"
         )
     head: PrecisionName = "fp16" if precision == "fp16" else "int8"
-    return PartPrecisions(precision, head, "fp16", "fp16", "fp16")
+    tower: PrecisionName = "int8" if vision == "int8" else "fp16"
+    return PartPrecisions(precision, head, tower, tower, "fp16")
 
 
 def activation_bytes(flavour: Flavour) -> int:
@@ -186,14 +226,16 @@ def weight_bytes(
     int8_isa: Int8Isa = "vnni",
     *,
     resident: bool,
+    vision: VisionFormat | None = None,
 ) -> WeightBytes:
-    """Bytes of every part at a precision.
+    """Bytes of every part at a precision; ``vision`` is ``default_vision`` where left out.
 
     Resident embeddings are 0: rows are read from the file by position. Files hold the embedding
     table and, for all but LLaVA-1.5, the newline row.
     """
-    parts = part_precisions(precision)
-    text, vision = dims.text, dims.vision
+    vision = vision or default_vision(precision, flavour, int8_isa)
+    parts = part_precisions(precision, vision.precision)
+    text, tower = dims.text, dims.vision
     body = WeightFormat(
         parts.language_model, group_size(text, precision, flavour, int8_isa), flavour, int8_isa
     )
@@ -203,13 +245,24 @@ def weight_bytes(
     head = WeightFormat(parts.lm_head, head_group, flavour, head_isa)
     size = WeightFormat.resident_bytes if resident else WeightFormat.file_bytes
     float_bytes = activation_bytes(flavour) if resident else _FP16_BYTES
+    codes = WeightFormat(vision.precision, PER_CHANNEL, flavour, int8_isa)
+
+    def saved(matrices: tuple[Matrix, ...]) -> int:
+        """What codes take less than the floats that they stand for."""
+        if vision.precision == "fp16":
+            return 0
+        return sum(m.parameters * float_bytes - size(codes, m) for m in matrices)
+
     newline = 0 if dims.model_type == "llava" else text.hidden_size
     return WeightBytes(
         decoder=sum(size(body, matrix) for matrix in decoder_matrices(text))
         + decoder_vectors(text) * activation_bytes(flavour),
         lm_head=size(head, head_matrix(text)),
-        vision_tower=vision_parameters(vision, vision.num_blocks_used) * float_bytes,
-        projector=projector_parameters(dims) * float_bytes,
+        vision_tower=vision_parameters(tower, tower.num_blocks_used) * float_bytes
+        - saved(vision_matrices(dims))
+        # Which part the layers left in float belong to does not matter to the sum.
+        + vision.float_weights * (float_bytes - 1),
+        projector=projector_parameters(dims) * float_bytes - saved(projector_matrices(dims)),
         embeddings=0 if resident else (text.vocab_size * text.hidden_size + newline) * _FP16_BYTES,
     )
 

@@ -28,7 +28,14 @@ from llava_edge.profiles.buffers import (
     video_feature_bytes,
 )
 from llava_edge.profiles.constants import Constants, memory_constants
-from llava_edge.profiles.formats import WeightBytes, activation_bytes, head_matrix, weight_bytes
+from llava_edge.profiles.formats import (
+    VisionFormat,
+    WeightBytes,
+    activation_bytes,
+    default_vision,
+    head_matrix,
+    weight_bytes,
+)
 from llava_edge.profiles.hardware import Flavour, HardwareProfile, Int8Isa
 from llava_edge.profiles.model_dims import ModelDims, TextDims, VisionDims
 from llava_edge.profiles.parameters import decoder_matrices
@@ -199,6 +206,7 @@ def estimate_memory(
     workload: Workload,
     machine: Machine,
     constants: Mapping[str, Constants] | None = None,
+    vision: VisionFormat | None = None,
 ) -> MemoryEstimate:
     """Every term of every phase.
 
@@ -208,10 +216,12 @@ def estimate_memory(
         workload: context, images, batches.
         machine: flavour and what else sizes depend on.
         constants: groups as ``memory_constants`` gives them; None for the shipped ones.
+        vision: format of the tower; None for ``formats.default_vision``.
     """
     groups = memory_constants() if constants is None else constants
+    vision = vision or default_vision(precision, machine.flavour, machine.int8_isa)
     if machine.flavour == "cpu":
-        host = _cpu_phases(dims, precision, workload, machine, groups["cpu"])
+        host = _cpu_phases(dims, precision, vision, workload, machine, groups["cpu"])
         return MemoryEstimate(device={}, host=host)
     device = _device_phases(dims, precision, workload, machine, groups["cuda"])
     host = _cuda_host_phases(dims, workload, groups["cuda"])
@@ -228,10 +238,16 @@ def _weights(weights: WeightBytes) -> MemoryTerms:
 
 
 def _cpu_phases(
-    dims: ModelDims, precision: str, work: Workload, machine: Machine, c: Constants
+    dims: ModelDims,
+    precision: str,
+    vision: VisionFormat,
+    work: Workload,
+    machine: Machine,
+    c: Constants,
 ) -> Phases:
     text = dims.text
-    resident = weight_bytes(dims, precision, "cpu", machine.int8_isa, resident=True)
+    isa = machine.int8_isa
+    resident = weight_bytes(dims, precision, "cpu", isa, resident=True, vision=vision)
     loaded = _weights(resident) + MemoryTerms(
         rope_tables=rope_table_bytes(text, work.context_tokens, "cpu"),
         process=c.bytes("process") + text.vocab_size * c.bytes("tokenizer_per_token"),
@@ -243,16 +259,18 @@ def _cpu_phases(
     # A request keeps its tiles until it is answered.
     pixels = MemoryTerms(pixel_values=pixel_value_bytes(dims.vision, work.num_tiles))
     media = pixels + MemoryTerms(image_features=_features(dims, work, "cpu"))
-    activations = _vision_activations(dims, batch, "cpu", c["activation_factor"])
+    factor = c["activation_factor"]
+    activations = _vision_activations(dims, batch, "cpu", factor, vision.precision)
     # Images are decoded and cut before the first tile is encoded.
     encode = max(
         ready + pixels + MemoryTerms(image_decoding=_image_decoding(dims.vision, work)),
         ready + media + MemoryTerms(vision_activations=activations),
         key=lambda terms: terms.total,
     )
+    transient = _load_transient(dims, precision, vision, machine, c)
     factor = c["prefill_factor"]
     phases = {
-        "load": loaded + MemoryTerms(load_transient=_load_transient(dims, precision, machine, c)),
+        "load": loaded + MemoryTerms(load_transient=transient),
         "encode": encode,
         "prefill": ready + media + _decoder_run(text, chunk, "cpu", precision, factor, c),
         "decode": ready + pixels + _decoder_run(text, 1, "cpu", precision, factor, c),
@@ -260,27 +278,32 @@ def _cpu_phases(
     return {n: p.with_slack(c.bytes("slack"), c["slack_share"]) for n, p in phases.items()}
 
 
-def _load_transient(dims: ModelDims, precision: str, machine: Machine, c: Constants) -> int:
+def _load_transient(
+    dims: ModelDims, precision: str, vision: VisionFormat, machine: Machine, c: Constants
+) -> int:
     """What loading takes beside the finished weights of both graphs.
 
     ONNX Runtime brings every weight into its final type first and then packs one after another for
     its matrix product, so at the worst moment the largest matrix is there twice. The tower is
     finished before the decoder is opened, and its worst moment does not see the decoder.
     """
-    text, vision = dims.text, dims.vision
+    text, v = dims.text, dims.vision
+    isa = machine.int8_isa
     # Queries, keys and values are one matrix in the graph.
     packed = (text.query_size + 2 * text.key_value_size) * text.hidden_size
     single = (matrix.rows * matrix.columns for matrix in decoder_matrices(text))
     largest = max(packed, head_matrix(text).parameters, *single)
-    tower = vision.hidden_size * max(3 * vision.hidden_size, vision.intermediate_size)
-    tower = max(tower, text.hidden_size * max(text.hidden_size, vision.feature_size))
-    resident = weight_bytes(dims, precision, "cpu", machine.int8_isa, resident=True)
+    tower = v.hidden_size * max(3 * v.hidden_size, v.intermediate_size)
+    tower = 4 * max(tower, text.hidden_size * max(text.hidden_size, v.feature_size))
+    resident = weight_bytes(dims, precision, "cpu", isa, resident=True, vision=vision)
+    stored = weight_bytes(dims, precision, "cpu", isa, resident=False, vision=vision)
+    if vision.precision == "int8":
+        tower += int((stored.vision_tower + stored.projector) * c["pack_transient"])
     decoder = resident.decoder + resident.lm_head
     if precision == "fp16":
-        return max(4 * largest, 4 * tower - decoder)
-    stored = weight_bytes(dims, precision, "cpu", machine.int8_isa, resident=False)
+        return max(4 * largest, tower - decoder)
     transient = int((stored.decoder + stored.lm_head) * c["pack_transient"])
-    return max(transient + largest, 4 * tower - decoder)
+    return max(transient + largest, tower - decoder)
 
 
 def _decoder_run(
@@ -380,17 +403,25 @@ def _image_decoding(vision: VisionDims, work: Workload) -> int:
     return max(10 * work.image_pixels, 4 * work.image_pixels + between + 13 * canvas)
 
 
-def _vision_activations(dims: ModelDims, tiles: int, flavour: Flavour, factor: float) -> int:
+def _vision_activations(
+    dims: ModelDims, tiles: int, flavour: Flavour, factor: float, precision: str = "fp16"
+) -> int:
     """One batch inside a tower block or the projector, whichever is larger.
 
     Attention holds residual, normed, packed and reordered queries, keys and values, and the scores
-    before and after softmax; the MLP its input, residual and two inner tensors.
+    before and after softmax; the MLP its input, residual and two inner tensors. At 8 bits a layer's
+    input is there as codes and, divided by the size of its rows, in float as well.
     """
     v: VisionDims = dims.vision
     tokens, hidden = v.num_patches + 1, v.hidden_size
     attention = tokens * hidden * 11 + 2 * v.num_attention_heads * tokens * tokens
     mlp = tokens * (2 * hidden + 2 * v.intermediate_size)
     projector = v.num_patches * (v.feature_size + hidden + 3 * dims.text.hidden_size)
+    if precision == "int8":
+        # A quarter of a float for a code.
+        attention += tokens * hidden * 5 // 4
+        mlp += tokens * v.intermediate_size * 5 // 4
+        projector += v.num_patches * max(v.feature_size, dims.text.hidden_size) * 5 // 4
     elements = max(attention, mlp, projector) + tokens * hidden * (len(v.feature_layers) - 1)
     return int(tiles * elements * activation_bytes(flavour) * factor)
 

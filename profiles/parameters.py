@@ -63,6 +63,24 @@ def vision_parameters(vision: VisionDims, blocks: int | None = None) -> int:
     return embeddings + 2 * hidden + blocks * block
 
 
+def vision_matrices(dims: ModelDims) -> tuple[Matrix, ...]:
+    """Linear layers of the blocks that are used; what 8 bits apply to. Not the patch embedding."""
+    v = dims.vision
+    hidden, inner, blocks = v.hidden_size, v.intermediate_size, v.num_blocks_used
+    return (
+        Matrix(3 * hidden, hidden, blocks),
+        Matrix(hidden, hidden, blocks),
+        Matrix(inner, hidden, blocks),
+        Matrix(hidden, inner, blocks),
+    )
+
+
+def projector_matrices(dims: ModelDims) -> tuple[Matrix, ...]:
+    """Both linear layers of the projector."""
+    hidden = dims.text.hidden_size
+    return Matrix(hidden, dims.vision.feature_size, 1), Matrix(hidden, hidden, 1)
+
+
 def projector_parameters(dims: ModelDims) -> int:
     """Both linear layers of the projector."""
     hidden = dims.text.hidden_size

@@ -121,6 +121,8 @@ class DeploymentPlan:
         predicted: speed.
         fits: whether the terms are within the budget.
         rejected: larger candidates with reasons.
+        vision_precision: of tower and projector, ``fp16`` or ``int8``; ``fp16`` in plans of before
+            there was a choice.
     """
 
     profile: str
@@ -135,6 +137,7 @@ class DeploymentPlan:
     predicted: PredictedSpeed
     fits: bool
     rejected: tuple[RejectedCandidate, ...] = ()
+    vision_precision: str = "fp16"
 
     @property
     def distributed(self) -> bool:
@@ -163,6 +166,7 @@ class DeploymentPlan:
             "profile": self.profile,
             "variant": self.variant,
             "precision": self.precision,
+            "vision_precision": self.vision_precision,
             "grid": self.grid,
             "max_tiles": self.max_tiles,
             "max_image_tokens": self.max_image_tokens,
@@ -184,6 +188,7 @@ class DeploymentPlan:
         document = _object(value, "the plan")
         known = cls.__dataclass_fields__
         faults = [f"unknown key {key!r:.40}" for key in document if key not in known]
+        document = {"vision_precision": "fp16", **document}
         faults += [f"missing key {key!r}" for key in known if key not in document]
         if faults:
             raise RequestError(f"This is no deployment plan: {'; '.join(faults)}.")
@@ -209,10 +214,11 @@ class DeploymentPlan:
             ),
             fits=document["fits"],
             rejected=tuple(_rejected(item) for item in rejected),
+            vision_precision=texts["vision_precision"],
         )
 
 
-_TEXTS = ("profile", "variant", "precision", "grid", "engine")
+_TEXTS = ("profile", "variant", "precision", "vision_precision", "grid", "engine")
 _COUNTS = ("max_tiles", "max_image_tokens", "context_tokens")
 
 

@@ -19,7 +19,14 @@ from llava_edge.profiles.buffers import MIN_TEXT_TOKENS, CacheType, video_tokens
 from llava_edge.profiles.constants import Constants, memory_constants, speed_constants
 from llava_edge.profiles.distributed import Parallelism, device_terms, parallelisms
 from llava_edge.profiles.errors import RequestError
-from llava_edge.profiles.formats import PRECISIONS
+from llava_edge.profiles.formats import (
+    PRECISIONS,
+    VISION_PRECISIONS,
+    PrecisionName,
+    VisionFormat,
+    default_vision,
+    vision_obstacle,
+)
 from llava_edge.profiles.grids import GridChoice, asked_grid, asked_pinpoints, stock_grids
 from llava_edge.profiles.hardware import HardwareProfile
 from llava_edge.profiles.memory import Machine, MemoryTerms, Workload, estimate_memory
@@ -59,6 +66,9 @@ class PlanRequest:
         prefer: ``largest`` puts the variant first, ``quality`` the grid, ``speed`` the grid and
             then the shortest predicted answer.
         engine: what runs the tower.
+        vision_precision: ``fp16`` or ``int8`` of tower and projector; None takes int8 wherever the
+            board and the language model's precision allow it.
+        vision_float_weights: weights of an int8 tower that a conversion left in fp16.
     """
 
     variants: tuple[Variant, ...] = ()
@@ -71,6 +81,8 @@ class PlanRequest:
     cache: CacheType | None = None
     prefer: Prefer = "largest"
     engine: Engine = "ort"
+    vision_precision: PrecisionName | None = None
+    vision_float_weights: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,6 +127,7 @@ def nearest_fit(profile: HardwareProfile, request: PlanRequest) -> DeploymentPla
         {"context_tokens": None},
         {"grid": None, "pinpoints": None},
         {"precision": None},
+        {"vision_precision": None},
     )
     for alone in wishes:
         plan = plan_deployment(profile, replace(request, **alone)).plan
@@ -122,6 +135,7 @@ def nearest_fit(profile: HardwareProfile, request: PlanRequest) -> DeploymentPla
             return plan
     for dropped in (
         {"context_tokens": None},
+        {"vision_precision": None},
         {"precision": None},
         {"grid": None, "pinpoints": None},
         {"variants": ()},
@@ -226,6 +240,10 @@ class _Search:
                 f"{context} tokens of context were asked; {media} media tokens and "
                 f"{MIN_TEXT_TOKENS} of text need {least}"
             )
+        wanted = self.request.vision_precision
+        if wanted == "int8" and not obstacle:
+            why = vision_obstacle(precision, self.profile.flavour, self.profile.int8_isa)
+            obstacle = f"an int8 tower was asked, but {why}" if why else ""
         sized = self.size(variant, precision, grid, context)
         speed = predict_speed(
             variant.dims,
@@ -236,8 +254,19 @@ class _Search:
             cache=request.cache,
             num_devices=sized.num_devices,
             constants=self.speeds,
+            vision=self.vision(precision),
         )
         return _Candidate(variant, precision, grid, context, sized, speed, obstacle)
+
+    def vision(self, precision: str) -> VisionFormat:
+        """Format of the tower beside a language model of that precision."""
+        machine, wanted = self.machine, self.request.vision_precision
+        chosen = default_vision(precision, machine.flavour, machine.int8_isa)
+        if wanted is not None:
+            chosen = VisionFormat(wanted)
+        if chosen.precision == "int8":
+            return replace(chosen, float_weights=self.request.vision_float_weights)
+        return chosen
 
     def media_tokens(self, variant: Variant, grid: GridChoice) -> int:
         """Tokens of the largest prompt: all images, or the video where that is longer."""
@@ -263,7 +292,8 @@ class _Search:
             cache=self.request.cache,
             chunk_tokens=self.profile.prefill_chunk,
         )
-        estimate = estimate_memory(variant.dims, precision, work, self.machine, self.memory)
+        vision = self.vision(precision)
+        estimate = estimate_memory(variant.dims, precision, work, self.machine, self.memory, vision)
         apart = self.profile.kind == "cuda"
         host = estimate.host_peak if apart else MemoryTerms()
         budget, host_budget = self.profile.budget_bytes, self.profile.host_budget_bytes
@@ -393,6 +423,7 @@ class _Search:
             predicted=PredictedSpeed(c.speed.decode_tokens_per_second, c.speed.ttft_seconds),
             fits=c.fits and sized.fits,
             rejected=tuple(rejected),
+            vision_precision=self.vision(c.precision).precision,
         )
 
     def pareto(self, found: Sequence[_Candidate]) -> tuple[DeploymentPlan, ...]:
@@ -414,6 +445,11 @@ class _Search:
             )
         if self.profile.flavour == "cpu" and c.precision == "fp16":
             notes.append("fp16 on a CPU is stored as fp16 and computed and planned as float32.")
+        if self.vision(c.precision).precision == "int8":
+            notes.append(
+                "the tower is planned at int8; calibration may leave layers in fp16, and the plan "
+                "is then made again with them (--vision-precision fp16 turns it off)."
+            )
         if c.sized.num_devices > 1:
             notes.append(
                 f"one device cannot hold it: {c.sized.num_devices} of {self.profile.num_devices} "
@@ -446,6 +482,11 @@ def _check(profile: HardwareProfile, request: PlanRequest) -> None:
     faults: list[str] = []
     if request.precision is not None and request.precision not in PRECISIONS:
         faults.append(f"precision {request.precision!r:.40} is not one of {', '.join(PRECISIONS)}")
+    if request.vision_precision not in (None, *VISION_PRECISIONS):
+        faults.append(
+            f"vision precision {request.vision_precision!r:.40} is not one of "
+            f"{', '.join(VISION_PRECISIONS)}"
+        )
     if request.grid is not None and request.pinpoints is not None:
         faults.append("grid and pinpoints were both given; give one of them")
     if request.prefer not in get_args(Prefer):

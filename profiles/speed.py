@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from llava_edge.profiles.buffers import CacheType, default_cache_type, kv_cache_bytes
 from llava_edge.profiles.constants import Constants, speed_constants
-from llava_edge.profiles.formats import weight_bytes
+from llava_edge.profiles.formats import VisionFormat, default_vision, weight_bytes
 from llava_edge.profiles.hardware import HardwareProfile
 from llava_edge.profiles.model_dims import ModelDims, TextDims
 from llava_edge.profiles.parameters import (
@@ -68,6 +68,7 @@ def predict_speed(
     cache: CacheType | None = None,
     num_devices: int = 1,
     constants: Mapping[str, Constants] | None = None,
+    vision: VisionFormat | None = None,
 ) -> Prediction:
     """Predict one answer: media and a short question in, ``ANSWER_TOKENS`` out.
 
@@ -80,6 +81,7 @@ def predict_speed(
         cache: type of the cache; None for the flavour's own.
         num_devices: devices that share every layer.
         constants: groups as ``speed_constants`` gives them; None for the shipped ones.
+        vision: format of the tower; None for ``formats.default_vision``.
     """
     groups = speed_constants() if constants is None else constants
     flavour = profile.flavour
@@ -88,11 +90,15 @@ def predict_speed(
     prompt = media_tokens + QUESTION_TOKENS
     kind = cache or default_cache_type(flavour)
 
-    vision = prefill = None
+    tower = vision or default_vision(precision, flavour, profile.int8_isa)
+    encode = prefill = None
     float_rate = profile.peak_fp16
     rate = _matmul_rate(profile, precision, shares)
     if float_rate is not None and rate is not None:
-        vision = vision_operations(dims) * num_tiles / (float_rate * shares["vision"])
+        tiles_rate = float_rate * shares["vision"]
+        if tower.precision == "int8" and profile.peak_int8 is not None:
+            tiles_rate = profile.peak_int8 * shares["vision_int8"]
+        encode = vision_operations(dims) * num_tiles / tiles_rate
         linear = prefill_operations(dims.text, prompt) / rate
         scores = attention_operations(dims.text, prompt) / (float_rate * shares["attention"])
         prefill = (linear + scores) / scale
@@ -109,7 +115,7 @@ def predict_speed(
             one = attention_operations(dims.text, context) / context * 2
             seconds += one / (float_rate * shares["attention_decode"])
         decode = 1 / seconds
-    return Prediction(vision, prefill, decode)
+    return Prediction(encode, prefill, decode)
 
 
 def vision_operations(dims: ModelDims) -> int:

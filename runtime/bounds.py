@@ -44,6 +44,7 @@ class Bounds:
 
     def __init__(self, rows: tuple[Bound, ...], form: str, *, int8_vision: bool = False) -> None:
         self.form = form
+        self.int8_vision = int8_vision
         self._first = (VISION_INT8,) if int8_vision else ()
         self._rows: Mapping[tuple[str, str, str], Bound] = {
             (row.stage, row.metric, row.form): row for row in rows

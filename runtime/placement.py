@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError, RequestError
-from llava_edge.profiles.formats import PRECISIONS
+from llava_edge.profiles.formats import PRECISIONS, VisionFormat
 from llava_edge.profiles.memory import Machine, MemoryTerms, Workload, estimate_memory
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.host_memory import available_host_bytes
@@ -100,7 +100,10 @@ def certain_host_terms(manifest: Manifest, context_tokens: int) -> MemoryTerms:
     work = Workload(context_tokens, num_images=0, image_pixels=0)
     stored = manifest.precision.language_model
     precision = stored if stored in PRECISIONS else "fp16"
-    estimate = estimate_memory(manifest.model, precision, work, machine)
+    tower = manifest.precision.vision_tower
+    # Layers that an int8 tower has in float are left out: only what is certain is counted.
+    vision = VisionFormat("int8" if tower == "int8" else "fp16")
+    estimate = estimate_memory(manifest.model, precision, work, machine, vision=vision)
     phases = estimate.device or estimate.host
     certain = (
         replace(phases[name], **dict.fromkeys(_NOT_CERTAIN, 0)) for name in ("load", "decode")

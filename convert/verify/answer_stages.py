@@ -12,6 +12,7 @@ from llava_edge.convert.verify.subject import Subject
 from llava_edge.runtime.bounds import Bounds
 from llava_edge.runtime.certificate import StageResult, bounded, exact
 from llava_edge.runtime.session import Array
+from llava_edge.runtime.tile_cosine import TileCosine
 from llava_edge.runtime.token_comparison import TokenComparison
 
 _TEXT_ROW_FAULTS = 3
@@ -34,6 +35,8 @@ class AnswerStages:
     worst: dict[str, tuple[float, str]] = field(default_factory=dict)
     embedding_faults: list[str] = field(default_factory=list)
     losses: list[tuple[float, float, float]] = field(default_factory=list)
+    tile_losses: list[TileCosine] = field(default_factory=list)
+    """Features of each probe against the checkpoint's own, where the tower has 8 bits."""
     failing: list[str] = field(default_factory=list)
     """Probes that leave a bound on logits, in order."""
     at: str = "tile_features"
@@ -59,6 +62,8 @@ class AnswerStages:
         features = embeddings.features[:-1].reshape(answer.features.shape)
         if answer.features.size:
             self._note("tile_features", whole_gap(features, answer.features), name)
+            if self.bounds.int8_vision:
+                self.tile_losses.append(TileCosine.of(features, answer.original_features))
         self.at = "embeddings"
         rows = subject.rows(embeddings, request, answer.forced)
         self._embeddings(subject, answer, rows)
@@ -92,6 +97,12 @@ class AnswerStages:
             "top1_disagreement": (other, "share of positions"),
             "answer_loss_rise": (rise, "nats a token of the true answer"),
         }
+        if self.tile_losses:
+            means, worsts = zip(
+                *((t.mean_loss, t.worst_loss) for t in self.tile_losses), strict=True
+            )
+            shown["tile_cosine_mean_loss"] = (float(max(means)), "1 - cosine of rows, all tiles")
+            shown["tile_cosine_worst_loss"] = (float(max(worsts)), "1 - cosine of rows, a tile")
         return [
             bounded(
                 stage,

@@ -76,8 +76,13 @@ def _vision_difference(
     def see(name: str, _first: torch.Tensor, output: torch.Tensor) -> None:
         theirs[name] = output.numpy().copy()
 
+    reference.model.use(reference.supply)
     with reference.model.observed([*values], see):
         reference.model.embed(answer.inputs)
+    for name in theirs:
+        scale = reference.norm_scale(name)
+        if scale is not None:
+            theirs[name] /= scale
     pixels = torch.cat(answer.inputs.pixel_values).numpy().astype(subject.dtype)
     view = GraphView(subject.vision_path(), "vision")
     known = {value.name for value in view.model.graph.output}

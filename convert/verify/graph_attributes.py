@@ -29,7 +29,8 @@ class LinearAttributes:
     """One linear layer as the graph holds it.
 
     ``hidden`` is the value it reads. ``weight`` and ``bias`` are initializers. ``block_size`` is
-    None where there are no blocks of columns with a scale of their own.
+    None where there are no blocks of columns with a scale of their own. ``input_factor`` is an
+    initializer that multiplies ``hidden`` before it is rounded, or None.
     """
 
     node: str
@@ -41,6 +42,7 @@ class LinearAttributes:
     out_size: int
     bits: int
     block_size: int | None = None
+    input_factor: str | None = None
 
 
 @dataclass(frozen=True)
@@ -241,7 +243,23 @@ class GraphWalk:
         self.expect(reduce, "keepdims", attribute(reduce, "keepdims", 1), 1)
         magnitude = self.made_by(reduce.input[0], "Abs")
         self.expect(magnitude, "the row whose size it takes", magnitude.input[0], hidden)
-        return LinearAttributes(node.name, node.op_type, hidden, weight, bias, in_size, out_size, 8)
+        factor = None
+        multiply = self.graph.producer(hidden)
+        if multiply is not None and multiply.op_type == "Mul":
+            name = str(multiply.input[1])
+            if name in self.graph.initializers and self.graph.shape(name) == (in_size,):
+                factor, hidden = name, str(multiply.input[0])
+        return LinearAttributes(
+            node.name,
+            node.op_type,
+            hidden,
+            weight,
+            bias,
+            in_size,
+            out_size,
+            8,
+            input_factor=factor,
+        )
 
     def _initializer(self, node: Any, place: int) -> str:
         name = str(node.input[place]) if len(node.input) > place else ""

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from llava_edge.convert.verify.graph_file import GraphFile, attribute
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.profiles.model_dims import TextDims
 from llava_edge.runtime.artifact import Artifact
 
 Array = NDArray[Any]
@@ -84,19 +83,20 @@ class GraphCodes:
 
 
 class GraphWeights:
-    """Reads one linear layer of a decoder graph at a time; layers packed along N come apart.
+    """Reads one linear layer of a graph at a time; layers packed along N come apart.
 
     A layer is found by the name of its initializer; operator, scales and zero points are those of
     the node that reads it.
 
     Args:
-        graph: the decoder.
-        text: sizes by which packed query, key and value are split.
+        graph: decoder, or tower and projector.
+        query_size: outputs of a query projection, by which packed ones are split.
+        key_value_size: outputs of a key or value projection.
     """
 
-    def __init__(self, graph: GraphFile, text: TextDims) -> None:
+    def __init__(self, graph: GraphFile, query_size: int, key_value_size: int) -> None:
         self.graph = graph
-        self._text = text
+        self._sizes = (query_size, key_value_size)
 
     @classmethod
     def open(cls, artifact: Artifact) -> GraphWeights:
@@ -107,7 +107,16 @@ class GraphWeights:
         """
         manifest = artifact.manifest
         graph = GraphFile(artifact.path(manifest.decoder.file), "decoder")
-        return cls(graph, manifest.model.text)
+        text = manifest.model.text
+        return cls(graph, text.query_size, text.key_value_size)
+
+    def holds(self, name: str) -> bool:
+        """Whether a layer is one of the language model's."""
+        return name.startswith("language_model.layers.") and name.endswith("_proj")
+
+    def input_scale(self, _name: str) -> NDArray[np.float32] | None:
+        """Nothing: no input of the language model is divided by anything but its rows' sizes."""
+        return None
 
     def linear(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
         """Dequantised weight of one layer.
@@ -201,7 +210,7 @@ class GraphWeights:
         kind = name.rsplit(".", 1)[-1]
         if not weight.endswith("self_attn.q_proj.weight"):
             return None
-        queries, keys = self._text.query_size, self._text.key_value_size
+        queries, keys = self._sizes
         starts = {"q_proj": 0, "k_proj": queries, "v_proj": queries + keys}
         return slice(starts[kind], starts[kind] + (queries if kind == "q_proj" else keys))
 

@@ -82,7 +82,8 @@ class ReferenceAnswer:
         forced: int64 [steps], the true answer, repeated to fill.
         num_answer: how many of ``forced`` are the answer itself.
         positions: see there.
-        features: float32 [tiles, patches, hidden].
+        features: float32 [tiles, patches, hidden], by the artifact's own weights.
+        original_features: the same by the checkpoint's weights.
         embeddings: float32 [positions, hidden].
         export: float32 [kept, vocab], by the artifact's own weights.
         original: float32 [kept, vocab], by the checkpoint's weights.
@@ -97,6 +98,7 @@ class ReferenceAnswer:
     embeddings: Array
     export: Array
     original: Array
+    original_features: Array
 
 
 class Reference:
@@ -129,6 +131,16 @@ class Reference:
             artifact.path(manifest.tokenizer), manifest.tokens, manifest.prompt
         )
         self._answers: dict[str, ReferenceAnswer] = {}
+
+    def norm_scale(self, name: str) -> Array | None:
+        """What the artifact divides a layer norm's output by; None for nothing."""
+        if self.supply is None:
+            return None
+        for layer, norm in ((".self_attn.q_proj", ".layer_norm1"), (".mlp.fc1", ".layer_norm2")):
+            if name.endswith(norm):
+                reader = name.removesuffix(norm) + layer
+                return self.supply.input_scale(reader) if self.supply.holds(reader) else None
+        return None
 
     def text(self, probe: Probe) -> str:
         """The finished prompt by the checkpoint's own template, else its family's."""
@@ -171,7 +183,8 @@ class Reference:
         steps = min(NUM_STEPS, room)
         forced = np.resize(np.asarray(ids, np.int64), steps)
         positions = Positions.of(len(inputs.ids), steps, self._manifest.prefill_chunk)
-        features, embeddings, export, original = self._run(inputs, forced, positions)
+        found_by_both = self._run(inputs, forced, positions)
+        features, embeddings, export, original, original_features = found_by_both
         found = ReferenceAnswer(
             probe,
             inputs,
@@ -182,6 +195,7 @@ class Reference:
             embeddings,
             export,
             original,
+            original_features,
         )
         if remember:
             self._answers[probe.name] = found
@@ -202,15 +216,17 @@ class Reference:
 
     def _run(
         self, inputs: ReferenceInputs, forced: Array, positions: Positions
-    ) -> tuple[Array, Array, Array, Array]:
+    ) -> tuple[Array, Array, Array, Array, Array]:
         kept = positions.kept
         features, embeddings, export = self._model_logits(
             self.model, self.supply, inputs, forced, kept
         )
-        original = export
+        own_features, original = features, export
         if self._original is not None:
-            _, _, original = self._model_logits(self._original, self._own, inputs, forced, kept)
-        return features, embeddings, export, original
+            own_features, _, original = self._model_logits(
+                self._original, self._own, inputs, forced, kept
+            )
+        return features, embeddings, export, original, own_features
 
     def _model_logits(
         self,

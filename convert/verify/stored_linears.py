@@ -28,6 +28,14 @@ class StoredLinears:
         first, last, _ = (rows or slice(None)).indices(values.num_rows)
         return values.rows(first, last)
 
+    def holds(self, name: str) -> bool:
+        """Whether a layer is one of the language model's."""
+        return name.startswith("language_model.layers.") and name.endswith("_proj")
+
+    def input_scale(self, _name: str) -> NDArray[np.float32] | None:
+        """Nothing is divided."""
+        return None
+
     def rounding(self, name: str) -> int | None:
         """Nothing that the checkpoint's own arithmetic reads is rounded."""
         return None

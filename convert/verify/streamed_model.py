@@ -30,13 +30,19 @@ _HEAD_ROWS = 8192
 
 
 class LinearSupply(Protocol):
-    """Weights that the language model's linear layers take in place of the checkpoint's."""
+    """Weights that linear layers take in place of the checkpoint's."""
+
+    def holds(self, name: str) -> bool:
+        """Whether a layer (canonical, without ``.weight``) takes its weight from here."""
 
     def linear(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
         """Weight [outputs, inputs] of a layer (canonical, without ``.weight``), or some rows."""
 
     def rounding(self, name: str) -> int | None:
         """Inputs rounded to 8 bits as one: a block's length, -1 the row, None for no rounding."""
+
+    def input_scale(self, name: str) -> NDArray[np.float32] | None:
+        """What inputs [inputs] are divided by before that; the weight is for what is left."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ class StreamedModel:
         self._attach(self._language, "language_model")
 
     def use(self, supply: LinearSupply | None) -> None:
-        """Take other weights for the language model's linear layers from now on."""
+        """Take other weights for linear layers from now on."""
         self._supply = supply
 
     def embed(self, inputs: ReferenceInputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -262,14 +268,21 @@ class StreamedModel:
                 else:
                     tensor = self._parameter(f"{path}.{name}" if path else name, meta.shape)
                 module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-            block = self._supply.rounding(path) if supplied and self._supply is not None else None
-            return None if block is None else (_rounded(args[0], block), *args[1:])
+            if not supplied or self._supply is None:
+                return None
+            values = args[0]
+            scale = self._supply.input_scale(path)
+            if scale is not None:
+                values = values / torch.from_numpy(scale)
+            block = self._supply.rounding(path)
+            if block is not None:
+                values = _rounded(values, block)
+            return (values, *args[1:])
 
         return load
 
     def _supplied(self, path: str) -> bool:
-        layers = path.startswith("language_model.layers.") and path.endswith("_proj")
-        return layers and self._supply is not None
+        return self._supply is not None and self._supply.holds(path)
 
     def _parameter(self, name: str, shape: torch.Size) -> torch.Tensor:
         if name not in self._checkpoint.tensors:

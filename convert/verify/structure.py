@@ -170,6 +170,7 @@ class _Decoder:
             form = have.op_type if have.op_type == "DequantizeLinear" else form
         self._states(have.node, "operator", have.op_type, form)
         self._states(have.node, "bits", have.bits, bits)
+        self._states(have.node, "factor in front of it", have.input_factor, None)
         group = self._manifest.conversion.get("group_size")
         if bits != 16 and names != ["lm_head"] and group not in (None, -1):
             self._states(have.node, "block_size", have.block_size, group)

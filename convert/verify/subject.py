@@ -14,7 +14,7 @@ from llava_edge.convert.verify.probes import Probe
 from llava_edge.convert.verify.reference_answer import Positions
 from llava_edge.convert.verify.vision_halves import VisionHalves
 from llava_edge.profiles.buffers import default_cache_type, kv_cache_bytes
-from llava_edge.profiles.formats import PRECISIONS, weight_bytes
+from llava_edge.profiles.formats import PRECISIONS, VisionFormat, weight_bytes
 from llava_edge.profiles.hardware import Int8Isa
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.decoder import Decoder, FillEmbeddings
@@ -151,8 +151,9 @@ class Subject:
 
     def _tower_bytes(self) -> int:
         """Bytes of tower and projector in memory."""
-        flavour = self.artifact.manifest.flavour
-        sizes = weight_bytes(self.dims, "fp16", flavour, resident=True)
+        manifest = self.artifact.manifest
+        vision = VisionFormat("int8" if manifest.precision.vision_tower == "int8" else "fp16")
+        sizes = weight_bytes(self.dims, "fp16", manifest.flavour, resident=True, vision=vision)
         return sizes.vision_tower + sizes.projector
 
     def _layer_bytes(self) -> tuple[int, int]:

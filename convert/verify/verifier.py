@@ -29,6 +29,7 @@ from llava_edge.convert.verify.prompt_stage import prompt_stage
 from llava_edge.convert.verify.reference_answer import Reference
 from llava_edge.convert.verify.structure import structure_stage
 from llava_edge.convert.verify.subject import Subject
+from llava_edge.convert.verify.vision_weights import ArtifactWeights, VisionWeights
 from llava_edge.convert.verify.weights import weights_stage
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.bounds import Bounds, bounds_for
@@ -238,8 +239,12 @@ def _broken(name: str, error: Exception) -> StageResult:
 
 def open_reference(artifact: Artifact, checkpoint: Checkpoint) -> Reference:
     """The reference for an artifact, with its own weights where they are quantised."""
-    quantized = artifact.manifest.precision.language_model != "fp16"
-    supply = GraphWeights.open(artifact) if quantized else None
+    precision = artifact.manifest.precision
+    supply = None
+    if precision.language_model != "fp16":
+        int8 = precision.vision_tower == "int8"
+        vision = VisionWeights.open(artifact, checkpoint) if int8 else None
+        supply = ArtifactWeights(GraphWeights.open(artifact), vision)
     return Reference(artifact, checkpoint, supply)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from llava_edge.convert.verify.graph_attributes import Activation, GraphWalk
+from llava_edge.convert.verify.graph_attributes import Activation, GraphWalk, LinearAttributes
 from llava_edge.convert.verify.graph_comparison import compare_linear, compare_norm, says
 from llava_edge.convert.verify.graph_file import GraphFile
 from llava_edge.convert.verify.reference_structure import ReferenceStructure
@@ -15,11 +16,41 @@ from llava_edge.convert.verify.vision_attributes import (
     EmbeddingAttributes,
     read_vision,
 )
+from llava_edge.convert.verify.vision_weights import INPUT_FACTOR
 from llava_edge.runtime.manifest import Manifest
 
 _QUICK_GELU_ALPHA = 1.702
 """transformers' QuickGELUActivation: x * sigmoid(1.702 x)."""
 _FIRST_PATCH = {"default": 1, "full": 0}
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How linear layers are stored, as the manifest says."""
+
+    is_int8: bool
+    in_float: frozenset[str]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> _Form:
+        facts = manifest.conversion.get("vision")
+        left = facts.get("layers_in_float", {}) if isinstance(facts, dict) else {}
+        return cls(manifest.precision.vision_tower == "int8", frozenset(left))
+
+    def compare(self, walk: GraphWalk, have: LinearAttributes, name: str) -> None:
+        integer = self.is_int8 and name not in self.in_float
+        form = "MatMulIntegerToFloat" if integer else "MatMul"
+        says(walk, have.node, "operator", have.op_type, form, "manifest.json")
+        factor = have.input_factor
+        if factor is not None:
+            says(
+                walk,
+                have.node,
+                "factor in front of it",
+                factor,
+                f"{name}{INPUT_FACTOR}",
+                "its name",
+            )
 
 
 def vision_faults(graph: GraphFile, manifest: Manifest, reference: ReferenceStructure) -> list[str]:
@@ -49,14 +80,17 @@ def vision_faults(graph: GraphFile, manifest: Manifest, reference: ReferenceStru
                 "0 is the class token (vision_feature_select_strategy "
                 f"{reference.config.vision_feature_select_strategy})"
             )
+    form = _Form.of(manifest)
     layers = reference.tower.encoder.layers
     for index, block in enumerate(found.blocks[: len(layers)]):
-        _block(walk, block, f"vision_tower.encoder.layers.{index}", layers[index])
+        _block(walk, block, f"vision_tower.encoder.layers.{index}", layers[index], form)
     projector = reference.projector
     for linear, name in ((found.linear_1, "linear_1"), (found.linear_2, "linear_2")):
         if linear is not None:
             module = getattr(projector, name)
-            compare_linear(walk, linear, [f"multi_modal_projector.{name}"], [module])
+            full = f"multi_modal_projector.{name}"
+            compare_linear(walk, linear, [full], [module])
+            form.compare(walk, linear, full)
     if found.activation is not None:
         _activation(walk, found.activation, projector.act)
     return walk.faults
@@ -93,7 +127,7 @@ def _embedding(walk: GraphWalk, have: EmbeddingAttributes, reference: ReferenceS
         compare_norm(walk, have.pre_norm, "vision_tower.pre_layrnorm", tower.pre_layrnorm)
 
 
-def _block(walk: GraphWalk, have: BlockAttributes, prefix: str, module: Any) -> None:
+def _block(walk: GraphWalk, have: BlockAttributes, prefix: str, module: Any, form: _Form) -> None:
     attention = module.self_attn
     compare_norm(walk, have.norm1, f"{prefix}.layer_norm1", module.layer_norm1)
     compare_norm(walk, have.norm2, f"{prefix}.layer_norm2", module.layer_norm2)
@@ -106,6 +140,7 @@ def _block(walk: GraphWalk, have: BlockAttributes, prefix: str, module: Any) -> 
     ):
         names = [f"{prefix}.{path}.{part}" for part in parts]
         compare_linear(walk, linear, names, [getattr(owner, part) for part in parts])
+        form.compare(walk, linear, names[0])
     node = have.qkv.node
     says(walk, node, "number of heads", have.num_heads, attention.num_heads)
     says(walk, node, "size of a head", have.head_dim, attention.head_dim)

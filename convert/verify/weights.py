@@ -35,7 +35,9 @@ from llava_edge.convert.verify.tensor_mapping import (
     origin_of,
     unused,
 )
+from llava_edge.convert.verify.vision_weights import VisionWeights, is_power_of_two
 from llava_edge.convert.verify.weight_error import ErrorSum, WeightError
+from llava_edge.convert.vision_int8 import packed_name, scale_digest
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.bounds import Bounds, bounds_for
@@ -87,6 +89,9 @@ class _Comparison:
         self._weights = GraphWeights.open(artifact)
         vision = artifact.path(artifact.manifest.vision.file)
         self._graphs = [GraphFile(vision, "vision"), self._weights.graph]
+        self._vision: VisionWeights | None = None
+        if artifact.manifest.precision.vision_tower == "int8":
+            self._vision = VisionWeights(self._graphs[0], checkpoint)
         self._embeddings = read_header(artifact.path(artifact.manifest.embeddings))
         self._total = sum(ref.nbytes for ref in self._embeddings.values()) + sum(
             graph.nbytes(name) for graph in self._graphs for name in graph.initializers
@@ -100,10 +105,10 @@ class _Comparison:
         self._errors: dict[int, dict[str, WeightError]] = {}
 
     def rows(self) -> list[StageResult]:
-        codes = self._quantized()
+        codes = {"decoder": self._quantized(), "vision": self._quantized_vision()}
         for graph in self._graphs:
             for name in graph.initializers:
-                if name not in codes:
+                if name not in codes[graph.label]:
                     self._float_tensor(graph, name)
         self._embedding_file()
         missing = unused(needed_tensors(self._checkpoint), self._used)
@@ -111,7 +116,7 @@ class _Comparison:
         rows = [
             exact(STAGE, "differing_tensors", self._faults, f"{self._num_tensors} float tensors")
         ]
-        if codes:
+        if any(codes.values()):
             rows.append(exact(STAGE, "differing_codes", self._code_faults, self._codes_seen()))
         for bits, errors in sorted(self._errors.items()):
             rows += self._loss_rows(bits, errors)
@@ -145,10 +150,44 @@ class _Comparison:
             self._codes(name, codes)
         return found
 
+    def _quantized_vision(self) -> set[str]:
+        """The same for the tower and the projector, whose weights may be scaled by column."""
+        found: set[str] = set()
+        if self._vision is None:
+            return found
+        facts = self._artifact.manifest.conversion.get("vision")
+        recorded = facts.get("scales_sha256") if isinstance(facts, dict) else None
+        if not isinstance(recorded, dict):
+            self._code_faults.append("vision: the manifest has no digests of its scales")
+            recorded = {}
+        for name in self._vision.layers():
+            tensors = self._vision.tensors(name)
+            for tensor in tensors - found:
+                self._step(self._vision.graph.nbytes(tensor))
+            found |= tensors
+            self._num_layers += 1
+            self._use_layer(name)
+            scale = self._vision.scale(name)
+            if packed_name(name) == name:
+                self._scale(name, scale, recorded.get(name))
+            codes = self._vision.codes(name)
+            assert codes is not None
+            self._codes(name, codes, scale)
+        return found
+
+    def _scale(self, name: str, scale: Array | None, recorded: object) -> None:
+        if scale is not None and not is_power_of_two(scale):
+            self._code_faults.append(f"{name}: its input is divided by no powers of two")
+        have = None if scale is None else scale_digest(scale)
+        if have != recorded:
+            self._code_faults.append(
+                f"{name}: what its input is divided by is not what the manifest says"
+            )
+
     def _use_layer(self, name: str) -> None:
         self._used |= {f"{name}{end}" for end in (".weight", *GPTQ_ENDS)}
 
-    def _codes(self, name: str, codes: GraphCodes) -> None:
+    def _codes(self, name: str, codes: GraphCodes, scale: Array | None = None) -> None:
         if not codes.has_default_zero:
             self._code_faults.append(f"{name}: zero points other than {2 ** (codes.bits - 1)}")
         recorded = self._artifact.manifest.conversion.get(DIGESTS) or {}
@@ -165,7 +204,9 @@ class _Comparison:
         num_dead = _num_dead(self._artifact.manifest.conversion, name)
         error = ErrorSum(codes, num_dead)
         for rows in _row_blocks(*shape):
-            error.add(rows, self._checkpoint.read(f"{name}.weight", rows).astype(np.float32))
+            original = self._checkpoint.read(f"{name}.weight", rows).astype(np.float32)
+            # Codes stand for the weight times what its input is divided by.
+            error.add(rows, original if scale is None else original * scale)
         if error.vanished() > num_dead:
             self._code_faults.append(
                 f"{name}: {error.vanished()} columns are zero and the checkpoint's are not; "
@@ -201,6 +242,10 @@ class _Comparison:
         self._num_tensors += 1
         self._used |= set(origin.names)
         values = graph.read(name)
+        if graph.label == "vision" and self._vision is not None:
+            divided = self._vision.norm_scale(name)
+            if divided is not None:
+                values = values * divided
         refs = [self._checkpoint.tensors[part] for part in origin.names]
         flat = [(ref.shape[0], math.prod(ref.shape[1:])) for ref in refs]
         rows, inner = sum(count for count, _ in flat), flat[0][1]

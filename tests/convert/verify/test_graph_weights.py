@@ -83,7 +83,9 @@ def read_back(
 ) -> GraphWeights:
     text = checkpoint.dims.text
     build_decoder_graph(text, checkpoint, form.compute, CONTEXT, weights=weights).save(folder)
-    return GraphWeights(GraphFile(folder / "model.onnx", "decoder"), text)
+    return GraphWeights(
+        GraphFile(folder / "model.onnx", "decoder"), text.query_size, text.key_value_size
+    )
 
 
 def all_names(checkpoint: Checkpoint) -> list[str]:
@@ -151,7 +153,9 @@ def test_a_zero_point_that_a_node_brings_is_used(
     node.input.append("zeros")
     onnx.save(model, tmp_path / "model.onnx")
 
-    after = GraphWeights(GraphFile(tmp_path / "model.onnx", "decoder"), checkpoint.dims.text)
+    after = GraphWeights(
+        GraphFile(tmp_path / "model.onnx", "decoder"), *sizes_of(checkpoint.dims.text)
+    )
 
     codes = after.codes(name)
     assert codes is not None
