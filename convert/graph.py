@@ -48,13 +48,14 @@ class LazyWeight:
 class GraphBuilder:
     """Collects nodes and initializers of one graph that computes in ``compute`` (float32|float16).
 
-    Values are onnx-ir values; ``op`` returns the first output, ``ops`` all of them.
+    Values are onnx-ir values; ``op`` returns the first output, ``ops`` all of them. ``nodes`` are
+    in order.
     """
 
     def __init__(self, name: str, compute: type[np.float32] | type[np.float16]) -> None:
         self.name = name
         self.compute = np.dtype(compute)
-        self._nodes: list[ir.Node] = []
+        self.nodes: list[ir.Node] = []
         self._initializers: dict[str, ir.Value] = {}
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
@@ -72,6 +73,14 @@ class GraphBuilder:
         value.type = _tensor_type(dtype)
         value.shape = ir.Shape(shape)
         self._outputs.append(value)
+
+    def replace_output(self, old: ir.Value, new: ir.Value) -> None:
+        """Have another value be what the graph hands out, where it handed out ``old``."""
+        for place, value in enumerate(self._outputs):
+            if value is old:
+                new.type, new.shape = old.type, old.shape
+                old.type = None
+                self._outputs[place] = new
 
     def ops(
         self,
@@ -98,7 +107,7 @@ class GraphBuilder:
         )
         for index, output in enumerate(node.outputs):
             output.name = name if index == 0 else f"{name}.{index}"
-        self._nodes.append(node)
+        self.nodes.append(node)
         return node.outputs
 
     def op(
@@ -177,7 +186,7 @@ class GraphBuilder:
         graph = ir.Graph(
             self._inputs,
             self._outputs,
-            nodes=self._nodes,
+            nodes=self.nodes,
             initializers=list(self._initializers.values()),
             opset_imports={"": OPSET, MICROSOFT: 1},
             name=self.name,

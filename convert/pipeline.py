@@ -186,12 +186,14 @@ def _write_parts(job: _Job, writer: ArtifactWriter, report: Report) -> Manifest:
 
 def _vision(job: _Job, build: PartBuilders, work: Path, folder: Path) -> Any:
     """Tower and projector in the precision of the plan; its GraphSpec and what was decided."""
-    if job.planned.plan.vision_precision == "fp16":
+    int8 = job.planned.plan.vision_precision == "int8"
+    if not int8 and job.request.profile.flavour == "cpu":
+        # Stored in float16, computed in float32: nothing can overflow.
         return build.vision(folder)
     tiles = cut_tiles(
         *calibration_conversations(job.request.quantization, job.processing), job.processing
     )
-    return build.int8_vision(folder, tiles, work)
+    return (build.int8_vision if int8 else build.guarded_vision)(folder, tiles, work)
 
 
 def _planned_again(job: _Job, vision: dict[str, Any]) -> _Job:

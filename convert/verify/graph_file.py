@@ -38,6 +38,8 @@ _TYPE_NAMES: Mapping[int, str] = {
     _INT4: "int4",
 }
 _EXTERNAL = 1
+_FLOAT32, _FLOAT16 = 1, 10
+_FLOATS = (_FLOAT32, _FLOAT16)
 
 
 class GraphFile:
@@ -65,13 +67,47 @@ class GraphFile:
         self.outputs: list[str] = [value.name for value in graph.output]
         self._producers: dict[str, Any] = {}
         self._consumers: dict[str, list[Any]] = {}
+        self._index()
+
+    def _index(self) -> None:
+        self._producers.clear()
+        self._consumers.clear()
         for node in self.nodes:
             for output in node.output:
                 if output and output in self._producers:
-                    raise ArtifactError(f"{path}: two nodes produce {output}")
+                    raise ArtifactError(f"{self.path}: two nodes produce {output}")
                 self._producers[output] = node
             for name in dict.fromkeys(node.input):
                 self._consumers.setdefault(name, []).append(node)
+
+    def bypass_casts(self) -> set[str]:
+        """Leave casts between float16 and float32 out of the wiring, as if all were one type.
+
+        Returns:
+            Names of the nodes that read float32 in the file.
+        """
+        source: dict[str, str] = {}
+        wide: set[str] = set()
+        inside: set[str] = set()
+        kept = []
+        for node in self.nodes:
+            if node.op_type == "Cast" and attribute(node, "to") in _FLOATS:
+                source[node.output[0]] = source.get(node.input[0], node.input[0])
+                if attribute(node, "to") == _FLOAT32:
+                    wide.add(node.output[0])
+                continue
+            if any(name in wide for name in node.input):
+                inside.add(node.name)
+                wide |= set(node.output)
+            for place, name in enumerate(node.input):
+                node.input[place] = source.get(name, name)
+            kept.append(node)
+        self.nodes = kept
+        self._index()
+        for name, behind in source.items():
+            if behind in self._producers:
+                self._producers[name] = self._producers[behind]
+        return inside
 
     def producer(self, value: str) -> Any | None:
         """The node that makes a value; None for inputs and initializers."""

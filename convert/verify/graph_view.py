@@ -72,6 +72,11 @@ class GraphView(GraphFile):
             others = [each for each in user.input if each != value]
             is_bias = user.op_type == "Add" and bool(others) and others[0] in self.initializers
             maker = self.producer(others[0]) if others else None
+            if user.op_type == "Cast":
+                value = user.output[0]
+                continue
+            if maker is not None and maker.op_type == "Cast":
+                others = [maker.input[0]]
             is_scale = user.op_type == "Mul" and maker is not None and maker.op_type == "Max"
             if not (is_bias or is_scale):
                 break

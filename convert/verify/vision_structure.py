@@ -62,6 +62,8 @@ def vision_faults(graph: GraphFile, manifest: Manifest, reference: ReferenceStru
         reference: the expectation.
     """
     walk = GraphWalk(graph, manifest.precision.computes)
+    if manifest.precision.computes == "float16":
+        _islands(walk, manifest)
     found = read_vision(walk)
     wanted = reference.feature_layers
     if found.embedding is not None:
@@ -94,6 +96,18 @@ def vision_faults(graph: GraphFile, manifest: Manifest, reference: ReferenceStru
     if found.activation is not None:
         _activation(walk, found.activation, projector.act)
     return walk.faults
+
+
+def _islands(walk: GraphWalk, manifest: Manifest) -> None:
+    """Nodes in float32 are those that the manifest says; from here on casts are not looked at."""
+    facts = manifest.conversion.get("vision")
+    stated = facts.get("float32_nodes", []) if isinstance(facts, dict) else []
+    found = walk.graph.bypass_casts()
+    for name in sorted(found ^ {str(name) for name in stated}):
+        have = "float32" if name in found else "float16"
+        walk.faults.append(
+            f"vision, node {name}: it computes in {have}; manifest.json says otherwise"
+        )
 
 
 def _embedding(walk: GraphWalk, have: EmbeddingAttributes, reference: ReferenceStructure) -> None:
