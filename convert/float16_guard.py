@@ -106,7 +106,7 @@ class Float16Ranges:
                 self._widen(trace, value, float("nan") if overflows else loss)
 
     def _widen(self, trace: VisionTrace, value: str, loss: float) -> None:
-        """Note a value, and what it was moved from: rounded before, it would be lost all the same."""
+        """Note a value and what it was moved from: rounded there, it would be lost as well."""
         while value not in self.wide and value in self.pieces:
             behind = _named_before(trace, value)
             largest = self.largest[value]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge.convert.random_checkpoint import write_random_checkpoint
+from llava_edge.convert.random_outliers import plant_outliers
 from llava_edge.convert.random_spec import RandomSpec, preset
 from llava_edge.profiles.errors import LlavaEdgeError, RequestError
 
@@ -24,10 +25,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=JSON")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--outliers", action="store_true", help="channels 20 to 60 times as loud in the tower"
+    )
     options = parser.parse_args(argv)
     try:
         changes = dict(_change(text) for text in options.set)
         write_random_checkpoint(options.folder, preset(options.preset, **changes), options.seed)
+        if options.outliers:
+            plant_outliers(options.folder, options.seed)
     except (LlavaEdgeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code if isinstance(error, LlavaEdgeError) else 2

@@ -64,7 +64,7 @@ def scale_inputs(rows: Array, largest: Array, weight: Array, worthwhile: float) 
         found.append((float((rounded - exact).norm()) / norm, scale))
     plain = found[0][0]
     error, scale = min(found, key=lambda each: each[0])
-    if error > worthwhile * plain:
+    if (scale == 1).all() or error > worthwhile * plain:
         return ScaledLayer(None, plain, plain)
     return ScaledLayer(scale, error, plain)
 

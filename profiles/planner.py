@@ -262,7 +262,8 @@ class _Search:
         """Format of the tower beside a language model of that precision."""
         machine, wanted = self.machine, self.request.vision_precision
         chosen = default_vision(precision, machine.flavour, machine.int8_isa)
-        if wanted is not None:
+        possible = vision_obstacle(precision, machine.flavour, machine.int8_isa) is None
+        if wanted is not None and possible:
             chosen = VisionFormat(wanted)
         if chosen.precision == "int8":
             return replace(chosen, float_weights=self.request.vision_float_weights)

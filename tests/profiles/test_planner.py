@@ -20,7 +20,8 @@ from llava_edge.profiles.planner import (
 from llava_edge.profiles.variants import find_variant, load_variants
 
 KEYS = [
-    *("profile", "variant", "precision", "grid", "max_tiles", "max_image_tokens"),
+    *("profile", "variant", "precision", "vision_precision", "grid", "max_tiles"),
+    "max_image_tokens",
     *("context_tokens", "engine", "memory", "predicted", "fits", "rejected"),
 ]
 SIZE = {v.name: v.parameters for v in load_variants()}
@@ -335,7 +336,8 @@ def test_an_engine_is_taken_where_the_board_supports_it() -> None:
 
 def test_a_smaller_cache_type_fits_more_context() -> None:
     board = load_profile("cpu-16gb")
-    request = ask("llava-v1.6-vicuna-13b", precision="int4")
+    # An int8 tower alone makes room for all positions.
+    request = ask("llava-v1.6-vicuna-13b", precision="int4", vision_precision="fp16")
     wide = plan_deployment(board, request).plan
     narrow = plan_deployment(board, replace(request, cache="int8")).plan
     assert narrow.context_tokens > wide.context_tokens
@@ -441,3 +443,69 @@ def test_a_video_plan_predicts_one_prompt_and_not_a_mixture(frames: int, longest
     assert with_video is not None
     assert with_image is not None
     assert (with_video == with_image) == (longest == "image")
+
+
+def test_the_tower_takes_8_bits_beside_a_quantised_language_model_on_a_cpu() -> None:
+    board = load_profile("cpu-16gb")
+    for precision, tower in (("fp16", "fp16"), ("int8", "int8"), ("int4", "int8")):
+        plan = plan_deployment(board, ask("llava-v1.6-mistral-7b", precision=precision)).plan
+        assert plan.vision_precision == tower
+    for profile in (load_profile("a100"), replace(board, int8_isa="none")):
+        plan = plan_deployment(profile, ask("llava-v1.6-mistral-7b", precision="int4")).plan
+        assert plan.vision_precision == "fp16"
+
+
+def test_an_int8_tower_is_smaller_and_faster_and_can_be_turned_off() -> None:
+    request = ask("llava-v1.6-mistral-7b", precision="int4", context_tokens=4096)
+    board = load_profile("cpu-16gb")
+    chosen = plan_deployment(board, request).plan
+    kept = plan_deployment(board, replace(request, vision_precision="fp16")).plan
+    assert chosen.memory.terms["vision_tower"] < 0.3 * kept.memory.terms["vision_tower"]
+    assert chosen.memory.terms["projector"] < 0.3 * kept.memory.terms["projector"]
+    assert chosen.memory.total_bytes < kept.memory.total_bytes
+    fast, slow = chosen.predicted.ttft_seconds, kept.predicted.ttft_seconds
+    assert fast is not None
+    assert slow is not None
+    assert fast < slow
+    assert any("--vision-precision fp16" in n for n in plan_deployment(board, request).notes)
+
+
+def test_weights_that_calibration_left_in_float_are_planned_for() -> None:
+    request = ask("llava-v1.6-mistral-7b", precision="int4", context_tokens=4096)
+    board = load_profile("cpu-16gb")
+    plans = [
+        plan_deployment(board, replace(request, vision_float_weights=count)).plan.memory
+        for count in (0, 1 << 20)
+    ]
+    towers = [memory.terms["vision_tower"] for memory in plans]
+    assert towers[1] - towers[0] == 3 << 20
+    assert plans[1].total_bytes > plans[0].total_bytes
+
+
+@pytest.mark.parametrize(
+    ("board", "precision", "reason"),
+    [
+        ("a100", "int8", "the cuda flavour computes the tower in fp16"),
+        ("cpu-32gb", "fp16", "an int8 tower goes with int8 or int4"),
+    ],
+)
+def test_an_int8_tower_that_cannot_be_is_refused(board: str, precision: str, reason: str) -> None:
+    request = ask("llava-v1.6-mistral-7b", precision=precision, vision_precision="int8")
+    plan = plan_deployment(load_profile(board), request).plan
+    assert not plan.fits
+    assert reason in plan.rejected[-1].reason
+    nearest = nearest_fit(load_profile(board), request)
+    assert nearest is not None
+    assert nearest.fits
+
+
+def test_a_vision_precision_that_does_not_exist_is_refused() -> None:
+    request = ask("llava-v1.6-mistral-7b", vision_precision="int4")
+    with pytest.raises(RequestError, match="vision precision 'int4' is not one of fp16, int8"):
+        plan_deployment(load_profile("cpu-16gb"), request)
+
+
+def test_plans_of_before_there_was_a_choice_have_a_tower_in_float() -> None:
+    document = shipped("cpu-16gb").to_json()
+    del document["vision_precision"]
+    assert DeploymentPlan.from_json(document).vision_precision == "fp16"

@@ -153,9 +153,9 @@ def test_a_zero_point_that_a_node_brings_is_used(
     node.input.append("zeros")
     onnx.save(model, tmp_path / "model.onnx")
 
-    after = GraphWeights(
-        GraphFile(tmp_path / "model.onnx", "decoder"), *sizes_of(checkpoint.dims.text)
-    )
+    text = checkpoint.dims.text
+    graph = GraphFile(tmp_path / "model.onnx", "decoder")
+    after = GraphWeights(graph, text.query_size, text.key_value_size)
 
     codes = after.codes(name)
     assert codes is not None
