@@ -2,30 +2,48 @@
 
 A value is *wide* where it overflows (its largest magnitude, with room for other images, is beyond
 65504) or where rounding it loses too much: each node is also run on the rounded value, and what
-comes out is compared. That shows large scores in front of a softmax, a common offset in front of a
-layer norm, and activations so small that they vanish. Nodes that make or read a wide value compute
-in float32; the rest stays as it is (``float16_islands``).
+comes out is compared, row by row. That shows large scores in front of a softmax, a common offset in
+front of a layer norm, and activations so small that they vanish. Nodes that make or read a wide
+value compute in float32; the rest stays as it is (``float16_islands``).
 
 Kernels sum products and squares in float32, as CUDA's do, so only values between nodes count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
+from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.float16_emulation import emulate_float16
+from llava_edge.convert.float16_islands import add_islands
+from llava_edge.convert.graph import GraphBuilder
+from llava_edge.convert.vision_graph import build_vision_graph
 from llava_edge.convert.vision_trace import Additions, Piece, VisionTrace
 from llava_edge.runtime.session import Array
+from llava_edge.runtime.tile_cosine import TileCosine
+
+_LOG = logging.getLogger(__name__)
+
+Save = Callable[[GraphBuilder], Any]
 
 LARGEST = float(np.finfo(np.float16).max)
 HEADROOM = 4.0
 """A calibration set does not hold every image: a quarter of the range is all that may be used."""
-LOSS_BOUND = 0.02
-"""Relative error that rounding one value may make behind one node; 2e-4 to 5e-4 is usual."""
+LOSS_BOUNDS = (0.02, 0.005, 0.001)
+"""Relative error of a row that rounding one value may make behind one node. The next is taken where
+the whole graph is not near enough with the one before: errors also add up."""
+_LAST_AXIS, _SMALLEST = "guard.last_axis", "guard.smallest"
+_TINY = float(np.finfo(np.float32).tiny)
+COSINE_LOSS = 1e-4
+"""One minus the cosine to float32 that the worst calibration tile may have."""
 MOVING = frozenset({"Concat", "Expand", "Reshape", "Slice", "Split", "Squeeze", "Transpose"})
 """Operators that hand values on as they are."""
 
@@ -48,14 +66,13 @@ class WideValue:
     largest: float
     loss: float
 
-    @property
-    def reason(self) -> str:
+    def reason(self, loss_bound: float) -> str:
         """What a certificate says."""
         if self.largest * HEADROOM > LARGEST:
             return (
                 f"reaches {self.largest:.4g}; float16 holds {LARGEST:.0f}, {HEADROOM:g} x is kept"
             )
-        return f"rounding it changes what follows by {self.loss:.2g}; {LOSS_BOUND:g} is allowed"
+        return f"rounding it changes what follows by {self.loss:.2g}; {loss_bound:g} is allowed"
 
 
 @dataclass
@@ -65,16 +82,15 @@ class Float16Ranges:
     Attributes:
         largest: largest magnitude by value.
         loss: largest relative error behind a node by value; values that are only moved lack it.
-        wide: values that float16 cannot hold.
         floats: all float values that nodes make or the graph is given.
         pieces: name of the piece that makes a value.
     """
 
     largest: dict[str, float] = field(default_factory=dict)
     loss: dict[str, float] = field(default_factory=dict)
-    wide: dict[str, WideValue] = field(default_factory=dict)
     floats: set[str] = field(default_factory=set)
     pieces: dict[str, str] = field(default_factory=dict)
+    _trace: VisionTrace | None = None
 
     @classmethod
     def of(cls, trace: VisionTrace) -> Float16Ranges:
@@ -88,7 +104,7 @@ class Float16Ranges:
 
         for piece, _, values in trace.walk(ask):
             watches[piece.name].read(values, found)
-        found._judge(trace)
+        found._trace = trace
         return found
 
     def per_piece(self) -> dict[str, float]:
@@ -98,19 +114,28 @@ class Float16Ranges:
             largest[piece] = max(largest.get(piece, 0.0), self.largest.get(value, 0.0))
         return largest
 
-    def _judge(self, trace: VisionTrace) -> None:
+    def wide(self, loss_bound: float) -> dict[str, WideValue]:
+        """Values that float16 cannot hold, by name, in order.
+
+        Args:
+            loss_bound: see ``LOSS_BOUNDS``.
+        """
+        assert self._trace is not None
+        found: dict[str, WideValue] = {}
         for value, largest in self.largest.items():
             loss = self.loss.get(value, 0.0)
             overflows = not largest * HEADROOM <= LARGEST
-            if overflows or not loss <= LOSS_BOUND:
-                self._widen(trace, value, float("nan") if overflows else loss)
+            if overflows or not loss <= loss_bound:
+                self._widen(self._trace, value, float("nan") if overflows else loss, found)
+        return {value: found[value] for value in self.largest if value in found}
 
-    def _widen(self, trace: VisionTrace, value: str, loss: float) -> None:
+    def _widen(
+        self, trace: VisionTrace, value: str, loss: float, found: dict[str, WideValue]
+    ) -> None:
         """Note a value and what it was moved from: rounded there, it would be lost as well."""
-        while value not in self.wide and value in self.pieces:
+        while value not in found and value in self.pieces:
             behind = _named_before(trace, value)
-            largest = self.largest[value]
-            self.wide[value] = WideValue(value, self.pieces[value], behind, largest, loss)
+            found[value] = WideValue(value, self.pieces[value], behind, self.largest[value], loss)
             maker = trace.view.producer(value)
             if maker is None or maker.op_type not in MOVING:
                 return
@@ -125,12 +150,12 @@ class _Watch:
         self._piece = piece
         self._nodes: list[Any] = []
         self._largest: dict[str, str] = {}
-        self._loss: list[tuple[str, str, str]] = []
+        self._loss: list[tuple[str, str]] = []
+        self._sized: set[str] = set()
         if not floats:
             floats |= set(piece.inputs)
         made = list(_float_values(trace, piece, floats))
         floats |= set(made)
-        self._made = made
         for value in made:
             self._range(value)
         rounded: dict[str, str] = {}
@@ -143,18 +168,20 @@ class _Watch:
 
     def additions(self) -> Additions:
         """What the piece is to run as well."""
-        outputs = [*self._largest.values(), *(n for _, a, b in self._loss for n in (a, b))]
-        axes = numpy_helper.from_array(np.array([], np.int64), "guard.axes")
-        return Additions(list(dict.fromkeys(outputs)), self._nodes, [axes])
+        outputs = [*self._largest.values(), *(name for _, name in self._loss)]
+        constants = [
+            numpy_helper.from_array(np.array([-1], np.int64), _LAST_AXIS),
+            numpy_helper.from_array(np.array(_TINY, np.float32), _SMALLEST),
+        ]
+        return Additions(outputs, self._nodes, constants)
 
     def read(self, values: Mapping[str, Array], into: Float16Ranges) -> None:
         """Take one tile's scalars."""
         for value, name in self._largest.items():
             into.largest[value] = _larger(into.largest.get(value, 0.0), float(values[name]))
             into.pieces.setdefault(value, self._piece.name)
-        for value, error, size in self._loss:
-            square = float(values[size])
-            loss = (float(values[error]) / square) ** 0.5 if square else float(values[error])
+        for value, name in self._loss:
+            loss = float(values[name]) ** 0.5
             into.loss[value] = _larger(into.loss.get(value, 0.0), loss)
 
     def _range(self, value: str) -> None:
@@ -182,15 +209,23 @@ class _Watch:
         copy.input[place] = rounded[value]
         del copy.output[:]
         copy.output.append(f"guard.again.{key}")
-        size, error = f"guard.size.{output}", f"guard.error.{key}"
+        size, error, worst = f"guard.size.{output}", f"guard.error.{key}", f"guard.worst.{key}"
+        if output not in self._sized:
+            self._sized.add(output)
+            self._nodes += [
+                helper.make_node("ReduceSumSquare", [output, _LAST_AXIS], [f"{size}.square"]),
+                # A row of zeros has no error either: 0 / tiny is 0.
+                helper.make_node("Max", [f"{size}.square", _SMALLEST], [size]),
+            ]
+        # Row by row: a token with huge activations must not hide what others lose.
         self._nodes += [
             copy,
             helper.make_node("Sub", [output, copy.output[0]], [f"guard.gap.{key}"]),
-            helper.make_node("ReduceSumSquare", [f"guard.gap.{key}"], [error], keepdims=0),
+            helper.make_node("ReduceSumSquare", [f"guard.gap.{key}", _LAST_AXIS], [error]),
+            helper.make_node("Div", [error, size], [f"guard.share.{key}"]),
+            helper.make_node("ReduceMax", [f"guard.share.{key}"], [worst], keepdims=0),
         ]
-        if all(size != known for _, _, known in self._loss):
-            self._nodes.append(helper.make_node("ReduceSumSquare", [output], [size], keepdims=0))
-        self._loss.append((value, error, size))
+        self._loss.append((value, worst))
 
 
 def _float_values(trace: VisionTrace, piece: Piece, floats: set[str]) -> Iterator[str]:
@@ -220,22 +255,69 @@ def _larger(a: float, b: float) -> float:
     return b if not b <= a else a
 
 
-def island_report(ranges: Float16Ranges, nodes: Sequence[str], total: int) -> dict[str, Any]:
-    """What the manifest and the certificate say, as plain JSON.
+@dataclass(frozen=True)
+class Guarded:
+    """A float16 graph that is near enough, or as near as the guard can make it.
+
+    Attributes:
+        saved: what saving it returned.
+        facts: plain JSON for manifest and certificate.
+    """
+
+    saved: Any
+    facts: dict[str, Any]
+
+
+def write_guarded_vision(
+    checkpoint: Checkpoint, trace: VisionTrace, pixel_values: Array, folder: Path, save: Save
+) -> Guarded:
+    """Write the float16 graph with as few islands as keep its features.
 
     Args:
-        ranges: over the tiles.
-        nodes: that compute in float32.
-        total: nodes of the graph.
+        checkpoint: the model.
+        trace: of the float32 graph, over the tiles.
+        pixel_values: the tiles, float32 [tiles, 3, T, T].
+        folder: where ``save`` puts the graph's own folder ``vision``.
+        save: writes a graph.
     """
-    islands: dict[str, list[dict[str, Any]]] = {}
-    for value in ranges.wide.values():
-        entry = {"value": value.name, "behind": value.behind, "why": value.reason}
+    ranges = Float16Ranges.of(trace)
+    tried: dict[str, dict[str, float]] = {}
+    for loss_bound in LOSS_BOUNDS:
+        wide = ranges.wide(loss_bound)
+        graph = build_vision_graph(checkpoint.dims, checkpoint, np.float16)
+        total = len(graph.nodes)
+        nodes = add_islands(graph, wide, ranges.floats)
+        shutil.rmtree(folder / "vision", ignore_errors=True)
+        saved = save(graph)
+        features = emulate_float16(folder / "vision" / "model.onnx", checkpoint.dims, pixel_values)
+        found = TileCosine.of(features, trace.features)
+        tried[f"{loss_bound:g}"] = {
+            "mean": _json_number(found.mean_loss),
+            "worst": _json_number(found.worst_loss),
+        }
+        if found.worst_loss <= COSINE_LOSS:
+            break
+    else:
+        _LOG.warning(
+            "the float16 tower is %.2g off on its worst calibration tile, %g is aimed at",
+            found.worst_loss,
+            COSINE_LOSS,
+        )
+    islands: dict[str, list[dict[str, str]]] = {}
+    for value in wide.values():
+        entry = {"value": value.name, "behind": value.behind, "why": value.reason(loss_bound)}
         islands.setdefault(value.piece, []).append(entry)
-    return {
+    facts = {
         "precision": "fp16",
         "islands": islands,
-        "float32_nodes": list(nodes),
+        "float32_nodes": nodes,
         "float32_share": len(nodes) / total,
         "largest_by_layer": ranges.per_piece(),
+        "tile_cosine_loss": tried,
     }
+    return Guarded(saved, facts)
+
+
+def _json_number(value: float) -> float:
+    """What is not finite has no JSON form; a loss of 2 is as far as rows can be apart."""
+    return value if np.isfinite(value) else 2.0

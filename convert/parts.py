@@ -13,8 +13,7 @@ import numpy as np
 
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.decoder_graph import build_decoder_graph
-from llava_edge.convert.float16_guard import Float16Ranges, island_report
-from llava_edge.convert.float16_islands import add_islands
+from llava_edge.convert.float16_guard import write_guarded_vision
 from llava_edge.convert.graph import GraphBuilder
 from llava_edge.convert.linear_ops import QuantizedLayers
 from llava_edge.convert.tokenizer_files import prepare_tokenizer
@@ -92,12 +91,14 @@ class PartBuilders:
             work: where the float32 graph lies meanwhile.
         """
         with self._traced(tiles, work) as trace:
-            ranges = Float16Ranges.of(trace)
-        graph = build_vision_graph(self._checkpoint.dims, self._checkpoint, self._compute)
-        total = len(graph.nodes)
-        nodes = add_islands(graph, ranges.wide, ranges.floats)
-        facts = island_report(ranges, nodes, total)
-        return [self._save(graph, folder, "vision"), {**facts, "calibration": tiles.report}]
+            guarded = write_guarded_vision(
+                self._checkpoint,
+                trace,
+                tiles.pixel_values,
+                folder,
+                lambda graph: self._save(graph, folder, "vision"),
+            )
+        return [guarded.saved, {**guarded.facts, "calibration": tiles.report}]
 
     @contextmanager
     def _traced(self, tiles: CalibrationTiles, work: Path) -> Iterator[VisionTrace]:

@@ -99,12 +99,14 @@ class SessionOptions:
         threads: 0 lets ONNX Runtime take every physical core.
         log_level: ONNX Runtime's; 3 is errors only.
         wide_sums: int8 products are summed in 32 bits, see ``needs_wide_sums``.
+        optimise: let ONNX Runtime change the graph; off where every node is to be seen.
     """
 
     device: DeviceKind = "cpu"
     threads: int = 0
     log_level: int = 3
     wide_sums: bool = False
+    optimise: bool = True
 
 
 class Session:
@@ -133,6 +135,8 @@ class Session:
         settings.log_severity_level = options.log_level
         if options.wide_sums:
             settings.add_session_config_entry("session.x64quantprecision", "1")
+        if not options.optimise:
+            settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         # Patterns that grow with the chunk length are not worth planning for: lengths vary.
         settings.enable_mem_pattern = False
         with _mapped_errors(f"opening {name}"):
