@@ -87,7 +87,7 @@ class LlavaEdge:
         batch = tiles_per_batch(flavour, self._requests.max_tiles)
         encoder = VisionEncoder(vision, self._dims, batch, self._dtype)
         self._embedder = PromptEmbedder(
-            self._dims, self._tokens.image, self._table, encoder, self._dtype
+            self._dims, self._tokens.image, self._table, encoder, self._dtype, batch
         )
         chunk = prefill_chunk_tokens(manifest.prefill_chunk, context_tokens)
         self._decoder = Decoder(decoder, self._dims.text, context_tokens, chunk, self._dtype)

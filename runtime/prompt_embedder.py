@@ -6,7 +6,7 @@ Tiles go through tower and projector into one matrix of features, with the newli
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -36,6 +36,8 @@ class PromptEmbedder:
         table: the embedding table.
         encoder: tower and projector; not asked where a request has no image.
         dtype: float32 (cpu flavour) or float16 (cuda flavour) of features and embeddings.
+        batch_tiles: most tiles that the encoder is given at once, of one image or of several; None
+            for all of an image.
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class PromptEmbedder:
         table: EmbeddingTable,
         encoder: TileEncoder,
         dtype: type[np.float32] | type[np.float16],
+        batch_tiles: int | None = None,
     ) -> None:
         self._dims = dims
         self._image_token_id = image_token_id
         self._table = table
         self._encoder = encoder
         self._dtype = dtype
+        self._batch_tiles = batch_tiles
 
     def features(
         self, pixel_values: Sequence[Array], progress: ReportProgress = no_progress
@@ -59,7 +63,7 @@ class PromptEmbedder:
 
         Args:
             pixel_values: tiles of each image, float32 (num_tiles, 3, T, T).
-            progress: told about tiles, image by image.
+            progress: told about tiles, batch by batch.
 
         Returns:
             (total tiles · patches + 1, hidden) in the flavour's type; the newline row is last.
@@ -71,7 +75,10 @@ class PromptEmbedder:
         # Only models without tiles have no newline row, and then nothing refers to it.
         features[-1] = 0 if newline is None else newline
         done = 0
-        for pixels in pixel_values:
+        batches: Iterable[Array] = pixel_values
+        if self._batch_tiles is not None:
+            batches = _batches(pixel_values, self._batch_tiles)
+        for pixels in batches:
             progress("tiles", done, total)
             rows = features[done * patches : (done + len(pixels)) * patches]
             self._encoder.encode(pixels, rows.reshape(len(pixels), patches, -1))
@@ -95,3 +102,21 @@ class PromptEmbedder:
             self.features(request.pixel_values, progress),
             self._table,
         )
+
+
+def _batches(images: Sequence[Array], size: int) -> Iterator[Array]:
+    """Tiles of all images in order, ``size`` at a time; copied only where a batch spans images."""
+    waiting: list[Array] = []
+    count = 0
+    for tiles in images:
+        start = 0
+        while start < len(tiles):
+            part = tiles[start : start + size - count]
+            waiting.append(part)
+            start += len(part)
+            count += len(part)
+            if count == size:
+                yield waiting[0] if len(waiting) == 1 else np.concatenate(waiting)
+                waiting, count = [], 0
+    if waiting:
+        yield waiting[0] if len(waiting) == 1 else np.concatenate(waiting)

@@ -41,16 +41,10 @@ class _Form:
         integer = self.is_int8 and name not in self.in_float
         form = "MatMulIntegerToFloat" if integer else "MatMul"
         says(walk, have.node, "operator", have.op_type, form, "manifest.json")
-        factor = have.input_factor
-        if factor is not None:
-            says(
-                walk,
-                have.node,
-                "factor in front of it",
-                factor,
-                f"{name}{INPUT_FACTOR}",
-                "its name",
-            )
+        factor: str | None = f"{name}{INPUT_FACTOR}"
+        if factor not in walk.graph.initializers:
+            factor = None
+        says(walk, have.node, "factor in front of it", have.input_factor, factor, "the file")
 
 
 def vision_faults(graph: GraphFile, manifest: Manifest, reference: ReferenceStructure) -> list[str]:

@@ -73,6 +73,43 @@ def test_features_are_the_tiles_of_all_images_and_the_newline_row(
     assert said == [("tiles", 0, 5), ("tiles", 3, 5), ("tiles", 5, 5)]
 
 
+@pytest.mark.parametrize(
+    ("size", "calls"),
+    [
+        (None, [3, 1, 2]),
+        (1, [1, 1, 1, 1, 1, 1]),
+        (2, [2, 2, 2]),
+        (4, [4, 2]),
+        (5, [5, 1]),
+        (8, [6]),
+    ],
+)
+def test_tiles_of_several_images_share_a_batch(
+    table: EmbeddingTable, size: int | None, calls: list[int]
+) -> None:
+    encoder, said = Encoder(), []
+    embedder = PromptEmbedder(DIMS, IMAGE, table, encoder, np.float32, size)
+
+    found = embedder.features(
+        [tiles(1, 2, 3), tiles(4), tiles(5, 6)], lambda stage, done, total: said.append(done)
+    )
+
+    assert encoder.calls == calls
+    assert found[:, 0].tolist() == [k for k in range(1, 7) for _ in range(PATCHES)] + [9]
+    assert said == [sum(calls[:n]) for n in range(len(calls) + 1)]
+
+
+def test_a_batch_within_one_image_is_no_copy(table: EmbeddingTable) -> None:
+    image, seen = tiles(1, 2, 3, 4), []
+
+    class Keeping(Encoder):
+        def encode(self, pixel_values: NDArray[Any], out: NDArray[Any]) -> None:
+            seen.append(np.shares_memory(pixel_values, image))
+
+    PromptEmbedder(DIMS, IMAGE, table, Keeping(), np.float32, 2).features([image, tiles(5)])
+    assert seen == [True, True, False]
+
+
 def test_without_images_the_encoder_is_not_asked(table: EmbeddingTable) -> None:
     encoder = Encoder()
     embedder = PromptEmbedder(DIMS, IMAGE, table, encoder, np.float32)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -44,6 +44,8 @@ class Model:
     grid: str | None = None
     seed: int = 1
     changes: Mapping[str, Any] = field(default_factory=dict)
+    vision: Literal["fp16", "int8"] | None = None
+    """Precision of the tower; None for what the plan takes."""
     alters: str = ""
     """Key of ``checkpoint_changes.CHANGES``: what is done to the checkpoint afterwards."""
 
@@ -54,7 +56,9 @@ MODELS: Mapping[str, Model] = {
     "mistral": Model("mistral"),
     "long": Model("llama", changes={"rope_factor": 4.0, "max_positions": 4096}),
     "int8": Model("mistral", precision="int8", changes={"layers": 2}),
-    "int8 saturating": Model("mistral", precision="int8", changes={"layers": 2}, alters="loud"),
+    "int8 saturating": Model(
+        "mistral", precision="int8", vision="fp16", changes={"layers": 2}, alters="loud"
+    ),
     "int4": Model("mistral", precision="int4", changes={"layers": 2}),
     "gptq": Model("mistral", precision="int4", changes={"layers": 2}, alters="act-order"),
     "system": Model("llama", alters="system turn"),
@@ -138,7 +142,10 @@ class Made:
             out=out,
             profile=profile,
             wishes=PlanRequest(
-                precision=model.precision, context_tokens=model.context_tokens, grid=model.grid
+                precision=model.precision,
+                vision_precision=model.vision,
+                context_tokens=model.context_tokens,
+                grid=model.grid,
             ),
             quantization=QuantizationRequest(quantizer="rtn"),
             verify="none",

@@ -47,7 +47,7 @@ REALISTIC_MODELS: Mapping[str, Model] = {
     "long": _model("llama", rope_factor=4.0),
     "int8": _model("mistral", "int8"),
     # One layer: sums cut in 16 bits are written out pair by pair, which takes its time.
-    "int8 saturating": _model("mistral", "int8", layers=1),
+    "int8 saturating": replace(_model("mistral", "int8", layers=1), vision="fp16"),
     "int4": _model("mistral", "int4"),
 }
 

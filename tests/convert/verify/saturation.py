@@ -87,7 +87,8 @@ def _written_out(graph: Any, node: Any, inner: int, outer: int) -> list[Any]:
     offset = put("Mul", columns, put("Cast", zero, to=onnx.TensorProto.FLOAT))
     centred = put("Sub", total, offset)
     scaled = put("Mul", put("Mul", centred, scale), scales)
-    shape = constant(np.array([1, -1, outer], np.int64))
+    leading = put("Shape", codes, start=0, end=-1)
+    shape = put("Concat", leading, constant(np.array([outer], np.int64)), axis=0)
     made.append(helper.make_node("Reshape", [scaled, shape], [node.output[0]], node.name))
     return made
 
