@@ -28,8 +28,8 @@ from llava_edge.convert.preflight import check_download
 from llava_edge.convert.quantization import (
     BodyFormat,
     LightParts,
-    calibration_conversations,
     quantize,
+    tile_conversations,
 )
 from llava_edge.convert.reference import REFERENCE
 from llava_edge.convert.request import ConvertRequest
@@ -190,9 +190,7 @@ def _vision(job: _Job, build: PartBuilders, work: Path, folder: Path) -> Any:
     if not int8 and job.request.profile.flavour == "cpu":
         # Stored in float16, computed in float32: nothing can overflow.
         return build.vision(folder)
-    tiles = cut_tiles(
-        *calibration_conversations(job.request.quantization, job.processing), job.processing
-    )
+    tiles = cut_tiles(*tile_conversations(job.request.quantization, job.processing), job.processing)
     return (build.int8_vision if int8 else build.guarded_vision)(folder, tiles, work)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,6 +170,16 @@ def calibration_conversations(
     if request.calibration is None:
         return draw_conversations(anyres, request.num_samples, request.seed)
     return read_conversations(request.calibration, anyres, request.num_samples, request.seed)
+
+
+def tile_conversations(
+    request: QuantizationRequest, processing: ImageProcessing
+) -> tuple[tuple[Conversation, ...], dict[str, Any]]:
+    """The same for the tower, which needs images: drawn ones where the folder holds none."""
+    conversations, source = calibration_conversations(request, processing)
+    if any(conversation.image is not None for conversation in conversations):
+        return conversations, source
+    return calibration_conversations(replace(request, calibration=None), processing)
 
 
 def _progress(report: Report) -> Callable[[LayerProgress], None]:

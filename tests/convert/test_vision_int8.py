@@ -259,13 +259,18 @@ def test_tiles_come_from_the_images_that_can_be_read(make_checkpoint: Callable[.
         cut_tiles([talk], {"source": "a test"}, processing)
 
 
-def convert(folder: Path, out: Path, **wishes: object) -> Manifest:
+RTN = QuantizationRequest(quantizer="rtn")
+
+
+def convert(
+    folder: Path, out: Path, asked: QuantizationRequest = RTN, **wishes: object
+) -> Manifest:
     request = ConvertRequest(
         checkpoint=str(folder),
         out=out,
         profile=load_profile("cpu-16gb"),
         wishes=PlanRequest(**{"precision": "int8", **wishes}),  # type: ignore[arg-type]
-        quantization=QuantizationRequest(quantizer="rtn"),
+        quantization=asked,
         verify="none",
     )
     convert_checkpoint(request, no_progress, lambda _: None)
@@ -288,6 +293,18 @@ def test_an_artifact_says_what_its_tower_is(
     assert "vision" not in kept.conversion
     sizes = [m.files["vision/weights.bin"].bytes for m in (manifest, kept)]
     assert sizes[0] < sizes[1]
+
+
+def test_a_folder_without_images_leaves_the_tower_to_drawn_ones(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "texts").mkdir()
+    line = '{"question": "Why?", "answer": "Because."}'
+    (tmp_path / "texts" / "some.jsonl").write_text(f"{line}\n" * 4, "utf-8")
+    asked = QuantizationRequest(quantizer="rtn", calibration=tmp_path / "texts", num_samples=8)
+    facts = convert(make_checkpoint("tiny"), tmp_path / "out", asked).conversion["vision"]
+    assert facts["calibration"]["source"].startswith("drawn by this project")
+    assert facts["calibration"]["num_tiles"] == 6
 
 
 def test_layers_in_float_are_planned_for_after_calibration(

@@ -103,11 +103,11 @@ def test_a_failed_artifact_is_kept_aside_with_its_report(
 
 def test_the_command_verifies_again_and_writes_the_certificate(
     request_of: Callable[..., ConvertRequest],
-    make_checkpoint: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    conversion, _ = converted(request_of("int8", verify="none"))
-    checkpoint = make_checkpoint("odd", backbone="mistral")
+    request = request_of("int8", verify="none")
+    conversion, _ = converted(request)
+    checkpoint = request.checkpoint
 
     code = main(
         [
