@@ -52,7 +52,7 @@ Made by llava-edge {manifest.tools["llava-edge"]} from `{manifest.source.id}`\
 | board | {plan["profile"]} |
 | flavour | {manifest.flavour} (computes in {computes}) |
 | language model | {manifest.precision.language_model}, head {manifest.precision.lm_head} |
-| vision tower and projector | {manifest.precision.vision_tower} |
+| vision tower and projector | {manifest.precision.vision_tower}{_vision_note(manifest)} |
 | AnyRes grid | {plan["grid"]}: {pinpoints} (height x width) |
 | most tokens per image | {plan["max_image_tokens"]} ({plan["max_tiles"]} tiles with thumbnail) |
 | context | {manifest.context_tokens} tokens |
@@ -70,6 +70,17 @@ print(model.generate("What is in the picture?", images=["picture.jpg"]).text)
 
 {_verification(manifest, certificate)}
 """
+
+
+def _vision_note(manifest: Manifest) -> str:
+    """Which layers of the tower differ from the others, in short."""
+    facts = manifest.conversion.get("vision", {})
+    left, islands = len(facts.get("layers_in_float", {})), facts.get("islands", {})
+    if left:
+        return f", {left} layers in fp16 (calibration asked for it)"
+    if islands:
+        return f", partly float32 in {', '.join(islands)} (float16 would not hold it)"
+    return ""
 
 
 def _verification(manifest: Manifest, certificate: Certificate | None) -> str:
