@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := cpu,convert,bench,dev
+EXTRAS := cpu,convert,bench,dev,tensorrt
 PACKAGES := profiles runtime convert bench
 READY := $(VENV)/ready
 INTEROP := .venv-interop

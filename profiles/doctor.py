@@ -15,8 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from llava_edge.profiles.detect import MachineFacts, detect_profile, known_board, read_machine
+from llava_edge.profiles.engines import RTX_CAPABILITIES
 from llava_edge.profiles.errors import ProfileError
-from llava_edge.profiles.hardware import RTX_CAPABILITIES, load_profile
+from llava_edge.profiles.hardware import load_profile
 from llava_edge.profiles.sizes import format_bytes
 
 _PACKAGES = (
