@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llava_edge.convert.disk import write_atomic
-from llava_edge.convert.parts import Report
-from llava_edge.convert.tensorrt_build import build_vision_engine
+from llava_edge.convert.tensorrt_build import Report, build_vision_engine
 from llava_edge.profiles.buffers import tiles_per_batch
 from llava_edge.profiles.engines import LibraryName, rtx_target
 from llava_edge.profiles.errors import DependencyError, EngineError

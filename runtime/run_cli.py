@@ -6,10 +6,12 @@ import argparse
 import io
 import json
 import sys
+from typing import get_args
 
 from llava_edge.runtime.pipeline import LlavaEdge
 from llava_edge.runtime.progress import ProgressLine
 from llava_edge.runtime.records import to_json
+from llava_edge.runtime.tower import AskedEngine
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
         context_tokens=options.context,
         require_verified=options.require_verified,
         allow_slow=options.allow_slow,
+        engine=options.engine,
+        trust_engines=options.trust_engines,
         progress=progress,
     )
     stream = model.stream(
@@ -67,6 +71,21 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that choose what runs the vision tower."""
+    parser.add_argument(
+        "--engine",
+        choices=get_args(AskedEngine),
+        default="auto",
+        help="what runs the vision tower; auto: the first that works",
+    )
+    parser.add_argument(
+        "--trust-engines",
+        action="store_true",
+        help="open TensorRT engines that came with the artifact",
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llava-edge run", description="Ask an artifact about pictures."
@@ -90,5 +109,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=0, help="0: one a physical core")
     parser.add_argument("--require-verified", action="store_true")
     parser.add_argument("--allow-slow", action="store_true", help="run a cuda artifact on the CPU")
+    add_engine_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object as last stdout line")
     return parser
