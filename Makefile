@@ -15,7 +15,7 @@ PRECISION ?=
 STEP ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo convert test test-slow faults test-interop bench-convert lint typecheck format clean
+.PHONY: help install demo convert test test-gpu gpu-suite test-slow faults test-interop bench-convert lint typecheck format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,7 +34,13 @@ convert: $(READY) ## make convert PROFILE=a100 [CHECKPOINT=folder or hub id | MO
 	$(BIN)/llava-edge convert $(CHECKPOINT) $(if $(OUT),--out $(OUT)) $(if $(MODEL),--model $(MODEL)) --profile $(PROFILE) $(if $(PRECISION),--precision $(PRECISION))
 
 test: $(READY) ## the test suite without its slow proofs, on all cores
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow and not gpu"
+
+test-gpu: ## what needs an NVIDIA GPU, in .venv-gpu with onnxruntime-gpu
+	$(MAKE) VENV=.venv-gpu EXTRAS=gpu,convert,bench,dev,tensorrt gpu-suite
+
+gpu-suite: $(READY)
+	$(BIN)/python -m pytest -m gpu
 
 test-slow: $(READY) ## the slow proofs: sound artifacts of the released geometry, faults at realistic scale
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m slow
