@@ -1,14 +1,18 @@
 """``llava-edge bench ARTIFACT… --quality DATA.jsonl``: artifacts on the same questions.
 
-The table goes to stderr. With ``--json`` the last line of stdout is one object with a row an
-artifact; with ``--answers FILE`` every answer is kept.
+Each artifact answers in a process of its own, so that its peak memory is its own. The table goes to
+stderr. With ``--json`` the last line of stdout is one object with a row an artifact; with
+``--answers FILE`` every answer is kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from llava_edge.bench.quality_questions import QualityQuestion, read_quality_que
 from llava_edge.bench.quality_run import QualityResult, measure_quality
 from llava_edge.profiles.errors import OutputExistsError
 from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.host_memory import peak_host_bytes
 from llava_edge.runtime.progress import ProgressLine
 
@@ -28,16 +33,18 @@ def main(argv: list[str] | None = None) -> int:
     questions = read_quality_questions(options.quality, options.limit)
     if options.answers is not None and options.answers.exists():
         raise OutputExistsError(f"{options.answers} exists. Choose another name for --answers.")
+    for artifact in options.artifact:
+        # What cannot be opened is said before an hour is spent on the others.
+        open_artifact(artifact, verify_digests=False)
     rows: list[dict[str, Any]] = []
     kept: list[dict[str, Any]] = []
+    task = _Task(questions, options.grid, options.max_new_tokens, options.threads)
+    # Spawned, as a forked child would count this process's memory in its own peak.
+    context = multiprocessing.get_context("spawn")
     for artifact in options.artifact:
-        progress = ProgressLine()
-        with LlavaEdge.load(artifact, threads=options.threads, progress=progress) as model:
-            result = measure_quality(
-                model, questions, options.grid, options.max_new_tokens, progress
-            )
-            progress.clear()
-            rows.append(_row(artifact, model, result))
+        with ProcessPoolExecutor(1, mp_context=context) as alone:
+            row, result = alone.submit(_measure, artifact, task).result()
+        rows.append(row)
         kept += _answers(artifact, questions, result)
         for message in result.refused[:10]:
             print(message, file=sys.stderr)
@@ -50,12 +57,30 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What every artifact is asked, and how."""
+
+    questions: tuple[QualityQuestion, ...]
+    grid: str | None
+    max_new_tokens: int
+    threads: int
+
+
+def _measure(artifact: str, task: _Task) -> tuple[dict[str, Any], QualityResult]:
+    progress = ProgressLine()
+    with LlavaEdge.load(artifact, threads=task.threads, progress=progress) as model:
+        result = measure_quality(model, task.questions, task.grid, task.max_new_tokens, progress)
+        progress.clear()
+        return _row(artifact, model, result), result
+
+
 def _row(artifact: str, model: LlavaEdge, result: QualityResult) -> dict[str, Any]:
     return {
         "artifact": artifact,
         "precision": model.artifact.manifest.precision.language_model,
         "device": model.device,
-        # Of this process: with several artifacts, the largest so far.
+        "artifact_bytes": sum(entry.bytes for entry in model.artifact.manifest.files.values()),
         "peak_memory": {"host_bytes": peak_host_bytes(), "device_bytes": None},
         "ttft_seconds": result.ttft_seconds,
         "decode_tokens_per_second": result.decode_tokens_per_second,

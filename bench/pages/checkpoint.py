@@ -35,6 +35,9 @@ from llava_edge.bench.pages.tokenizer import (
 )
 from llava_edge.profiles.errors import OutputExistsError
 
+SHIPPED = Path(__file__).with_name("llava-next-pages")
+"""The trained model, as it lies in the repository."""
+
 _HUB_NAMES = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),

@@ -20,6 +20,7 @@ import torch
 import transformers
 
 from llava_edge.bench.pages.geometry import PATCHES
+from llava_edge.bench.pages.page import Question
 from llava_edge.bench.pages.sample import Sample, held_out_sample
 from llava_edge.bench.pages.spoil import FAULTS, Fault, spoiled, swap_tiles
 from llava_edge.bench.pages.text_page import READING_KINDS
@@ -34,6 +35,16 @@ class Result:
 
     right: Counter[str]
     asked: Counter[str]
+
+    @classmethod
+    def of(cls, questions: Sequence[Question], answers: Sequence[str]) -> Result:
+        """Count answers, in the order of their questions."""
+        right: Counter[str] = Counter()
+        asked: Counter[str] = Counter()
+        for question, text in zip(questions, answers, strict=True):
+            asked[question.kind] += 1
+            right[question.kind] += text == question.answer
+        return cls(right, asked)
 
     def share(self, kinds: Sequence[str] | None = None) -> float:
         """Exact match over these kinds, or over all; 0 where none was asked."""
@@ -77,13 +88,8 @@ class Evaluator:
         self, samples: Sequence[Sample], fault: Fault | None = None, base: bool = False
     ) -> Result:
         """Exact match over the first question of each sample."""
-        right: Counter[str] = Counter()
-        asked: Counter[str] = Counter()
-        for sample, text in zip(samples, self.answers(samples, fault, base), strict=True):
-            question = sample.questions[0]
-            asked[question.kind] += 1
-            right[question.kind] += text == question.answer
-        return Result(right, asked)
+        questions = [sample.questions[0] for sample in samples]
+        return Result.of(questions, self.answers(samples, fault, base))
 
     def _answer(self, samples: Sequence[Sample], fault: Fault | None, base: bool) -> list[str]:
         prompts = [
