@@ -42,7 +42,8 @@ def read_quality_questions(file: Path, limit: int | None = None) -> tuple[Qualit
     """
     file = Path(file)
     try:
-        lines = file.read_text("utf-8").splitlines()
+        # Not splitlines: JSON may hold other separators inside a text.
+        lines = file.read_text("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise RequestError(f"--quality {file} cannot be read: {error}") from error
     faults: list[str] = []
@@ -77,16 +78,19 @@ def _read(folder: Path, name: str, line: str, faults: list[str]) -> QualityQuest
     question = entry.get("question")
     if not isinstance(question, str) or not question.strip():
         faults.append(f"{name}: question is {question!r:.40}, not a text")
-    choices = _texts(entry.get("choices", []), f"{name}: choices", faults)
+    choices = _texts(entry.get("choices") or [], f"{name}: choices", faults)
     if len(choices) > _MAX_CHOICES:
         faults.append(f"{name}: {len(choices)} choices; at most {_MAX_CHOICES}")
-    given = entry.get("answers", entry.get("answer"))
+    given = entry.get("answers")
+    given = entry.get("answer") if given is None else given
     answers = _texts([given] if isinstance(given, str) else given, f"{name}: answers", faults)
     if not answers and len(faults) == before:
         faults.append(f"{name}: there are no answers")
     letters = {chr(ord("A") + place) for place in range(len(choices))}
     if choices and len(faults) == before and not letters.issuperset(answers):
         faults.append(f"{name}: answers are {answers!r:.40}; with choices they are letters")
+    if "images" in entry:
+        faults.append(f"{name}: the key is image, also for a list of them, not images")
     images = _images(folder, name, entry.get("image"), faults)
     if len(faults) > before:
         return None
@@ -105,7 +109,7 @@ def _images(folder: Path, name: str, value: Any, faults: list[str]) -> tuple[Pat
     paths: Sequence[Any] = [] if value is None else value if isinstance(value, list) else [value]
     found: list[Path] = []
     for path in paths:
-        if not isinstance(path, str) or not path or "\0" in path or not _inside(folder, path):
+        if not isinstance(path, str) or not path or not _inside(folder, path):
             faults.append(f"{name}: image is {path!r:.80}, no path inside the folder")
             continue
         found.append(folder / path)
@@ -115,5 +119,5 @@ def _images(folder: Path, name: str, value: Any, faults: list[str]) -> tuple[Pat
 def _inside(folder: Path, path: str) -> bool:
     try:
         return (folder / path).resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, ValueError):
         return False

@@ -2,8 +2,8 @@
 
 ``DIR/questions.jsonl`` has a line for each: ``image`` (a PNG in the folder), ``question``,
 ``answer`` (as a calibration folder has it), ``answers`` (as ``bench --quality`` reads it) and
-``kind``. The pages are held out from training; with ``--training`` they are of those that training
-sees, which is what weights should be calibrated on.
+``kind``. The pages are held out from training; with ``--training`` they are of the stream
+that training takes its pages from, which is what weights should be calibrated on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def write_questions(folder: Path, count: int, seed: int = 0, training: bool = Fa
         folder: must not exist.
         count: questions, each with a page of its own.
         seed: of held-out pages; for training pages, the number of the first is ``seed * count``.
-        training: take pages that training sees.
+        training: take pages of the stream that training uses.
 
     Raises:
         OutputExistsError: the folder exists.
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder that does not exist yet")
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--training", action="store_true", help="pages that training sees")
+    parser.add_argument("--training", action="store_true", help="of the training stream")
     given = parser.parse_args(arguments)
     write_questions(given.out, given.count, given.seed, given.training)
     return 0
