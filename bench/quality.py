@@ -62,8 +62,8 @@ def choice_letter(prediction: str, choices: Sequence[str]) -> str | None:
     The first that is found of: the whole answer is a letter; the whole answer is the text of a
     choice; letters in brackets; letters with a stop or colon behind them; letters that stand alone;
     texts of choices, as whole words. Of several, the last counts. Close to MMMU's evaluation, but
-    for its random guess where nothing is found. ``A`` and ``I`` that begin a sentence, and ``I``
-    anywhere, are words, unless marked as letters.
+    for its random guess where nothing is found. A bare ``A`` that begins a sentence, and a bare
+    ``I``, are words.
 
     Args:
         prediction: what the model said.

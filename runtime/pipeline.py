@@ -50,7 +50,14 @@ MAX_THREADS = 1024
 
 
 class LlavaEdge:
-    """A loaded artifact. Make one with ``load``; close it or use it as a context manager."""
+    """A loaded artifact. Make one with ``load``; close it or use it as a context manager.
+
+    Attributes:
+        artifact: what was opened.
+        device: where the decoder runs.
+        engine: what runs the vision tower.
+        context_tokens: positions of the cache.
+    """
 
     def __init__(
         self,
@@ -91,6 +98,7 @@ class LlavaEdge:
 
         progress("loading", 0, 2)
         self._tower = open_tower(artifact, device, engine, open_ort, trust_engines=trust_engines)
+        self.engine: EngineName = self._tower.engine
         progress("loading", 1, 2)
         decoder = Session(artifact.path(manifest.decoder.file), options)
         progress("loading", 2, 2)
@@ -340,11 +348,6 @@ class LlavaEdge:
         return Replay(request, embeddings.features[:-1])
 
     @property
-    def engine(self) -> EngineName:
-        """What runs the vision tower."""
-        return self._tower.engine
-
-    @property
     def decode_run_seconds(self) -> float:
         """Time that all decode steps so far spent inside ONNX Runtime; the rest is our loop."""
         return self._decoder.step_seconds
@@ -444,7 +447,7 @@ class LlavaEdge:
                 timings=timings,
                 peak_memory=PeakMemory(host_bytes=peak_host_bytes(), device_bytes=None),
                 device=self.device,
-                engine=self._tower.engine,
+                engine=self.engine,
                 other_engines=dict(self._tower.other_engines),
             )
 

@@ -6,12 +6,11 @@ import argparse
 import io
 import json
 import sys
-from typing import get_args
 
+from llava_edge.runtime.engine_arguments import add_engine_arguments
 from llava_edge.runtime.pipeline import LlavaEdge
 from llava_edge.runtime.progress import ProgressLine
 from llava_edge.runtime.records import to_json
-from llava_edge.runtime.tower import AskedEngine
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,21 +68,6 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         print(json.dumps(to_json(answer)))
     return 0
-
-
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that choose what runs the vision tower."""
-    parser.add_argument(
-        "--engine",
-        choices=get_args(AskedEngine),
-        default="auto",
-        help="what runs the vision tower; auto: the first that works",
-    )
-    parser.add_argument(
-        "--trust-engines",
-        action="store_true",
-        help="open TensorRT engines that came with the artifact",
-    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge.bench.fresh_process import program, run_fresh
+from llava_edge.bench.pages.draw import write_questions
 
 PROFILE = "cpu-16gb"
+NUM_CALIBRATION, CALIBRATION_SEED = 48, 9000
+"""Calibration takes pages of the training stream, behind the ones that the training run used."""
 
 
 def convert(checkpoint: Path, artifact: Path, precision: str, options: Sequence[str] = ()) -> None:
@@ -20,6 +23,11 @@ def convert(checkpoint: Path, artifact: Path, precision: str, options: Sequence[
     """
     chosen = ["--profile", PROFILE, "--precision", precision, *options]
     run_fresh([program("llava-edge"), "convert", str(checkpoint), str(artifact), *chosen])
+
+
+def write_calibration(folder: Path) -> None:
+    """Write the pages that ``convert --calibration`` takes."""
+    write_questions(folder, NUM_CALIBRATION, CALIBRATION_SEED, training=True)
 
 
 def ask(

@@ -17,7 +17,7 @@ from typing import Any
 import transformers
 
 from llava_edge.bench.pages.checkpoint import SHIPPED
-from llava_edge.bench.pages.commands import ask, convert
+from llava_edge.bench.pages.commands import ask, convert, write_calibration
 from llava_edge.bench.pages.contact_sheet import COLUMNS, Panel, contact_sheet
 from llava_edge.bench.pages.draw import FILE, write_questions
 from llava_edge.bench.pages.evaluate import Evaluator, held_out
@@ -26,8 +26,6 @@ from llava_edge.bench.pages.sample import Sample
 FOLDER = Path("artifacts/demo")
 PRECISIONS = ("fp16", "int8", "int4")
 NUM_QUESTIONS, SEED = 150, 2
-NUM_CALIBRATION, CALIBRATION_SEED = 48, 9000
-"""Calibration takes pages of training; those of this seed lie behind the ones that were used."""
 
 
 def main() -> int:
@@ -37,7 +35,7 @@ def main() -> int:
     FOLDER.mkdir(parents=True)
     _say(f"1. {NUM_QUESTIONS} questions about drawn pages, none seen in training")
     write_questions(FOLDER / "questions", NUM_QUESTIONS, SEED)
-    write_questions(FOLDER / "calibration", NUM_CALIBRATION, CALIBRATION_SEED, training=True)
+    write_calibration(FOLDER / "calibration")
     artifacts = {precision: FOLDER / precision for precision in PRECISIONS}
     for precision, artifact in artifacts.items():
         _say(f"2. llava-edge convert --precision {precision}")

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 from llava_edge.bench.pages.sample import Sample, held_out_sample, training_sample
-from llava_edge.profiles.errors import OutputExistsError
+from llava_edge.bench.pages.whole_folder import whole_folder
 
 FILE = "questions.jsonl"
 
@@ -33,13 +31,8 @@ def write_questions(folder: Path, count: int, seed: int = 0, training: bool = Fa
     Raises:
         OutputExistsError: the folder exists.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise OutputExistsError(f"{folder} exists. Choose another folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        made = Path(scratch) / folder.name
-        (made / "images").mkdir(parents=True)
+    with whole_folder(Path(folder)) as made:
+        (made / "images").mkdir()
         with (made / FILE).open("w", encoding="utf-8") as lines:
             for index in range(count):
                 sample = (
@@ -50,7 +43,6 @@ def write_questions(folder: Path, count: int, seed: int = 0, training: bool = Fa
                 name = f"images/{index:05}.png"
                 sample.image.save(made / name)
                 print(json.dumps(_entry(name, sample)), file=lines)
-        os.replace(made, folder)
 
 
 def _entry(name: str, sample: Sample) -> dict[str, object]:

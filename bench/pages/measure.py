@@ -17,8 +17,7 @@ from typing import Any
 
 from llava_edge.bench.ledger import RESULTS, Ledger
 from llava_edge.bench.pages.checkpoint import SHIPPED
-from llava_edge.bench.pages.commands import ask, convert
-from llava_edge.bench.pages.demo import CALIBRATION_SEED, NUM_CALIBRATION
+from llava_edge.bench.pages.commands import ask, convert, write_calibration
 from llava_edge.bench.pages.draw import FILE, write_questions
 from llava_edge.bench.pages.evaluate import Evaluator, Result, held_out
 from llava_edge.bench.pages.spoil import FAULTS
@@ -40,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_questions(folder / "questions", options.count, options.seed)
-        write_questions(folder / "pages", NUM_CALIBRATION, CALIBRATION_SEED, training=True)
+        write_calibration(folder / "pages")
         artifacts = {}
         for place, (row, (precision, calibrated, more)) in enumerate(_PRECISIONS.items()):
             artifacts[row] = folder / f"artifact-{place}"

@@ -179,7 +179,7 @@ def _pool(settings: Settings, tokenizer: Tokenizer, number: int) -> list[list[Ba
         encode_sample(training_sample(number * count + place, settings.questions), tokenizer)
         for place in range(count)
     ]
-    order = sorted(range(count), key=lambda place: len(drawn[place].ids))
+    order = sorted(range(count), key=lambda place: drawn[place].ids.shape[1])
     # Each step gets pages of all lengths, each micro-batch of one.
     micro = [order[first : first + settings.micro] for first in range(0, count, settings.micro)]
     return [

@@ -15,11 +15,11 @@ import sys
 from llava_edge.profiles.errors import DependencyError, RequestError
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.device_results import keep_result
+from llava_edge.runtime.engine_arguments import add_engine_arguments
 from llava_edge.runtime.on_device import check_on_device
 from llava_edge.runtime.pipeline import LlavaEdge
 from llava_edge.runtime.progress import ProgressLine
 from llava_edge.runtime.records import to_json
-from llava_edge.runtime.run_cli import add_engine_arguments
 from llava_edge.runtime.stage_table import stage_table, verdict_line, verification_json
 from llava_edge.runtime.this_machine import describe_host
 

@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 
 from llava_edge.bench.pages.checkpoint import SHIPPED
+from llava_edge.bench.pages.commands import CALIBRATION_SEED, NUM_CALIBRATION
 from llava_edge.bench.pages.evaluate import Evaluator, held_out
 from llava_edge.bench.pages.sample import training_sample
 from llava_edge.convert import rounding
@@ -24,7 +25,6 @@ from llava_edge.convert.gptq import quantize_weight
 
 SETTINGS = ((4, 128), (4, -1), (3, 128), (3, -1), (2, 32))
 """Bits and group size."""
-_FIRST_PAGE, _NUM_PAGES = 432_000, 48
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=500)
     count = parser.parse_args(arguments).count
     evaluator = Evaluator(SHIPPED)
-    model: Any = evaluator._model
+    model: Any = evaluator.model
     layers = {
         name: layer
         for name, layer in model.model.language_model.named_modules()
@@ -76,7 +76,12 @@ def _moments(evaluator: Evaluator, layers: dict[str, torch.nn.Linear]) -> dict[s
         return add
 
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    evaluator.answers([training_sample(_FIRST_PAGE + place, 1) for place in range(_NUM_PAGES)])
+    evaluator.answers(
+        [
+            training_sample(CALIBRATION_SEED * NUM_CALIBRATION + place, 1)
+            for place in range(NUM_CALIBRATION)
+        ]
+    )
     for hook in hooks:
         hook.remove()
     return {name: total / float(total.diagonal().mean()) for name, total in sums.items()}
