@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := cpu,convert,bench,dev
+EXTRAS := cpu,convert,bench,dev,tensorrt
 PACKAGES := profiles runtime convert bench
 READY := $(VENV)/ready
 INTEROP := .venv-interop
@@ -15,10 +15,10 @@ PRECISION ?=
 STEP ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo convert test test-slow faults test-interop bench-convert lint typecheck format clean
+.PHONY: help install demo convert test test-gpu gpu-suite test-slow faults test-interop bench-convert bench-pages lint typecheck format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(READY) ## create .venv and install everything at pinned versions
 
@@ -27,14 +27,20 @@ $(READY): pyproject.toml constraints.txt
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
-demo: $(READY) ## convert the small checkpoint and ask it about a drawn picture, beside the reference
-	$(BIN)/python -m llava_edge.convert.demo
+demo: $(READY) ## convert the small trained model at fp16, int8 and int4 and ask it about drawn pages
+	$(BIN)/python -m llava_edge.bench.pages.demo
 
 convert: $(READY) ## make convert PROFILE=a100 [CHECKPOINT=folder or hub id | MODEL=name] [OUT=folder] [PRECISION=fp16]
 	$(BIN)/llava-edge convert $(CHECKPOINT) $(if $(OUT),--out $(OUT)) $(if $(MODEL),--model $(MODEL)) --profile $(PROFILE) $(if $(PRECISION),--precision $(PRECISION))
 
 test: $(READY) ## the test suite without its slow proofs, on all cores
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow and not gpu"
+
+test-gpu: ## what needs an NVIDIA GPU, in .venv-gpu with onnxruntime-gpu
+	$(MAKE) VENV=.venv-gpu EXTRAS=gpu,convert,bench,dev,tensorrt gpu-suite
+
+gpu-suite: $(READY)
+	$(BIN)/python -m pytest -m gpu
 
 test-slow: $(READY) ## the slow proofs: sound artifacts of the released geometry, faults at realistic scale
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m slow
@@ -52,6 +58,9 @@ test-interop: $(READY) $(INTEROP)/ready ## transformers, optimum and GPTQModel l
 
 bench-convert: $(READY) $(INTEROP)/ready ## make bench-convert [STEP=rtn|gptq|peer]: memory and time of converting a 7B, and beside GPTQModel
 	$(BIN)/python -m llava_edge.bench.convert_bench $(if $(STEP),--only $(STEP)) --json
+
+bench-pages: $(READY) ## 2,000 held-out questions to the small trained model: precisions, --grid base, AnyRes done wrongly
+	$(BIN)/python -m llava_edge.bench.pages.measure
 
 lint: $(READY) build/typing ## ruff (style, docstrings, formatting) and the import contracts
 	$(BIN)/ruff check .

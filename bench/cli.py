@@ -1,24 +1,32 @@
 """``llava-edge bench ARTIFACT… --quality DATA.jsonl``: artifacts on the same questions.
 
-The table goes to stderr. With ``--json`` the last line of stdout is one object with a row an
-artifact; with ``--answers FILE`` every answer is kept.
+Each artifact answers in a process of its own, so that its peak memory is its own. The table goes to
+stderr. With ``--json`` the last line of stdout is one object with a row an artifact; with
+``--answers FILE`` every answer is kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from llava_edge.bench.quality_questions import QualityQuestion, read_quality_questions
 from llava_edge.bench.quality_run import QualityResult, measure_quality
-from llava_edge.profiles.errors import OutputExistsError
+from llava_edge.profiles.errors import EngineError, OutputExistsError, RequestError
 from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.host_memory import peak_host_bytes
 from llava_edge.runtime.progress import ProgressLine
 
+_MOST_SHOWN = 10
 _COLUMNS = ("exact_match", "anls", "relaxed_accuracy", "multiple_choice")
 
 
@@ -26,28 +34,76 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = _parser().parse_args(argv)
     questions = read_quality_questions(options.quality, options.limit)
-    if options.answers is not None and options.answers.exists():
-        raise OutputExistsError(f"{options.answers} exists. Choose another name for --answers.")
-    rows: list[dict[str, Any]] = []
-    kept: list[dict[str, Any]] = []
     for artifact in options.artifact:
-        progress = ProgressLine()
-        with LlavaEdge.load(artifact, threads=options.threads, progress=progress) as model:
-            result = measure_quality(
-                model, questions, options.grid, options.max_new_tokens, progress
-            )
-            progress.clear()
-            rows.append(_row(artifact, model, result))
-        kept += _answers(artifact, questions, result)
-        for message in result.refused[:10]:
-            print(message, file=sys.stderr)
-    print(_table(rows), file=sys.stderr)
-    if options.answers is not None:
-        lines = "".join(json.dumps(entry) + "\n" for entry in kept)
-        options.answers.write_text(lines, "utf-8")
+        # What cannot be opened is said before an hour is spent on the others.
+        open_artifact(artifact, verify_digests=False)
+    rows: list[dict[str, Any]] = []
+    task = _Task(questions, options.grid, options.max_new_tokens, options.threads)
+    with _opened(options.answers) as kept:
+        try:
+            for artifact in options.artifact:
+                row, result = _measure_alone(artifact, task)
+                rows.append(row)
+                for entry in _answers(artifact, questions, result):
+                    print(json.dumps(entry), file=kept)
+                kept.flush()
+                for message in result.refused[:_MOST_SHOWN]:
+                    print(message, file=sys.stderr)
+                if len(result.refused) > _MOST_SHOWN:
+                    print(f"and {len(result.refused) - _MOST_SHOWN} more", file=sys.stderr)
+        finally:
+            # What was measured is shown even where a later artifact fails.
+            if rows:
+                print(_table(rows), file=sys.stderr)
     if options.json:
         print(json.dumps({"rows": rows}))
-    return 0
+    all_refused = any(len(row["quality"]["refused"]) == len(questions) for row in rows)
+    return 1 if all_refused else 0
+
+
+def _opened(path: Path | None) -> TextIO:
+    """The new file for answers, or one that keeps nothing."""
+    try:
+        return open(os.devnull, "w") if path is None else open(path, "x", encoding="utf-8")
+    except FileExistsError as error:
+        raise OutputExistsError(f"{path} exists. Choose another name for --answers.") from error
+    except OSError as error:
+        raise RequestError(f"--answers {path} cannot be written: {error.strerror}") from error
+
+
+def _measure_alone(artifact: str, task: _Task) -> tuple[dict[str, Any], QualityResult]:
+    # Spawned, as a forked child would count this process's memory in its own peak.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as alone:
+        try:
+            return alone.submit(_measure, artifact, task).result()
+        except BrokenProcessPool as error:
+            raise EngineError(
+                f"the process that ran {artifact} ended without a word, as when memory runs out. "
+                "Close other programs, or ask with a lower --grid."
+            ) from error
+        except KeyboardInterrupt:
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What every artifact is asked, and how."""
+
+    questions: tuple[QualityQuestion, ...]
+    grid: str | None
+    max_new_tokens: int
+    threads: int
+
+
+def _measure(artifact: str, task: _Task) -> tuple[dict[str, Any], QualityResult]:
+    progress = ProgressLine()
+    with LlavaEdge.load(artifact, threads=task.threads, progress=progress) as model:
+        result = measure_quality(model, task.questions, task.grid, task.max_new_tokens, progress)
+        progress.clear()
+        return _row(artifact, model, result), result
 
 
 def _row(artifact: str, model: LlavaEdge, result: QualityResult) -> dict[str, Any]:
@@ -55,7 +111,7 @@ def _row(artifact: str, model: LlavaEdge, result: QualityResult) -> dict[str, An
         "artifact": artifact,
         "precision": model.artifact.manifest.precision.language_model,
         "device": model.device,
-        # Of this process: with several artifacts, the largest so far.
+        "artifact_bytes": sum(entry.bytes for entry in model.artifact.manifest.files.values()),
         "peak_memory": {"host_bytes": peak_host_bytes(), "device_bytes": None},
         "ttft_seconds": result.ttft_seconds,
         "decode_tokens_per_second": result.decode_tokens_per_second,
@@ -80,12 +136,14 @@ def _answers(
 
 def _table(rows: list[dict[str, Any]]) -> str:
     columns = [name for name in _COLUMNS if any(row["quality"][name] is not None for row in rows)]
-    heads = ["artifact", "precision", "questions", *(name.replace("_", " ") for name in columns)]
+    names = [name.replace("_", " ") for name in columns]
+    heads = ["artifact", "precision", "questions", "refused", *names]
     cells = [heads]
     for row in rows:
         quality = row["quality"]
         shares = ["" if quality[name] is None else f"{quality[name]:.2f} %" for name in columns]
-        cells.append([row["artifact"], row["precision"], str(quality["questions"]), *shares])
+        counts = [str(quality["questions"]), str(len(quality["refused"]))]
+        cells.append([row["artifact"], row["precision"], *counts, *shares])
     widths = [max(len(line[at]) for line in cells) for at in range(len(heads))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

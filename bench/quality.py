@@ -5,8 +5,9 @@ Each function takes a prediction and the accepted answers and knows nothing of m
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _ANLS_THRESHOLD = 0.5
 _RELAXED_TOLERANCE = 0.05
@@ -22,9 +23,10 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def anls(prediction: str, answers: Sequence[str]) -> float:
-    """Normalised Levenshtein similarity with the nearest answer; below one half it is 0.
+    """Normalised Levenshtein similarity with the nearest answer.
 
-    Source: Biten et al. 2019, "Scene Text Visual Question Answering"; DocVQA's measure.
+    One half or less counts as 0. Source: Biten et al. 2019, "Scene Text Visual Question
+    Answering"; DocVQA's measure.
     """
     best = 0.0
     said = " ".join(prediction.lower().split())
@@ -57,10 +59,11 @@ def relaxed_accuracy(prediction: str, answers: Sequence[str]) -> float:
 def choice_letter(prediction: str, choices: Sequence[str]) -> str | None:
     """The letter that an answer to a multiple-choice question names; None where it names none.
 
-    In this order: the whole answer is a letter; letters in brackets; letters with a stop or colon
-    behind them; letters that stand alone; the text of a choice. Of several, the last counts, as in
-    MMMU's own evaluation, which serves AI2D, MMBench and MathVista as well. Where that would guess,
-    there is no letter.
+    The first that is found of: the whole answer is a letter; the whole answer is the text of a
+    choice; letters in brackets; letters with a stop or colon behind them; letters that stand alone;
+    texts of choices, as whole words. Of several, the last counts. Close to MMMU's evaluation, but
+    for its random guess where nothing is found. A bare ``A`` that begins a sentence, and a bare
+    ``I``, are words.
 
     Args:
         prediction: what the model said.
@@ -71,21 +74,46 @@ def choice_letter(prediction: str, choices: Sequence[str]) -> str | None:
     whole = re.fullmatch(r"\(?([A-Za-z])[).:]?", said)
     if whole and whole[1].upper() in letters:
         return whole[1].upper()
-    for pattern in (r"\(([A-Z])\)", r"\b([A-Z])[.:)](?!\w)", r"(?<![\w'])([A-Z])(?![\w'])"):
-        # A sentence may begin with the article.
+    for letter, choice in zip(letters, choices, strict=True):
+        if _plain(choice) and _plain(choice) == _plain(said):
+            return letter
+    for pattern in (r"\(([A-Z])\)", r"\b([A-Z])[.:)](?!\w)", r"(?<![\w'])([A-HJ-Z])(?![\w'])"):
         found = [
             match[1]
             for match in re.finditer(pattern, said)
-            if match[1] in letters and not (match[1] == "A" and _is_article(said, match.end()))
+            if match[1] in letters and not _is_article(said, match)
         ]
         if found:
             return found[-1]
-    places = {
-        said.lower().rfind(choice.lower()): letter
-        for letter, choice in zip(letters, choices, strict=True)
-        if choice.strip() and choice.lower() in said.lower()
-    }
-    return places[max(places)] if places else None
+    return _last_text(said, dict(zip(letters, choices, strict=True)))
+
+
+def _is_article(text: str, match: re.Match[str]) -> bool:
+    """Whether a bare ``A`` begins a sentence and a word follows."""
+    bare = match[0] == "A"
+    begins = re.search(r"(^|[.!?:]\s+)$", text[: match.start()]) is not None
+    return bare and begins and re.match(r" [a-z]", text[match.end() :]) is not None
+
+
+def _last_text(said: str, choices: Mapping[str, str]) -> str | None:
+    """The choice whose text stands last, as whole words; a text inside a longer one is not it."""
+    spans = [
+        (match.end(), match.end() - match.start(), letter)
+        for letter, choice in choices.items()
+        if choice.strip()
+        for match in re.finditer(
+            rf"(?<!\w){re.escape(choice.strip())}(?!\w)", said, flags=re.IGNORECASE
+        )
+    ]
+    outer = [
+        span
+        for span in spans
+        if not any(
+            other[1] > span[1] and other[0] >= span[0] and other[0] - other[1] <= span[0] - span[1]
+            for other in spans
+        )
+    ]
+    return max(outer)[2] if outer else None
 
 
 def choice_prompt(question: str, choices: Sequence[str]) -> str:
@@ -103,10 +131,6 @@ def _letters(count: int) -> list[str]:
     return [chr(ord("A") + place) for place in range(count)]
 
 
-def _is_article(text: str, end: int) -> bool:
-    return re.match(r" [a-z]", text[end:]) is not None
-
-
 def _plain(text: str) -> str:
     words = " ".join(text.casefold().split())
     return words.removesuffix(".") if words != "." else words
@@ -118,6 +142,8 @@ def _number(text: str) -> float | None:
     try:
         value = float(said.rstrip("%"))
     except ValueError:
+        return None
+    if not math.isfinite(value) or "_" in said:
         return None
     return value / 100 if percent else value
 

@@ -11,13 +11,13 @@ folder of the file, or a list of such paths, or left out. Further keys are ignor
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llava_edge.profiles.errors import RequestError, shorten
+from llava_edge.runtime.json_lines import path_inside, read_objects
 
 _MAX_CHOICES = 26
 
@@ -42,18 +42,17 @@ def read_quality_questions(file: Path, limit: int | None = None) -> tuple[Qualit
     """
     file = Path(file)
     try:
-        lines = file.read_text("utf-8").splitlines()
+        text = file.read_text("utf-8")
     except (OSError, ValueError) as error:
         raise RequestError(f"--quality {file} cannot be read: {error}") from error
     faults: list[str] = []
     found: list[QualityQuestion] = []
-    for number, line in enumerate(lines, start=1):
+    for name, entry in read_objects(text, lambda number: f"line {number}", faults):
+        question = _read(file.parent, name, entry, faults)
+        if question is not None:
+            found.append(question)
         if len(found) == limit:
             break
-        if line.strip():
-            question = _read(file.parent, f"line {number}", line, faults)
-            if question is not None:
-                found.append(question)
     if not found and not faults:
         faults.append("it holds no question")
     if faults:
@@ -64,29 +63,26 @@ def read_quality_questions(file: Path, limit: int | None = None) -> tuple[Qualit
     return tuple(found)
 
 
-def _read(folder: Path, name: str, line: str, faults: list[str]) -> QualityQuestion | None:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        faults.append(f"{name}: no JSON ({error})")
-        return None
-    if not isinstance(entry, dict):
-        faults.append(f"{name}: no JSON object")
-        return None
+def _read(
+    folder: Path, name: str, entry: dict[str, Any], faults: list[str]
+) -> QualityQuestion | None:
     before = len(faults)
     question = entry.get("question")
     if not isinstance(question, str) or not question.strip():
         faults.append(f"{name}: question is {question!r:.40}, not a text")
-    choices = _texts(entry.get("choices", []), f"{name}: choices", faults)
+    choices = _texts(entry.get("choices") or [], f"{name}: choices", faults)
     if len(choices) > _MAX_CHOICES:
         faults.append(f"{name}: {len(choices)} choices; at most {_MAX_CHOICES}")
-    given = entry.get("answers", entry.get("answer"))
+    given = entry.get("answers")
+    given = entry.get("answer") if given is None else given
     answers = _texts([given] if isinstance(given, str) else given, f"{name}: answers", faults)
     if not answers and len(faults) == before:
         faults.append(f"{name}: there are no answers")
     letters = {chr(ord("A") + place) for place in range(len(choices))}
     if choices and len(faults) == before and not letters.issuperset(answers):
         faults.append(f"{name}: answers are {answers!r:.40}; with choices they are letters")
+    if "images" in entry:
+        faults.append(f"{name}: the key is image, also for a list of them, not images")
     images = _images(folder, name, entry.get("image"), faults)
     if len(faults) > before:
         return None
@@ -104,16 +100,10 @@ def _texts(value: Any, what: str, faults: list[str]) -> tuple[str, ...]:
 def _images(folder: Path, name: str, value: Any, faults: list[str]) -> tuple[Path, ...]:
     paths: Sequence[Any] = [] if value is None else value if isinstance(value, list) else [value]
     found: list[Path] = []
-    for path in paths:
-        if not isinstance(path, str) or not path or "\0" in path or not _inside(folder, path):
-            faults.append(f"{name}: image is {path!r:.80}, no path inside the folder")
-            continue
-        found.append(folder / path)
+    for given in paths:
+        path = path_inside(folder, given)
+        if path is None:
+            faults.append(f"{name}: image is {given!r:.80}, no path inside the folder")
+        else:
+            found.append(path)
     return tuple(found)
-
-
-def _inside(folder: Path, path: str) -> bool:
-    try:
-        return (folder / path).resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError):
-        return False

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from llava_edge.profiles.anyres import format_pinpoints
 from llava_edge.runtime.certificate import Certificate, StageResult
+from llava_edge.runtime.engine_files import ENGINES
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.manifest_check import CERTIFICATE
 
@@ -53,6 +54,7 @@ Made by llava-edge {manifest.tools["llava-edge"]} from `{manifest.source.id}`\
 | flavour | {manifest.flavour} (computes in {computes}) |
 | language model | {manifest.precision.language_model}, head {manifest.precision.lm_head} |
 | vision tower and projector | {manifest.precision.vision_tower}{_vision_note(manifest)} |
+| engine of the tower | {_engine(manifest)} |
 | AnyRes grid | {plan["grid"]}: {pinpoints} (height x width) |
 | most tokens per image | {plan["max_image_tokens"]} ({plan["max_tiles"]} tiles with thumbnail) |
 | context | {manifest.context_tokens} tokens |
@@ -81,6 +83,17 @@ def _vision_note(manifest: Manifest) -> str:
     if islands:
         return f", partly float32 in {', '.join(islands)} (float16 would not hold it)"
     return ""
+
+
+def _engine(manifest: Manifest) -> str:
+    shipped = sorted(name for name in manifest.files if name.startswith(f"{ENGINES}/"))
+    engines = [name for name in shipped if name.endswith(".engine")]
+    if not engines:
+        return "ONNX Runtime"
+    return (
+        f"`{'`, `'.join(engines)}`, opened only where you trust this folder "
+        "(`trust_engines=True`, `--trust-engines`); ONNX Runtime otherwise"
+    )
 
 
 def _verification(manifest: Manifest, certificate: Certificate | None) -> str:

@@ -11,9 +11,8 @@ image that cannot be read is left out and named.
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,14 +24,13 @@ from llava_edge.profiles.anyres import AnyRes
 from llava_edge.profiles.errors import ImageError, RequestError, shorten
 from llava_edge.runtime.image_header import read_image_header
 from llava_edge.runtime.images import ImageSource
+from llava_edge.runtime.json_lines import path_inside, read_objects
 from llava_edge.runtime.limits import Limits
 
 _LOG = logging.getLogger(__name__)
 
 TEXT_SHARE = 0.25
 """Share of samples without an image, where there are enough of both."""
-
-_MAX_LINE_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,8 @@ def read_conversations(
     found = [
         conversation
         for file in files
-        for number, line in _lines(file, faults)
-        if (conversation := _read(folder, f"{file.name}:{number}", line, faults)) is not None
+        for name, entry in _entries(file, faults)
+        if (conversation := _read(folder, name, entry, faults)) is not None
     ]
     if not found and not faults:
         faults.append("no line holds a conversation")
@@ -91,26 +89,16 @@ def read_conversations(
     return tuple(found), source
 
 
-def _lines(file: Path, faults: list[str]) -> list[tuple[int, str]]:
+def _entries(file: Path, faults: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         text = file.read_text("utf-8")
     except (OSError, ValueError) as error:
         faults.append(f"{file.name}: {error}")
-        return []
-    return [(n, line) for n, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        return iter(())
+    return read_objects(text, lambda number: f"{file.name}:{number}", faults)
 
 
-def _read(folder: Path, name: str, line: str, faults: list[str]) -> Conversation | None:
-    try:
-        if len(line) > _MAX_LINE_CHARACTERS:
-            raise ValueError(f"a line of {len(line)} characters; at most {_MAX_LINE_CHARACTERS}")
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        faults.append(f"{name}: no JSON ({error})")
-        return None
-    if not isinstance(entry, dict):
-        faults.append(f"{name}: no JSON object")
-        return None
+def _read(folder: Path, name: str, entry: dict[str, Any], faults: list[str]) -> Conversation | None:
     texts: dict[str, str] = {}
     for key in ("question", "answer"):
         value = entry.get(key)
@@ -121,7 +109,7 @@ def _read(folder: Path, name: str, line: str, faults: list[str]) -> Conversation
     image = entry.get("image")
     opener: Callable[[], ImageSource] | None = None
     if image is not None:
-        path = _inside(folder, image)
+        path = path_inside(folder, image)
         if path is None:
             faults.append(f"{name}: image is {image!r:.80}, no path inside the folder")
             return None
@@ -129,17 +117,6 @@ def _read(folder: Path, name: str, line: str, faults: list[str]) -> Conversation
     if len(texts) < 2:
         return None
     return Conversation(name, texts["question"], texts["answer"], opener)
-
-
-def _inside(folder: Path, image: object) -> Path | None:
-    if not isinstance(image, str) or not image or "\0" in image:
-        return None
-    path = folder / image
-    try:
-        is_inside = path.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError):
-        return None
-    return path if is_inside else None
 
 
 def _choose(

@@ -80,8 +80,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a small file that is there whole, durably, or not at all."""
+def write_atomic(path: Path, data: bytes | memoryview) -> None:
+    """Write a file that is in memory already: there whole, durably, or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     try:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.gptq_checkpoint import open_gptq
 from llava_edge.convert.request import ConvertRequest
+from llava_edge.convert.vision_engine import EngineTarget, plan_engine
 from llava_edge.profiles.errors import BudgetError, RequestError
 from llava_edge.profiles.grids import GridChoice, asked_grid, asked_pinpoints
 from llava_edge.profiles.model_dims import ModelDims
@@ -27,13 +28,15 @@ from llava_edge.runtime.manifest import Reference
 class ArtifactPlan:
     """What will be exported.
 
-    ``grid`` holds the candidates in the order that decides ties under ``reference``.
+    ``grid`` holds the candidates in the order that decides ties under ``reference``; ``engine`` is
+    what the artifact carries for the tower besides its graph.
     """
 
     plan: DeploymentPlan
     grid: GridChoice
     reference: Reference
     notes: tuple[str, ...]
+    engine: EngineTarget | None = None
 
 
 def plan_artifact(request: ConvertRequest, checkpoint: Checkpoint) -> ArtifactPlan:
@@ -42,6 +45,7 @@ def plan_artifact(request: ConvertRequest, checkpoint: Checkpoint) -> ArtifactPl
     Raises:
         BudgetError: what was asked does not fit; names the shortfall and what would.
         RequestError: the request is malformed, or asks for what is not exported yet.
+        DependencyError: ``--engine`` names a library that is not installed.
     """
     _check_kind(checkpoint)
     wishes = replace(request.wishes, variants=(as_variant(checkpoint),))
@@ -51,7 +55,9 @@ def plan_artifact(request: ConvertRequest, checkpoint: Checkpoint) -> ArtifactPl
         open_gptq(checkpoint, str(wishes.precision))
     plan, notes = choose(request, wishes)
     reference = request.reference or ("original" if checkpoint.layout == "original" else "hf")
-    return ArtifactPlan(plan, _grid(checkpoint.dims, request, plan), reference, notes)
+    plan, engine, more = plan_engine(plan, request.profile, wishes.engine)
+    grid = _grid(checkpoint.dims, request, plan)
+    return ArtifactPlan(plan, grid, reference, (*notes, *more), engine)
 
 
 def choose(request: ConvertRequest, wishes: PlanRequest) -> tuple[DeploymentPlan, tuple[str, ...]]:
@@ -61,11 +67,6 @@ def choose(request: ConvertRequest, wishes: PlanRequest) -> tuple[DeploymentPlan
         BudgetError: nothing that was asked fits.
         RequestError: the plan needs something that is not exported yet.
     """
-    if wishes.engine != "ort":
-        raise RequestError(
-            f"--engine {wishes.engine} was asked; this version exports graphs for ONNX Runtime "
-            "(ort) only. Leave --engine out."
-        )
     result = plan_deployment(request.profile, wishes)
     plan = result.plan
     if not plan.fits:

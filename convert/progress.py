@@ -7,6 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+_STEPS = ("quantise", "engine")
+
 
 class StageBars:
     """One progress bar a stage, on stderr."""
@@ -21,7 +23,7 @@ class StageBars:
         if name != self._stage:
             self.close()
             self._stage = name
-            unit = "B" if name != "quantise" else "steps"
+            unit = "B" if name not in _STEPS else "steps"
             # disable=None: no bar where nobody watches.
             self._bar = tqdm(total=total, unit=unit, unit_scale=True, leave=False, disable=None)
         assert self._bar is not None

@@ -243,7 +243,7 @@ def preset(name: str, **changes: Any) -> RandomSpec:
     """A named spec, with fields changed at will.
 
     ``tiny`` has the released tile geometry and small widths; ``odd`` has 5 x 5 patches a tile and
-    widths that are no powers of two; ``demo`` is what ``make demo`` runs.
+    widths that are no powers of two; ``demo`` has a few million parameters and wider matrices.
 
     Raises:
         ValueError: there is no preset of that name.

@@ -7,14 +7,20 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 from llava_edge.profiles.detect import detect_profile
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.formats import VISION_PRECISIONS
 from llava_edge.profiles.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.plan import DeploymentPlan, RejectedCandidate
-from llava_edge.profiles.planner import PlanRequest, PlanResult, nearest_fit, plan_deployment
+from llava_edge.profiles.planner import (
+    Engine,
+    PlanRequest,
+    PlanResult,
+    nearest_fit,
+    plan_deployment,
+)
 from llava_edge.profiles.sizes import format_bytes, parse_bytes
 from llava_edge.profiles.speed import ANSWER_TOKENS, QUESTION_TOKENS
 from llava_edge.profiles.variants import find_variant
@@ -69,7 +75,12 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     board.add_argument("--vram", metavar="SIZE", help="memory that is free for us, such as 24GiB")
     board.add_argument("--detect", action="store_true", help="this machine as it is now")
     board.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    board.add_argument("--engine", choices=("ort", "tensorrt", "tensorrt-rtx"), default="ort")
+    board.add_argument(
+        "--engine",
+        choices=get_args(Engine),
+        default="auto",
+        help="what runs the vision tower; auto: TensorRT-RTX where it supports the GPU",
+    )
     wish = parser.add_argument_group("wishes")
     wish.add_argument("--prefer", choices=("largest", "quality", "speed"), default="largest")
     wish.add_argument("--precision", choices=("fp16", "int8", "int4"))

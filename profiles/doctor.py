@@ -15,8 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from llava_edge.profiles.detect import MachineFacts, detect_profile, known_board, read_machine
+from llava_edge.profiles.engines import INSTALL, LIBRARIES, RTX_CAPABILITIES, rtx_target
 from llava_edge.profiles.errors import ProfileError
-from llava_edge.profiles.hardware import RTX_CAPABILITIES, load_profile
+from llava_edge.profiles.hardware import load_profile
 from llava_edge.profiles.sizes import format_bytes
 
 _PACKAGES = (
@@ -29,6 +30,8 @@ _PACKAGES = (
     "av",
 )
 _MINIMUM_RUNTIME = (1, 27)
+_WAYS = ("tensorrt", "tensorrt-rtx", "ort on cuda", "ort on cpu")
+"""Ways to run the vision tower, in the order in which loading tries them."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,13 @@ class Diagnosis:
     findings: tuple[str, ...]
     install: tuple[str, ...]
     ready: bool
+    other_engines: dict[str, str]
+    """Why each way to run the vision tower cannot be taken, by its name; the others can."""
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Ways to run the vision tower that can be taken, best first."""
+        return tuple(name for name in _WAYS if name not in self.other_engines)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -71,6 +81,8 @@ class Diagnosis:
             "packages": self.packages,
             "findings": list(self.findings),
             "install": list(self.install),
+            "engine": self.engines[0] if self.engines else None,
+            "other_engines": self.other_engines,
             "ready": self.ready,
         }
 
@@ -96,12 +108,14 @@ def diagnose(
     _memory_findings(facts, findings)
     _gpu_findings(facts, findings)
     ready = _runtime_findings(facts, architecture, has_gpu, packages, findings, install)
-    _tensorrt_findings(facts, packages, findings)
+    others = _other_engines(facts, has_gpu, packages)
+    findings.append(_tower_finding(others))
+    findings += [f"{name} is not used: {reason}" for name, reason in others.items()]
     if "torch" not in packages:
         findings.append(
             "torch is not installed: artifacts run, but checkpoints cannot be converted"
         )
-    return Diagnosis(facts, architecture, packages, tuple(findings), tuple(install), ready)
+    return Diagnosis(facts, architecture, packages, tuple(findings), tuple(install), ready, others)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -195,16 +209,41 @@ def _aarch64_wheels(facts: MachineFacts) -> str:
     return load_profile("jetson-orin-nano-8gb").wheels
 
 
-def _tensorrt_findings(facts: MachineFacts, packages: dict[str, str], findings: list[str]) -> None:
-    for name in ("tensorrt", "tensorrt-rtx"):
-        if name in packages:
-            findings.append(f"{name} {packages[name]} is installed")
-    capabilities = {gpu.compute_capability for gpu in facts.gpus.gpus}
-    if capabilities and "tensorrt-rtx" not in packages and capabilities & set(RTX_CAPABILITIES):
-        findings.append(
-            "tensorrt-rtx supports this GPU and can run the vision tower: "
-            "pip install 'llava-edge[tensorrt]'"
-        )
+def _other_engines(facts: MachineFacts, has_gpu: bool, packages: dict[str, str]) -> dict[str, str]:
+    both = {"onnxruntime", "onnxruntime-gpu"} <= set(packages)
+    capabilities = {gpu.compute_capability for gpu in facts.gpus.gpus if gpu.compute_capability}
+    supported = {capability for capability in capabilities if rtx_target(capability)}
+    others: dict[str, str] = {}
+    for name in LIBRARIES:
+        if not has_gpu:
+            others[name] = "there is no NVIDIA GPU"
+        elif name == "tensorrt-rtx" and capabilities and not supported:
+            others[name] = (
+                f"compute capability {', '.join(sorted(capabilities))} stands outside NVIDIA's "
+                f"support matrix ({', '.join(RTX_CAPABILITIES)})"
+            )
+        elif name not in packages:
+            others[name] = f"it is not installed. {INSTALL[name]}"
+    if not has_gpu:
+        others["ort on cuda"] = "there is no NVIDIA GPU"
+    elif both or "onnxruntime-gpu" not in packages:
+        others["ort on cuda"] = "onnxruntime-gpu is not installed alone"
+    if both or not {"onnxruntime", "onnxruntime-gpu"} & set(packages):
+        others["ort on cpu"] = "no build of ONNX Runtime is installed alone"
+    return others
+
+
+def _tower_finding(others: dict[str, str]) -> str:
+    found = [name for name in _WAYS if name not in others]
+    if not found:
+        return "vision tower: nothing can run it"
+    plain = next((name for name in found if name not in LIBRARIES), "nothing")
+    if found[0] not in LIBRARIES:
+        return f"vision tower: {found[0]}"
+    return (
+        f"vision tower: {found[0]}, with an engine that was built here (llava-edge build-engine) "
+        f"or that came with an artifact you trust; {plain} without one"
+    )
 
 
 def _version(text: str) -> tuple[int, ...]:

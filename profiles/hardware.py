@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from llava_edge.profiles.engines import RTX_CAPABILITIES, rtx_target
 from llava_edge.profiles.errors import ProfileError, RequestError, shorten
 from llava_edge.profiles.sizes import parse_bytes
 
@@ -21,9 +22,6 @@ else:
 Kind = Literal["cpu", "cuda", "unified"]
 Flavour = Literal["cpu", "cuda"]
 Int8Isa = Literal["vnni", "amx", "neon-dot", "none"]
-
-RTX_CAPABILITIES = ("7.5", "8.6", "8.9", "12.0", "12.1")
-"""Compute capabilities in NVIDIA's support matrix of TensorRT for RTX (read up to 1.5)."""
 
 _MAX_FILE_BYTES = 1 << 20
 _MOST_BYTES = 1 << 50
@@ -76,9 +74,7 @@ class HardwareProfile:
     @property
     def rtx_target(self) -> str | None:
         """Target name for a TensorRT-RTX engine, or None outside NVIDIA's support matrix."""
-        if self.compute_capability not in RTX_CAPABILITIES:
-            return None
-        return "SM" + self.compute_capability.replace(".", "")
+        return rtx_target(self.compute_capability)
 
     @property
     def budget_bytes(self) -> int:
@@ -311,7 +307,7 @@ class _Reader:
         value = self.raw.get("rtx_target")
         if value is None:
             return
-        follows = "SM" + capability.replace(".", "") if capability in RTX_CAPABILITIES else None
+        follows = rtx_target(capability)
         if value != follows:
             self.faults.append(
                 f"rtx_target is {value!r:.40}, but compute capability {capability} gives "

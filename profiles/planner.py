@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 from llava_edge.profiles.buffers import MIN_TEXT_TOKENS, CacheType, video_tokens_per_frame
 from llava_edge.profiles.constants import Constants, memory_constants, speed_constants
 from llava_edge.profiles.distributed import Parallelism, device_terms, parallelisms
+from llava_edge.profiles.engines import RTX_CAPABILITIES, RTX_UNPROVEN, rtx_target
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.formats import (
     PRECISIONS,
@@ -41,7 +42,8 @@ from llava_edge.profiles.speed import Prediction, predict_speed
 from llava_edge.profiles.variants import Variant, candidates
 
 Prefer = Literal["largest", "quality", "speed"]
-Engine = Literal["ort", "tensorrt", "tensorrt-rtx"]
+Engine = Literal["auto", "ort", "tensorrt", "tensorrt-rtx"]
+"""What is asked to run the tower; ``auto`` takes TensorRT-RTX where NVIDIA's matrix has the GPU."""
 
 CONTEXT_STEP = 256
 """Contexts beyond the smallest are multiples of this."""
@@ -65,7 +67,7 @@ class PlanRequest:
         cache: type of the cache; None for the flavour's own.
         prefer: ``largest`` puts the variant first, ``quality`` the grid, ``speed`` the grid and
             then the shortest predicted answer.
-        engine: what runs the tower.
+        engine: what runs the tower, see ``Engine``.
         vision_precision: ``fp16`` or ``int8`` of tower and projector; None takes int8 wherever the
             board and the language model's precision allow it.
         vision_float_weights: weights of an int8 tower that a conversion left in fp16.
@@ -80,7 +82,7 @@ class PlanRequest:
     num_frames: int = 0
     cache: CacheType | None = None
     prefer: Prefer = "largest"
-    engine: Engine = "ort"
+    engine: Engine = "auto"
     vision_precision: PrecisionName | None = None
     vision_float_weights: int = 0
 
@@ -300,7 +302,7 @@ class _Search:
         budget, host_budget = self.profile.budget_bytes, self.profile.host_budget_bytes
         host_over = host.total - host_budget if apart and host_budget is not None else 0
         over = max(estimate.peak.total - budget, host_over)
-        single = _Sized(estimate.peak, host, self.request.engine, 1, over)
+        single = _Sized(estimate.peak, host, self.engine(), 1, over)
         if single.fits or self.profile.num_devices == 1:
             return single
         text = variant.dims.text
@@ -312,6 +314,12 @@ class _Search:
             if spread.overrun < nearest.overrun:
                 nearest = spread
         return nearest
+
+    def engine(self) -> str:
+        """What runs the tower on one device."""
+        if self.request.engine != "auto":
+            return self.request.engine
+        return "ort" if self.profile.rtx_target is None else "tensorrt-rtx"
 
     def spread(
         self,
@@ -451,6 +459,12 @@ class _Search:
                 "the tower is planned at int8; calibration may leave layers in fp16, and the plan "
                 "is then made again with them (--vision-precision fp16 turns it off)."
             )
+        if c.sized.engine == "tensorrt-rtx" and self.profile.rtx_target is None:
+            notes.append(
+                f"compute capability {self.profile.compute_capability} stands outside NVIDIA's "
+                "support matrix of TensorRT-RTX: its engine compiles, and nobody has shown that it "
+                "runs. The artifact runs without it as well, on ONNX Runtime."
+            )
         if c.sized.num_devices > 1:
             notes.append(
                 f"one device cannot hold it: {c.sized.num_devices} of {self.profile.num_devices} "
@@ -504,10 +518,12 @@ def _check(profile: HardwareProfile, request: PlanRequest) -> None:
         for v in request.variants
         if request.num_frames and v.kind != "video"
     ]
-    if request.engine == "tensorrt-rtx" and profile.rtx_target is None:
+    capability = profile.compute_capability
+    if request.engine == "tensorrt-rtx" and rtx_target(capability, unproven=True) is None:
         faults.append(
-            f"engine tensorrt-rtx needs a compute capability of NVIDIA's support matrix; "
-            f"{profile.name} has {profile.compute_capability or 'no GPU'}"
+            f"engine tensorrt-rtx compiles for compute capabilities "
+            f"{', '.join((*RTX_CAPABILITIES, *RTX_UNPROVEN))}; "
+            f"{profile.name} has {capability or 'no GPU'}"
         )
     if request.engine == "tensorrt" and profile.kind == "cpu":
         faults.append(f"engine tensorrt needs an NVIDIA GPU; {profile.name} has none")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llava_edge.runtime.generate import FinishReason
 
@@ -38,6 +38,8 @@ class Answer:
 
     ``token_ids`` include the stop token, ``text`` does not; ``prompt_tokens`` include
     ``image_tokens``. ``degraded`` lists what was lowered to make the request fit; empty if nothing.
+    ``engine`` ran the vision tower: ``tensorrt``, ``tensorrt-rtx`` or ``ort``; ``other_engines``
+    says of each better one why it did not.
     """
 
     text: str
@@ -50,3 +52,4 @@ class Answer:
     device: str
     engine: str
     degraded: tuple[str, ...] = ()
+    other_engines: dict[str, str] = field(default_factory=dict)

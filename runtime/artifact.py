@@ -29,6 +29,7 @@ from llava_edge.runtime.manifest_check import (
     MANIFEST,
     MAX_FILES,
     MAX_NAME_DEPTH,
+    NOT_OPENED,
     UNLISTED,
     manifest_faults,
 )
@@ -40,7 +41,6 @@ from llava_edge.runtime.versions import own_version
 
 _LOG = logging.getLogger(__name__)
 _MANIFEST_LIMIT = 8 << 20
-_NOT_OPENED = "gptq/"
 _AGAIN = "Copy the artifact again, or convert again."
 
 READERS: Mapping[int, Callable[[Any], Manifest]] = {
@@ -87,8 +87,9 @@ def open_artifact(
 
     Args:
         folder: the artifact; the path to it may go through links, nothing inside may.
-        verify_digests: hash the files that running opens (all but ``gptq/``), or take the digests
-            from the cache where the files are untouched since.
+        verify_digests: hash the files that running opens (all but ``gptq/`` and ``engines/``, which
+            is looked at where an engine is chosen), or take the digests from the cache where the
+            files are untouched since.
         require_verified: refuse an artifact without a certificate of its own that says passed.
         hash_everything: hash all files anew and do not ask the cache.
         read_certificate_too: whoever is about to write a new one need not be stopped by the old.
@@ -233,7 +234,7 @@ def _check_digests(root: Path, manifest: Manifest, everything: bool) -> None:
         digests = hash_files([root / name for name in manifest.files])
         actual = {name: digests[root / name] for name in manifest.files}
     else:
-        opened = [name for name in manifest.files if not name.startswith(_NOT_OPENED)]
+        opened = [name for name in manifest.files if not name.startswith(NOT_OPENED)]
         actual = DigestCache(root).hash_files(opened)
     _raise(
         root,
@@ -256,7 +257,7 @@ def check_graphs(root: Path, manifest: Manifest) -> None:
     for spec in (manifest.vision, manifest.decoder):
         specs.setdefault(spec.file, []).append(spec)
     for name in manifest.files:
-        if not name.endswith(".onnx") or name.startswith(_NOT_OPENED):
+        if not name.endswith(".onnx") or name.startswith(NOT_OPENED):
             continue
         header = read_onnx_header(root / name)
         beside = name.rpartition("/")[0]

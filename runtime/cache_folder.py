@@ -17,20 +17,20 @@ def cache_folder() -> Path:
     return Path(os.path.expanduser("~")) / ".cache" / "llava-edge"
 
 
-def keep_in_cache(path: Path, text: str) -> None:
+def keep_in_cache(path: Path, contents: str | bytes) -> None:
     """Write a file of the cache whole or not at all, and do without where that is impossible.
 
     Args:
         path: below ``cache_folder()``.
-        text: its contents.
+        contents: text is written in UTF-8.
     """
     # A read-only home or a full disk must not keep an artifact from being opened.
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, partial = tempfile.mkstemp(dir=path.parent)
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(contents.encode() if isinstance(contents, str) else contents)
             os.replace(partial, path)
         except BaseException:
             with contextlib.suppress(OSError):

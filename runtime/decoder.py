@@ -16,6 +16,9 @@ from llava_edge.profiles.model_dims import TextDims
 from llava_edge.runtime.kv_cache import KVCache
 from llava_edge.runtime.session import Array, Buffer, Session
 
+PlaceEmbeddings = Callable[[int, int, int], None]
+"""``place(start, stop, address)`` writes what it has of positions start..stop on the device."""
+
 FillEmbeddings = Callable[[int, int, Array], None]
 """``fill(start, stop, out)`` writes the embeddings of positions start..stop into ``out``."""
 
@@ -79,7 +82,13 @@ class Decoder:
         """Valid positions in the cache."""
         return self.cache.length
 
-    def prefill(self, num_tokens: int, fill: FillEmbeddings, logits_to_keep: int = 1) -> Array:
+    def prefill(
+        self,
+        num_tokens: int,
+        fill: FillEmbeddings,
+        logits_to_keep: int = 1,
+        place: PlaceEmbeddings | None = None,
+    ) -> Array:
         """Append ``num_tokens`` positions and return the logits of the last ones.
 
         Args:
@@ -87,6 +96,8 @@ class Decoder:
             fill: writes their embeddings, chunk by chunk.
             logits_to_keep: how many of the last positions to return logits for; no more than the
                 last chunk holds.
+            place: called behind ``fill``, with the address of the chunk where the graph reads it;
+                for embeddings that are on the device already.
 
         Returns:
             float32 (logits_to_keep, vocab). Valid until the next call.
@@ -114,7 +125,10 @@ class Decoder:
             rows = chunk[:, : stop - start]
             fill(start, stop, rows[0])
             keep = logits_to_keep if start == last_start else 1
-            logits = self._run_chunk(self._device_rows(rows), stop - start, keep)
+            buffer = self._device_rows(rows)
+            if place is not None:
+                place(start, stop, buffer.address)
+            logits = self._run_chunk(buffer, stop - start, keep)
         kept: Array = logits.read()[0]
         return kept
 

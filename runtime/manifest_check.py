@@ -21,6 +21,9 @@ CARD = "README.md"
 UNLISTED = frozenset({MANIFEST, CERTIFICATE, CARD})
 """Files of an artifact that its manifest does not list."""
 
+NOT_OPENED = ("gptq/", "engines/")
+"""Folders that answering does not read; what lies there is neither hashed nor judged on opening."""
+
 MAX_FILES = 4096
 MAX_NAME_DEPTH = 4
 _MAX_SIZE = 1 << 31
@@ -79,6 +82,8 @@ def _references(manifest: Manifest) -> Iterator[str]:
     ):
         if name not in manifest.files:
             yield f"names {name!r:.120} as {what} and does not list it"
+        elif name.startswith(NOT_OPENED):
+            yield f"names {name!r:.120} as {what}, in a folder that is not judged on opening"
 
 
 def _graph(what: str, spec: GraphSpec) -> Iterator[str]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from llava_edge.profiles.buffers import prefill_chunk_tokens, tiles_per_batch
+from llava_edge.profiles.engines import EngineName
 from llava_edge.profiles.errors import PromptError, RequestError
 from llava_edge.runtime.answer import Answer, PeakMemory, Timings
 from llava_edge.runtime.arguments import require_count
@@ -40,6 +41,7 @@ from llava_edge.runtime.sampling import Sampler, SamplingOptions
 from llava_edge.runtime.session import Array, DeviceKind, Session, SessionOptions
 from llava_edge.runtime.stream import AnswerStream, Pieces, StreamHandle
 from llava_edge.runtime.tokenizer import Tokenizer
+from llava_edge.runtime.tower import AskedEngine, open_tower
 from llava_edge.runtime.turnstile import Turnstile
 from llava_edge.runtime.verified_here import check_verified_here
 from llava_edge.runtime.vision import VisionEncoder
@@ -48,7 +50,14 @@ MAX_THREADS = 1024
 
 
 class LlavaEdge:
-    """A loaded artifact. Make one with ``load``; close it or use it as a context manager."""
+    """A loaded artifact. Make one with ``load``; close it or use it as a context manager.
+
+    Attributes:
+        artifact: what was opened.
+        device: where the decoder runs.
+        engine: what runs the vision tower.
+        context_tokens: positions of the cache.
+    """
 
     def __init__(
         self,
@@ -58,6 +67,8 @@ class LlavaEdge:
         context_tokens: int,
         limits: Limits,
         progress: ReportProgress,
+        engine: AskedEngine = "auto",
+        trust_engines: bool = False,
     ) -> None:
         manifest = artifact.manifest
         flavour = manifest.flavour
@@ -78,16 +89,21 @@ class LlavaEdge:
         map_large_blocks()
         wide_sums = device == "cpu" and needs_wide_sums(manifest.precision)
         options = SessionOptions(device=device, threads=threads, wide_sums=wide_sums)
+        # The plan asks the same functions, so what it counted is what is taken here.
+        batch = tiles_per_batch(flavour, self._requests.max_tiles)
+
+        def open_ort() -> VisionEncoder:
+            session = Session(artifact.path(manifest.vision.file), options)
+            return VisionEncoder(session, self._dims, batch, self._dtype)
+
         progress("loading", 0, 2)
-        vision = Session(artifact.path(manifest.vision.file), options)
+        self._tower = open_tower(artifact, device, engine, open_ort, trust_engines=trust_engines)
+        self.engine: EngineName = self._tower.engine
         progress("loading", 1, 2)
         decoder = Session(artifact.path(manifest.decoder.file), options)
         progress("loading", 2, 2)
-        # The plan asks the same functions, so what it counted is what is taken here.
-        batch = tiles_per_batch(flavour, self._requests.max_tiles)
-        encoder = VisionEncoder(vision, self._dims, batch, self._dtype)
         self._embedder = PromptEmbedder(
-            self._dims, self._tokens.image, self._table, encoder, self._dtype, batch
+            self._dims, self._tokens.image, self._table, self._tower.encoder, self._dtype, batch
         )
         chunk = prefill_chunk_tokens(manifest.prefill_chunk, context_tokens)
         self._decoder = Decoder(decoder, self._dims.text, context_tokens, chunk, self._dtype)
@@ -102,6 +118,8 @@ class LlavaEdge:
         context_tokens: int | None = None,
         require_verified: bool = False,
         allow_slow: bool = False,
+        engine: AskedEngine = "auto",
+        trust_engines: bool = False,
         limits: Limits | None = None,
         progress: ReportProgress = no_progress,
     ) -> LlavaEdge:
@@ -118,13 +136,18 @@ class LlavaEdge:
             context_tokens: positions of the cache, at most the artifact's; fewer take less memory.
             require_verified: refuse an artifact without its certificate.
             allow_slow: see ``device``.
+            engine: what runs the vision tower. ``auto`` takes the first that works of TensorRT,
+                TensorRT-RTX and ONNX Runtime; one that is named must work.
+            trust_engines: open engines that came with the artifact, which runs NVIDIA's library
+                over bytes that its maker chose. Engines built on this machine need no trust.
             limits: bounds on what is accepted as input.
             progress: told about loading.
 
         Raises:
             ArtifactError: the artifact is damaged, unsafe or not verified.
             EngineError: the device is not there, or does not suit the artifact, or the golden
-                prompts fail on it.
+                prompts fail on it, or the engine that was named does not work.
+            DependencyError: the engine that was named is not installed.
             OutOfMemoryError: cache and weights do not fit what is free now.
             RequestError: an argument is out of range or of another type.
         """
@@ -136,6 +159,8 @@ class LlavaEdge:
             threads=threads,
             context_tokens=context_tokens,
             allow_slow=allow_slow,
+            engine=engine,
+            trust_engines=trust_engines,
             limits=limits,
             progress=progress,
         )
@@ -155,6 +180,8 @@ class LlavaEdge:
         threads: int = 0,
         context_tokens: int | None = None,
         allow_slow: bool = False,
+        engine: AskedEngine = "auto",
+        trust_engines: bool = False,
         limits: Limits | None = None,
         progress: ReportProgress = no_progress,
     ) -> LlavaEdge:
@@ -175,7 +202,16 @@ class LlavaEdge:
             )
         if chosen == "cpu":
             check_host_memory(artifact, context)
-        return cls(artifact, chosen, threads, context, limits or Limits(), progress)
+        return cls(
+            artifact,
+            chosen,
+            threads,
+            context,
+            limits or Limits(),
+            progress,
+            engine,
+            trust_engines,
+        )
 
     def generate(self, prompt: str, images: Sequence[ImageSource] = (), **options: Any) -> Answer:
         """Answer a question; takes the options of ``stream``.
@@ -320,6 +356,9 @@ class LlavaEdge:
         """Stop the request in progress, let go of sessions, cache and files; idempotent."""
         with self._turnstile.closing():
             self._table.close()
+            tower = self.__dict__.pop("_tower", None)
+            if tower is not None:
+                tower.close()
             # Nobody gets in any more, so nobody misses them.
             self.__dict__.pop("_embedder", None)
             self.__dict__.pop("_decoder", None)
@@ -408,7 +447,8 @@ class LlavaEdge:
                 timings=timings,
                 peak_memory=PeakMemory(host_bytes=peak_host_bytes(), device_bytes=None),
                 device=self.device,
-                engine="ort",
+                engine=self.engine,
+                other_engines=dict(self._tower.other_engines),
             )
 
     def _prefill(
@@ -422,6 +462,6 @@ class LlavaEdge:
             embeddings.fill(start, stop, out)
 
         self._decoder.rewind(0)
-        logits: Array = self._decoder.prefill(total, fill)[0]
+        logits: Array = self._decoder.prefill(total, fill, place=embeddings.place)[0]
         progress("prompt", total, total)
         return logits

@@ -6,13 +6,14 @@ Tiles go through tower and projector into one matrix of features, with the newli
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from llava_edge.profiles.buffers import image_feature_shape
 from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.runtime.device_rows import DeviceRows
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
@@ -25,6 +26,17 @@ class TileEncoder(Protocol):
 
     def encode(self, pixel_values: Array, out: Array) -> None:
         """Tiles float32 (n, 3, T, T) to features (n, patches, hidden), written into ``out``."""
+
+
+@runtime_checkable
+class DeviceEncoder(Protocol):
+    """Tower and projector whose features stay on the device."""
+
+    def new_rows(self, shape: tuple[int, int]) -> DeviceRows:
+        """A matrix (rows, hidden) for features."""
+
+    def encode_rows(self, pixel_values: Array, rows: DeviceRows, first_row: int) -> None:
+        """Tiles float32 (n, 3, T, T) to features, written from ``first_row`` on."""
 
 
 class PromptEmbedder:
@@ -45,7 +57,7 @@ class PromptEmbedder:
         dims: ModelDims,
         image_token_id: int,
         table: EmbeddingTable,
-        encoder: TileEncoder,
+        encoder: TileEncoder | DeviceEncoder,
         dtype: type[np.float32] | type[np.float16],
         batch_tiles: int | None = None,
     ) -> None:
@@ -58,7 +70,7 @@ class PromptEmbedder:
 
     def features(
         self, pixel_values: Sequence[Array], progress: ReportProgress = no_progress
-    ) -> Array:
+    ) -> Array | DeviceRows:
         """Features of all tiles of all images.
 
         Args:
@@ -67,25 +79,43 @@ class PromptEmbedder:
 
         Returns:
             (total tiles · patches + 1, hidden) in the flavour's type; the newline row is last.
+            Where the encoder keeps them on the device, they are there.
         """
         patches = self._dims.vision.num_patches
         total = sum(len(pixels) for pixels in pixel_values)
-        features = np.empty(image_feature_shape(self._dims, total), self._dtype)
-        newline = self._table.image_newline
-        # Only models without tiles have no newline row, and then nothing refers to it.
-        features[-1] = 0 if newline is None else newline
+        features, encode = self._room(image_feature_shape(self._dims, total))
         done = 0
         batches: Iterable[Array] = pixel_values
         if self._batch_tiles is not None:
             batches = _batches(pixel_values, self._batch_tiles)
         for pixels in batches:
             progress("tiles", done, total)
-            rows = features[done * patches : (done + len(pixels)) * patches]
-            self._encoder.encode(pixels, rows.reshape(len(pixels), patches, -1))
+            encode(pixels, done * patches)
             done += len(pixels)
         if total:
             progress("tiles", total, total)
         return features
+
+    def _room(
+        self, shape: tuple[int, int]
+    ) -> tuple[Array | DeviceRows, Callable[[Array, int], None]]:
+        """A matrix that ends with the newline row, and what writes tiles into it from a row on."""
+        # Only models without tiles have no newline row, and then nothing refers to it.
+        newline = self._table.image_newline
+        last = np.zeros(shape[1], self._dtype) if newline is None else newline
+        encoder, patches = self._encoder, self._dims.vision.num_patches
+        if isinstance(encoder, DeviceEncoder):
+            rows = encoder.new_rows(shape)
+            rows.write(shape[0] - 1, last)
+            return rows, lambda pixels, first: encoder.encode_rows(pixels, rows, first)
+        features = np.empty(shape, self._dtype)
+        features[-1] = last
+
+        def encode(pixels: Array, first: int) -> None:
+            out = features[first : first + len(pixels) * patches]
+            encoder.encode(pixels, out.reshape(len(pixels), patches, -1))
+
+        return features, encode
 
     def embed(self, request: Request, progress: ReportProgress = no_progress) -> PromptEmbeddings:
         """Encode a request's tiles; its embeddings are then fetched chunk by chunk.

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from llava_edge.profiles.anyres import TileLayout
+from llava_edge.runtime.device_rows import DeviceRows
 from llava_edge.runtime.image_features import packing_index
 from llava_edge.runtime.session import Array
 
@@ -32,11 +33,8 @@ class PromptEmbeddings:
         layouts: geometry of each image, in order of appearance.
         patches_per_side: patches along one side of a tile.
         features: (total tiles · patches + 1, hidden): the tiles of all images one after another
-            and the newline row last.
+            and the newline row last. Where they are on the device, ``place`` moves them there.
         table: the embedding table.
-
-    Attributes:
-        features: as given.
     """
 
     def __init__(
@@ -45,11 +43,11 @@ class PromptEmbeddings:
         image_token_id: int,
         layouts: Sequence[TileLayout],
         patches_per_side: int,
-        features: Array,
+        features: Array | DeviceRows,
         table: Rows,
     ) -> None:
         self._ids = ids
-        self.features = features
+        self._features = features
         self._table = table
         newline_row = features.shape[0] - 1
         sources: list[Array] = []
@@ -64,18 +62,38 @@ class PromptEmbeddings:
         if sources:
             self._feature_rows[ids == image_token_id] = np.concatenate(sources)
 
+    @property
+    def features(self) -> Array:
+        """(rows, hidden) in host memory, copied where they are on the device."""
+        features = self._features
+        return features.read() if isinstance(features, DeviceRows) else features
+
+    def place(self, start: int, stop: int, address: int) -> None:
+        """Copy what ``fill`` left out, features on the device, to the rows at ``address``."""
+        if not isinstance(self._features, DeviceRows):
+            return
+        rows = self._feature_rows[start:stop]
+        positions = np.flatnonzero(rows >= 0)
+        self._features.place(rows[positions], positions, address)
+
     def fill(self, start: int, stop: int, out: Array) -> None:
-        """Write the embeddings of positions start..stop into ``out`` (stop − start, hidden)."""
+        """Write the embeddings of positions start..stop into ``out`` (stop − start, hidden).
+
+        Rows of images are left as they are where features are on the device.
+        """
         rows = self._feature_rows[start:stop]
         is_image = rows >= 0
+        features = None if isinstance(self._features, DeviceRows) else self._features
         if is_image.all():
-            np.take(self.features, rows, axis=0, out=out)
+            if features is not None:
+                np.take(features, rows, axis=0, out=out)
             return
         text = ~is_image
         ids = self._ids[start:stop]
         if not is_image.any():
             self._table.rows(ids, out=out)
             return
-        out[is_image] = self.features[rows[is_image]]
+        if features is not None:
+            out[is_image] = features[rows[is_image]]
         wanted = np.empty((int(text.sum()), out.shape[1]), out.dtype)
         out[text] = self._table.rows(ids[text], out=wanted)

@@ -7,6 +7,7 @@ import io
 import json
 import sys
 
+from llava_edge.runtime.engine_arguments import add_engine_arguments
 from llava_edge.runtime.pipeline import LlavaEdge
 from llava_edge.runtime.progress import ProgressLine
 from llava_edge.runtime.records import to_json
@@ -27,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         context_tokens=options.context,
         require_verified=options.require_verified,
         allow_slow=options.allow_slow,
+        engine=options.engine,
+        trust_engines=options.trust_engines,
         progress=progress,
     )
     stream = model.stream(
@@ -90,5 +93,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=0, help="0: one a physical core")
     parser.add_argument("--require-verified", action="store_true")
     parser.add_argument("--allow-slow", action="store_true", help="run a cuda artifact on the CPU")
+    add_engine_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object as last stdout line")
     return parser

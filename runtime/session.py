@@ -5,10 +5,12 @@ A buffer is bound once and changed in place; on the CPU it shares its memory wit
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,8 +60,7 @@ class Buffer:
                 self.array.fill(0)
                 self.value = ort.OrtValue.ortvalue_from_numpy(self.array)
             else:
-                zeros = np.zeros(self.shape, self.dtype)
-                self.value = ort.OrtValue.ortvalue_from_numpy(zeros, device, 0)
+                self.value = _on_device(np.zeros(self.shape, self.dtype), device)
 
     @classmethod
     def over(cls, array: Array) -> Buffer:
@@ -85,9 +86,18 @@ class Buffer:
         return copied
 
     @property
+    def address(self) -> int:
+        """Where the memory begins, on its device; valid for every library of the process."""
+        return int(self.value.data_ptr())
+
+    @property
     def nbytes(self) -> int:
         """Bytes held on the device."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def _on_device(array: Array, device: DeviceKind) -> Any:
+    return ort.OrtValue.ortvalue_from_numpy(array, device, 0)
 
 
 @dataclass(frozen=True)
@@ -139,11 +149,20 @@ class Session:
             settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         # Patterns that grow with the chunk length are not worth planning for: lengths vary.
         settings.enable_mem_pattern = False
+        provider = _PROVIDERS[options.device]
+        if options.device == "cuda":
+            _preload_cuda()
         with _mapped_errors(f"opening {name}"):
-            self._session = ort.InferenceSession(
-                model, settings, providers=[_PROVIDERS[options.device]]
-            )
+            self._session = ort.InferenceSession(model, settings, providers=[provider])
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
+        # ONNX Runtime goes on with the CPU where a provider's libraries do not load.
+        if provider not in self.providers:
+            raise EngineError(
+                f"ONNX Runtime {ort.__version__} could not start {provider}, although this build "
+                "has it: a CUDA library is missing or the driver is too old. Install the "
+                "libraries with pip install 'onnxruntime-gpu[cuda]' nvidia-cublas, or run "
+                "llava-edge doctor."
+            )
         # The arena keeps what it once took. A prompt's activations are given back after the run;
         # measured on a full-size tower, the arena's peak is 0.4 GiB below plain allocation's.
         self._shrinking = ort.RunOptions()
@@ -213,6 +232,15 @@ class Binding:
             EngineError: anything else that ONNX Runtime reports.
         """
         self._session.run_bound(self._binding, shrink=shrink)
+
+
+@cache
+def _preload_cuda() -> None:
+    """Let the loader find CUDA libraries that pip installed; the graphs need no cuDNN."""
+    if hasattr(ort, "preload_dlls"):
+        # It reports on stdout, which belongs to answers.
+        with redirect_stdout(sys.stderr):
+            ort.preload_dlls(cudnn=False)
 
 
 @contextmanager

@@ -6,18 +6,20 @@ import platform
 from pathlib import Path
 
 from llava_edge.profiles.detect import read_board, read_cpu_model, read_int8_isa
+from llava_edge.profiles.engines import EngineName
 from llava_edge.profiles.nvml import read_gpus
 from llava_edge.runtime.certificate import Host
 from llava_edge.runtime.session import ENGINE_VERSION, DeviceKind, provider_name
 
 
-def describe_host(device: DeviceKind, root: Path = Path("/")) -> Host:
+def describe_host(device: DeviceKind, root: Path = Path("/"), engine: EngineName = "ort") -> Host:
     """This machine.
 
     Args:
         device: where the graphs run. On ``cuda`` the GPU gives the machine its name, else the
             board does where it has one, else the architecture.
         root: stands in for the file system in tests.
+        engine: what runs the vision tower; it is part of the provider's name where it is another.
     """
     try:
         cpuinfo = (root / "proc" / "cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -31,6 +33,6 @@ def describe_host(device: DeviceKind, root: Path = Path("/")) -> Host:
         machine=machine,
         cpu=read_cpu_model(cpuinfo),
         int8_isa=read_int8_isa(cpuinfo),
-        provider=provider_name(device),
+        provider=provider_name(device) if engine == "ort" else f"{engine}, {provider_name(device)}",
         onnxruntime=ENGINE_VERSION,
     )

@@ -36,7 +36,7 @@ def check_verified_here(model: LlavaEdge) -> None:
     certificate = artifact.certificate
     if certificate is None or not artifact.verified:
         return
-    here, there = describe_host(model.device), certificate.host
+    here, there = describe_host(model.device, engine=model.engine), certificate.host
     differences = []
     if there.provider != here.provider:
         differences.append(f"on {there.provider:.80} and runs on {here.provider}")

@@ -71,6 +71,7 @@ def test_convert_and_run_give_one_json_object_as_last_line(
         "device",
         "engine",
         "degraded",
+        "other_engines",
     }
     assert len(answered["token_ids"]) == 3
     assert answered["text"] in output.err
@@ -163,7 +164,7 @@ def test_a_checkpoint_that_cannot_be_kept_is_refused_and_nothing_is_written(
         pytest.param(["--pinpoints", "71x70"], "71x70", id="pinpoints off the tile"),
         pytest.param(["--grid", "2x2", "--pinpoints", "70x70"], "pinpoints were both", id="both"),
         pytest.param(["--context", "9999999"], "positions", id="context beyond the model"),
-        pytest.param(["--engine", "tensorrt"], "--engine", id="engine not built yet"),
+        pytest.param(["--engine", "tensorrt-rtx"], "engine tensorrt-rtx", id="engine without GPU"),
         pytest.param(["--model", "llava-v1.6-34b"], "both given", id="checkpoint and model"),
         pytest.param(["--out", "IN"], "lies inside the checkpoint", id="out inside"),
         pytest.param(["--vram", "1MiB"], "Nearest|smaller", id="too little memory"),

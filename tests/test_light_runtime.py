@@ -56,3 +56,11 @@ def test_the_public_names_of_the_runtime_are_exactly_these() -> None:
         assert getattr(runtime, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = runtime.Nothing
+
+
+def test_building_an_engine_on_a_device_needs_no_heavy_package() -> None:
+    program = "import sys, llava_edge.convert.engine_cli; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert {name.split(".")[0] for name in done.stdout.split()}.isdisjoint(HEAVY)

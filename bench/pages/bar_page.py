@@ -1,4 +1,4 @@
-"""Pages with a bar chart: bars of different heights and colours, a letter of its colour below each."""
+"""Pages with a bar chart: bars of different heights and colours, each above a letter."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from llava_edge.bench.pages.page import BAR, COLOURS, LETTERS, Mark, Page, Quest
 
 def bar_page(generator: np.random.Generator, rows: int, columns: int) -> Page:
     """A chart of two to six bars; no two have the same height, colour or letter.
+
+    A letter has the colour of its bar.
 
     Args:
         generator: all chance comes from it.

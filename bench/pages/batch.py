@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,24 +38,8 @@ _LONG_ANSWER = 5.0
 
 
 @dataclass(frozen=True)
-class PageArrays:
-    """One page as arrays of its length; see ``Batch``."""
-
-    pixel_values: NDArray[np.float32]
-    source: NDArray[np.int64]
-    ids: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    blocks: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    weights: NDArray[np.float32]
-    signs: NDArray[np.int64]
-    colours: NDArray[np.int64]
-    places: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
 class Batch:
-    """Sequences of one batch, padded on the right; B of them, S positions.
+    """Sequences, padded on the right; B of them, S positions.
 
     Attributes:
         pixel_values: float32 (tiles, 3, tile, tile) of all pages.
@@ -80,8 +65,8 @@ class Batch:
     places: NDArray[np.int64]
 
 
-def encode_sample(sample: Sample, tokenizer: Tokenizer) -> PageArrays:
-    """Pixels, tokens and labels of one page and its questions."""
+def encode_sample(sample: Sample, tokenizer: Tokenizer) -> Batch:
+    """Pixels, tokens and labels of one page and its questions, a batch of one."""
     tiles = _PROCESSOR.preprocess(sample.image)
     head = _text_ids(tokenizer, BOS + ASK)
     image = _image_sources(tiles.layout)
@@ -103,45 +88,47 @@ def encode_sample(sample: Sample, tokenizer: Tokenizer) -> PageArrays:
         targets += [IGNORED] * (len(tokens) - 1) + answer
         weights += [0.0] * (len(tokens) - 1) + [weight] * len(answer)
     signs, colours, places = _cell_labels(sample.page, len(ids))
-    return PageArrays(
+    return Batch(
         pixel_values=tiles.pixel_values,
-        source=np.array(source, np.int64),
-        ids=np.array(ids, np.int64),
-        positions=np.array(positions, np.int64),
-        blocks=np.array(blocks, np.int64),
-        targets=np.array(targets, np.int64),
-        weights=np.array(weights, np.float32),
-        signs=signs,
-        colours=colours,
-        places=places,
+        source=np.array([source], np.int64),
+        ids=np.array([ids], np.int64),
+        positions=np.array([positions], np.int64),
+        blocks=np.array([blocks], np.int64),
+        targets=np.array([targets], np.int64),
+        weights=np.array([weights], np.float32),
+        signs=signs[None],
+        colours=colours[None],
+        places=places[None],
     )
 
 
-def collate(sequences: Sequence[PageArrays]) -> Batch:
-    """Put sequences together; feature rows count on over the tiles of all pages."""
-    first_feature = np.cumsum([0] + [PATCHES * len(one.pixel_values) for one in sequences])
-    length = max(len(one.ids) for one in sequences)
+def collate(batches: Sequence[Batch]) -> Batch:
+    """Put batches together; feature rows count on over the tiles of all pages."""
+    length = max(batch.ids.shape[1] for batch in batches)
+    first_feature = np.cumsum([0] + [PATCHES * len(batch.pixel_values) for batch in batches])
+    moved = [
+        np.where(batch.source >= 0, batch.source + first, batch.source)
+        for batch, first in zip(batches, first_feature[:-1], strict=True)
+    ]
 
-    def padded(name: str, value: float) -> NDArray[np.generic]:
-        arrays = [getattr(one, name) for one in sequences]
-        whole = np.full((len(arrays), length, *arrays[0].shape[1:]), value, arrays[0].dtype)
-        for row, array in enumerate(arrays):
-            whole[row, : len(array)] = array
-        return whole
+    def padded(arrays: Sequence[NDArray[Any]], value: float) -> NDArray[Any]:
+        rows = []
+        for array in arrays:
+            missing = [(0, 0), (0, length - array.shape[1]), *[(0, 0)] * (array.ndim - 2)]
+            rows.append(np.pad(array, missing, constant_values=value))
+        return np.concatenate(rows)
 
-    source = padded("source", TEXT).astype(np.int64)
-    source += np.where(source >= 0, first_feature[: len(sequences), None], 0)
     return Batch(
-        pixel_values=np.concatenate([one.pixel_values for one in sequences]),
-        source=source,
-        ids=padded("ids", 0).astype(np.int64),
-        positions=padded("positions", 0).astype(np.int64),
-        blocks=padded("blocks", -1).astype(np.int64),
-        targets=padded("targets", IGNORED).astype(np.int64),
-        weights=padded("weights", 0.0).astype(np.float32),
-        signs=padded("signs", IGNORED).astype(np.int64),
-        colours=padded("colours", IGNORED).astype(np.int64),
-        places=padded("places", IGNORED).astype(np.int64),
+        pixel_values=np.concatenate([batch.pixel_values for batch in batches]),
+        source=padded(moved, TEXT),
+        ids=padded([batch.ids for batch in batches], 0),
+        positions=padded([batch.positions for batch in batches], 0),
+        blocks=padded([batch.blocks for batch in batches], -1),
+        targets=padded([batch.targets for batch in batches], IGNORED),
+        weights=padded([batch.weights for batch in batches], 0),
+        signs=padded([batch.signs for batch in batches], IGNORED),
+        colours=padded([batch.colours for batch in batches], IGNORED),
+        places=padded([batch.places for batch in batches], IGNORED),
     )
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,10 @@ from llava_edge.bench.pages.tokenizer import (
     UNK,
     train_tokenizer,
 )
-from llava_edge.profiles.errors import OutputExistsError
+from llava_edge.bench.pages.whole_folder import whole_folder
+
+SHIPPED = Path(__file__).with_name("llava-next-pages")
+"""The trained model, as it lies in the repository."""
 
 _HUB_NAMES = (
     ("model.language_model.", "language_model.model."),
@@ -55,14 +56,8 @@ def write_checkpoint(folder: Path, spec: Spec, weights: Mapping[str, Tensor]) ->
     Raises:
         OutputExistsError: the folder exists.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise OutputExistsError(f"{folder} exists. Choose another folder.")
     tokenizer = train_tokenizer()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        made = Path(scratch) / folder.name
-        made.mkdir()
+    with whole_folder(Path(folder)) as made:
         for name, content in _texts(spec, tokenizer).items():
             (made / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         (made / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
@@ -74,7 +69,6 @@ def write_checkpoint(folder: Path, spec: Spec, weights: Mapping[str, Tensor]) ->
         save_file(half, made / "model.safetensors", metadata={"format": "pt"})
         # It writes for its owner alone; the other files are for everyone.
         (made / "model.safetensors").chmod(0o644)
-        os.replace(made, folder)
 
 
 def read_weights(state: Path) -> dict[str, Tensor]:

@@ -2,21 +2,19 @@
 
 ``DIR/questions.jsonl`` has a line for each: ``image`` (a PNG in the folder), ``question``,
 ``answer`` (as a calibration folder has it), ``answers`` (as ``bench --quality`` reads it) and
-``kind``. The pages are held out from training; with ``--training`` they are of those that training
-sees, which is what weights should be calibrated on.
+``kind``. The pages are held out from training; with ``--training`` they are of the stream
+that training takes its pages from, which is what weights should be calibrated on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 from llava_edge.bench.pages.sample import Sample, held_out_sample, training_sample
-from llava_edge.profiles.errors import OutputExistsError
+from llava_edge.bench.pages.whole_folder import whole_folder
 
 FILE = "questions.jsonl"
 
@@ -28,18 +26,13 @@ def write_questions(folder: Path, count: int, seed: int = 0, training: bool = Fa
         folder: must not exist.
         count: questions, each with a page of its own.
         seed: of held-out pages; for training pages, the number of the first is ``seed * count``.
-        training: take pages that training sees.
+        training: take pages of the stream that training uses.
 
     Raises:
         OutputExistsError: the folder exists.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise OutputExistsError(f"{folder} exists. Choose another folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        made = Path(scratch) / folder.name
-        (made / "images").mkdir(parents=True)
+    with whole_folder(Path(folder)) as made:
+        (made / "images").mkdir()
         with (made / FILE).open("w", encoding="utf-8") as lines:
             for index in range(count):
                 sample = (
@@ -50,7 +43,6 @@ def write_questions(folder: Path, count: int, seed: int = 0, training: bool = Fa
                 name = f"images/{index:05}.png"
                 sample.image.save(made / name)
                 print(json.dumps(_entry(name, sample)), file=lines)
-        os.replace(made, folder)
 
 
 def _entry(name: str, sample: Sample) -> dict[str, object]:
@@ -70,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder that does not exist yet")
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--training", action="store_true", help="pages that training sees")
+    parser.add_argument("--training", action="store_true", help="of the training stream")
     given = parser.parse_args(arguments)
     write_questions(given.out, given.count, given.seed, given.training)
     return 0

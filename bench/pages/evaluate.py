@@ -20,8 +20,9 @@ import torch
 import transformers
 
 from llava_edge.bench.pages.geometry import PATCHES
+from llava_edge.bench.pages.page import Question
 from llava_edge.bench.pages.sample import Sample, held_out_sample
-from llava_edge.bench.pages.spoil import FAULTS, Fault, spoiled, swap_tiles
+from llava_edge.bench.pages.spoil import FAULTS, Fault, spoiled
 from llava_edge.bench.pages.text_page import READING_KINDS
 
 _BATCH = 50
@@ -34,6 +35,16 @@ class Result:
 
     right: Counter[str]
     asked: Counter[str]
+
+    @classmethod
+    def of(cls, questions: Sequence[Question], answers: Sequence[str]) -> Result:
+        """Count answers, in the order of their questions."""
+        right: Counter[str] = Counter()
+        asked: Counter[str] = Counter()
+        for question, text in zip(questions, answers, strict=True):
+            asked[question.kind] += 1
+            right[question.kind] += text == question.answer
+        return cls(right, asked)
 
     def share(self, kinds: Sequence[str] | None = None) -> float:
         """Exact match over these kinds, or over all; 0 where none was asked."""
@@ -52,12 +63,16 @@ class Result:
 
 
 class Evaluator:
-    """A checkpoint in transformers, float32."""
+    """A checkpoint in transformers, float32.
+
+    Attributes:
+        model: the ``LlavaNextForConditionalGeneration``.
+    """
 
     def __init__(self, checkpoint: Path) -> None:
         self._processor: Any = transformers.LlavaNextProcessor.from_pretrained(checkpoint)
         loader: Any = transformers.LlavaNextForConditionalGeneration
-        self._model: Any = loader.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self.model: Any = loader.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
     def answers(
         self, samples: Sequence[Sample], fault: Fault | None = None, base: bool = False
@@ -77,13 +92,8 @@ class Evaluator:
         self, samples: Sequence[Sample], fault: Fault | None = None, base: bool = False
     ) -> Result:
         """Exact match over the first question of each sample."""
-        right: Counter[str] = Counter()
-        asked: Counter[str] = Counter()
-        for sample, text in zip(samples, self.answers(samples, fault, base), strict=True):
-            question = sample.questions[0]
-            asked[question.kind] += 1
-            right[question.kind] += text == question.answer
-        return Result(right, asked)
+        questions = [sample.questions[0] for sample in samples]
+        return Result.of(questions, self.answers(samples, fault, base))
 
     def _answer(self, samples: Sequence[Sample], fault: Fault | None, base: bool) -> list[str]:
         prompts = [
@@ -108,11 +118,9 @@ class Evaluator:
                 padding=True,
                 return_tensors="pt",
             )
-            if fault == "swapped tiles":
-                inputs["pixel_values"] = swap_tiles(inputs["pixel_values"])
             if base:
                 inputs = self._thumbnails(inputs, prompts)
-            ids = self._model.generate(**inputs, do_sample=False, max_new_tokens=_MOST_TOKENS)
+            ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=_MOST_TOKENS)
         new = ids[:, inputs["input_ids"].shape[1] :]
         texts: list[str] = self._processor.batch_decode(new, skip_special_tokens=True)
         return texts
@@ -123,7 +131,7 @@ class Evaluator:
         tokenizer: Any = self._processor.tokenizer
         texts = [prompt.replace(mark, mark * (PATCHES + 1)) for prompt in prompts]
         encoded = tokenizer(texts, padding=True, return_tensors="pt")
-        model = self._model.model
+        model = self.model.model
         features = model.multi_modal_projector(
             model.vision_tower(
                 inputs["pixel_values"][:, 0], output_hidden_states=True

@@ -32,14 +32,24 @@ def spoiled(fault: Fault | None) -> Iterator[None]:
             mock.patch.object(LlavaNextProcessor, "_get_unpadded_features", _count(unpad=False)),
         ):
             yield
+    elif fault == "swapped tiles":
+        with mock.patch.object(LlavaNextProcessor, "__call__", _swap_tiles()):
+            yield
     else:
         yield
 
 
-def swap_tiles(pixel_values: Tensor) -> Tensor:
-    """Tiles (images, tiles, 3, side, side) with the first two behind the thumbnail exchanged."""
-    order = [0, 2, 1, *range(3, pixel_values.shape[1])]
-    return pixel_values[:, order]
+def _swap_tiles() -> Any:
+    original: Any = LlavaNextProcessor.__call__
+
+    def process(self: Any, *given: Any, **named: Any) -> Any:
+        inputs = original(self, *given, **named)
+        # Images, tiles, …; the thumbnail is the first tile and stays.
+        pixels = inputs["pixel_values"]
+        inputs["pixel_values"] = pixels[:, [0, 2, 1, *range(3, pixels.shape[1])]]
+        return inputs
+
+    return process
 
 
 def _pack_without_newlines() -> Any:

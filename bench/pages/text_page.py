@@ -58,15 +58,11 @@ def text_page(generator: np.random.Generator, rows: int, columns: int) -> Page:
 
 def _line(generator: np.random.Generator, columns: int, taken: set[str]) -> _Line:
     two_words = columns >= 10 and generator.random() < 0.8
+    # What still has to fit behind the item, gaps included, is kept free.
+    parts = ((_word, 6), (_number, 4), (_word, 0)) if two_words else ((_word, 2), (_number, 0))
     left = columns
     texts: list[str] = []
-    # What still has to fit behind the item, gaps included, is kept free.
-    for kind, behind in (("word", 6 if two_words else 2), ("number", 4), ("word", 0)):
-        if len(texts) == 2 and not two_words:
-            break
-        if kind == "number" and not two_words:
-            behind = 0
-        draw = _word if kind == "word" else _number
+    for draw, behind in parts:
         text = draw(generator, left - behind)
         while text[0] in taken:
             text = draw(generator, left - behind)

@@ -179,7 +179,7 @@ def _pool(settings: Settings, tokenizer: Tokenizer, number: int) -> list[list[Ba
         encode_sample(training_sample(number * count + place, settings.questions), tokenizer)
         for place in range(count)
     ]
-    order = sorted(range(count), key=lambda place: len(drawn[place].ids))
+    order = sorted(range(count), key=lambda place: drawn[place].ids.shape[1])
     # Each step gets pages of all lengths, each micro-batch of one.
     micro = [order[first : first + settings.micro] for first in range(0, count, settings.micro)]
     return [
@@ -198,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of state and log")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--steps", type=int, default=2400, help="of the whole run")
+    parser.add_argument("--steps", type=int, default=4400, help="of the whole run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
@@ -208,7 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
     threads = given.threads if device.type == "cpu" else 1
     trainer = Trainer(settings, given.out / "state.safetensors", device, threads=threads)
     stop: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
+    for asked in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(asked, lambda number, _: stop.append(number))
     started = time.monotonic()
     saved = started
     batches = batches_from(settings, trainer.tokenizer, trainer.step)

@@ -15,6 +15,7 @@ import sys
 from llava_edge.profiles.errors import DependencyError, RequestError
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.device_results import keep_result
+from llava_edge.runtime.engine_arguments import add_engine_arguments
 from llava_edge.runtime.on_device import check_on_device
 from llava_edge.runtime.pipeline import LlavaEdge
 from llava_edge.runtime.progress import ProgressLine
@@ -47,10 +48,12 @@ def _on_device(options: argparse.Namespace, artifact: Artifact) -> int:
         options.device,
         threads=options.threads,
         allow_slow=options.allow_slow,
+        engine=options.engine,
+        trust_engines=options.trust_engines,
         progress=progress,
     ) as model:
         stages = tuple(check_on_device(model, progress))
-        host = describe_host(model.device)
+        host = describe_host(model.device, engine=model.engine)
     progress.clear()
     result, path = keep_result(artifact.manifest_sha256, host, stages)
     print(stage_table(stages), file=sys.stderr)
@@ -102,5 +105,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=0, help="0: one a physical core")
     parser.add_argument("--allow-slow", action="store_true", help="run a cuda artifact on the CPU")
+    add_engine_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object as last stdout line")
     return parser

@@ -17,7 +17,7 @@ from llava_edge.bench.quality import (
 )
 from llava_edge.bench.quality_questions import read_quality_questions
 from llava_edge.bench.quality_run import measure_quality
-from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.errors import LlavaEdgeError, OutputExistsError, RequestError
 from llava_edge.runtime import LlavaEdge
 
 
@@ -84,6 +84,12 @@ def test_relaxed_accuracy(prediction: str, answers: list[str], expected: float) 
         ("A cat is shown, so B", "B"),
         ("I see a green bird", "C"),
         ("It is a dog", None),
+        ("(A) because B is wrong", "A"),
+        ("Option A is correct", "A"),
+        ("The answer is A because it is red", "A"),
+        ("I think so", None),
+        ("red fish", "A"),
+        ("scow", None),
         ("E", None),
         ("", None),
     ],
@@ -91,6 +97,29 @@ def test_relaxed_accuracy(prediction: str, answers: list[str], expected: float) 
 def test_the_letter_that_an_answer_names(prediction: str, expected: str | None) -> None:
     choices = ["red fish", "blue fish", "green bird", "cow"]
     assert choice_letter(prediction, choices) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "choices", "expected"),
+    [
+        ("100", ["10", "100", "0"], "B"),
+        ("It is 12.", ["12", "1"], "A"),
+        ("not blue", ["blue", "not blue"], "B"),
+        ("it is not blue", ["blue", "not blue"], "B"),
+        ("eyes", ["yes", "eyes"], "B"),
+        ("Vitamin C", ["Vitamin C", "Vitamin A", "Vitamin B"], "A"),
+        ("I think it is a dog", ["x"] * 9, None),
+    ],
+)
+def test_texts_of_choices_are_whole_words(
+    prediction: str, choices: list[str], expected: str | None
+) -> None:
+    assert choice_letter(prediction, choices) == expected
+
+
+def test_numbers_that_are_none() -> None:
+    assert relaxed_accuracy("5", ["Infinity"]) == 0.0
+    assert relaxed_accuracy("Infinity", ["infinity"]) == 1.0
 
 
 def test_choices_are_shown_as_llava_was_trained() -> None:
@@ -121,6 +150,19 @@ def test_every_fault_of_a_file_is_named(tmp_path: Path) -> None:
     file.write_text("\n")
     with pytest.raises(RequestError, match="no question"):
         read_quality_questions(file)
+
+
+def test_separators_inside_texts_a_mark_of_order_and_odd_names(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    entry = {"question": "one\u2028two\x85", "answer": "x", "answers": None, "choices": None}
+    file.write_text("\ufeff" + json.dumps(entry, ensure_ascii=False), "utf-8")
+    (found,) = read_quality_questions(file)
+    assert found.question == "one\u2028two\x85"
+    assert found.answers == ("x",)
+    for wrong in ({"image": "\ud800.png"}, {"images": ["a.png"]}):
+        file.write_text(json.dumps({"question": "q", "answer": "x", **wrong}))
+        with pytest.raises(RequestError, match="line 1: "):
+            read_quality_questions(file)
 
 
 def test_the_command_asks_everything_and_a_refused_image_is_a_wrong_answer(
@@ -156,8 +198,25 @@ def test_the_command_asks_everything_and_a_refused_image_is_a_wrong_answer(
     assert row["quality"]["exact_match"] == pytest.approx(33.333)
     assert row["quality"]["kinds"] == {"refused": 0.0, "right": 100.0, "wrong": 0.0}
     assert "question 3" in row["quality"]["refused"][0]
+    assert row["quality"]["multiple_choice"] in (0.0, 100.0)
+    assert row["quality"]["anls"] == pytest.approx(33.333)
+    assert row["quality"]["relaxed_accuracy"] == pytest.approx(33.333)
     assert "exact match" in output.err
     assert len(kept.read_text().splitlines()) == 4
+    with pytest.raises(OutputExistsError, match="--answers"):
+        cli.main([*command, "--answers", str(kept)])
+    with pytest.raises(RequestError, match="--answers"):
+        cli.main([*command, "--answers", str(tmp_path / "none" / "answers.jsonl")])
+    with pytest.raises(LlavaEdgeError, match="nowhere"):
+        cli.main([str(artifact), str(tmp_path / "nowhere"), *command[1:]])
+    two = [str(artifact), *command, "--limit", "1", "--grid", "base"]
+    capsys.readouterr()
+    assert cli.main(two) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["quality"]["questions"] for row in rows] == [1, 1]
+    refused = tmp_path / "refused.jsonl"
+    refused.write_text(json.dumps(entries[2]))
+    assert cli.main([str(artifact), "--quality", str(refused)]) == 1
     with LlavaEdge.load(artifact) as model:
         questions = read_quality_questions(file, limit=1)
         result = measure_quality(model, questions, grid="base", max_new_tokens=3)

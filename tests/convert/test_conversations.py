@@ -113,3 +113,17 @@ def test_unreadable_images_are_named_when_choosing(make_folder: FolderMaker) -> 
     assert all(c.image is None for c in found)
     assert [each["sample"] for each in source["left_out"]] == ["samples.jsonl:1", "samples.jsonl:2"]
     assert "No such file" in source["left_out"][0]["reason"]
+
+
+def test_separators_inside_strings_and_a_byte_order_mark_do_not_cut_lines(tmp_path: Path) -> None:
+    entry = json.dumps({"question": "one\u2028two\x85", "answer": "x"}, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_text("\ufeff" + entry + "\r\n\r\n" + entry, "utf-8")
+    found, _ = read_conversations(tmp_path, _ANYRES, limit=8, seed=0)
+    assert [conversation.question for conversation in found] == ["one\u2028two\x85"] * 2
+
+
+def test_an_image_named_by_a_lone_surrogate_is_a_fault_of_its_line(tmp_path: Path) -> None:
+    entry = {"question": "q", "answer": "x", "image": "\ud800.png"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(entry))
+    with pytest.raises(RequestError, match=r"a\.jsonl:1: image is"):
+        read_conversations(tmp_path, _ANYRES, limit=8, seed=0)

@@ -82,11 +82,7 @@ def test_what_does_not_fit_is_refused_with_the_shortfall_and_the_nearest(folder:
         plan_artifact(request_for(board, context_tokens=2048, grid="2x2"), checkpoint)
 
 
-def test_engines_that_are_not_built_and_other_kinds_of_model_are_refused(
-    folder: Path, make_checkpoint: Callable[..., Path]
-) -> None:
-    with pytest.raises(RequestError, match="--engine tensorrt"):
-        plan_artifact(request_for(engine="tensorrt"), open_checkpoint(folder))
+def test_other_kinds_of_model_are_refused(make_checkpoint: Callable[..., Path]) -> None:
     video = open_checkpoint(make_checkpoint("odd", model_type="llava_next_video"))
     with pytest.raises(RequestError, match="is a llava_next_video model"):
         plan_artifact(request_for(), video)

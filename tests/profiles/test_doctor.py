@@ -74,12 +74,60 @@ def test_aarch64_gpus_are_told_where_wheels_come_from(facts: MachineFacts, origi
     assert "PyPI has no onnxruntime-gpu wheel for aarch64" in command
 
 
-def test_tensorrt_rtx_is_offered_only_where_the_matrix_lists_the_gpu() -> None:
-    offered = [
-        any("tensorrt-rtx supports this GPU" in line for line in examine(machine(None, g)).findings)
-        for g in (L4, Gpu("NVIDIA A100", 80 * GIB, 79 * GIB, "8.0"))
-    ]
-    assert offered == [True, False]
+A100 = Gpu("NVIDIA A100", 80 * GIB, 79 * GIB, "8.0")
+ALL = {"onnxruntime_gpu": "1.31.1", "tensorrt": "11.4.0", "tensorrt_rtx": "1.7.1"}
+
+
+@pytest.mark.parametrize(
+    ("facts", "found", "engine", "reasons"),
+    [
+        (machine(None, L4), ALL, "tensorrt", {}),
+        (
+            machine(None, L4),
+            {"tensorrt_rtx": "1.7.1", "onnxruntime_gpu": "1.31.1"},
+            "tensorrt-rtx",
+            {"tensorrt": "Install TensorRT 11 from NVIDIA"},
+        ),
+        (
+            machine(None, A100),
+            {"tensorrt_rtx": "1.7.1", "onnxruntime_gpu": "1.31.1"},
+            "ort on cuda",
+            {"tensorrt": "not installed", "tensorrt-rtx": "capability 8.0 stands outside"},
+        ),
+        (
+            machine(None, L4),
+            {"onnxruntime": "1.32.0"},
+            "ort on cpu",
+            {
+                "tensorrt": "not installed",
+                "tensorrt-rtx": "pip install 'llava-edge[tensorrt]'",
+                "ort on cuda": "onnxruntime-gpu is not installed",
+            },
+        ),
+        (
+            machine(),
+            {"tensorrt_rtx": "1.7.1"},
+            None,
+            {
+                "tensorrt": "no NVIDIA GPU",
+                "tensorrt-rtx": "no NVIDIA GPU",
+                "ort on cuda": "no NVIDIA GPU",
+                "ort on cpu": "no build of ONNX Runtime",
+            },
+        ),
+    ],
+)
+def test_it_says_what_runs_the_tower_and_why_the_others_do_not(
+    facts: MachineFacts, found: dict[str, str], engine: str | None, reasons: dict[str, str]
+) -> None:
+    diagnosis = examine(facts, **found)
+    document = diagnosis.to_json()
+    assert document["engine"] == engine
+    assert set(document["other_engines"]) == set(reasons)
+    for name, reason in reasons.items():
+        assert reason in document["other_engines"][name]
+        assert any(line.startswith(f"{name} is not used: ") for line in diagnosis.findings)
+    assert any(line.startswith("vision tower: ") for line in diagnosis.findings)
 
 
 def test_missing_int8_instructions_are_said() -> None:

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from llava_edge.profiles.engines import RTX_CAPABILITIES
 from llava_edge.profiles.errors import ProfileError
 from llava_edge.profiles.hardware import (
-    RTX_CAPABILITIES,
     load_profile,
     parse_profile,
     profile_names,

@@ -99,7 +99,7 @@ def test_a_video_is_planned_with_video_variants(capsys: Captured) -> None:
         (["--profile", "nope"], "nope"),
         (["--vram", "24 apples"], "24 apples"),
         (["llava-99b", "--profile", "a100"], "llava-99b"),
-        (["--profile", "a100", "--engine", "tensorrt-rtx"], "8.0"),
+        (["--profile", "h100", "--engine", "tensorrt-rtx"], "9.0"),
     ],
 )
 def test_malformed_requests_are_named(argv: list[str], named: str) -> None:

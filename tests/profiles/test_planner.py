@@ -318,7 +318,6 @@ def test_contexts_are_the_smallest_multiples_of_the_step_or_all_positions() -> N
         ({"num_images": 0}, "images is 0"),
         ({"num_frames": -1}, "frames is -1"),
         ({"num_frames": 8}, "takes images only"),
-        ({"engine": "tensorrt-rtx"}, "8.0"),
         ({"cache": "float32"}, "float32"),
         ({"prefer": "cheapest"}, "cheapest"),
     ],
@@ -329,9 +328,33 @@ def test_malformed_requests_are_named(wishes: dict[str, object], named: str) -> 
     assert named in str(caught.value)
 
 
-def test_an_engine_is_taken_where_the_board_supports_it() -> None:
+@pytest.mark.parametrize(
+    ("board", "asked", "engine", "marked"),
+    [
+        ("rtx-4090", "auto", "tensorrt-rtx", False),
+        ("rtx-4090", "ort", "ort", False),
+        ("a100", "auto", "ort", False),
+        ("a100", "tensorrt-rtx", "tensorrt-rtx", True),
+        ("jetson-orin-nano-8gb", "auto", "ort", False),
+        ("cpu-16gb", "auto", "ort", False),
+    ],
+)
+def test_the_board_decides_the_engine_unless_one_is_asked(
+    board: str, asked: str, engine: str, marked: bool
+) -> None:
+    request = ask("llava-v1.6-mistral-7b", engine=asked)
+    result = plan_deployment(load_profile(board), request)
+    assert result.plan.engine == engine
+    assert any("outside NVIDIA's support matrix" in note for note in result.notes) == marked
+
+
+@pytest.mark.parametrize(
+    ("board", "named"), [("h100", "h100 has 9.0"), ("cpu-16gb", "cpu-16gb has no GPU")]
+)
+def test_an_engine_that_cannot_be_compiled_for_the_board_is_refused(board: str, named: str) -> None:
     request = ask("llava-v1.6-mistral-7b", engine="tensorrt-rtx")
-    assert plan_deployment(load_profile("rtx-4090"), request).plan.engine == "tensorrt-rtx"
+    with pytest.raises(RequestError, match=f"compiles for .*8.0; {named}"):
+        plan_deployment(load_profile(board), request)
 
 
 def test_a_smaller_cache_type_fits_more_context() -> None:

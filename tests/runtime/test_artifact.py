@@ -212,15 +212,16 @@ def test_digests_are_left_out_only_when_asked(toy: Path) -> None:
         open_artifact(toy)
 
 
-def test_the_gptq_folder_is_hashed_only_when_everything_is(toy: Path) -> None:
-    (toy / "gptq").mkdir()
-    (toy / "gptq/model.safetensors").write_bytes(b"weights")
-    relist(toy, "gptq/model.safetensors")
-    (toy / "gptq/model.safetensors").write_bytes(b"WEIGHTS")
+@pytest.mark.parametrize("name", ["gptq/model.safetensors", "engines/vision.engine"])
+def test_what_opening_does_not_use_is_hashed_only_when_everything_is(toy: Path, name: str) -> None:
+    (toy / name).parent.mkdir()
+    (toy / name).write_bytes(b"weights")
+    relist(toy, name)
+    (toy / name).write_bytes(b"WEIGHTS")
     open_artifact(toy)
-    with pytest.raises(ArtifactError, match=r"gptq/model\.safetensors is damaged"):
+    with pytest.raises(ArtifactError, match=rf"{name} is damaged"):
         open_artifact(toy, hash_everything=True)
-    (toy / "gptq/model.safetensors").write_bytes(b"short")
+    (toy / name).write_bytes(b"short")
     with pytest.raises(ArtifactError, match="has 5 bytes"):
         open_artifact(toy)
 
@@ -390,6 +391,18 @@ def test_graphs_that_the_manifest_does_not_name_are_judged_too(toy: Path) -> Non
     (toy / "decoder/second.onnx").write_bytes(toy_graph(op="Loop"))
     relist(toy, "decoder/second.onnx")
     with pytest.raises(ArtifactError, match=r"second\.onnx(.|\n)*Loop"):
+        open_artifact(toy)
+
+
+@pytest.mark.parametrize("folder", ["gptq", "engines"])
+def test_a_graph_cannot_hide_where_nothing_is_judged(toy: Path, folder: str) -> None:
+    (toy / folder).mkdir()
+    name = f"{folder}/model.onnx"
+    (toy / name).write_bytes(toy_graph(op="Loop"))
+    relist(toy, name)
+    open_artifact(toy)
+    edit_manifest(toy, lambda document: document["vision"].update(file=name))
+    with pytest.raises(ArtifactError, match=rf"{name}' as vision\.file, in a folder that is not"):
         open_artifact(toy)
 
 

@@ -138,7 +138,7 @@ def test_a_result_counts_for_one_machine_and_engine(
     here = dataclasses.replace(describe_host("cpu"), **changes)
     if "provider" in changes:
         here = dataclasses.replace(describe_host("cpu"), machine="a second")
-    monkeypatch.setattr(verified_here, "describe_host", lambda device: here)
+    monkeypatch.setattr(verified_here, "describe_host", lambda device, engine: here)
 
     load(folder)
 

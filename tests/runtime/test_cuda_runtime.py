@@ -1,0 +1,69 @@
+"""The CUDA runtime by ctypes, against calls that are written down."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from llava_edge.profiles.errors import EngineError, OutOfMemoryError
+from llava_edge.runtime import cuda_runtime
+from llava_edge.runtime.cuda_runtime import CudaRuntime
+from tests.fake_cuda import STREAM, FakeCudart
+
+
+def test_it_knows_the_first_gpu_and_takes_a_stream() -> None:
+    cuda = CudaRuntime(FakeCudart((12, 0), "NVIDIA GeForce RTX 5090"))
+    assert (cuda.compute_capability, cuda.device_name) == ("12.0", "NVIDIA GeForce RTX 5090")
+    assert cuda.stream == STREAM
+
+
+def test_copies_carry_their_bytes_and_kind() -> None:
+    library = FakeCudart()
+    cuda = CudaRuntime(library)
+    source = np.arange(6, dtype=np.float16)
+    device, moved, back = (np.zeros(6, np.float16) for _ in range(3))
+
+    cuda.upload(device.ctypes.data, source)
+    cuda.move(moved.ctypes.data + 4, device.ctypes.data, 6)
+    cuda.download(back, moved.ctypes.data)
+    cuda.synchronize()
+    cuda.close()
+    cuda.close()
+
+    assert back.tolist() == [0, 0, 0, 1, 2, 0]
+    assert library.calls[-5:] == [
+        ("cudaMemcpyAsync", 1, 12),
+        ("cudaMemcpyAsync", 3, 6),
+        ("cudaMemcpyAsync", 2, 12),
+        ("cudaStreamSynchronize",),
+        ("cudaStreamDestroy",),
+    ]
+
+
+@pytest.mark.parametrize(("code", "kind"), [(2, OutOfMemoryError), (35, EngineError)])
+def test_a_failing_call_is_named_with_what_cuda_says(code: int, kind: type[Exception]) -> None:
+    library = FakeCudart()
+    library.fails["cudaGetDeviceCount"] = code
+    with pytest.raises(kind, match=rf"cudaGetDeviceCount with code {code} \(error number {code}\)"):
+        CudaRuntime(library)
+
+
+def test_the_first_library_that_loads_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def load(name: str) -> FakeCudart:
+        asked.append(name)
+        if name != "libcudart.so.12":
+            raise OSError(name)
+        return FakeCudart()
+
+    assert CudaRuntime.open(load).compute_capability == "8.9"
+    assert asked == ["libcudart.so.13", "libcudart.so.12"]
+    monkeypatch.setattr(cuda_runtime, "_NAMES", ("libcudart.so.13",))
+    with pytest.raises(EngineError, match=r"libcudart\.so\.13\) is not found\. Install it with"):
+        CudaRuntime.open(load)
+
+
+def test_an_old_library_is_named_by_what_it_lacks() -> None:
+    with pytest.raises(EngineError, match="has no cudaGetDeviceCount; it is too old"):
+        CudaRuntime(object())
