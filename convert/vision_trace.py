@@ -108,17 +108,22 @@ class VisionTrace:
             Piece, number of the tile, and the wanted values and inputs by name.
         """
         states: list[dict[str, Array]] = [{PIXELS: tile[None]} for tile in self._tiles]
-        for piece in self.pieces():
+        pieces = self.pieces()
+        for place, piece in enumerate(pieces):
             wanted = ask(piece)
             names = list(dict.fromkeys([*wanted.outputs, *piece.outputs]))
             # An input of the piece is at hand already.
             computed = [name for name in names if name not in piece.inputs]
+            later = {FEATURES, *(name for each in pieces[place + 1 :] for name in each.inputs)}
             session = self._open(piece, wanted, computed, states[0])
             for index, state in enumerate(states):
                 feeds = {name: state[name] for name in piece.inputs}
                 values = dict(zip(computed, session.run(feeds, computed), strict=True))
                 yield piece, index, {**feeds, **values}
-                state |= {name: values[name] for name in piece.outputs}
+                known = {**state, **values}
+                states[index] = {name: known[name] for name in known if name in later}
+                # Inner values of a tile are many times what is kept of it.
+                del feeds, values, known
             del session
         self.features = np.concatenate([state[FEATURES] for state in states])
 
