@@ -1,12 +1,13 @@
 """Image processor settings: from a checkpoint's JSON to the values the runtime computes with.
 
-The runtime does one thing (AnyRes tiles, bicubic, black padding, rescale, normalise). A checkpoint
-that asks its processor for anything else is refused here, all differences together.
+The runtime does one thing with a kind of model: AnyRes tiles (bicubic, black padding, rescale,
+normalise), or for LLaVA-1.5 one tile from the middle of an image. A checkpoint that asks its
+processor for anything else is refused here, all differences together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llava_edge.profiles.errors import CheckpointError
@@ -16,7 +17,7 @@ from llava_edge.runtime.manifest import ImageProcessing, Reference
 BICUBIC = 3
 """Pillow's number of the bicubic filter, as the hub's files write it."""
 
-_MUST_BE_TRUE = ("do_convert_rgb", "do_normalize", "do_pad", "do_rescale", "do_resize")
+_ALWAYS = ("do_convert_rgb", "do_normalize", "do_rescale", "do_resize")
 
 
 def read_image_processing(
@@ -39,9 +40,11 @@ def read_image_processing(
     tile = dims.vision.image_size
     faults = [
         f"{key} is false; the runtime always does it"
-        for key in _MUST_BE_TRUE
+        for key in (*_ALWAYS, "do_pad" if dims.takes_tiles else "do_center_crop")
         if settings.get(key) is False
     ]
+    if not dims.takes_tiles:
+        faults += _crop_faults(settings)
     if settings.get("resample", BICUBIC) != BICUBIC:
         faults.append(f"resample is {settings['resample']}; only bicubic ({BICUBIC}) is done")
     for key in ("size", "crop_size"):
@@ -71,7 +74,17 @@ def read_image_processing(
         image_std=std,
         rescale_factor=float(settings.get("rescale_factor", 1 / 255)),
         reference=reference,
+        view="tiles" if dims.takes_tiles else "crop",
     )
+
+
+def _crop_faults(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What of a processor that sees the middle of an image the runtime does not do."""
+    if settings.get("do_pad"):
+        yield "do_pad is true; only the middle of an image is seen, and nothing is padded"
+    size = settings.get("size")
+    if isinstance(size, Mapping) and "shortest_edge" not in size:
+        yield f"size is {dict(size)}; the shorter side is resized, so shortest_edge must be there"
 
 
 def _side(size: Any) -> int | None:

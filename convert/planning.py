@@ -18,9 +18,9 @@ from llava_edge.profiles.grids import GridChoice, asked_grid, asked_pinpoints
 from llava_edge.profiles.model_dims import ModelDims
 from llava_edge.profiles.parameters import total_parameters
 from llava_edge.profiles.plan import DeploymentPlan
-from llava_edge.profiles.planner import PlanRequest, nearest_fit, plan_deployment
+from llava_edge.profiles.planner import DEFAULT_FRAMES, PlanRequest, nearest_fit, plan_deployment
 from llava_edge.profiles.sizes import format_bytes
-from llava_edge.profiles.variants import Variant
+from llava_edge.profiles.variants import Variant, kind_of
 from llava_edge.runtime.manifest import Reference
 
 
@@ -47,15 +47,18 @@ def plan_artifact(request: ConvertRequest, checkpoint: Checkpoint) -> ArtifactPl
         RequestError: the request is malformed, or asks for what is not exported yet.
         DependencyError: ``--engine`` names a library that is not installed.
     """
-    _check_kind(checkpoint)
     wishes = replace(request.wishes, variants=(as_variant(checkpoint),))
+    if checkpoint.dims.takes_video and not wishes.num_frames:
+        wishes = replace(wishes, num_frames=DEFAULT_FRAMES)
     if checkpoint.gptq is not None:
         # What is quantised already stays as it is; another precision is refused by name.
         wishes = replace(wishes, precision=wishes.precision or f"int{checkpoint.gptq.bits}")
         open_gptq(checkpoint, str(wishes.precision))
     plan, notes = choose(request, wishes)
     reference = request.reference or ("original" if checkpoint.layout == "original" else "hf")
-    plan, engine, more = plan_engine(plan, request.profile, wishes.engine)
+    plan, engine, more = plan_engine(
+        plan, request.profile, wishes.engine, takes_video=checkpoint.dims.takes_video
+    )
     grid = _grid(checkpoint.dims, request, plan)
     return ArtifactPlan(plan, grid, reference, (*notes, *more), engine)
 
@@ -85,7 +88,7 @@ def as_variant(checkpoint: Checkpoint) -> Variant:
     parameters = total_parameters(checkpoint.dims)
     return Variant(
         name=variant_name(checkpoint.source_id),
-        kind="image",
+        kind=kind_of(checkpoint.dims),
         dims=checkpoint.dims,
         parameters=parameters,
         hub_id=None,
@@ -103,15 +106,6 @@ def variant_name(source_id: str) -> str:
     """The last part of a source's id, without a trailing ``-hf``, safe as a file name."""
     name = source_id.rstrip("/").split("/")[-1].removesuffix("-hf")
     return re.sub(r"[^A-Za-z0-9._-]", "-", name) or "checkpoint"
-
-
-def _check_kind(checkpoint: Checkpoint) -> None:
-    kind = checkpoint.dims.model_type
-    if kind != "llava_next":
-        raise RequestError(
-            f"{checkpoint.folder} is a {kind} model; this version converts llava_next models "
-            "(LLaVA 1.6 for images). It can be planned for: llava-edge plan."
-        )
 
 
 def _grid(dims: ModelDims, request: ConvertRequest, plan: DeploymentPlan) -> GridChoice:

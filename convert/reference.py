@@ -5,7 +5,8 @@ Used to show its answer beside ours and by tests; the runtime never sees it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,33 @@ from PIL.Image import Image
 REFERENCE = f"transformers {transformers.__version__}"
 
 
+_CLASSES: Mapping[str, tuple[str, str]] = {
+    "llava": ("LlavaConfig", "LlavaForConditionalGeneration"),
+    "llava_next": ("LlavaNextConfig", "LlavaNextForConditionalGeneration"),
+    "llava_next_video": ("LlavaNextVideoConfig", "LlavaNextVideoForConditionalGeneration"),
+}
+
+
+def meta_model(config: Mapping[str, Any]) -> Any:
+    """The reference's model of a ``config.json``, without weights (torch's meta device)."""
+    config_class, model_class = _CLASSES[config["model_type"]]
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    made = getattr(transformers, config_class)(**fields)
+    with torch.device("meta"):
+        return getattr(transformers, model_class)(made)
+
+
 class ReferenceModel:
     """A checkpoint folder in Hugging Face layout, loaded whole in float32 on the CPU."""
 
     def __init__(self, folder: Path) -> None:
-        self.processor: Any = transformers.LlavaNextProcessor.from_pretrained(folder)
-        loader: Any = transformers.LlavaNextForConditionalGeneration
+        kind = json.loads((folder / "config.json").read_text("utf-8"))["model_type"]
+        # The video model's own processor needs torchvision; templates, ids and tiles are these.
+        processor: Any = (
+            transformers.LlavaProcessor if kind == "llava" else transformers.LlavaNextProcessor
+        )
+        self.processor: Any = processor.from_pretrained(folder)
+        loader: Any = getattr(transformers, _CLASSES[kind][1])
         self.model: Any = loader.from_pretrained(folder, dtype=torch.float32).eval()
 
     def render(self, prompt: str, num_images: int) -> str:

@@ -181,8 +181,8 @@ class Workload:
 
     @property
     def num_tiles(self) -> int:
-        """Tiles of all images together, or frames if there are more of them."""
-        return max(self.num_images * self.tiles_per_image, self.num_frames)
+        """Tiles of all images and frames of the video: one prompt may hold both."""
+        return self.num_images * self.tiles_per_image + self.num_frames
 
 
 @dataclass(frozen=True)

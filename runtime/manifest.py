@@ -48,7 +48,8 @@ class ImageProcessing:
     """Values of the image processor; ``image_grid_pinpoints`` are (height, width) in pixels.
 
     ``reference`` decides ties between equally good grids: ``hf`` takes the earlier candidate as the
-    list stands, ``original`` reads the list as (width, height).
+    list stands, ``original`` reads the list as (width, height). ``view`` is ``tiles`` (AnyRes), or
+    ``crop``: the shorter side is resized to a tile's and only the middle is seen (LLaVA-1.5).
     """
 
     tile_size: int
@@ -58,6 +59,7 @@ class ImageProcessing:
     image_std: tuple[float, float, float]
     rescale_factor: float
     reference: Reference = "hf"
+    view: Literal["tiles", "crop"] = "tiles"
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,7 @@ def _image_faults(
         "image_mean": tuple(settings.get("image_mean", OPENAI_CLIP_MEAN)),
         "image_std": tuple(settings.get("image_std", OPENAI_CLIP_STD)),
         "rescale_factor": settings.get("rescale_factor", 1 / 255),
+        "view": "tiles" if hasattr(reference.config, "image_grid_pinpoints") else "crop",
     }
     for name, want in wanted.items():
         if getattr(have, name) != want:
@@ -107,7 +108,8 @@ def _image_faults(
                 f"{_NAME}, image_processing.{name}: it is {getattr(have, name)}; the checkpoint's "
                 f"image processor says {want}"
             )
-    listed = tuple(tuple(point) for point in reference.config.image_grid_pinpoints)
+    own = getattr(reference.config, "image_grid_pinpoints", ())
+    listed = tuple(tuple(point) for point in own)
     if manifest.model.image_grid_pinpoints != listed:
         yield (
             f"{_NAME}, model.image_grid_pinpoints: they are {manifest.model.image_grid_pinpoints}; "

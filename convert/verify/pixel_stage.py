@@ -46,7 +46,12 @@ def image_sizes(anyres: AnyRes) -> Iterator[tuple[int, int]]:
         yield max(1, height * 5 // 6), width
         yield height, max(1, width * 7 // 8)
         yield max(1, height // 2 + 1), max(1, width // 2 - 3)
-    yield from ((1, tile), (tile + 1, 1), (tile - 1, tile + 1), (2 * tile + 7, tile // 3 + 1))
+    if anyres.has_newline:
+        yield from ((1, tile), (tile + 1, 1))
+    else:
+        # Only the middle is seen, so slivers are refused.
+        yield from ((tile // 20, tile), (tile + 1, tile // 30 + 1))
+    yield from ((tile - 1, tile + 1), (2 * tile + 7, tile // 3 + 1))
 
 
 def textured(height: int, width: int, seed: int) -> Image.Image:

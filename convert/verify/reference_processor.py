@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from PIL.Image import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
@@ -55,16 +56,24 @@ class ReferenceProcessor:
             for key, value in checkpoint.preprocessor_config().items()
             if key not in ("image_processor_type", "processor_class", "image_grid_pinpoints")
         }
-        listed = [list(point) for point in pinpoints] or [[side, side]]
-        image_processor: Any = LlavaNextImageProcessorPil
-        self._images = image_processor(**values, image_grid_pinpoints=listed)
+        self._crops = checkpoint.dims.model_type == "llava"
+        if self._crops:
+            cropping: Any = CLIPImageProcessorPil
+            self._images = cropping(**values)
+        else:
+            listed = [list(point) for point in pinpoints] or [[side, side]]
+            image_processor: Any = LlavaNextImageProcessorPil
+            self._images = image_processor(**values, image_grid_pinpoints=listed)
         self._processor: Any = None
         try:
             if checkpoint.layout == "original":
                 loader: Any = transformers.AutoTokenizer
                 self._tokenizer = loader.from_pretrained(checkpoint.folder)
             else:
+                # The video model's own needs torchvision; templates and ids do not depend on it.
                 whole: Any = transformers.LlavaNextProcessor
+                if self._crops:
+                    whole = transformers.LlavaProcessor
                 self._processor = whole.from_pretrained(checkpoint.folder)
                 self._processor.image_processor = self._images
                 self._tokenizer = self._processor.tokenizer
@@ -144,6 +153,8 @@ class ReferenceProcessor:
     def pixels(self, image: Image) -> torch.Tensor:
         """Tiles of one image, thumbnail first, float32 [tiles, 3, T, T]."""
         made: torch.Tensor = self._images(images=[image], return_tensors="pt")["pixel_values"][0]
+        if self._crops:
+            return made[None]
         return made if self._has_tiles else made[:1]
 
     def prepare(self, text: str, images: Sequence[Image], counts: Sequence[int]) -> ReferenceInputs:

@@ -15,12 +15,12 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 
 from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.reference import meta_model
 from llava_edge.convert.weights import as_float16
 from llava_edge.profiles.errors import CheckpointError
 
@@ -90,11 +90,8 @@ class StreamedModel:
         if pinpoints:
             config["image_grid_pinpoints"] = [list(point) for point in pinpoints]
         self._has_tiles = bool(pinpoints)
-        with torch.device("meta"):
-            made: Any = transformers.LlavaNextForConditionalGeneration(
-                transformers.LlavaNextConfig(**config)
-            )
-        whole = made.to(torch.float32).eval()
+        self._crops = config["model_type"] == "llava"
+        whole = meta_model(config).to(torch.float32).eval()
         self.config: Any = whole.config
         self._core: Any = whole.model
         self._language: Any = self._core.language_model
@@ -144,6 +141,9 @@ class StreamedModel:
         newline: torch.Tensor,
     ) -> list[torch.Tensor]:
         """The reference's own packing of features [tiles, patches, width], by image."""
+        if self._crops:
+            # Nothing is packed: the library takes the features of each image as they are.
+            return [tiles[0] for tiles in features]
         packed, _ = self._core.pack_image_features(
             list(features), torch.tensor(list(image_sizes)), "default", newline
         )
@@ -230,6 +230,8 @@ class StreamedModel:
         if not inputs.pixel_values:
             return {}
         pixels = torch.cat(inputs.pixel_values)
+        if self._crops:
+            return {"pixel_values": pixels}
         sizes = torch.tensor(inputs.image_sizes)
         if self._has_tiles:
             return {"pixel_values": pixels, "image_sizes": sizes}

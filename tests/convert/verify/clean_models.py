@@ -63,6 +63,8 @@ CLEAN: Mapping[str, Model] = {
     "grid 3x3": Model("mistral", grid="3x3"),
     "system turn": Model("llama", alters="system turn"),
     "gptq": Model("mistral", precision="int4", changes={"layers": 2}, alters="gptq"),
+    "llava 1.5": Model("llama", changes={"model_type": "llava"}),
+    "llava 1.5 int8": Model("llama", precision="int8", changes={"model_type": "llava"}),
     "loud int8": Model("mistral", precision="int8", changes={"layers": 2}, alters="loud"),
 }
 """Tiles of 5 x 5 patches: quick."""
