@@ -44,11 +44,13 @@ def read_image_processing(
         if settings.get(key) is False
     ]
     if not dims.takes_tiles:
-        faults += _crop_faults(settings)
+        faults += middle_faults(settings)
+        if settings.get("do_pad"):
+            faults.append("do_pad is true; the middle of an image is seen, and nothing is padded")
     if settings.get("resample", BICUBIC) != BICUBIC:
         faults.append(f"resample is {settings['resample']}; only bicubic ({BICUBIC}) is done")
     for key in ("size", "crop_size"):
-        side = _side(settings.get(key, tile))
+        side = read_side(settings.get(key, tile))
         if side != tile:
             faults.append(f"{key} is {settings[key]}; the tower's tiles are {tile}x{tile}")
     own = settings.get("image_grid_pinpoints")
@@ -59,8 +61,8 @@ def read_image_processing(
                 f"image_grid_pinpoints {[list(p) for p in listed]} differ from those of "
                 f"config.json {[list(p) for p in dims.image_grid_pinpoints]}"
             )
-    mean = _triple(settings, "image_mean", faults)
-    std = _triple(settings, "image_std", faults)
+    mean = read_triple(settings, "image_mean", faults)
+    std = read_triple(settings, "image_std", faults)
     if faults:
         listed_faults = "\n  - ".join(faults)
         raise CheckpointError(
@@ -78,16 +80,14 @@ def read_image_processing(
     )
 
 
-def _crop_faults(settings: Mapping[str, Any]) -> Iterator[str]:
-    """What of a processor that sees the middle of an image the runtime does not do."""
-    if settings.get("do_pad"):
-        yield "do_pad is true; only the middle of an image is seen, and nothing is padded"
+def middle_faults(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What of a processor that sees the middle of a picture the runtime does not do."""
     size = settings.get("size")
     if isinstance(size, Mapping) and "shortest_edge" not in size:
         yield f"size is {dict(size)}; the shorter side is resized, so shortest_edge must be there"
 
 
-def _side(size: Any) -> int | None:
+def read_side(size: Any) -> int | None:
     """One side in pixels of a size given as a number, a shortest edge, or height and width."""
     if isinstance(size, Mapping):
         if "shortest_edge" in size:
@@ -97,7 +97,10 @@ def _side(size: Any) -> int | None:
     return int(size)
 
 
-def _triple(settings: Mapping[str, Any], key: str, faults: list[str]) -> tuple[float, float, float]:
+def read_triple(
+    settings: Mapping[str, Any], key: str, faults: list[str]
+) -> tuple[float, float, float]:
+    """Three numbers, one a channel; a fault is noted where they are not there."""
     values = settings.get(key)
     if not isinstance(values, Sequence) or len(values) != 3:
         faults.append(f"{key} is {values!r}; three numbers are needed")

@@ -29,7 +29,8 @@ class ArtifactPlan:
     """What will be exported.
 
     ``grid`` holds the candidates in the order that decides ties under ``reference``; ``engine`` is
-    what the artifact carries for the tower besides its graph.
+    what the artifact carries for the tower besides its graph; ``num_frames`` are the frames that
+    the plan counted with, 0 for a model without video.
     """
 
     plan: DeploymentPlan
@@ -37,6 +38,7 @@ class ArtifactPlan:
     reference: Reference
     notes: tuple[str, ...]
     engine: EngineTarget | None = None
+    num_frames: int = 0
 
 
 def plan_artifact(request: ConvertRequest, checkpoint: Checkpoint) -> ArtifactPlan:
@@ -60,7 +62,7 @@ def plan_artifact(request: ConvertRequest, checkpoint: Checkpoint) -> ArtifactPl
         plan, request.profile, wishes.engine, takes_video=checkpoint.dims.takes_video
     )
     grid = _grid(checkpoint.dims, request, plan)
-    return ArtifactPlan(plan, grid, reference, (*notes, *more), engine)
+    return ArtifactPlan(plan, grid, reference, (*notes, *more), engine, wishes.num_frames)
 
 
 def choose(request: ConvertRequest, wishes: PlanRequest) -> tuple[DeploymentPlan, tuple[str, ...]]:

@@ -63,6 +63,20 @@ class ImageProcessing:
 
 
 @dataclass(frozen=True)
+class VideoProcessing:
+    """Values of the video processor: of a frame the middle is seen, ``frame_size`` pixels a side.
+
+    ``max_frames`` is what the plan counted with; a request may look at fewer.
+    """
+
+    frame_size: int
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    rescale_factor: float
+    max_frames: int
+
+
+@dataclass(frozen=True)
 class TokenIds:
     """Special ids. ``stop`` ends an answer; ``image`` marks a place and has no embedding row."""
 
@@ -171,4 +185,6 @@ class Manifest:
     files: dict[str, FileEntry]
     prefill_chunk: int = 512
     """Positions that the plan counted with for one run of a prompt; the runtime takes no more."""
+    video_processing: VideoProcessing | None = None
+    """None for a model without videos."""
     self_sha256: str = ""

@@ -53,11 +53,13 @@ class ReferenceInputs:
         ids: int64 [tokens].
         pixel_values: float32 [tiles, 3, T, T] of each image.
         image_sizes: (height, width) of each image.
+        frame_pixels: float32 [frames, 3, T, T] of a video, where there is one.
     """
 
     ids: torch.Tensor
     pixel_values: tuple[torch.Tensor, ...]
     image_sizes: tuple[tuple[int, int], ...]
+    frame_pixels: torch.Tensor | None = None
 
 
 class StreamedModel:
@@ -110,8 +112,10 @@ class StreamedModel:
         """What the language model reads.
 
         Returns:
-            Features of all tiles, float32 [tiles, patches, hidden] (no tile without an image), and
-            the merged embeddings, float32 [tokens, hidden].
+            Features of all tiles, float32 [tiles, patches, hidden] (no tile without an image), or
+            of all frames of a video, [frames, tokens, hidden]; where there are both, the rows of
+            each tile stand as if it were several frames. And the merged embeddings, float32
+            [tokens, hidden].
         """
         seen: list[torch.Tensor] = []
         hook = self._core.multi_modal_projector.register_forward_hook(
@@ -119,12 +123,18 @@ class StreamedModel:
         )
         try:
             with torch.no_grad():
-                merged = self._core(input_ids=inputs.ids[None], **self._images(inputs))
+                given = self._images(inputs)
+                if inputs.frame_pixels is not None:
+                    self._add_video(given, inputs.frame_pixels[None])
+                merged = self._core(input_ids=inputs.ids[None], **given)
         finally:
             hook.remove()
         dims = self._checkpoint.dims
         empty = torch.empty(0, dims.vision.num_patches, dims.text.hidden_size)
-        features = seen[0] if seen else empty
+        # The library encodes images first, then the video.
+        rows = min((each.shape[1] for each in seen), default=1)
+        parts = [each.reshape(-1, rows, dims.text.hidden_size) for each in seen]
+        features = torch.cat(parts) if parts else empty
         return features, merged.last_hidden_state[0]
 
     def token_rows(self, ids: torch.Tensor) -> torch.Tensor:
@@ -133,6 +143,11 @@ class StreamedModel:
         In an answer the id of an image mark is a token like any other.
         """
         return self._rows(ids)
+
+    def pool(self, features: torch.Tensor) -> torch.Tensor:
+        """The reference's own pooling of frames [frames, patches, width]."""
+        pooled: torch.Tensor = self._core.vision_resampler(features)
+        return pooled
 
     def pack(
         self,
@@ -247,6 +262,15 @@ class StreamedModel:
         # The library itself puts the list of images there.
         output = BaseModelOutputWithPooling(pooler_output=cast(Any, packed))
         return {"mm_encoder_outputs": {"image": output}}
+
+    def _add_video(self, given: dict[str, Any], frames: torch.Tensor) -> None:
+        """Have the library read a video [1, frames, 3, T, T] beside images, however those come."""
+        encoded = given.get("mm_encoder_outputs")
+        if encoded is None:
+            given["pixel_values_videos"] = frames
+        else:
+            # It takes pixels or features, not both kinds.
+            encoded["video"] = self._core.get_video_features(frames, return_dict=True)
 
     def _attach(self, root: nn.Module, prefix: str) -> None:
         """Have every module of a tree load its own tensors before it runs."""
