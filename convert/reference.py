@@ -14,6 +14,8 @@ import torch
 import transformers
 from PIL.Image import Image
 
+from llava_edge.convert.verify.reference_video import frame_pixels
+
 REFERENCE = f"transformers {transformers.__version__}"
 
 
@@ -46,17 +48,27 @@ class ReferenceModel:
         loader: Any = getattr(transformers, _CLASSES[kind][1])
         self.model: Any = loader.from_pretrained(folder, dtype=torch.float32).eval()
 
-    def render(self, prompt: str, num_images: int) -> str:
-        """One user turn through the checkpoint's chat template, images first."""
-        content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
+    def render(self, prompt: str, num_images: int, num_videos: int = 0) -> str:
+        """One user turn through the checkpoint's chat template, images first, then videos."""
+        media = [{"type": "image"}] * num_images + [{"type": "video"}] * num_videos
+        content = [*media, {"type": "text", "text": prompt}]
         rendered: str = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
         return rendered
 
-    def prepare(self, text: str, images: Sequence[Image]) -> Any:
-        """Model inputs of a finished prompt."""
-        return self.processor(images=list(images) or None, text=text, return_tensors="pt")
+    def prepare(self, text: str, images: Sequence[Image], video: Sequence[Image] = ()) -> Any:
+        """Model inputs of a finished prompt; all frames of a video are looked at."""
+        if not video:
+            return self.processor(images=list(images) or None, text=text, return_tensors="pt")
+        vision = self.model.config.vision_config
+        frames = frame_pixels(video, {}, vision.image_size)
+        # As LlavaNextVideoProcessor counts them.
+        count = (vision.image_size // vision.patch_size) ** 2 // 4 * len(video)
+        expanded = text.replace("<video>", "<video>" * count)
+        inputs = self.processor(images=list(images) or None, text=expanded, return_tensors="pt")
+        inputs["pixel_values_videos"] = frames[None]
+        return inputs
 
     def greedy(self, inputs: Any, max_new_tokens: int) -> list[int]:
         """New token ids of the greedy answer, the stop token included."""
