@@ -284,7 +284,9 @@ class FileClip:
         except (LlavaEdgeError, GeneratorExit):
             raise
         except MemoryError as error:
-            raise OutOfMemoryError(f"{self._label}: memory ran out while it was decoded") from error
+            raise OutOfMemoryError(
+                f"{self._label}: memory ran out while it was decoded, or it asks for far too much"
+            ) from error
         except Exception as error:
             # FFmpeg's errors come as many classes.
             reason = f"{type(error).__name__}: {str(error)[:200]}"

@@ -66,8 +66,8 @@ def _video_difference(
     side = anyres.patches_per_side
     layouts = [anyres.layout(*size) for size in sizes]
     tiles = sum(layout.num_tiles for layout in layouts) * side * side
-    frames = np.arange(tiles, tiles + _FRAMES * side * side, dtype=np.float64)
-    frames = frames.reshape(_FRAMES, side * side, 1)
+    numbers = np.arange(tiles, tiles + _FRAMES * side * side, dtype=np.float64)
+    frames = numbers.reshape(_FRAMES, side * side, 1)
     pooled = reference.pool(torch.from_numpy(frames)).numpy()
     index = pooling_index(vision, video_tokens_per_frame(vision))
     ours = frames[:, index].mean(axis=2)
