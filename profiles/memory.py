@@ -42,6 +42,11 @@ from llava_edge.profiles.parameters import decoder_matrices
 
 PHASES = ("load", "encode", "prefill", "decode")
 
+PLANNED_VIDEO_PIXELS = 4096 * 2304
+"""Pixels of a video's frame, the most that the runtime's limits take."""
+
+_VIDEO_BYTES = 30 * PLANNED_VIDEO_PIXELS + (16 << 20)
+
 PLANNED_IMAGE_PIXELS = 24_000_000
 """Pixels of the largest image a plan makes room for while it is decoded; a 24-megapixel photo."""
 
@@ -58,7 +63,7 @@ class MemoryTerms:
         rope_tables: cosine and sine for the whole context.
         kv_cache: keys and values for the whole context.
         load_transient: what loading holds beside the finished weights.
-        image_decoding: the largest image while it is decoded and cut.
+        image_decoding: the largest image, or a frame of a video, while it is decoded and cut.
         pixel_values: all tiles or frames of the prompt.
         vision_activations: one batch of tiles inside the tower.
         image_features: projected features of all tiles or frames.
@@ -392,7 +397,8 @@ def _image_decoding(vision: VisionDims, work: Workload) -> int:
 
     A pixel takes four bytes in Pillow, and again four where an image is turned or loses its alpha
     channel. A progressive JPEG holds its coefficients meanwhile, two bytes for each of three
-    colours. Measured on 3000 x 3000 pixels (VmHWM, Pillow 13): 4 bytes a pixel for a plain JPEG, 7
+    colours. A video's decoder keeps the frames that others refer to: with five of them 17 (MPEG-4)
+    to 26 (HEVC) bytes a pixel at 4K, PyAV's own 14 MiB beside them (VmHWM, PyAV 18.1). Measured on 3000 x 3000 pixels (VmHWM, Pillow 13): 4 bytes a pixel for a plain JPEG, 7
     turned, 7 for RGBA, 9 progressive, 8 for a TIFF; 15 for a WebP, which may thus have two thirds
     of the pixels planned for. Cutting takes the image laid out on its tiles (4 bytes a pixel, 3 as
     an array and as the bytes it comes from, 3 on the canvas) and, between both passes of resizing,
@@ -400,7 +406,8 @@ def _image_decoding(vision: VisionDims, work: Workload) -> int:
     """
     canvas = max(1, work.tiles_per_image - 1) * vision.image_size**2
     between = 4 * math.isqrt(canvas * work.image_pixels)
-    return max(10 * work.image_pixels, 4 * work.image_pixels + between + 13 * canvas)
+    image = max(10 * work.image_pixels, 4 * work.image_pixels + between + 13 * canvas)
+    return max(image, _VIDEO_BYTES if work.num_frames else 0)
 
 
 def _vision_activations(
