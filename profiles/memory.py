@@ -397,12 +397,14 @@ def _image_decoding(vision: VisionDims, work: Workload) -> int:
 
     A pixel takes four bytes in Pillow, and again four where an image is turned or loses its alpha
     channel. A progressive JPEG holds its coefficients meanwhile, two bytes for each of three
-    colours. A video's decoder keeps the frames that others refer to: with five of them 17 (MPEG-4)
-    to 26 (HEVC) bytes a pixel at 4K, PyAV's own 14 MiB beside them (VmHWM, PyAV 18.1). Measured on 3000 x 3000 pixels (VmHWM, Pillow 13): 4 bytes a pixel for a plain JPEG, 7
+    colours. Measured on 3000 x 3000 pixels (VmHWM, Pillow 13): 4 bytes a pixel for a plain JPEG, 7
     turned, 7 for RGBA, 9 progressive, 8 for a TIFF; 15 for a WebP, which may thus have two thirds
     of the pixels planned for. Cutting takes the image laid out on its tiles (4 bytes a pixel, 3 as
     an array and as the bytes it comes from, 3 on the canvas) and, between both passes of resizing,
     rows already at their width.
+
+    A video's decoder keeps the frames that others refer to: with five of them 17 (MPEG-4) to 26
+    (HEVC at 4K) bytes a pixel, and PyAV itself takes 14 MiB (VmHWM, PyAV 18.1).
     """
     canvas = max(1, work.tiles_per_image - 1) * vision.image_size**2
     between = 4 * math.isqrt(canvas * work.image_pixels)
