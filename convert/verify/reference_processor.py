@@ -145,7 +145,11 @@ class ReferenceProcessor:
     def ids(self, text: str) -> list[int]:
         """Ids of a finished prompt, one for each image mark."""
         if self._processor is not None:
-            return [int(each) for each in self._tokenizer(text)["input_ids"]]
+            bos = self._tokenizer.bos_token
+            # As the library's processors do with what a template wrote: no second bos.
+            add = not (bos and text.startswith(bos))
+            encoded = self._tokenizer(text, add_special_tokens=add)
+            return [int(each) for each in encoded["input_ids"]]
         # As the original code: chunks are encoded apart, and only the first keeps its bos.
         found: list[int] = []
         for place, chunk in enumerate(text.split(_MARK)):
