@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := cpu,convert,bench,dev,tensorrt
+EXTRAS := cpu,convert,bench,dev,tensorrt,video
 PACKAGES := profiles runtime convert bench
 READY := $(VENV)/ready
 INTEROP := .venv-interop
@@ -37,7 +37,7 @@ test: $(READY) ## the test suite without its slow proofs, on all cores
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow and not gpu"
 
 test-gpu: ## what needs an NVIDIA GPU, in .venv-gpu with onnxruntime-gpu
-	$(MAKE) VENV=.venv-gpu EXTRAS=gpu,convert,bench,dev,tensorrt gpu-suite
+	$(MAKE) VENV=.venv-gpu EXTRAS=gpu,convert,bench,dev,tensorrt,video gpu-suite
 
 gpu-suite: $(READY)
 	$(BIN)/python -m pytest -m gpu

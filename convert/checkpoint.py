@@ -164,6 +164,24 @@ class Checkpoint:
             "size": {"shortest_edge": side},
         }
 
+    def video_preprocessor_config(self) -> dict[str, Any]:
+        """Values of the video processor.
+
+        Taken from ``video_processor`` in ``processor_config.json``, else from
+        ``video_preprocessor_config.json``, else they are those of the image processor: the order in
+        which transformers looks for them.
+
+        Raises:
+            CheckpointError: there is none of them, or one is no JSON object.
+        """
+        nested = (_optional_json(self.folder / "processor_config.json") or {}).get(
+            "video_processor"
+        )
+        if isinstance(nested, dict):
+            return nested
+        own = _optional_json(self.folder / "video_preprocessor_config.json")
+        return self.preprocessor_config() if own is None else own
+
     def generation_config(self) -> dict[str, Any]:
         """``generation_config.json``, or nothing where there is none.
 

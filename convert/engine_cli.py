@@ -13,7 +13,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from llava_edge.convert.vision_engine import EngineTarget, write_vision_engine
+from llava_edge.convert.vision_engine import (
+    NO_VIDEO_ENGINE,
+    EngineTarget,
+    write_vision_engine,
+)
 from llava_edge.profiles.buffers import tiles_per_batch
 from llava_edge.profiles.engines import LIBRARIES, LibraryName, rtx_target
 from llava_edge.profiles.errors import (
@@ -84,7 +88,7 @@ def build_here(
         The engine's file, what it is bound to, and whether it was built now.
 
     Raises:
-        RequestError: the artifact is of the cpu flavour.
+        RequestError: the artifact is of the cpu flavour, or of a video model.
         DependencyError: no library is installed.
         EngineError: there is no GPU, the library does not support it, or building failed.
     """
@@ -94,6 +98,8 @@ def build_here(
             f"{artifact.folder} is of the cpu flavour; TensorRT runs those of the cuda flavour. "
             "Convert for the profile of a GPU."
         )
+    if manifest.model.takes_video:
+        raise RequestError(f"{artifact.folder}: {NO_VIDEO_ENGINE}")
     cuda = open_cuda()
     capability, device = cuda.compute_capability, cuda.device_name
     cuda.close()

@@ -66,5 +66,6 @@ def _rounding(path: Path) -> Any:
     graph.node.extend(nodes)
     del graph.value_info[:]
     for value in (*graph.input, *graph.output):
-        value.type.tensor_type.elem_type = _FLOAT
+        if value.type.tensor_type.elem_type == _HALF:
+            value.type.tensor_type.elem_type = _FLOAT
     return model

@@ -44,7 +44,9 @@ _LAST_AXIS, _SMALLEST = "guard.last_axis", "guard.smallest"
 _TINY = float(np.finfo(np.float32).tiny)
 COSINE_LOSS = 1e-4
 """One minus the cosine to float32 that the worst calibration tile may have."""
-MOVING = frozenset({"Concat", "Expand", "Reshape", "Slice", "Split", "Squeeze", "Transpose"})
+MOVING = frozenset(
+    {"Concat", "Expand", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose"}
+)
 """Operators that hand values on as they are."""
 
 

@@ -48,6 +48,7 @@ _COPIED = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
+    "video_preprocessor_config.json",
     "vocab.json",
 )
 _DTYPE_KEYS = ("dtype", "torch_dtype")

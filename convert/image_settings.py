@@ -1,12 +1,13 @@
 """Image processor settings: from a checkpoint's JSON to the values the runtime computes with.
 
-The runtime does one thing (AnyRes tiles, bicubic, black padding, rescale, normalise). A checkpoint
-that asks its processor for anything else is refused here, all differences together.
+The runtime does one thing with a kind of model: AnyRes tiles (bicubic, black padding, rescale,
+normalise), or for LLaVA-1.5 one tile from the middle of an image. A checkpoint that asks its
+processor for anything else is refused here, all differences together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llava_edge.profiles.errors import CheckpointError
@@ -16,7 +17,7 @@ from llava_edge.runtime.manifest import ImageProcessing, Reference
 BICUBIC = 3
 """Pillow's number of the bicubic filter, as the hub's files write it."""
 
-_MUST_BE_TRUE = ("do_convert_rgb", "do_normalize", "do_pad", "do_rescale", "do_resize")
+_ALWAYS = ("do_convert_rgb", "do_normalize", "do_rescale", "do_resize")
 
 
 def read_image_processing(
@@ -39,13 +40,17 @@ def read_image_processing(
     tile = dims.vision.image_size
     faults = [
         f"{key} is false; the runtime always does it"
-        for key in _MUST_BE_TRUE
+        for key in (*_ALWAYS, "do_pad" if dims.takes_tiles else "do_center_crop")
         if settings.get(key) is False
     ]
+    if not dims.takes_tiles:
+        faults += middle_faults(settings)
+        if settings.get("do_pad"):
+            faults.append("do_pad is true; the middle of an image is seen, and nothing is padded")
     if settings.get("resample", BICUBIC) != BICUBIC:
         faults.append(f"resample is {settings['resample']}; only bicubic ({BICUBIC}) is done")
     for key in ("size", "crop_size"):
-        side = _side(settings.get(key, tile))
+        side = read_side(settings.get(key, tile))
         if side != tile:
             faults.append(f"{key} is {settings[key]}; the tower's tiles are {tile}x{tile}")
     own = settings.get("image_grid_pinpoints")
@@ -56,8 +61,8 @@ def read_image_processing(
                 f"image_grid_pinpoints {[list(p) for p in listed]} differ from those of "
                 f"config.json {[list(p) for p in dims.image_grid_pinpoints]}"
             )
-    mean = _triple(settings, "image_mean", faults)
-    std = _triple(settings, "image_std", faults)
+    mean = read_triple(settings, "image_mean", faults)
+    std = read_triple(settings, "image_std", faults)
     if faults:
         listed_faults = "\n  - ".join(faults)
         raise CheckpointError(
@@ -71,10 +76,18 @@ def read_image_processing(
         image_std=std,
         rescale_factor=float(settings.get("rescale_factor", 1 / 255)),
         reference=reference,
+        view="tiles" if dims.takes_tiles else "crop",
     )
 
 
-def _side(size: Any) -> int | None:
+def middle_faults(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What of a processor that sees the middle of a picture the runtime does not do."""
+    size = settings.get("size")
+    if isinstance(size, Mapping) and "shortest_edge" not in size:
+        yield f"size is {dict(size)}; the shorter side is resized, so shortest_edge must be there"
+
+
+def read_side(size: Any) -> int | None:
     """One side in pixels of a size given as a number, a shortest edge, or height and width."""
     if isinstance(size, Mapping):
         if "shortest_edge" in size:
@@ -84,7 +97,10 @@ def _side(size: Any) -> int | None:
     return int(size)
 
 
-def _triple(settings: Mapping[str, Any], key: str, faults: list[str]) -> tuple[float, float, float]:
+def read_triple(
+    settings: Mapping[str, Any], key: str, faults: list[str]
+) -> tuple[float, float, float]:
+    """Three numbers, one a channel; a fault is noted where they are not there."""
     values = settings.get(key)
     if not isinstance(values, Sequence) or len(values) != 3:
         faults.append(f"{key} is {values!r}; three numbers are needed")

@@ -224,7 +224,7 @@ def expected_tensors(dims: ModelDims) -> ExpectedTensors:
     _add_linear(
         required, "multi_modal_projector.linear_2", width, width, dims.vision.projector_bias
     )
-    if dims.model_type != "llava":
+    if dims.takes_tiles:
         required["image_newline"] = (width,)
     return ExpectedTensors(required, optional)
 

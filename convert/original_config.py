@@ -99,6 +99,12 @@ def to_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
     feature = config.get("mm_vision_select_feature", "patch")
     if feature != "patch":
         faults.append(f"mm_vision_select_feature is {feature!r}; exported is 'patch'")
+    sampler = config.get("mm_resampler_type")
+    if sampler is not None:
+        faults.append(
+            f"mm_resampler_type is {sampler!r}: this layout pools images as well and does not say "
+            "what a video is; videos are converted from the Hugging Face layout"
+        )
     if config.get("mm_use_im_start_end"):
         faults.append("mm_use_im_start_end wraps images in tokens that no LLaVA-NeXT format has")
     width = config.get("mm_hidden_size")

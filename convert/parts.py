@@ -24,6 +24,7 @@ from llava_edge.convert.vision_trace import VisionTrace
 from llava_edge.convert.weights import Array
 from llava_edge.convert.write_embeddings import write_embeddings
 from llava_edge.runtime.manifest import Flavour
+from llava_edge.runtime.pooling import POOLING, pooling_index
 from llava_edge.runtime.records import to_json
 
 Report = Callable[[str, int, int], None]
@@ -109,7 +110,12 @@ class PartBuilders:
         try:
             graph = build_vision_graph(self._checkpoint.dims, self._checkpoint, np.float32)
             graph.save(place)
-            yield VisionTrace(place / "model.onnx", tiles.pixel_values)
+            # Frames are looked at unpooled: means of four patches stay within their range.
+            vision = self._checkpoint.dims.vision
+            given = {}
+            if self._checkpoint.dims.takes_video:
+                given[POOLING] = pooling_index(vision, vision.num_patches)
+            yield VisionTrace(place / "model.onnx", tiles.pixel_values, given=given)
         finally:
             shutil.rmtree(place, ignore_errors=True)
 

@@ -36,6 +36,7 @@ from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.verification import Verification
 from llava_edge.convert.verify.digested_source import DigestedSource
 from llava_edge.convert.verify.weights import DIGESTS
+from llava_edge.convert.video_settings import read_video_processing
 from llava_edge.convert.vision_engine import write_vision_engine
 from llava_edge.convert.vision_tiles import cut_tiles
 from llava_edge.convert.write_artifact import ArtifactWriter, refuse_existing
@@ -53,6 +54,7 @@ from llava_edge.runtime.manifest import (
     PromptFormat,
     Source,
     TokenIds,
+    VideoProcessing,
 )
 from llava_edge.runtime.records import from_json, to_json
 
@@ -84,6 +86,7 @@ class _Job:
     checkpoint: Checkpoint
     planned: ArtifactPlan
     processing: ImageProcessing
+    video: VideoProcessing | None
     prompt: PromptFormat | None
     body: BodyFormat | None
     digest: str
@@ -220,6 +223,7 @@ def _planned_again(job: _Job, vision: dict[str, Any]) -> _Job:
     wishes = replace(
         job.request.wishes,
         variants=(as_variant(job.checkpoint),),
+        num_frames=job.planned.num_frames,
         precision=plan.precision,
         vision_precision="int8",
         context_tokens=plan.context_tokens,
@@ -290,6 +294,10 @@ def _prepare(
         planned.grid.pinpoints,
         planned.reference,
     )
+    video = None
+    if checkpoint.dims.takes_video:
+        settings = checkpoint.video_preprocessor_config()
+        video = read_video_processing(settings, checkpoint.dims, planned.num_frames)
     prompt = None
     if request.use_template:
         prompt = compile_chat_template(
@@ -299,7 +307,7 @@ def _prepare(
     if request.emit_hf:
         check_emit_hf(checkpoint, planned.plan.precision)
     body = BodyFormat.of(checkpoint, planned.plan.precision, request.profile)
-    return _Job(request, checkpoint, planned, processing, prompt, body, digest)
+    return _Job(request, checkpoint, planned, processing, video, prompt, body, digest)
 
 
 def _key(job: _Job) -> dict[str, object]:
@@ -314,6 +322,7 @@ def _key(job: _Job) -> dict[str, object]:
         "pinpoints": to_json(job.planned.grid.pinpoints),
         "reference": job.planned.reference,
         "context": plan.context_tokens,
+        "frames": job.planned.num_frames,
         "template": job.request.use_template,
         "emit_hf": job.request.emit_hf,
         "engine": None if job.planned.engine is None else job.planned.engine.key,
@@ -375,6 +384,7 @@ def _manifest(
         plan=plan.to_json(),
         model=checkpoint.dims,
         image_processing=job.processing,
+        video_processing=job.video,
         tokens=tokens,
         prompt=job.prompt,
         vision=vision,

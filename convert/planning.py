@@ -18,9 +18,9 @@ from llava_edge.profiles.grids import GridChoice, asked_grid, asked_pinpoints
 from llava_edge.profiles.model_dims import ModelDims
 from llava_edge.profiles.parameters import total_parameters
 from llava_edge.profiles.plan import DeploymentPlan
-from llava_edge.profiles.planner import PlanRequest, nearest_fit, plan_deployment
+from llava_edge.profiles.planner import DEFAULT_FRAMES, PlanRequest, nearest_fit, plan_deployment
 from llava_edge.profiles.sizes import format_bytes
-from llava_edge.profiles.variants import Variant
+from llava_edge.profiles.variants import Variant, kind_of
 from llava_edge.runtime.manifest import Reference
 
 
@@ -29,7 +29,8 @@ class ArtifactPlan:
     """What will be exported.
 
     ``grid`` holds the candidates in the order that decides ties under ``reference``; ``engine`` is
-    what the artifact carries for the tower besides its graph.
+    what the artifact carries for the tower besides its graph; ``num_frames`` are the frames that
+    the plan counted with, 0 for a model without video.
     """
 
     plan: DeploymentPlan
@@ -37,6 +38,7 @@ class ArtifactPlan:
     reference: Reference
     notes: tuple[str, ...]
     engine: EngineTarget | None = None
+    num_frames: int = 0
 
 
 def plan_artifact(request: ConvertRequest, checkpoint: Checkpoint) -> ArtifactPlan:
@@ -47,17 +49,20 @@ def plan_artifact(request: ConvertRequest, checkpoint: Checkpoint) -> ArtifactPl
         RequestError: the request is malformed, or asks for what is not exported yet.
         DependencyError: ``--engine`` names a library that is not installed.
     """
-    _check_kind(checkpoint)
     wishes = replace(request.wishes, variants=(as_variant(checkpoint),))
+    if checkpoint.dims.takes_video and not wishes.num_frames:
+        wishes = replace(wishes, num_frames=DEFAULT_FRAMES)
     if checkpoint.gptq is not None:
         # What is quantised already stays as it is; another precision is refused by name.
         wishes = replace(wishes, precision=wishes.precision or f"int{checkpoint.gptq.bits}")
         open_gptq(checkpoint, str(wishes.precision))
     plan, notes = choose(request, wishes)
     reference = request.reference or ("original" if checkpoint.layout == "original" else "hf")
-    plan, engine, more = plan_engine(plan, request.profile, wishes.engine)
+    plan, engine, more = plan_engine(
+        plan, request.profile, wishes.engine, takes_video=checkpoint.dims.takes_video
+    )
     grid = _grid(checkpoint.dims, request, plan)
-    return ArtifactPlan(plan, grid, reference, (*notes, *more), engine)
+    return ArtifactPlan(plan, grid, reference, (*notes, *more), engine, wishes.num_frames)
 
 
 def choose(request: ConvertRequest, wishes: PlanRequest) -> tuple[DeploymentPlan, tuple[str, ...]]:
@@ -85,7 +90,7 @@ def as_variant(checkpoint: Checkpoint) -> Variant:
     parameters = total_parameters(checkpoint.dims)
     return Variant(
         name=variant_name(checkpoint.source_id),
-        kind="image",
+        kind=kind_of(checkpoint.dims),
         dims=checkpoint.dims,
         parameters=parameters,
         hub_id=None,
@@ -103,15 +108,6 @@ def variant_name(source_id: str) -> str:
     """The last part of a source's id, without a trailing ``-hf``, safe as a file name."""
     name = source_id.rstrip("/").split("/")[-1].removesuffix("-hf")
     return re.sub(r"[^A-Za-z0-9._-]", "-", name) or "checkpoint"
-
-
-def _check_kind(checkpoint: Checkpoint) -> None:
-    kind = checkpoint.dims.model_type
-    if kind != "llava_next":
-        raise RequestError(
-            f"{checkpoint.folder} is a {kind} model; this version converts llava_next models "
-            "(LLaVA 1.6 for images). It can be planned for: llava-edge plan."
-        )
 
 
 def _grid(dims: ModelDims, request: ConvertRequest, plan: DeploymentPlan) -> GridChoice:

@@ -44,6 +44,20 @@ _GAIN_STD = 0.1
 _CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 _CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
+_VIDEO_KEYS = (
+    "crop_size",
+    "do_center_crop",
+    "do_convert_rgb",
+    "do_normalize",
+    "do_rescale",
+    "do_resize",
+    "image_mean",
+    "image_std",
+    "resample",
+    "rescale_factor",
+    "size",
+)
+
 _Stored = tuple[str, str, tuple[int, ...]]
 
 
@@ -172,6 +186,12 @@ def _write_texts(
     }
     if spec.model_type == "llava_next_video":
         files["processor_config.json"]["video_token"] = VIDEO_TOKEN
+        files["video_preprocessor_config.json"] = {
+            **{key: image_processor[key] for key in _VIDEO_KEYS},
+            "do_sample_frames": False,
+            "processor_class": processor,
+            "video_processor_type": "LlavaNextVideoVideoProcessor",
+        }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     (folder / "chat_template.jinja").write_text(family.chat_template + "\n", "utf-8")

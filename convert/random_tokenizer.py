@@ -56,6 +56,8 @@ _TURN_PARTS = (
     "{%- macro media(message) -%}"
     "{%- for part in message['content'] -%}"
     "{%- if part['type'] == 'image' -%}{{ '<image>\\n' }}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- for part in message['content'] -%}"
     "{%- if part['type'] == 'video' -%}{{ '<video>\\n' }}{%- endif -%}"
     "{%- endfor -%}{%- endmacro -%}"
     "{%- macro words(message) -%}"

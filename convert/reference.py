@@ -5,7 +5,8 @@ Used to show its answer beside ours and by tests; the runtime never sees it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,61 @@ import torch
 import transformers
 from PIL.Image import Image
 
+from llava_edge.convert.verify.reference_video import frame_pixels
+
 REFERENCE = f"transformers {transformers.__version__}"
+
+
+_CLASSES: Mapping[str, tuple[str, str]] = {
+    "llava": ("LlavaConfig", "LlavaForConditionalGeneration"),
+    "llava_next": ("LlavaNextConfig", "LlavaNextForConditionalGeneration"),
+    "llava_next_video": ("LlavaNextVideoConfig", "LlavaNextVideoForConditionalGeneration"),
+}
+
+
+def meta_model(config: Mapping[str, Any]) -> Any:
+    """The reference's model of a ``config.json``, without weights (torch's meta device)."""
+    config_class, model_class = _CLASSES[config["model_type"]]
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    made = getattr(transformers, config_class)(**fields)
+    with torch.device("meta"):
+        return getattr(transformers, model_class)(made)
 
 
 class ReferenceModel:
     """A checkpoint folder in Hugging Face layout, loaded whole in float32 on the CPU."""
 
     def __init__(self, folder: Path) -> None:
-        self.processor: Any = transformers.LlavaNextProcessor.from_pretrained(folder)
-        loader: Any = transformers.LlavaNextForConditionalGeneration
+        kind = json.loads((folder / "config.json").read_text("utf-8"))["model_type"]
+        # The video model's own processor needs torchvision; templates, ids and tiles are these.
+        processor: Any = (
+            transformers.LlavaProcessor if kind == "llava" else transformers.LlavaNextProcessor
+        )
+        self.processor: Any = processor.from_pretrained(folder)
+        loader: Any = getattr(transformers, _CLASSES[kind][1])
         self.model: Any = loader.from_pretrained(folder, dtype=torch.float32).eval()
 
-    def render(self, prompt: str, num_images: int) -> str:
-        """One user turn through the checkpoint's chat template, images first."""
-        content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
+    def render(self, prompt: str, num_images: int, num_videos: int = 0) -> str:
+        """One user turn through the checkpoint's chat template, images first, then videos."""
+        media = [{"type": "image"}] * num_images + [{"type": "video"}] * num_videos
+        content = [*media, {"type": "text", "text": prompt}]
         rendered: str = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
         return rendered
 
-    def prepare(self, text: str, images: Sequence[Image]) -> Any:
-        """Model inputs of a finished prompt."""
-        return self.processor(images=list(images) or None, text=text, return_tensors="pt")
+    def prepare(self, text: str, images: Sequence[Image], video: Sequence[Image] = ()) -> Any:
+        """Model inputs of a finished prompt; all frames of a video are looked at."""
+        if not video:
+            return self.processor(images=list(images) or None, text=text, return_tensors="pt")
+        vision = self.model.config.vision_config
+        frames = frame_pixels(video, {}, vision.image_size)
+        # As LlavaNextVideoProcessor counts them.
+        count = (vision.image_size // vision.patch_size) ** 2 // 4 * len(video)
+        expanded = text.replace("<video>", "<video>" * count)
+        inputs = self.processor(images=list(images) or None, text=expanded, return_tensors="pt")
+        inputs["pixel_values_videos"] = frames[None]
+        return inputs
 
     def greedy(self, inputs: Any, max_new_tokens: int) -> list[int]:
         """New token ids of the greedy answer, the stop token included."""

@@ -14,7 +14,7 @@ from llava_edge.convert.card import write_card
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.disk import write_atomic
 from llava_edge.convert.verify.estimate import estimate_seconds
-from llava_edge.convert.verify.probes import draw_probes
+from llava_edge.convert.verify.probes import probes_for
 from llava_edge.convert.verify.reference_answer import Reference
 from llava_edge.convert.verify.verifier import (
     QUICK_BYTES,
@@ -60,7 +60,7 @@ class Verification:
         if self._mode == "none":
             return
         anyres = ImageProcessor(manifest.image_processing).anyres
-        probes = draw_probes(anyres, self._mode, manifest.context_tokens)
+        probes = probes_for(manifest, self._mode)
         seconds = estimate_seconds(manifest.model, anyres, probes)
         self._say(f"verifying ({self._mode}): about {_spoken(seconds)}")
 

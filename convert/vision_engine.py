@@ -9,8 +9,8 @@ from pathlib import Path
 from llava_edge.convert.disk import write_atomic
 from llava_edge.convert.tensorrt_build import Report, build_vision_engine
 from llava_edge.profiles.buffers import tiles_per_batch
-from llava_edge.profiles.engines import LibraryName, rtx_target
-from llava_edge.profiles.errors import DependencyError, EngineError
+from llava_edge.profiles.engines import LIBRARIES, LibraryName, rtx_target
+from llava_edge.profiles.errors import DependencyError, EngineError, RequestError
 from llava_edge.profiles.hardware import HardwareProfile
 from llava_edge.profiles.plan import DeploymentPlan
 from llava_edge.profiles.planner import Engine
@@ -25,6 +25,10 @@ from llava_edge.runtime.manifest import FileEntry
 from llava_edge.runtime.tensorrt_engine import TensorRTLibrary, open_library
 
 ON_DEVICE = "llava-edge build-engine"
+NO_VIDEO_ENGINE = (
+    "the tower of a video model runs in ONNX Runtime; no engine is built for a graph that pools "
+    "frames. Leave --engine out."
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class EngineTarget:
 
 
 def plan_engine(
-    plan: DeploymentPlan, profile: HardwareProfile, asked: Engine
+    plan: DeploymentPlan, profile: HardwareProfile, asked: Engine, *, takes_video: bool = False
 ) -> tuple[DeploymentPlan, EngineTarget | None, tuple[str, ...]]:
     """Decide whether the artifact carries an engine.
 
@@ -64,6 +68,7 @@ def plan_engine(
         plan: names the engine that shall run the tower.
         profile: the board.
         asked: what the request said; a library that nobody named may be missing.
+        takes_video: the tower's graph pools frames as well, for which no engine is built.
 
     Returns:
         The plan (its engine is ``ort`` where none can be built), what to build, what to say of it.
@@ -71,7 +76,12 @@ def plan_engine(
     Raises:
         DependencyError: the library was named and is not installed.
         EngineError: the library was named and cannot be loaded.
+        RequestError: the library was named and the model is one for video.
     """
+    if takes_video and plan.engine in LIBRARIES:
+        if asked != "auto":
+            raise RequestError(f"engine {asked} was asked: {NO_VIDEO_ENGINE}")
+        return replace(plan, engine="ort"), None, (NO_VIDEO_ENGINE,)
     if plan.engine == "tensorrt":
         note = (
             "TensorRT tunes an engine on the GPU that runs it, so the artifact carries none; on "

@@ -3,6 +3,10 @@
     pixel_values [tiles, 3, T, T] → patches → CLIP blocks up to the feature layer → class token off
     → linear_1 → gelu → linear_2 → image_features [tiles, patches, hidden]
 
+A video model's graph has a second input, ``pooling`` int64 [tokens, pooled]: the patches whose mean
+each token is, taken in front of the projector. One patch a token makes features of tiles, four make
+those of frames, so that both come from one graph and one set of weights.
+
 Standard ONNX operators only, so that ONNX Runtime, TensorRT and TensorRT-RTX all take it. The patch
 embedding is a reshape and a MatMul: a convolution whose stride equals its kernel is exactly that,
 and no convolution library (cuDNN) is then needed. Blocks behind the feature layer are not built.
@@ -22,6 +26,7 @@ from llava_edge.convert.graph import GraphBuilder
 from llava_edge.convert.linear_ops import FloatLinear, LinearLayer, LinearOps
 from llava_edge.convert.weights import Array, TensorSource, reshaped, vectors
 from llava_edge.profiles.model_dims import ModelDims, VisionDims
+from llava_edge.runtime.pooling import POOLING
 
 QUICK_GELU_ALPHA = 1.702
 NUM_CHANNELS = 3
@@ -78,14 +83,25 @@ def build_vision_graph(
         for layer in vision.feature_layers
     ]
     joined = features[0] if len(features) == 1 else g.op("Concat", *features, axis=-1)
+    num_tokens: int | str = vision.num_patches
+    if dims.takes_video:
+        joined, num_tokens = _pooled(g, joined), "tokens"
     projected = _projector(parts, dims.text.hidden_size, joined)
     g.output(
         projected,
         "image_features",
         g.compute_name,
-        ["tiles", vision.num_patches, dims.text.hidden_size],
+        ["tiles", num_tokens, dims.text.hidden_size],
     )
     return g
+
+
+def _pooled(g: GraphBuilder, features: ir.Value) -> ir.Value:
+    """Mean of the patches that the input ``pooling`` names for each token."""
+    pooling = g.input(POOLING, "int64", ["tokens", "pooled"])
+    # [tiles, tokens, pooled, width]
+    gathered = g.op("Gather", features, pooling, axis=1)
+    return g.op("ReduceMean", gathered, g.integers(2), keepdims=0)
 
 
 def _embed(p: _Parts, pixels: ir.Value) -> ir.Value:

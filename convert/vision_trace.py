@@ -58,14 +58,22 @@ class VisionTrace:
         path: the graph; weights lie beside it.
         pixel_values: float32 [tiles, 3, T, T].
         threads: of the CPU provider; 0 for all cores.
+        given: further inputs of the graph, the same for every tile.
 
     Attributes:
         view: the graph.
         features: float32 [tiles, patches, hidden], once the walk is over.
     """
 
-    def __init__(self, path: Path, pixel_values: Array, threads: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        pixel_values: Array,
+        threads: int = 0,
+        given: Mapping[str, Array] | None = None,
+    ) -> None:
         self.view = GraphView(path, "vision")
+        self._given = dict(given or {})
         self.features: Array = np.empty(0, np.float32)
         self._tiles = pixel_values
         self._options = SessionOptions(device="cpu", threads=threads)
@@ -107,7 +115,9 @@ class VisionTrace:
         Yields:
             Piece, number of the tile, and the wanted values and inputs by name.
         """
-        states: list[dict[str, Array]] = [{PIXELS: tile[None]} for tile in self._tiles]
+        states: list[dict[str, Array]] = [
+            {PIXELS: tile[None], **self._given} for tile in self._tiles
+        ]
         pieces = self.pieces()
         for place, piece in enumerate(pieces):
             wanted = ask(piece)

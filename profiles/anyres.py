@@ -85,9 +85,10 @@ class TileLayout:
 class AnyRes:
     """Tile and patch size in pixels and the candidate list, (height, width) in pixels.
 
-    No candidates means grid ``base``: the thumbnail alone and one newline behind it.
-    ``reference`` is the order in which a list is read: ``hf`` as (height, width), ``original`` as
-    (width, height). On a list that holds the turn of each candidate this changes ties alone.
+    No candidates means grid ``base``: the thumbnail alone and one newline behind it, which
+    ``has_newline`` false leaves out (LLaVA-1.5). ``reference`` is the order in which a list is
+    read: ``hf`` as (height, width), ``original`` as (width, height). On a list that holds the turn
+    of each candidate this changes ties alone.
 
     Raises:
         RequestError: sizes do not go together; every fault is listed.
@@ -97,6 +98,7 @@ class AnyRes:
     patch_size: int
     pinpoints: Pinpoints
     reference: Literal["hf", "original"] = "hf"
+    has_newline: bool = True
 
     def __post_init__(self) -> None:
         faults = _size_faults(self.tile_size, self.patch_size)
@@ -104,6 +106,8 @@ class AnyRes:
             faults = _pinpoint_faults(self.pinpoints, self.tile_size)
         if self.reference not in ("hf", "original"):
             faults.append(f"reference is {self.reference!r}; allowed are 'hf' and 'original'")
+        if self.pinpoints and not self.has_newline:
+            faults.append("tiles need a newline behind each row of their features")
         if faults:
             raise RequestError("AnyRes values do not go together: " + "; ".join(faults))
 
@@ -133,7 +137,7 @@ class AnyRes:
         """Most image tokens any image gets; that same image keeps every row and column."""
         side = self.patches_per_side
         packed = (side * rows * (side * columns + 1) for rows, columns in self._grids())
-        return side * side + max(packed, default=1)
+        return side * side + max(packed, default=int(self.has_newline))
 
     def layout(self, height: int, width: int) -> TileLayout:
         """Tiles, padding, kept features and token count of an image of ``height`` x ``width``.
@@ -164,7 +168,7 @@ class AnyRes:
                 first_column=0,
                 kept_columns=0,
                 num_tiles=1,
-                num_image_tokens=side * side + 1,
+                num_image_tokens=side * side + self.has_newline,
             )
         canvas_height, canvas_width = self._choose(height, width)
         rows, columns = canvas_height // self.tile_size, canvas_width // self.tile_size

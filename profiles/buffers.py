@@ -78,9 +78,10 @@ def pixel_value_bytes(vision: VisionDims, num_tiles: int) -> int:
     return num_tiles * 3 * vision.image_size**2 * PIXEL_BYTES
 
 
-def image_feature_shape(dims: ModelDims, num_tiles: int) -> tuple[int, int]:
-    """Shape of the projected features of that many tiles and the newline row behind them."""
-    return (num_tiles * dims.vision.num_patches + 1, dims.text.hidden_size)
+def image_feature_shape(dims: ModelDims, num_tiles: int, num_frames: int = 0) -> tuple[int, int]:
+    """Shape of the projected features of tiles, of frames behind them, and of the newline row."""
+    rows = num_tiles * dims.vision.num_patches + num_frames * video_tokens_per_frame(dims.vision)
+    return (rows + 1, dims.text.hidden_size)
 
 
 def image_feature_bytes(dims: ModelDims, num_tiles: int, flavour: Flavour) -> int:

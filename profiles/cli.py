@@ -15,6 +15,7 @@ from llava_edge.profiles.formats import VISION_PRECISIONS
 from llava_edge.profiles.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.plan import DeploymentPlan, RejectedCandidate
 from llava_edge.profiles.planner import (
+    DEFAULT_FRAMES,
     Engine,
     PlanRequest,
     PlanResult,
@@ -24,9 +25,6 @@ from llava_edge.profiles.planner import (
 from llava_edge.profiles.sizes import format_bytes, parse_bytes
 from llava_edge.profiles.speed import ANSWER_TOKENS, QUESTION_TOKENS
 from llava_edge.profiles.variants import find_variant
-
-DEFAULT_FRAMES = 8
-"""Frames that ``--video`` alone plans for: what the reference's examples sample."""
 
 _CACHES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 

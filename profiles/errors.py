@@ -6,6 +6,7 @@
     │   ├── BudgetError                no candidate fits the memory budget
     │   ├── PromptError                prompt, image marks or context do not go together
     │   ├── ImageError                 an image is refused
+    │   ├── VideoError                 a video is refused
     │   ├── CheckpointError            a checkpoint cannot be converted faithfully
     │   └── OutputExistsError          nothing is overwritten unasked
     ├── HubError              exit 1   the model hub could not be reached or answered
@@ -50,6 +51,10 @@ class PromptError(RequestError):
 
 class ImageError(RequestError):
     """An image is refused before or while it is decoded."""
+
+
+class VideoError(RequestError):
+    """A video is refused before or while it is decoded."""
 
 
 class CheckpointError(RequestError):

@@ -253,7 +253,7 @@ def weight_bytes(
             return 0
         return sum(m.parameters * float_bytes - size(codes, m) for m in matrices)
 
-    newline = 0 if dims.model_type == "llava" else text.hidden_size
+    newline = text.hidden_size if dims.takes_tiles else 0
     return WeightBytes(
         decoder=sum(size(body, matrix) for matrix in decoder_matrices(text))
         + decoder_vectors(text) * activation_bytes(flavour),

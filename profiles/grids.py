@@ -61,7 +61,7 @@ def asked_grid(dims: ModelDims, name: str) -> GridChoice:
     """
     tile = dims.vision.image_size
     named = grid_pinpoints(name, tile)
-    if dims.model_type == "llava" and named:
+    if named and not dims.takes_tiles:
         raise RequestError(
             f"grid {name} was asked, but {dims.model_type} models take one tile. Use --grid base."
         )
@@ -77,20 +77,18 @@ def asked_pinpoints(dims: ModelDims, text: str) -> GridChoice:
     Raises:
         RequestError: the list is malformed, or the model takes no tiles.
     """
-    if dims.model_type == "llava":
+    if not dims.takes_tiles:
         raise RequestError(f"--pinpoints was given, but {dims.model_type} models take one tile.")
     return _choice(dims, parse_pinpoints(text, dims.vision.image_size))
 
 
 def _choice(dims: ModelDims, pinpoints: Pinpoints) -> GridChoice:
     vision = dims.vision
-    rules = AnyRes(vision.image_size, vision.patch_size, pinpoints)
-    # LLaVA-1.5 packs nothing: its one tile has no newline behind it.
-    tokens = vision.num_patches if dims.model_type == "llava" else rules.max_image_tokens
+    rules = AnyRes(vision.image_size, vision.patch_size, pinpoints, has_newline=dims.takes_tiles)
     return GridChoice(
         name=grid_name(pinpoints, vision.image_size) or format_pinpoints(pinpoints),
         pinpoints=pinpoints,
         max_tiles=rules.max_tiles,
-        max_image_tokens=tokens,
+        max_image_tokens=rules.max_image_tokens,
         beyond_stock=not set(pinpoints) <= set(dims.image_grid_pinpoints),
     )

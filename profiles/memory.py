@@ -42,6 +42,11 @@ from llava_edge.profiles.parameters import decoder_matrices
 
 PHASES = ("load", "encode", "prefill", "decode")
 
+PLANNED_VIDEO_PIXELS = 4096 * 2304
+"""Pixels of a video's frame, the most that the runtime's limits take."""
+
+_VIDEO_BYTES = 30 * PLANNED_VIDEO_PIXELS + (16 << 20)
+
 PLANNED_IMAGE_PIXELS = 24_000_000
 """Pixels of the largest image a plan makes room for while it is decoded; a 24-megapixel photo."""
 
@@ -58,7 +63,7 @@ class MemoryTerms:
         rope_tables: cosine and sine for the whole context.
         kv_cache: keys and values for the whole context.
         load_transient: what loading holds beside the finished weights.
-        image_decoding: the largest image while it is decoded and cut.
+        image_decoding: the largest image, or a frame of a video, while it is decoded and cut.
         pixel_values: all tiles or frames of the prompt.
         vision_activations: one batch of tiles inside the tower.
         image_features: projected features of all tiles or frames.
@@ -181,8 +186,8 @@ class Workload:
 
     @property
     def num_tiles(self) -> int:
-        """Tiles of all images together, or frames if there are more of them."""
-        return max(self.num_images * self.tiles_per_image, self.num_frames)
+        """Tiles of all images and frames of the video: one prompt may hold both."""
+        return self.num_images * self.tiles_per_image + self.num_frames
 
 
 @dataclass(frozen=True)
@@ -397,10 +402,14 @@ def _image_decoding(vision: VisionDims, work: Workload) -> int:
     of the pixels planned for. Cutting takes the image laid out on its tiles (4 bytes a pixel, 3 as
     an array and as the bytes it comes from, 3 on the canvas) and, between both passes of resizing,
     rows already at their width.
+
+    A video's decoder keeps the frames that others refer to: with five of them 17 (MPEG-4) to 26
+    (HEVC at 4K) bytes a pixel, and PyAV itself takes 14 MiB (VmHWM, PyAV 18.1).
     """
     canvas = max(1, work.tiles_per_image - 1) * vision.image_size**2
     between = 4 * math.isqrt(canvas * work.image_pixels)
-    return max(10 * work.image_pixels, 4 * work.image_pixels + between + 13 * canvas)
+    image = max(10 * work.image_pixels, 4 * work.image_pixels + between + 13 * canvas)
+    return max(image, _VIDEO_BYTES if work.num_frames else 0)
 
 
 def _vision_activations(

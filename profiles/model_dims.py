@@ -122,6 +122,16 @@ class ModelDims:
     image_token_id: int
     video_token_id: int | None
 
+    @property
+    def takes_video(self) -> bool:
+        """Whether the tower's features can be pooled for frames of a video."""
+        return self.model_type == "llava_next_video"
+
+    @property
+    def takes_tiles(self) -> bool:
+        """Whether images are tiled (AnyRes); LLaVA-1.5 sees one view of each, and no newline."""
+        return self.model_type != "llava"
+
     @classmethod
     def from_config(cls, config: Config) -> ModelDims:
         """Read a Hugging Face ``config.json`` of a LLaVA-NeXT model.
@@ -150,7 +160,7 @@ class ModelDims:
                 f"vision_feature_select_strategy is {strategy!r}; only 'default' has a reference"
             )
         if is_video:
-            _check_video_pooling(top, faults)
+            _check_video_pooling(top, vision, faults)
         if faults:
             listed = "\n  - ".join(faults)
             raise CheckpointError(f"config.json cannot be converted faithfully:\n  - {listed}")
@@ -226,10 +236,16 @@ def _read_token(top: Section, name: str, default: int) -> int:
     return top.integer(key, default, minimum=0)
 
 
-def _check_video_pooling(top: Section, faults: list[str]) -> None:
+def _check_video_pooling(top: Section, vision: VisionDims | None, faults: list[str]) -> None:
     mode, stride = top.word("spatial_pool_mode", "average"), top.integer("spatial_pool_stride", 2)
     if (mode, stride) != ("average", 2):
         faults.append(f"video pooling is {mode} with stride {stride}; exported is average with 2")
+    if vision is not None and vision.patch_size and vision.patches_per_side % 2:
+        # The reference's processor counts a quarter of all patches, its model drops the odd row.
+        faults.append(
+            f"a frame has {vision.patches_per_side} patches a side; pooling by 2 needs an even "
+            "number"
+        )
 
 
 def _read_vision(top: Section, faults: list[str]) -> VisionDims | None:

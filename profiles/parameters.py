@@ -93,6 +93,6 @@ def total_parameters(dims: ModelDims) -> int:
     text = dims.text
     decoder = sum(m.parameters for m in decoder_matrices(text)) + decoder_vectors(text)
     heads = head_parameters(text) * (1 if text.tie_word_embeddings else 2)
-    newline = 0 if dims.model_type == "llava" else text.hidden_size
+    newline = text.hidden_size if dims.takes_tiles else 0
     tower = vision_parameters(dims.vision)
     return decoder + heads + tower + projector_parameters(dims) + newline

@@ -51,6 +51,8 @@ CONTEXT_STEP = 256
 MAX_CONTEXT = 1 << 24
 MAX_IMAGES = 4096
 MAX_FRAMES = 65536
+DEFAULT_FRAMES = 8
+"""Frames that a video model is planned for unless said: what the reference's examples sample."""
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def read_folder(folder: Path) -> Variant:
         raise CheckpointError(f"{path} holds a value of another form: {error!r}.") from error
     return Variant(
         name=folder.resolve().name,
-        kind=_kind(dims),
+        kind=kind_of(dims),
         dims=dims,
         parameters=total_parameters(dims),
         hub_id=None,
@@ -116,7 +116,8 @@ def read_folder(folder: Path) -> Variant:
     )
 
 
-def _kind(dims: ModelDims) -> Kind:
+def kind_of(dims: ModelDims) -> Kind:
+    """What a model of these dimensions is asked about."""
     kinds: dict[str, Kind] = {"llava_next_video": "video", "llava": "llava-1.5"}
     return kinds.get(dims.model_type, "image")
 
@@ -133,7 +134,7 @@ def _read(name: str, entry: dict[str, Any], data: dict[str, Any]) -> Variant:
     dims = ModelDims.from_config({**shared, **entry["config"]})
     return Variant(
         name=name,
-        kind=_kind(dims),
+        kind=kind_of(dims),
         dims=dims,
         parameters=entry["parameters"],
         hub_id=entry["hub_id"],

@@ -37,9 +37,9 @@ class Answer:
     """Result of one request.
 
     ``token_ids`` include the stop token, ``text`` does not; ``prompt_tokens`` include
-    ``image_tokens``. ``degraded`` lists what was lowered to make the request fit; empty if nothing.
-    ``engine`` ran the vision tower: ``tensorrt``, ``tensorrt-rtx`` or ``ort``; ``other_engines``
-    says of each better one why it did not.
+    ``image_tokens`` and ``video_tokens``. ``degraded`` lists what was lowered to make the request
+    fit; empty if nothing. ``engine`` ran the vision tower: ``tensorrt``, ``tensorrt-rtx`` or
+    ``ort``; ``other_engines`` says of each better one why it did not.
     """
 
     text: str
@@ -53,3 +53,4 @@ class Answer:
     engine: str
     degraded: tuple[str, ...] = ()
     other_engines: dict[str, str] = field(default_factory=dict)
+    video_tokens: int = 0

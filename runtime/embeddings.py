@@ -160,7 +160,7 @@ class EmbeddingTable:
 
 def _expected(dims: ModelDims) -> dict[str, list[int]]:
     shapes = {EMBED_TOKENS: [dims.text.vocab_size, dims.text.hidden_size]}
-    if dims.model_type != "llava":
+    if dims.takes_tiles:
         shapes[IMAGE_NEWLINE] = [dims.text.hidden_size]
     return shapes
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from llava_edge.profiles.buffers import video_tokens_per_frame
 from llava_edge.profiles.errors import ArtifactError, ExportError, ImageError
 from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.manifest import Manifest
@@ -64,12 +65,12 @@ class GoldenProbe:
 
     Attributes:
         name: what reports call it.
-        prompt: the question, for the artifact's own template, images first.
+        prompt: the question, for the artifact's own template, images first, then the video.
         images: uint8 (H, W, 3) each.
         ids: int64 (num_tokens,), the prompt with each image expanded to its ids.
-        pixel_sha256: of the float32 little-endian bytes of all tiles, in order.
+        pixel_sha256: of the float32 little-endian bytes of all tiles, in order, then all frames.
         feature_rows: int64 (n,), rows of the features matrix: all tiles' patches, one tile behind
-            the other.
+            the other, then the tokens of all frames.
         features: float32 (n, hidden), these rows.
         forced: int64 (steps,), tokens taken as the answer.
         logit_ids: int64 (k,), ids whose logits are kept.
@@ -77,6 +78,7 @@ class GoldenProbe:
         top_ids: int64 (1 + steps, 2), the best two ids.
         top_logits: float32 (1 + steps, 2), their logits.
         ranges: float32 (1 + steps,), largest minus smallest logit.
+        video: uint8 (frames, H, W, 3), all of which are looked at; None without a video.
     """
 
     name: str
@@ -92,6 +94,7 @@ class GoldenProbe:
     top_ids: Array
     top_logits: Array
     ranges: Array
+    video: Array | None = None
 
 
 def golden_bytes(probes: Sequence[GoldenProbe], manifest: Manifest) -> bytes:
@@ -110,6 +113,7 @@ def golden_bytes(probes: Sequence[GoldenProbe], manifest: Manifest) -> bytes:
             "prompt": probe.prompt,
             "pixel_sha256": probe.pixel_sha256,
             "images": len(probe.images),
+            **({} if probe.video is None else {"videos": 1}),
         }
         for probe in probes
     ]
@@ -173,10 +177,13 @@ def _tensors(probes: Sequence[GoldenProbe]) -> dict[str, Array]:
     for index, probe in enumerate(probes):
         for name, (code, _) in _TENSORS.items():
             found[f"{index}.{name}"] = np.asarray(getattr(probe, name)).astype(_DTYPES[code])
-        for number, image in enumerate(probe.images):
-            if image.dtype != np.uint8:
-                raise ExportError(f"an image of probe {probe.name} is {image.dtype}, not uint8")
-            found[f"{index}.images.{number}"] = image
+        media = {f"images.{number}": image for number, image in enumerate(probe.images)}
+        if probe.video is not None:
+            media["video"] = probe.video
+        for name, pixels in media.items():
+            if pixels.dtype != np.uint8:
+                raise ExportError(f"{name} of probe {probe.name} is {pixels.dtype}, not uint8")
+            found[f"{index}.{name}"] = pixels
     return found
 
 
@@ -250,7 +257,7 @@ def _probe(index: int, text: Any, arrays: dict[str, Array]) -> GoldenProbe:
             "pixel_sha256": str(digest),
             "images": int(count),
             **rest,
-        } if not rest and _is_size(count):
+        } if _is_size(count) and rest in ({}, {"videos": 1}):
             pass
         case _:
             raise _MalformedError(f"the texts of probe {index} are {text!r:.160}")
@@ -261,7 +268,10 @@ def _probe(index: int, text: Any, arrays: dict[str, Array]) -> GoldenProbe:
         for field, (code, axes) in _TENSORS.items()
     }
     images = tuple(_take(arrays, f"{index}.images.{number}", "U8", 3) for number in range(count))
-    return GoldenProbe(name=name, prompt=prompt, pixel_sha256=digest, images=images, **found)
+    video = _take(arrays, f"{index}.video", "U8", 4) if rest else None
+    return GoldenProbe(
+        name=name, prompt=prompt, pixel_sha256=digest, images=images, video=video, **found
+    )
 
 
 def _take(arrays: dict[str, Array], name: str, code: str, axes: int) -> Array:
@@ -291,6 +301,14 @@ def _faults(probe: GoldenProbe, manifest: Manifest) -> list[str]:
             rows += processor.anyres.layout(height, width).num_tiles * vision.num_patches
         except ImageError as error:
             return [f"an image of {height}x{width} is refused: {error}"]
+    if probe.video is not None:
+        frames, height, width, channels = probe.video.shape
+        most = 0 if manifest.video_processing is None else manifest.video_processing.max_frames
+        if channels != 3 or not height or not width or not 0 < frames <= most:
+            return [
+                f"its video is {list(probe.video.shape)}, not 1 to {most} frames (height, width, 3)"
+            ]
+        rows += frames * video_tokens_per_frame(vision)
     marks = {manifest.tokens.image, manifest.tokens.video} - {None}
     known = [id for id in probe.ids.tolist() if id not in marks]
     shapes = {

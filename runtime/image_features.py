@@ -24,13 +24,14 @@ def packing_index(layout: TileLayout, patches_per_side: int) -> NDArray[np.int64
         int64, (num_image_tokens,): rows of the features of all tiles, one after another, as a
         matrix of ``num_tiles * patches_per_side**2`` rows; the number behind the last row stands
         for the newline. First the thumbnail, then the kept rows of the stitched tiles from left to
-        right, each ended by a newline. A thumbnail alone is ended by one newline.
+        right, each ended by a newline. A thumbnail alone is ended by one newline, if by any.
     """
     side = patches_per_side
     thumbnail = np.arange(side * side, dtype=np.int64)
     newline = layout.num_tiles * side * side
     if not layout.rows:
-        return np.append(thumbnail, newline)
+        has_newline = layout.num_image_tokens > len(thumbnail)
+        return np.append(thumbnail, newline) if has_newline else thumbnail
     rows = np.arange(layout.first_row, layout.first_row + layout.kept_rows, dtype=np.int64)
     columns = np.arange(
         layout.first_column, layout.first_column + layout.kept_columns, dtype=np.int64

@@ -1,6 +1,7 @@
 """ImageProcessor: an image becomes normalised tiles, bit-equal to the reference.
 
-Source: transformers 5.23.0 ``LlavaNextImageProcessorPil``. Its steps for each tile (resize, centre
+Source: transformers 5.23.0 ``LlavaNextImageProcessorPil``, and ``CLIPImageProcessorPil`` where only
+the middle of an image is seen. Their steps for each tile (resize, centre
 crop, rescale in float64, round to float32, subtract mean, divide by std) map each 8-bit value of a
 channel to one float32, whatever the pixel; so they are done once for the 256 values and looked up.
 """
@@ -14,8 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from llava_edge.profiles.anyres import AnyRes, TileLayout
+from llava_edge.profiles.errors import ImageError
 from llava_edge.runtime.images import convert_to_rgb
 from llava_edge.runtime.manifest import ImageProcessing
+
+MAX_CROP_RATIO = 100
+"""Longest side over shortest of an image of which the middle is cut out: the resized image has as
+many tiles' pixels."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,9 @@ class ImageProcessor:
             processing.patch_size,
             processing.image_grid_pinpoints,
             processing.reference,
+            has_newline=processing.view == "tiles",
         )
+        self._crops = processing.view == "crop"
         values = np.arange(256, dtype=np.float64) * processing.rescale_factor
         mean = np.array(processing.image_mean, dtype=np.float32)[:, None]
         std = np.array(processing.image_std, dtype=np.float32)[:, None]
@@ -59,11 +67,17 @@ class ImageProcessor:
 
         Returns:
             Tiles and their layout.
+
+        Raises:
+            ImageError: so little of a long image would be seen that it is not worth resizing.
         """
         image = convert_to_rgb(image)
         layout = self.anyres.layout(image.height, image.width)
         tile = self.anyres.tile_size
         pixel_values = np.empty((layout.num_tiles, 3, tile, tile), np.float32)
+        if self._crops:
+            self._normalize(_center(image, tile), pixel_values[0])
+            return ImageTiles(pixel_values, layout)
         # The thumbnail does not keep the aspect ratio.
         self._normalize(_resized(image, tile, tile), pixel_values[0])
         if layout.rows:
@@ -81,6 +95,31 @@ class ImageProcessor:
         for channel in range(3):
             # "clip" writes straight into out; no 8-bit value is outside the table.
             np.take(self._normalized[channel], tile[..., channel], out=out[channel], mode="clip")
+
+
+def shorter_side_to(tile: int, height: int, width: int) -> tuple[int, int]:
+    """Height and width once the shorter side is ``tile`` pixels.
+
+    Source: transformers 5.23.0 ``get_resize_output_image_size``; its ``int(size * long / short)``
+    is this whole division.
+
+    Raises:
+        ImageError: one side is more than ``MAX_CROP_RATIO`` times the other.
+    """
+    short, long = sorted((height, width))
+    if long > MAX_CROP_RATIO * short:
+        raise ImageError(
+            f"image is {height}x{width} (height x width) and only its middle would be seen, less "
+            f"than one part in {MAX_CROP_RATIO}. Crop it to what matters."
+        )
+    longer = tile * long // short
+    return (tile, longer) if height <= width else (longer, tile)
+
+
+def _center(image: Image.Image, tile: int) -> NDArray[np.uint8]:
+    height, width = shorter_side_to(tile, image.height, image.width)
+    top, left = (height - tile) // 2, (width - tile) // 2
+    return _resized(image, height, width)[top : top + tile, left : left + tile]
 
 
 def _resized(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:

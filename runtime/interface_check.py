@@ -13,6 +13,7 @@ from llava_edge.profiles.model_dims import ModelDims
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.manifest import Manifest, TensorSpec
 from llava_edge.runtime.onnx_header import OnnxHeader, read_onnx_header
+from llava_edge.runtime.pooling import POOLING
 
 Expected = dict[str, tuple[str, tuple[int | None, ...]]]
 """Element type and sizes by tensor name; None for a size that varies."""
@@ -54,14 +55,13 @@ def interface_faults(manifest: Manifest) -> Iterator[str]:
         yield f"model.text.num_hidden_layers is {dims.text.num_hidden_layers}"
         return
     side, patches, hidden = dims.vision.image_size, dims.vision.num_patches, dims.text.hidden_size
-    yield from _faults(
-        "vision inputs", manifest.vision.inputs, {"pixel_values": (compute, (None, 3, side, side))}
-    )
-    yield from _faults(
-        "vision outputs",
-        manifest.vision.outputs,
-        {"image_features": (compute, (None, patches, hidden))},
-    )
+    pixels: Expected = {"pixel_values": (compute, (None, 3, side, side))}
+    features: Expected = {"image_features": (compute, (None, patches, hidden))}
+    if dims.takes_video:
+        pixels[POOLING] = ("int64", (None, None))
+        features["image_features"] = (compute, (None, None, hidden))
+    yield from _faults("vision inputs", manifest.vision.inputs, pixels)
+    yield from _faults("vision outputs", manifest.vision.outputs, features)
     yield from _faults("decoder inputs", manifest.decoder.inputs, _decoder_inputs(dims, compute))
     logits: Expected = {"logits": ("float32", (1, None, dims.text.vocab_size))}
     outputs = logits | _caches(dims, compute, "present")

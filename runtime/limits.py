@@ -9,13 +9,19 @@ from dataclasses import dataclass, fields
 
 from llava_edge.profiles.errors import RequestError
 
+VIDEO_FORMATS = ("MP4", "WEBM", "AVI")
+"""Video containers that are told from their content; MOV counts as MP4, Matroska as WEBM."""
+
+VIDEO_CODECS = ("av1", "h264", "hevc", "mjpeg", "mpeg4", "vp8", "vp9")
+"""Video codecs, in FFmpeg's names."""
+
 READABLE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Image file formats whose headers ``image_header`` reads."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Upper bounds for images and prompts; each must be at least 1.
+    """Upper bounds for images, videos and prompts; each must be at least 1.
 
     Attributes:
         max_image_bytes: size of an image file.
@@ -25,10 +31,17 @@ class Limits:
         max_image_frames: frames of an animated image, of which the first is used.
         image_formats: file formats, out of ``READABLE_FORMATS``; told by content, not by name.
         max_images: images of one request.
+        max_video_bytes: size of a video file.
+        max_video_pixels: width times height of a frame; 9.4 million take in 4K.
+        max_video_frames: frames of a video, of which a few are looked at.
+        max_video_seconds: what a video may last by its time stamps.
+        video_formats: containers, out of ``VIDEO_FORMATS``; told by content, not by name.
+        video_codecs: codecs, out of ``VIDEO_CODECS``.
         max_prompt_characters: characters of one prompt.
 
     Raises:
-        RequestError: a bound is below 1 or a format is none that can be read; all are named.
+        RequestError: a bound is below 1, or a format or codec is none that can be read; all are
+            named.
     """
 
     max_image_bytes: int = 128 * 2**20
@@ -38,6 +51,12 @@ class Limits:
     max_image_frames: int = 1_000
     image_formats: tuple[str, ...] = READABLE_FORMATS
     max_images: int = 64
+    max_video_bytes: int = 2**30
+    max_video_pixels: int = 4096 * 2304
+    max_video_frames: int = 100_000
+    max_video_seconds: int = 3_600
+    video_formats: tuple[str, ...] = VIDEO_FORMATS
+    video_codecs: tuple[str, ...] = VIDEO_CODECS
     max_prompt_characters: int = 2**20
 
     def __post_init__(self) -> None:
@@ -47,10 +66,12 @@ class Limits:
             if field.name.startswith("max_")
             and (not isinstance(value := getattr(self, field.name), int) or value < 1)
         ]
-        if unknown := sorted(set(self.image_formats) - set(READABLE_FORMATS)):
-            faults.append(
-                f"image_formats holds {', '.join(unknown)}; readable are "
-                f"{', '.join(READABLE_FORMATS)}"
-            )
+        for name, known in (
+            ("image_formats", READABLE_FORMATS),
+            ("video_formats", VIDEO_FORMATS),
+            ("video_codecs", VIDEO_CODECS),
+        ):
+            if unknown := sorted(set(getattr(self, name)) - set(known)):
+                faults.append(f"{name} holds {', '.join(unknown)}; readable are {', '.join(known)}")
         if faults:
             raise RequestError("limits: " + "; ".join(faults))

@@ -48,7 +48,8 @@ class ImageProcessing:
     """Values of the image processor; ``image_grid_pinpoints`` are (height, width) in pixels.
 
     ``reference`` decides ties between equally good grids: ``hf`` takes the earlier candidate as the
-    list stands, ``original`` reads the list as (width, height).
+    list stands, ``original`` reads the list as (width, height). ``view`` is ``tiles`` (AnyRes), or
+    ``crop``: the shorter side is resized to a tile's and only the middle is seen (LLaVA-1.5).
     """
 
     tile_size: int
@@ -58,6 +59,21 @@ class ImageProcessing:
     image_std: tuple[float, float, float]
     rescale_factor: float
     reference: Reference = "hf"
+    view: Literal["tiles", "crop"] = "tiles"
+
+
+@dataclass(frozen=True)
+class VideoProcessing:
+    """Values of the video processor: of a frame the middle is seen, ``frame_size`` pixels a side.
+
+    ``max_frames`` is what the plan counted with; a request may look at fewer.
+    """
+
+    frame_size: int
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    rescale_factor: float
+    max_frames: int
 
 
 @dataclass(frozen=True)
@@ -169,4 +185,6 @@ class Manifest:
     files: dict[str, FileEntry]
     prefill_chunk: int = 512
     """Positions that the plan counted with for one run of a prompt; the runtime takes no more."""
+    video_processing: VideoProcessing | None = None
+    """None for a model without videos."""
     self_sha256: str = ""

@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from llava_edge.profiles.anyres import AnyRes
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.model_dims import ModelDims
-from llava_edge.runtime.manifest import FileEntry, GraphSpec, ImageProcessing, Manifest, TokenIds
+from llava_edge.runtime.manifest import (
+    FileEntry,
+    GraphSpec,
+    ImageProcessing,
+    Manifest,
+    TokenIds,
+    VideoProcessing,
+)
 
 MANIFEST = "manifest.json"
 CERTIFICATE = "certificate.json"
@@ -47,6 +54,7 @@ def manifest_faults(manifest: Manifest) -> list[str]:
         *_references(manifest),
         *_dims(manifest.model),
         *_images(manifest.image_processing, manifest.model),
+        *_video(manifest.video_processing, manifest.model),
         *_tokens(manifest.tokens, manifest.model),
         *_positive(
             "",
@@ -152,15 +160,45 @@ def _images(images: ImageProcessing, dims: ModelDims) -> Iterator[str]:
     ):
         yield "image_processing.image_grid_pinpoints are not all multiples of the tile"
         return
+    has_tiles = images.view == "tiles"
+    if has_tiles != dims.takes_tiles:
+        yield f"image_processing.view is {images.view}; the model is a {dims.model_type}"
     try:
-        AnyRes(images.tile_size, images.patch_size, images.image_grid_pinpoints, images.reference)
+        AnyRes(
+            images.tile_size,
+            images.patch_size,
+            images.image_grid_pinpoints,
+            images.reference,
+            has_newline=has_tiles,
+        )
     except RequestError as error:
         yield f"image_processing: {error}"
     values = (*images.image_mean, *images.image_std, images.rescale_factor)
-    if not all(abs(value) <= _MAX_REAL for value in values) or not all(
-        std >= 1 / _MAX_REAL for std in images.image_std
-    ):
+    if not _are_possible(values, images.image_std):
         yield "image_processing holds a mean, deviation or factor that is impossible"
+
+
+def _video(video: VideoProcessing | None, dims: ModelDims) -> Iterator[str]:
+    if (video is not None) != dims.takes_video:
+        yield f"video_processing does not go with a {dims.model_type}"
+    if video is None:
+        return
+    yield from _positive("video_processing.", {"max_frames": video.max_frames})
+    if video.frame_size != dims.vision.image_size:
+        yield (
+            f"video_processing.frame_size is {video.frame_size}; the model has "
+            f"{dims.vision.image_size}"
+        )
+    factor = video.rescale_factor
+    values = (*video.image_mean, *video.image_std, factor)
+    if not _are_possible(values, (*video.image_std, factor)):
+        yield "video_processing holds a mean, deviation or factor that is impossible"
+
+
+def _are_possible(values: Iterable[float], divisors: Iterable[float]) -> bool:
+    return all(abs(value) <= _MAX_REAL for value in values) and all(
+        value >= 1 / _MAX_REAL for value in divisors
+    )
 
 
 def _tokens(tokens: TokenIds, dims: ModelDims) -> Iterator[str]:

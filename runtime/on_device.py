@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llava_edge.profiles.errors import ArtifactError, ImageError, PromptError
+from llava_edge.profiles.errors import ArtifactError, ImageError, PromptError, VideoError
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.bounds import Bounds, bounds_for
 from llava_edge.runtime.certificate import StageResult, bounded, exact
 from llava_edge.runtime.golden import GOLDEN_FILE, GoldenProbe, read_golden
 from llava_edge.runtime.progress import ReportProgress, no_progress
-from llava_edge.runtime.request import PromptOptions
+from llava_edge.runtime.request import PromptOptions, VideoInput
 from llava_edge.runtime.token_comparison import TokenComparison
 
 if TYPE_CHECKING:
@@ -107,18 +107,26 @@ def _look(model: LlavaEdge, probe: GoldenProbe, bounds: Bounds) -> _Seen:
     options = PromptOptions(raw=model.artifact.manifest.prompt is None)
     try:
         replay = model.replay(
-            probe.prompt, probe.images, [int(token) for token in probe.forced], keep, options
+            probe.prompt,
+            probe.images,
+            [int(token) for token in probe.forced],
+            keep,
+            options,
+            None if probe.video is None else VideoInput(probe.video, len(probe.video)),
         )
-    except (PromptError, ImageError) as error:
+    except (PromptError, ImageError, VideoError) as error:
         return _Seen(prompt=f"{name} is refused: {error}")
     ids = replay.request.ids
     if not np.array_equal(ids, probe.ids):
         return _Seen(prompt=f"{name}: {_first_difference(ids, probe.ids)}")
     digest = hashlib.sha256()
-    for pixels in replay.request.pixel_values:
+    frames = replay.request.frame_pixels
+    for pixels in (*replay.request.pixel_values, *(() if frames is None else (frames,))):
         digest.update(np.ascontiguousarray(pixels, "<f4").data)
     return _Seen(
-        pixels=None if not probe.images else name * (digest.hexdigest() != probe.pixel_sha256),
+        pixels=None
+        if not probe.images and probe.video is None
+        else name * (digest.hexdigest() != probe.pixel_sha256),
         features=_feature_gap(replay.features, probe),
         prefill=_logit_gap(logits, probe, slice(0, 1)),
         decode=_logit_gap(logits, probe, slice(1, None)),

@@ -23,8 +23,10 @@ from llava_edge.profiles.errors import PromptError, RequestError
 from llava_edge.runtime.answer import Answer, PeakMemory, Timings
 from llava_edge.runtime.arguments import require_count
 from llava_edge.runtime.artifact import Artifact, open_artifact
+from llava_edge.runtime.clip import VideoSource
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
+from llava_edge.runtime.frame_choice import FrameChoice
 from llava_edge.runtime.generate import LoopResult, generate_tokens
 from llava_edge.runtime.host_memory import map_large_blocks, peak_host_bytes
 from llava_edge.runtime.images import ImageSource
@@ -36,7 +38,7 @@ from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.prompt_embedder import PromptEmbedder
 from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
 from llava_edge.runtime.replay import Replay
-from llava_edge.runtime.request import PromptOptions, Request, RequestBuilder
+from llava_edge.runtime.request import PromptOptions, Request, RequestBuilder, VideoInput
 from llava_edge.runtime.sampling import Sampler, SamplingOptions
 from llava_edge.runtime.session import Array, DeviceKind, Session, SessionOptions
 from llava_edge.runtime.stream import AnswerStream, Pieces, StreamHandle
@@ -103,7 +105,13 @@ class LlavaEdge:
         decoder = Session(artifact.path(manifest.decoder.file), options)
         progress("loading", 2, 2)
         self._embedder = PromptEmbedder(
-            self._dims, self._tokens.image, self._table, self._tower.encoder, self._dtype, batch
+            self._dims,
+            self._tokens.image,
+            self._table,
+            self._tower.encoder,
+            self._dtype,
+            batch,
+            self._tokens.video,
         )
         chunk = prefill_chunk_tokens(manifest.prefill_chunk, context_tokens)
         self._decoder = Decoder(decoder, self._dims.text, context_tokens, chunk, self._dtype)
@@ -229,6 +237,9 @@ class LlavaEdge:
         prompt: str,
         images: Sequence[ImageSource] = (),
         *,
+        video: VideoSource | None = None,
+        num_frames: int | None = None,
+        frame_choice: FrameChoice = "reference",
         raw: bool = False,
         image_marks: bool = True,
         grid: str | None = None,
@@ -246,6 +257,12 @@ class LlavaEdge:
             prompt: the question. ``<image>`` marks where each image goes; without marks they go
                 where the model's template puts them, first.
             images: paths, bytes, PIL images or uint8 arrays.
+            video: path or bytes of a video file, or frames (a list of images, or a uint8 array
+                (frames, height, width, 3)); ``<video>`` marks where it goes.
+            num_frames: frames of it to look at; as many as the artifact was planned for, or as
+                there are, if left out.
+            frame_choice: which frames: ``reference`` as transformers chooses, ``original`` as
+                LLaVA's own code does.
             raw: the prompt is finished; no template is applied and every image needs its mark.
             image_marks: whether ``<image>`` in the prompt is a mark or plain text.
             grid: lower the AnyRes grid, for instance ``base`` or ``1x2``.
@@ -262,13 +279,16 @@ class LlavaEdge:
 
         Raises:
             ImageError: an image is refused.
+            VideoError: the video is refused.
+            DependencyError: a video is to be decoded and PyAV is not installed.
             PromptError: the prompt is empty, too long, or its marks do not match the images.
             RequestError: a sampling option or the grid is out of range.
         """
         sampling = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed)
         require_count("max_new_tokens", max_new_tokens, 1)
         options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
-        request = self._requests.build(prompt, images, options)
+        clip = None if video is None else VideoInput(video, num_frames, frame_choice)
+        request = self._requests.build(prompt, images, options, video=clip)
         self._check_length(request)
         return AnswerStream(
             lambda handle: self._run(request, sampling, max_new_tokens, progress, handle)
@@ -279,13 +299,17 @@ class LlavaEdge:
         prompt: str,
         images: Sequence[ImageSource] = (),
         *,
+        video: VideoSource | None = None,
+        num_frames: int | None = None,
         raw: bool = False,
         image_marks: bool = True,
         grid: str | None = None,
     ) -> int:
-        """Exactly how many tokens a prompt takes, images included, before running anything."""
+        """Exactly how many tokens a prompt takes, images and video included, before running it."""
         options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
-        return self._requests.build(prompt, images, options, with_pixels=False).num_tokens
+        clip = None if video is None else VideoInput(video, num_frames)
+        built = self._requests.build(prompt, images, options, video=clip, with_pixels=False)
+        return built.num_tokens
 
     def teacher_forced_logits(
         self,
@@ -293,6 +317,7 @@ class LlavaEdge:
         images: Sequence[ImageSource] = (),
         token_ids: Sequence[int] = (),
         *,
+        video: VideoInput | None = None,
         raw: bool = False,
         image_marks: bool = True,
         grid: str | None = None,
@@ -303,6 +328,7 @@ class LlavaEdge:
             prompt: as in ``stream``.
             images: as in ``stream``.
             token_ids: tokens that are taken as the answer, whatever the logits say.
+            video: to ask about.
             raw: as in ``stream``.
             image_marks: as in ``stream``.
             grid: as in ``stream``.
@@ -312,7 +338,7 @@ class LlavaEdge:
         """
         rows = np.empty((1 + len(token_ids), self._dims.text.vocab_size), np.float32)
         options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
-        self.replay(prompt, images, token_ids, rows.__setitem__, options)
+        self.replay(prompt, images, token_ids, rows.__setitem__, options, video)
         return rows
 
     def replay(
@@ -322,6 +348,7 @@ class LlavaEdge:
         token_ids: Sequence[int],
         on_logits: Callable[[int, Array], None],
         options: PromptOptions | None = None,
+        video: VideoInput | None = None,
     ) -> Replay:
         """Answer with given tokens, the way every answer is made, and show what comes up.
 
@@ -332,12 +359,13 @@ class LlavaEdge:
             on_logits: ``on_logits(i, row)`` gets the logits behind the prompt (0) and behind the
                 i-th given token, float32 (vocab,), valid until it returns.
             options: how prompt and images are read.
+            video: to ask about.
 
         Raises:
             ImageError: an image is refused.
             PromptError: as ``stream``, or the tokens do not fit the context.
         """
-        request = self._requests.build(prompt, images, options or PromptOptions())
+        request = self._requests.build(prompt, images, options or PromptOptions(), video=video)
         self._check_length(request)
         with self._turnstile.turn():
             embeddings = self._embedder.embed(request, no_progress)
@@ -374,9 +402,9 @@ class LlavaEdge:
             return
         raise PromptError(
             f"the prompt takes {request.num_tokens} tokens ({request.image_tokens} of them for "
-            f"{len(request.layouts)} images); the context holds {self.context_tokens} and the "
-            "answer needs at least one. Shorten the text, give fewer images, lower the grid, or "
-            "load or convert with a larger context."
+            f"{len(request.layouts)} images, {request.video_tokens} for a video); the context "
+            f"holds {self.context_tokens} and the answer needs at least one. Shorten the text, "
+            "give fewer images or frames, lower the grid, or load or convert with a larger context."
         )
 
     def _run(
@@ -443,6 +471,7 @@ class LlavaEdge:
                 token_ids=tuple(token_ids),
                 prompt_tokens=request.num_tokens,
                 image_tokens=request.image_tokens,
+                video_tokens=request.video_tokens,
                 finish_reason=result.finish_reason,
                 timings=timings,
                 peak_memory=PeakMemory(host_bytes=peak_host_bytes(), device_bytes=None),

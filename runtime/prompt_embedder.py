@@ -1,6 +1,6 @@
 """PromptEmbedder: a request becomes what the decoder reads.
 
-Tiles go through tower and projector into one matrix of features, with the newline row behind them;
+Tiles and frames go through tower and projector into one matrix of features, the newline row behind;
 ``PromptEmbeddings`` then hands out rows of it and of the embedding table, position by position.
 """
 
@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from llava_edge.profiles.buffers import image_feature_shape
+from llava_edge.profiles.buffers import image_feature_shape, video_tokens_per_frame
 from llava_edge.profiles.model_dims import ModelDims
 from llava_edge.runtime.device_rows import DeviceRows
 from llava_edge.runtime.embeddings import EmbeddingTable
@@ -50,6 +50,7 @@ class PromptEmbedder:
         dtype: float32 (cpu flavour) or float16 (cuda flavour) of features and embeddings.
         batch_tiles: most tiles that the encoder is given at once, of one image or of several; None
             for all of an image.
+        video_token_id: the id that marks video positions; None for a model without.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class PromptEmbedder:
         encoder: TileEncoder | DeviceEncoder,
         dtype: type[np.float32] | type[np.float16],
         batch_tiles: int | None = None,
+        video_token_id: int | None = None,
     ) -> None:
         self._dims = dims
         self._image_token_id = image_token_id
@@ -67,23 +69,29 @@ class PromptEmbedder:
         self._encoder = encoder
         self._dtype = dtype
         self._batch_tiles = batch_tiles
+        self._video_token_id = video_token_id
 
     def features(
-        self, pixel_values: Sequence[Array], progress: ReportProgress = no_progress
+        self,
+        pixel_values: Sequence[Array],
+        progress: ReportProgress = no_progress,
+        frame_pixels: Array | None = None,
     ) -> Array | DeviceRows:
-        """Features of all tiles of all images.
+        """Features of all tiles of all images, and of the frames of a video.
 
         Args:
             pixel_values: tiles of each image, float32 (num_tiles, 3, T, T).
-            progress: told about tiles, batch by batch.
+            progress: told about tiles and frames, batch by batch.
+            frame_pixels: of a video, float32 (num_frames, 3, T, T).
 
         Returns:
-            (total tiles · patches + 1, hidden) in the flavour's type; the newline row is last.
-            Where the encoder keeps them on the device, they are there.
+            (total tiles · patches + frames · tokens of one + 1, hidden) in the flavour's type; the
+            newline row is last. Where the encoder keeps them on the device, they are there.
         """
         patches = self._dims.vision.num_patches
         total = sum(len(pixels) for pixels in pixel_values)
-        features, encode = self._room(image_feature_shape(self._dims, total))
+        frames = 0 if frame_pixels is None else len(frame_pixels)
+        features, encode = self._room(image_feature_shape(self._dims, total, frames))
         done = 0
         batches: Iterable[Array] = pixel_values
         if self._batch_tiles is not None:
@@ -94,7 +102,29 @@ class PromptEmbedder:
             done += len(pixels)
         if total:
             progress("tiles", total, total)
+        if frame_pixels is not None:
+            self._encode_frames(frame_pixels, features, total * patches, progress)
         return features
+
+    def _encode_frames(
+        self,
+        frame_pixels: Array,
+        features: Array | DeviceRows,
+        first: int,
+        progress: ReportProgress,
+    ) -> None:
+        """Write pooled features of all frames from row ``first`` on."""
+        # No engine is built for the tower of a video model.
+        assert isinstance(features, np.ndarray)
+        assert not isinstance(self._encoder, DeviceEncoder)
+        rows = video_tokens_per_frame(self._dims.vision)
+        step, total = self._batch_tiles or len(frame_pixels), len(frame_pixels)
+        for start in range(0, total, step):
+            progress("frames", start, total)
+            frames = frame_pixels[start : start + step]
+            out = features[first + start * rows :][: len(frames) * rows]
+            self._encoder.encode(frames, out.reshape(len(frames), rows, -1))
+        progress("frames", total, total)
 
     def _room(
         self, shape: tuple[int, int]
@@ -129,8 +159,9 @@ class PromptEmbedder:
             self._image_token_id,
             request.layouts,
             self._dims.vision.patches_per_side,
-            self.features(request.pixel_values, progress),
+            self.features(request.pixel_values, progress, request.frame_pixels),
             self._table,
+            self._video_token_id,
         )
 
 

@@ -32,9 +32,11 @@ class PromptEmbeddings:
         image_token_id: the id that marks image positions.
         layouts: geometry of each image, in order of appearance.
         patches_per_side: patches along one side of a tile.
-        features: (total tiles · patches + 1, hidden): the tiles of all images one after another
-            and the newline row last. Where they are on the device, ``place`` moves them there.
+        features: (total tiles · patches + video rows + 1, hidden): the tiles of all images one
+            after another, the video's frames, and the newline row last. Where they are on the
+            device, ``place`` moves them there.
         table: the embedding table.
+        video_token_id: the id that marks video positions; None for a model without.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class PromptEmbeddings:
         patches_per_side: int,
         features: Array | DeviceRows,
         table: Rows,
+        video_token_id: int | None = None,
     ) -> None:
         self._ids = ids
         self._features = features
@@ -61,6 +64,9 @@ class PromptEmbeddings:
         self._feature_rows = np.full(ids.shape, -1, np.int64)
         if sources:
             self._feature_rows[ids == image_token_id] = np.concatenate(sources)
+        if video_token_id is not None:
+            # Frames have no newline: their rows follow each other as they are.
+            self._feature_rows[ids == video_token_id] = np.arange(base, newline_row)
 
     @property
     def features(self) -> Array:

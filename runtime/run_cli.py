@@ -6,8 +6,10 @@ import argparse
 import io
 import json
 import sys
+from typing import get_args
 
 from llava_edge.runtime.engine_arguments import add_engine_arguments
+from llava_edge.runtime.frame_choice import FrameChoice
 from llava_edge.runtime.pipeline import LlavaEdge
 from llava_edge.runtime.progress import ProgressLine
 from llava_edge.runtime.records import to_json
@@ -35,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     stream = model.stream(
         options.prompt,
         images=options.image,
+        video=options.video,
+        num_frames=options.frames,
+        frame_choice=options.frame_choice,
         raw=options.raw,
         image_marks=not options.no_image_marks,
         grid=options.grid,
@@ -57,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     timings = answer.timings
     rate = timings.decode_tokens_per_second
     print(
-        f"{answer.prompt_tokens} prompt tokens ({answer.image_tokens} of images), "
+        f"{answer.prompt_tokens} prompt tokens ({answer.image_tokens} of images"
+        + (f", {answer.video_tokens} of video" if answer.video_tokens else "")
+        + "), "
         f"{len(answer.token_ids)} new ({answer.finish_reason}); first token after "
         f"{timings.ttft_seconds:.2f} s"
         + (f", then {rate:.1f} tokens/s" if rate is not None else "")
@@ -77,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("artifact", help="folder that llava-edge convert wrote")
     parser.add_argument("--prompt", required=True, help="question; <image> marks where images go")
     parser.add_argument("--image", action="append", default=[], help="picture file; repeatable")
+    parser.add_argument("--video", help="video file; <video> in the prompt marks where it goes")
+    parser.add_argument("--frames", type=int, metavar="N", help="frames of it; default: the plan's")
+    parser.add_argument("--frame-choice", choices=get_args(FrameChoice), default="reference")
     parser.add_argument("--raw", action="store_true", help="the prompt is finished: no template")
     parser.add_argument(
         "--no-image-marks", action="store_true", help="take <image> in the prompt as plain text"

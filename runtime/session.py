@@ -170,6 +170,10 @@ class Session:
             key = "memory.enable_memory_arena_shrinkage"
             self._shrinking.add_run_config_entry(key, "cpu:0")
 
+    def has_input(self, name: str) -> bool:
+        """Whether the graph is given a value of that name."""
+        return any(given.name == name for given in self._session.get_inputs())
+
     def binding(self) -> Binding:
         """A fresh, empty set of bound inputs and outputs."""
         return Binding(self, self._session.io_binding())

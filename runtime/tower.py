@@ -122,6 +122,8 @@ def _open_engine(
             if flavour == "cpu"
             else "it needs an NVIDIA GPU, and the artifact runs on the CPU"
         )
+    if artifact.manifest.model.takes_video:
+        raise EngineError("no engine is built for the tower of a video model, which pools frames")
     library = open_library(name)
     cuda = CudaRuntime.open()
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.runtime.pooling import POOLING, pooling_index
 from llava_edge.runtime.session import Array, Buffer, Session
 
 
@@ -31,14 +32,17 @@ class VisionEncoder:
         self._session = session
         self._tiles_per_batch = tiles_per_batch
         self._dtype = dtype
+        self._vision = dims.vision
+        self._pools = session.has_input(POOLING)
         self.num_patches = dims.vision.num_patches
 
     def encode(self, pixel_values: Array, out: Array) -> None:
-        """Write the features of all tiles.
+        """Write the features of all tiles, or of all frames of a video.
 
         Args:
             pixel_values: float32 (num_tiles, 3, T, T).
-            out: (num_tiles, patches, hidden) in the flavour's type, contiguous.
+            out: (num_tiles, patches, hidden) in the flavour's type, contiguous; with the tokens of
+                a frame in place of patches a video model pools them.
         """
         num_tiles = pixel_values.shape[0]
         for start in range(0, num_tiles, self._tiles_per_batch):
@@ -48,6 +52,11 @@ class VisionEncoder:
 
     def _encode_batch(self, tiles: Array, out: Array) -> None:
         binding = self._session.binding()
+        if self._pools:
+            index = pooling_index(self._vision, out.shape[1])
+            pooling = Buffer(index.shape, np.int64, self._session.device)
+            pooling.write(index)
+            binding.input(POOLING, pooling)
         if self._session.device == "cpu":
             binding.input("pixel_values", Buffer.over(tiles))
             binding.output("image_features", Buffer.over(out))

@@ -65,6 +65,7 @@ def test_convert_and_run_give_one_json_object_as_last_line(
         "token_ids",
         "prompt_tokens",
         "image_tokens",
+        "video_tokens",
         "finish_reason",
         "timings",
         "peak_memory",

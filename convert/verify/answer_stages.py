@@ -125,7 +125,8 @@ class AnswerStages:
         """Text rows are equal; image rows are compared through the rows that they come from."""
         name = answer.probe.name
         ids = np.concatenate([answer.inputs.ids.numpy(), answer.forced])
-        is_text = ids != subject.artifact.manifest.tokens.image
+        tokens = subject.artifact.manifest.tokens
+        is_text = ~np.isin(ids, [mark for mark in (tokens.image, tokens.video) if mark is not None])
         # A mark in an answer is a token like any other.
         is_text[len(answer.inputs.ids) :] = True
         theirs = answer.embeddings.astype(subject.dtype)

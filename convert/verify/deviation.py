@@ -20,6 +20,7 @@ from llava_edge.convert.verify.subject import Subject
 from llava_edge.convert.verify.vision_values import VisionValues
 from llava_edge.runtime.bounds import Bounds
 from llava_edge.runtime.certificate import Deviation
+from llava_edge.runtime.pooling import POOLING, pooling_index
 from llava_edge.runtime.session import Array, Session
 
 _STAGE, _METRIC = "tensor", "max_gap_of_range"
@@ -83,7 +84,11 @@ def _vision_difference(
         scale = reference.norm_scale(name)
         if scale is not None:
             theirs[name] /= scale
-    pixels = torch.cat(answer.inputs.pixel_values).numpy().astype(subject.dtype)
+    frames = answer.inputs.frame_pixels
+    tiles = answer.inputs.pixel_values or ([] if frames is None else [frames])
+    feeds = {"pixel_values": torch.cat(list(tiles)).numpy().astype(subject.dtype)}
+    if subject.dims.takes_video:
+        feeds[POOLING] = pooling_index(subject.dims.vision, answer.features.shape[1])
     view = GraphView(subject.vision_path(), "vision")
     known = {value.name for value in view.model.graph.output}
     view.model.graph.output.extend(
@@ -92,7 +97,7 @@ def _vision_difference(
         if name not in known
     )
     session = Session.from_bytes(view.model.SerializeToString(), view.folder, subject.options)
-    ours = dict(zip(values, session.run({"pixel_values": pixels}, [*values.values()]), strict=True))
+    ours = dict(zip(values, session.run(feeds, [*values.values()]), strict=True))
     return _compare(ours, theirs, bound)
 
 

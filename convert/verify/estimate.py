@@ -9,6 +9,7 @@ import torch
 
 from llava_edge.convert.verify.probes import NUM_STEPS, Probe
 from llava_edge.profiles.anyres import AnyRes
+from llava_edge.profiles.buffers import video_tokens_per_frame
 from llava_edge.profiles.model_dims import ModelDims
 from llava_edge.profiles.parameters import decoder_matrices, vision_parameters
 
@@ -31,6 +32,8 @@ def estimate_seconds(dims: ModelDims, anyres: AnyRes, probes: Sequence[Probe]) -
             layout = anyres.layout(image.height, image.width)
             tokens += layout.num_image_tokens
             tiles += layout.num_tiles
+        tokens += len(probe.video) * video_tokens_per_frame(dims.vision)
+        tiles += len(probe.video)
     body = sum(m.rows * m.columns * m.count for m in decoder_matrices(dims.text))
     vision = vision_parameters(dims.vision, dims.vision.num_blocks_used)
     work = 2.0 * (tokens * body + tiles * dims.vision.num_patches * vision)

@@ -51,6 +51,10 @@ def _differences(ours: GoldenProbe, theirs: GoldenProbe, bounds: Bounds) -> Iter
     same_images = len(ours.images) == len(theirs.images) and all(
         np.array_equal(one, other) for one, other in zip(ours.images, theirs.images, strict=True)
     )
+    frames = [each.video is not None for each in (ours, theirs)]
+    same_images = same_images and frames[0] == frames[1]
+    if same_images and ours.video is not None and theirs.video is not None:
+        same_images = np.array_equal(ours.video, theirs.video)
     if (ours.prompt, ours.pixel_sha256) != (theirs.prompt, theirs.pixel_sha256) or not same_images:
         yield "question, images or pixels"
         return

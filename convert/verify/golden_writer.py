@@ -27,7 +27,8 @@ def golden_probe(answer: ReferenceAnswer) -> GoldenProbe:
     features = answer.features.reshape(-1, answer.features.shape[-1])
     rows = _some_rows(features)
     digest = hashlib.sha256()
-    for pixels in answer.inputs.pixel_values:
+    frames = answer.inputs.frame_pixels
+    for pixels in (*answer.inputs.pixel_values, *(() if frames is None else (frames,))):
         digest.update(np.ascontiguousarray(pixels.numpy(), "<f4").data)
     return GoldenProbe(
         name=answer.probe.name,
@@ -43,6 +44,7 @@ def golden_probe(answer: ReferenceAnswer) -> GoldenProbe:
         top_ids=order.astype(np.int64),
         top_logits=np.take_along_axis(logits, order, -1).astype(np.float32),
         ranges=np.ptp(logits, axis=-1).astype(np.float32),
+        video=answer.probe.frames(),
     )
 
 

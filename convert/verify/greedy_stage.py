@@ -12,6 +12,7 @@ same model by the same path: there every token must be the best one, whatever th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.bounds import Bounds
 from llava_edge.runtime.certificate import StageResult, exact
+from llava_edge.runtime.request import VideoInput
 from llava_edge.runtime.token_comparison import TokenComparison
 
 
@@ -55,16 +57,20 @@ def greedy_tokens(
         artifact, "cpu", threads=threads, allow_slow=True, context_tokens=context
     ) as model:
         for probe in probes:
-            prompt, images = probe.prompt(raw=raw), probe.arrays()
-            room = model.context_tokens - model.count_tokens(prompt, images, raw=raw)
+            prompt, images, frames = probe.prompt(raw=raw), probe.arrays(), probe.frames()
+            asked: dict[str, Any] = {"video": frames, "raw": raw}
+            room = model.context_tokens - model.count_tokens(prompt, images, **asked)
             answer = model.generate(
-                prompt, images, raw=raw, max_new_tokens=max(1, min(NUM_STEPS, room))
+                prompt, images, **asked, max_new_tokens=max(1, min(NUM_STEPS, room))
             )
             tokens = answer.token_ids
             if not tokens:
                 raise LlavaEdgeError(f"the artifact answered {probe.name!r} with nothing")
             answers.append(tokens)
-            own = model.teacher_forced_logits(prompt, images, tokens[:-1], raw=raw).argmax(-1)
+            video = None if frames is None else VideoInput(frames)
+            own = model.teacher_forced_logits(
+                prompt, images, tokens[:-1], video=video, raw=raw
+            ).argmax(-1)
             faults += [
                 f"{_name(probe)}, position {place}: {tokens[place]} where its own logits say "
                 f"{own[place]}"

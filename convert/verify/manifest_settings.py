@@ -34,6 +34,7 @@ def manifest_settings_faults(
     return [
         *_size_faults(manifest, checkpoint, reference),
         *_image_faults(manifest, checkpoint, reference),
+        *_video_faults(manifest, checkpoint, reference),
         *_token_faults(artifact, checkpoint, reference),
     ]
 
@@ -100,6 +101,7 @@ def _image_faults(
         "image_mean": tuple(settings.get("image_mean", OPENAI_CLIP_MEAN)),
         "image_std": tuple(settings.get("image_std", OPENAI_CLIP_STD)),
         "rescale_factor": settings.get("rescale_factor", 1 / 255),
+        "view": "tiles" if hasattr(reference.config, "image_grid_pinpoints") else "crop",
     }
     for name, want in wanted.items():
         if getattr(have, name) != want:
@@ -107,7 +109,8 @@ def _image_faults(
                 f"{_NAME}, image_processing.{name}: it is {getattr(have, name)}; the checkpoint's "
                 f"image processor says {want}"
             )
-    listed = tuple(tuple(point) for point in reference.config.image_grid_pinpoints)
+    own = getattr(reference.config, "image_grid_pinpoints", ())
+    listed = tuple(tuple(point) for point in own)
     if manifest.model.image_grid_pinpoints != listed:
         yield (
             f"{_NAME}, model.image_grid_pinpoints: they are {manifest.model.image_grid_pinpoints}; "
@@ -129,6 +132,36 @@ def _image_faults(
             f"{_NAME}, image_processing.reference: it is {have.reference}; asked was, or the "
             f"checkpoint's layout has, {order}"
         )
+
+
+def _video_faults(
+    manifest: Manifest, checkpoint: Checkpoint, reference: ReferenceStructure
+) -> Iterator[str]:
+    have = manifest.video_processing
+    mark = getattr(reference.config, "video_token_id", None)
+    for name, number in (
+        ("tokens.video", manifest.tokens.video),
+        ("model.video_token_id", manifest.model.video_token_id),
+    ):
+        if number != mark:
+            yield f"{_NAME}, {name}: it is {number}; config.json says {mark}"
+    if (have is not None) != reference.is_pooled:
+        yield f"{_NAME}, video_processing: the reference's model and it do not agree on videos"
+    if have is None:
+        return
+    settings = checkpoint.video_preprocessor_config()
+    wanted = {
+        "frame_size": reference.vision.image_size,
+        "image_mean": tuple(settings.get("image_mean", OPENAI_CLIP_MEAN)),
+        "image_std": tuple(settings.get("image_std", OPENAI_CLIP_STD)),
+        "rescale_factor": settings.get("rescale_factor", 1 / 255),
+    }
+    for name, want in wanted.items():
+        if getattr(have, name) != want:
+            yield (
+                f"{_NAME}, video_processing.{name}: it is {getattr(have, name)}; the checkpoint's "
+                f"video processor says {want}"
+            )
 
 
 def _candidates(checkpoint: Checkpoint, grid: str) -> tuple[tuple[int, int], ...]:

@@ -14,13 +14,17 @@ import torch
 from llava_edge.convert.verify.pixel_stage import image_sizes
 from llava_edge.convert.verify.streamed_model import StreamedModel
 from llava_edge.profiles.anyres import AnyRes, TileLayout
+from llava_edge.profiles.buffers import video_tokens_per_frame
+from llava_edge.profiles.model_dims import VisionDims
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.certificate import StageResult, exact
 from llava_edge.runtime.image_processor import ImageProcessor
+from llava_edge.runtime.pooling import pooling_index
 from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
 from llava_edge.runtime.session import Array
 
 _TEXT_VALUE = -1.0
+_FRAMES = 3
 
 
 class _TaggedTable:
@@ -41,9 +45,65 @@ def packing_stage(artifact: Artifact, reference: StreamedModel) -> StageResult:
         fault = _difference(anyres, prompt, reference)
         if fault:
             faults.append(f"{what}: {fault}")
-    return exact(
-        "packing", "differing_prompts", faults, f"{len(sizes)} images alone and together, exact"
+    looked = f"{len(sizes)} images alone and together"
+    dims = artifact.manifest.model
+    if dims.takes_video:
+        for beside in ([], sizes[:1]):
+            fault = _video_difference(anyres, beside, dims.vision, reference)
+            if fault:
+                faults.append(f"a video beside {len(beside)} images: {fault}")
+        looked += ", a video alone and beside one"
+    return exact("packing", "differing_prompts", faults, f"{looked}, exact")
+
+
+def _video_difference(
+    anyres: AnyRes,
+    sizes: Sequence[tuple[int, int]],
+    vision: VisionDims,
+    reference: StreamedModel,
+) -> str | None:
+    """Means of numbered patches, and their places between text and an image's tokens."""
+    side = anyres.patches_per_side
+    layouts = [anyres.layout(*size) for size in sizes]
+    tiles = sum(layout.num_tiles for layout in layouts) * side * side
+    numbers = np.arange(tiles, tiles + _FRAMES * side * side, dtype=np.float64)
+    frames = numbers.reshape(_FRAMES, side * side, 1)
+    pooled = reference.pool(torch.from_numpy(frames)).numpy()
+    index = pooling_index(vision, video_tokens_per_frame(vision))
+    ours = frames[:, index].mean(axis=2)
+    if ours.shape != pooled.shape or not np.array_equal(ours, pooled):
+        return "its tokens are means of other patches"
+    image_id, video_id = 1, 2
+    counts = [layout.num_image_tokens for layout in layouts]
+    ids = [0, *([image_id] * sum(counts)), 0, *([video_id] * pooled.shape[0] * pooled.shape[1]), 0]
+    newline = float(frames.max()) + 1
+    features = np.concatenate([np.arange(tiles, dtype=np.float64), ours.ravel(), [newline]])
+    packed = PromptEmbeddings(
+        np.array(ids, np.int64),
+        image_id,
+        layouts,
+        side,
+        features[:, None],
+        _TaggedTable(),
+        video_id,
     )
+    out = np.empty((len(ids), 1), np.float64)
+    packed.fill(0, len(ids), out)
+    tagged = [
+        torch.arange(layout.num_tiles * side * side, dtype=torch.float64).reshape(
+            layout.num_tiles, side * side, 1
+        )
+        for layout in layouts
+    ]
+    last = torch.tensor([newline], dtype=torch.float64)
+    theirs = reference.pack(tagged, sizes, last) if tagged else []
+    text = np.array([_TEXT_VALUE])
+    images = [each[:, 0].numpy() for each in theirs]
+    wanted = np.concatenate([text, *images, text, pooled.ravel(), text])
+    wrong = np.flatnonzero(out[:, 0] != wanted)
+    if not len(wrong):
+        return None
+    return f"{len(wrong)} of {len(wanted)} positions hold another row, the first {wrong[0]}"
 
 
 def _difference(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -13,6 +13,7 @@ from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.certificate import StageResult, exact
 from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.images import open_image
+from llava_edge.runtime.video_processor import VideoProcessor
 
 _MODES = ("RGB", "L", "RGBA", "P")
 
@@ -35,7 +36,31 @@ def pixel_stage(artifact: Artifact, reference: ReferenceProcessor) -> StageResul
             gap = np.abs(ours.pixel_values - theirs)
             tile = int(gap.reshape(len(gap), -1).max(1).argmax())
             faults.append(f"{what} differs by up to {float(gap.max()):.3g}, most in tile {tile}")
-    return exact("preprocessing", "differing_images", faults, f"{count} images, equal in every bit")
+    looked = f"{count} images"
+    video = artifact.manifest.video_processing
+    if video is not None:
+        sizes = list(frame_sizes(video.frame_size))
+        faults += _frame_faults(VideoProcessor(video), sizes, reference)
+        looked += f" and {len(sizes)} videos"
+    return exact("preprocessing", "differing_images", faults, f"{looked}, equal in every bit")
+
+
+def _frame_faults(
+    processor: VideoProcessor, sizes: Sequence[tuple[int, int]], reference: ReferenceProcessor
+) -> Iterator[str]:
+    for index, (height, width) in enumerate(sizes):
+        frames = [textured(height, width, 2 * index + place) for place in range(2)]
+        ours = processor.preprocess((np.asarray(frame) for frame in frames), len(frames))
+        theirs = reference.frames(frames).numpy()
+        if not np.array_equal(ours, theirs):
+            gap = float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else np.nan
+            yield f"a video of {height}x{width} differs by up to {gap:.3g}"
+
+
+def frame_sizes(side: int) -> Iterator[tuple[int, int]]:
+    """Heights and widths of frames: cut on either side, enlarged and reduced, and as they are."""
+    yield from ((side, side), (side, side * 16 // 9), (side * 16 // 9, side + 3))
+    yield from ((side // 3, side // 2 + 1), (3 * side + 1, 5 * side))
 
 
 def image_sizes(anyres: AnyRes) -> Iterator[tuple[int, int]]:
@@ -46,7 +71,12 @@ def image_sizes(anyres: AnyRes) -> Iterator[tuple[int, int]]:
         yield max(1, height * 5 // 6), width
         yield height, max(1, width * 7 // 8)
         yield max(1, height // 2 + 1), max(1, width // 2 - 3)
-    yield from ((1, tile), (tile + 1, 1), (tile - 1, tile + 1), (2 * tile + 7, tile // 3 + 1))
+    if anyres.has_newline:
+        yield from ((1, tile), (tile + 1, 1))
+    else:
+        # Only the middle is seen, so slivers are refused.
+        yield from ((tile // 20, tile), (tile + 1, tile // 30 + 1))
+    yield from ((tile - 1, tile + 1), (2 * tile + 7, tile // 3 + 1))
 
 
 def textured(height: int, width: int, seed: int) -> Image.Image:

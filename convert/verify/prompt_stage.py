@@ -11,7 +11,7 @@ from llava_edge.convert.template_checks import check_conversations
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.certificate import StageResult, exact
-from llava_edge.runtime.prompt import Message, Text, compose, raw_pieces, rendered
+from llava_edge.runtime.prompt import MARKS, Message, Text, compose, raw_pieces, rendered
 from llava_edge.runtime.tokenizer import Tokenizer
 
 _RAW = (
@@ -19,6 +19,10 @@ _RAW = (
     "A chat. USER: <image>\nWhat is the total? ASSISTANT:",
     "<image><image>\nWhich of the two is larger?",
     "Grüße, 日本語, 12.5 % of 7,000 \u2013 and  two blanks",
+)
+_RAW_VIDEO = (
+    "USER: <video>\nWhy is this video funny? ASSISTANT:",
+    "<image> first, then <video>: what is in both?",
 )
 
 
@@ -51,7 +55,7 @@ def prompt_stage(
         chosen = check_conversations(
             system=manifest.prompt.system is not None and reference.takes_system,
             placed=False,
-            video=False,
+            video=checkpoint.dims.takes_video,
         )
         if (manifest.prompt.system is not None) != reference.takes_system:
             faults.append("system turns: the template and the prompt format do not agree on them")
@@ -69,9 +73,11 @@ def prompt_stage(
                     f"{conversation.name}: ids are {tokenizer.encode_pieces(pieces)[:12]}, the "
                     f"reference's {wanted[:12]}"
                 )
-    for prompt in _RAW:
+    for prompt in (*_RAW, *(_RAW_VIDEO if checkpoint.dims.takes_video else ())):
         count += 1
-        pieces = raw_pieces(prompt, images=prompt.count("<image>"))
+        pieces = raw_pieces(
+            prompt, images=prompt.count(MARKS["image"]), videos=prompt.count(MARKS["video"])
+        )
         if tokenizer.encode_pieces(pieces) != reference.ids(prompt):
             faults.append(f"the finished prompt {prompt!r:.60} has other ids")
     faults += _stop_faults(artifact, checkpoint, reference, tokenizer)

@@ -146,7 +146,7 @@ class Reference:
         """The finished prompt by the checkpoint's own template, else its family's."""
         if self._manifest.prompt is None:
             return probe.prompt(raw=True)
-        message = user_message(probe.question, len(probe.images))
+        message = user_message(probe.question, len(probe.images), probe.num_videos)
         if self.processor.has_template:
             return self.processor.render([message])
         return rendered(compose(self._manifest.prompt, [message]))
@@ -158,7 +158,9 @@ class Reference:
         patches = self._manifest.model.vision.num_patches
         blank = [torch.zeros(count, patches, 1) for count in tiles]
         packed = self.model.pack(blank, sizes, torch.zeros(1)) if blank else []
-        return self.processor.prepare(self.text(probe), probe.images, [len(p) for p in packed])
+        frames = None if not probe.video else self.processor.frames(probe.video)
+        counts = [len(p) for p in packed]
+        return self.processor.prepare(self.text(probe), probe.images, counts, frames)
 
     def answer(self, probe: Probe, *, remember: bool = False) -> ReferenceAnswer:
         """Answer a probe with its true answer forced.

@@ -7,17 +7,20 @@ the image marks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
 from PIL.Image import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
 from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.verify.reference_video import frame_pixels
 from llava_edge.convert.verify.streamed_model import ReferenceInputs
 from llava_edge.profiles.errors import CheckpointError
 from llava_edge.runtime.prompt import MARKS, Media, Message, Text
@@ -48,23 +51,36 @@ class ReferenceProcessor:
     ) -> None:
         own = checkpoint.dims.image_token_id
         self._image_id = own if image_token_id is None else image_token_id
+        self._video_id = checkpoint.dims.video_token_id
         self._has_tiles = bool(pinpoints)
-        side = checkpoint.dims.vision.image_size
+        side = self._side = checkpoint.dims.vision.image_size
+        self._patch = checkpoint.dims.vision.patch_size
+        self._video_settings: dict[str, Any] = {}
+        if checkpoint.dims.takes_video:
+            self._video_settings = checkpoint.video_preprocessor_config()
         values = {
             key: value
             for key, value in checkpoint.preprocessor_config().items()
             if key not in ("image_processor_type", "processor_class", "image_grid_pinpoints")
         }
-        listed = [list(point) for point in pinpoints] or [[side, side]]
-        image_processor: Any = LlavaNextImageProcessorPil
-        self._images = image_processor(**values, image_grid_pinpoints=listed)
+        self._crops = checkpoint.dims.model_type == "llava"
+        if self._crops:
+            cropping: Any = CLIPImageProcessorPil
+            self._images = cropping(**values)
+        else:
+            listed = [list(point) for point in pinpoints] or [[side, side]]
+            image_processor: Any = LlavaNextImageProcessorPil
+            self._images = image_processor(**values, image_grid_pinpoints=listed)
         self._processor: Any = None
         try:
             if checkpoint.layout == "original":
                 loader: Any = transformers.AutoTokenizer
                 self._tokenizer = loader.from_pretrained(checkpoint.folder)
             else:
+                # The video model's own needs torchvision; templates and ids do not depend on it.
                 whole: Any = transformers.LlavaNextProcessor
+                if self._crops:
+                    whole = transformers.LlavaProcessor
                 self._processor = whole.from_pretrained(checkpoint.folder)
                 self._processor.image_processor = self._images
                 self._tokenizer = self._processor.tokenizer
@@ -129,7 +145,11 @@ class ReferenceProcessor:
     def ids(self, text: str) -> list[int]:
         """Ids of a finished prompt, one for each image mark."""
         if self._processor is not None:
-            return [int(each) for each in self._tokenizer(text)["input_ids"]]
+            bos = self._tokenizer.bos_token
+            # As the library's processors do with what a template wrote: no second bos.
+            add = not (bos and text.startswith(bos))
+            encoded = self._tokenizer(text, add_special_tokens=add)
+            return [int(each) for each in encoded["input_ids"]]
         # As the original code: chunks are encoded apart, and only the first keeps its bos.
         found: list[int] = []
         for place, chunk in enumerate(text.split(_MARK)):
@@ -144,24 +164,44 @@ class ReferenceProcessor:
     def pixels(self, image: Image) -> torch.Tensor:
         """Tiles of one image, thumbnail first, float32 [tiles, 3, T, T]."""
         made: torch.Tensor = self._images(images=[image], return_tensors="pt")["pixel_values"][0]
+        if self._crops:
+            return made[None]
         return made if self._has_tiles else made[:1]
 
-    def prepare(self, text: str, images: Sequence[Image], counts: Sequence[int]) -> ReferenceInputs:
+    def frames(self, video: Sequence[Image]) -> torch.Tensor:
+        """Pixels of a video's frames, float32 [frames, 3, T, T]; see ``reference_video``."""
+        return frame_pixels(video, self._video_settings, self._side)
+
+    def prepare(
+        self,
+        text: str,
+        images: Sequence[Image],
+        counts: Sequence[int],
+        frames: torch.Tensor | None = None,
+    ) -> ReferenceInputs:
         """Inputs of a finished prompt.
 
         Args:
-            text: with one mark an image.
+            text: with one mark an image, and one for the video.
             images: in order.
             counts: tokens of each image; the model itself refuses wrong ones.
+            frames: pixels of the video.
         """
         left = list(counts)[::-1]
         ids: list[int] = []
         for each in self.ids(text):
-            ids += [each] * left.pop() if each == self._image_id else [each]
+            if each == self._image_id:
+                ids += [each] * left.pop()
+            elif each == self._video_id and frames is not None:
+                # As the library's processor counts them.
+                ids += [each] * ((self._side // self._patch) ** 2 // 4 * len(frames))
+            else:
+                ids.append(each)
         return ReferenceInputs(
             torch.tensor(ids),
             tuple(self.pixels(image) for image in images),
             tuple((image.height, image.width) for image in images),
+            frames,
         )
 
 
@@ -182,8 +222,9 @@ def _shows(messages: Sequence[Message], text: str) -> bool:
     """Whether every text and image of the messages is in what the template wrote, and no list."""
     parts = [part for message in messages for part in message.parts]
     texts = [part.text.strip() for part in parts if isinstance(part, Text)]
-    num_images = sum(isinstance(part, Media) for part in parts)
+    counts = Counter(part.kind for part in parts if isinstance(part, Media))
+    shows_media = all(text.count(MARKS[kind]) >= count for kind, count in counts.items())
     # A template that prints the list of parts as such shows its keys.
     said = "".join(texts)
     printed = any(text.count(key) > said.count(key) for key in ("'type'", '"type"'))
-    return not printed and all(each in text for each in texts) and text.count(_MARK) >= num_images
+    return not printed and all(each in text for each in texts) and shows_media

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 
 from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.reference import meta_model
 
 _ACTIVATIONS = {"GELUActivation": "gelu", "QuickGELUActivation": "quick_gelu"}
 
@@ -28,10 +28,8 @@ class ReferenceStructure:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        fields = {key: value for key, value in config.items() if key != "model_type"}
-        self.config: Any = transformers.LlavaNextConfig(**fields)
-        with torch.device("meta"):
-            self._model: Any = transformers.LlavaNextForConditionalGeneration(self.config)
+        self._model: Any = meta_model(config)
+        self.config: Any = self._model.config
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> ReferenceStructure:
@@ -62,6 +60,11 @@ class ReferenceStructure:
     def projector(self) -> Any:
         """The projector: ``linear_1``, ``act``, ``linear_2``."""
         return self._model.model.multi_modal_projector
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether frames of a video are pooled in front of the projector."""
+        return hasattr(self._model.model, "vision_resampler")
 
     @property
     def head(self) -> Any:

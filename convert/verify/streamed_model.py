@@ -15,12 +15,12 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 
 from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.reference import meta_model
 from llava_edge.convert.weights import as_float16
 from llava_edge.profiles.errors import CheckpointError
 
@@ -53,11 +53,13 @@ class ReferenceInputs:
         ids: int64 [tokens].
         pixel_values: float32 [tiles, 3, T, T] of each image.
         image_sizes: (height, width) of each image.
+        frame_pixels: float32 [frames, 3, T, T] of a video, where there is one.
     """
 
     ids: torch.Tensor
     pixel_values: tuple[torch.Tensor, ...]
     image_sizes: tuple[tuple[int, int], ...]
+    frame_pixels: torch.Tensor | None = None
 
 
 class StreamedModel:
@@ -90,11 +92,8 @@ class StreamedModel:
         if pinpoints:
             config["image_grid_pinpoints"] = [list(point) for point in pinpoints]
         self._has_tiles = bool(pinpoints)
-        with torch.device("meta"):
-            made: Any = transformers.LlavaNextForConditionalGeneration(
-                transformers.LlavaNextConfig(**config)
-            )
-        whole = made.to(torch.float32).eval()
+        self._crops = config["model_type"] == "llava"
+        whole = meta_model(config).to(torch.float32).eval()
         self.config: Any = whole.config
         self._core: Any = whole.model
         self._language: Any = self._core.language_model
@@ -113,8 +112,10 @@ class StreamedModel:
         """What the language model reads.
 
         Returns:
-            Features of all tiles, float32 [tiles, patches, hidden] (no tile without an image), and
-            the merged embeddings, float32 [tokens, hidden].
+            Features of all tiles, float32 [tiles, patches, hidden] (no tile without an image), or
+            of all frames of a video, [frames, tokens, hidden]; where there are both, the rows of
+            each tile stand as if it were several frames. And the merged embeddings, float32
+            [tokens, hidden].
         """
         seen: list[torch.Tensor] = []
         hook = self._core.multi_modal_projector.register_forward_hook(
@@ -122,12 +123,18 @@ class StreamedModel:
         )
         try:
             with torch.no_grad():
-                merged = self._core(input_ids=inputs.ids[None], **self._images(inputs))
+                given = self._images(inputs)
+                if inputs.frame_pixels is not None:
+                    self._add_video(given, inputs.frame_pixels[None])
+                merged = self._core(input_ids=inputs.ids[None], **given)
         finally:
             hook.remove()
         dims = self._checkpoint.dims
         empty = torch.empty(0, dims.vision.num_patches, dims.text.hidden_size)
-        features = seen[0] if seen else empty
+        # The library encodes images first, then the video.
+        rows = min((each.shape[1] for each in seen), default=1)
+        parts = [each.reshape(-1, rows, dims.text.hidden_size) for each in seen]
+        features = torch.cat(parts) if parts else empty
         return features, merged.last_hidden_state[0]
 
     def token_rows(self, ids: torch.Tensor) -> torch.Tensor:
@@ -137,6 +144,11 @@ class StreamedModel:
         """
         return self._rows(ids)
 
+    def pool(self, features: torch.Tensor) -> torch.Tensor:
+        """The reference's own pooling of frames [frames, patches, width]."""
+        pooled: torch.Tensor = self._core.vision_resampler(features)
+        return pooled
+
     def pack(
         self,
         features: Sequence[torch.Tensor],
@@ -144,6 +156,9 @@ class StreamedModel:
         newline: torch.Tensor,
     ) -> list[torch.Tensor]:
         """The reference's own packing of features [tiles, patches, width], by image."""
+        if self._crops:
+            # Nothing is packed: the library takes the features of each image as they are.
+            return [tiles[0] for tiles in features]
         packed, _ = self._core.pack_image_features(
             list(features), torch.tensor(list(image_sizes)), "default", newline
         )
@@ -230,6 +245,8 @@ class StreamedModel:
         if not inputs.pixel_values:
             return {}
         pixels = torch.cat(inputs.pixel_values)
+        if self._crops:
+            return {"pixel_values": pixels}
         sizes = torch.tensor(inputs.image_sizes)
         if self._has_tiles:
             return {"pixel_values": pixels, "image_sizes": sizes}
@@ -245,6 +262,15 @@ class StreamedModel:
         # The library itself puts the list of images there.
         output = BaseModelOutputWithPooling(pooler_output=cast(Any, packed))
         return {"mm_encoder_outputs": {"image": output}}
+
+    def _add_video(self, given: dict[str, Any], frames: torch.Tensor) -> None:
+        """Have the library read a video [1, frames, 3, T, T] beside images, however those come."""
+        encoded = given.get("mm_encoder_outputs")
+        if encoded is None:
+            given["pixel_values_videos"] = frames
+        else:
+            # It takes pixels or features, not both kinds.
+            encoded["video"] = self._core.get_video_features(frames, return_dict=True)
 
     def _attach(self, root: nn.Module, prefix: str) -> None:
         """Have every module of a tree load its own tensors before it runs."""

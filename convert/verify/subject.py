@@ -23,7 +23,7 @@ from llava_edge.runtime.instructions import needs_wide_sums
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.prompt_embedder import PromptEmbedder, TileEncoder
 from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
-from llava_edge.runtime.request import PromptOptions, Request, RequestBuilder
+from llava_edge.runtime.request import PromptOptions, Request, RequestBuilder, VideoInput
 from llava_edge.runtime.session import Array, Session, SessionOptions
 from llava_edge.runtime.tokenizer import Tokenizer
 from llava_edge.runtime.vision import VisionEncoder
@@ -76,7 +76,9 @@ class Subject:
         """A probe made ready as a user's question would be."""
         raw = self.artifact.manifest.prompt is None
         prompt = probe.prompt(raw=raw)
-        return self._requests.build(prompt, probe.arrays(), PromptOptions(raw=raw))
+        frames = probe.frames()
+        video = None if frames is None else VideoInput(frames, len(frames))
+        return self._requests.build(prompt, probe.arrays(), PromptOptions(raw=raw), video=video)
 
     def vision_path(self) -> Path:
         """The vision graph."""
@@ -84,9 +86,16 @@ class Subject:
 
     def embed(self, request: Request) -> PromptEmbeddings:
         """Encode a request's tiles; the session lives only as long."""
-        image_id = self.artifact.manifest.tokens.image
-        encoder = _LazyEncoder(self.encoder)
-        return PromptEmbedder(self.dims, image_id, self.table, encoder, self.dtype).embed(request)
+        tokens = self.artifact.manifest.tokens
+        embedder = PromptEmbedder(
+            self.dims,
+            tokens.image,
+            self.table,
+            _LazyEncoder(self.encoder),
+            self.dtype,
+            video_token_id=tokens.video,
+        )
+        return embedder.embed(request)
 
     def encoder(self) -> VisionEncoder | VisionHalves:
         """Tower and projector, in halves where the memory does not hold them whole."""

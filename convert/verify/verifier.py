@@ -24,7 +24,7 @@ from llava_edge.convert.verify.layer_stage import LayerStage
 from llava_edge.convert.verify.memory_stage import memory_stage
 from llava_edge.convert.verify.packing_stage import packing_stage
 from llava_edge.convert.verify.pixel_stage import pixel_stage
-from llava_edge.convert.verify.probes import Probe, draw_probes
+from llava_edge.convert.verify.probes import VIDEO, Probe, probes_for
 from llava_edge.convert.verify.prompt_stage import prompt_stage
 from llava_edge.convert.verify.reference_answer import Reference
 from llava_edge.convert.verify.structure import structure_stage
@@ -44,7 +44,6 @@ from llava_edge.runtime.certificate import (
 )
 from llava_edge.runtime.golden import GoldenProbe
 from llava_edge.runtime.host_memory import map_large_blocks, peak_host_bytes
-from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.this_machine import describe_host
 
@@ -99,8 +98,9 @@ class Verifier:
         self.options = options
         self.bounds: Bounds = bounds_for(manifest.flavour, manifest.precision)
         self.reference = reference or open_reference(artifact, checkpoint)
-        anyres = ImageProcessor(manifest.image_processing).anyres
-        self.probes = draw_probes(anyres, options.mode, manifest.context_tokens)
+        self.probes = probes_for(manifest, options.mode)
+        # These are asked again: layer by layer, for whole answers and for the golden prompts.
+        self.main = (*self.probes[:2], *(p for p in self.probes[2:] if p.name == VIDEO))
         self._report = report
         self._stages: list[StageResult] = []
         self._done = 0
@@ -129,17 +129,17 @@ class Verifier:
                 self._tell("deviation")
                 deviation = self._find_deviation(subject, answers)
             self._stage("greedy", lambda: self._greedy(subject, answers, layers))
-        pair = self.probes[:2]
-        self._stage("golden", lambda: golden_stage(artifact, pair, reference, self.bounds))
+        main = self.main
+        self._stage("golden", lambda: golden_stage(artifact, main, reference, self.bounds))
         if whole:
             self._stage("memory", lambda: memory_stage(artifact, self._largest()))
         self._stages += answers.loss_rows()
         return self._certificate(deviation, time.perf_counter() - started)
 
     def _answers(self, subject: Subject, answers: AnswerStages) -> list[StageResult]:
-        for index, probe in enumerate(self.probes):
-            # The first two are asked again: layer by layer, and for the golden prompts.
-            answer = self.reference.answer(probe, remember=index < 2)
+        names = {probe.name for probe in self.main}
+        for probe in self.probes:
+            answer = self.reference.answer(probe, remember=probe.name in names)
             try:
                 answers.measure(subject, answer)
             except Exception as error:
@@ -148,7 +148,7 @@ class Verifier:
         return answers.rows()
 
     def _layers(self, subject: Subject, layers: LayerStage) -> list[StageResult]:
-        for probe in self.probes[:2]:
+        for probe in self.main:
             layers.measure(subject, self.reference, self.reference.answer(probe))
         return layers.rows()
 
@@ -157,9 +157,8 @@ class Verifier:
     ) -> list[StageResult]:
         found, loop = answers.tokens, []
         if subject.is_whole:
-            pair = self.probes[:2]
             more, own = greedy_tokens(
-                self.artifact, pair, self.reference, self.bounds, self.options.threads
+                self.artifact, self.main, self.reference, self.bounds, self.options.threads
             )
             found, loop = found + more, [own]
         if not self.bounds.compares_layers:
@@ -183,9 +182,12 @@ class Verifier:
         failed = {stage.name for stage in self._stages if stage.verdict == "fail"}
         found = None
         if "tile_features" in failed:
-            pictured = next(probe for probe in self.probes if probe.images)
-            answer = self.reference.answer(pictured)
-            found = first_vision_deviation(subject, self.reference, answer, self.bounds)
+            # Of tiles first; a fault of frames alone shows behind the pooling only.
+            pictured = [next(probe for probe in self.probes if probe.images), *self.main[2:]]
+            for answer in map(self.reference.answer, pictured):
+                found = found or first_vision_deviation(
+                    subject, self.reference, answer, self.bounds
+                )
         if found is None and failed & {"layers", "prefill_logits", "decode_logits"}:
             # The shortest probe that fails: its tensors are the smallest.
             failing = [probe for probe in self.probes if probe.name in answers.failing]
@@ -254,8 +256,7 @@ def golden_probes(
     """Golden probes for an artifact, and the reference that remembers its answers to them."""
     map_large_blocks()
     reference = open_reference(artifact, checkpoint)
-    anyres = ImageProcessor(artifact.manifest.image_processing).anyres
-    probes = draw_probes(anyres, "quick", artifact.manifest.context_tokens)
+    probes = probes_for(artifact.manifest, "quick")
     return [golden_probe(reference.answer(p, remember=True)) for p in probes], reference
 
 

@@ -13,6 +13,7 @@ from llava_edge.convert.verify.graph_attributes import (
     WiringError,
 )
 from llava_edge.convert.verify.graph_file import attribute
+from llava_edge.runtime.pooling import POOLING
 
 _PARTS = ("query", "key", "value")
 
@@ -52,7 +53,7 @@ class VisionAttributes:
     """A whole vision graph; what could not be reached is None or empty.
 
     ``feature_depths`` says behind how many blocks each feature is taken, ``first_tokens`` the first
-    token that is kept of it.
+    token that is kept of it, ``is_pooled`` whether the projector reads means of patches.
     """
 
     embedding: EmbeddingAttributes | None
@@ -62,6 +63,7 @@ class VisionAttributes:
     linear_1: LinearAttributes | None
     activation: Activation | None
     linear_2: LinearAttributes | None
+    is_pooled: bool = False
 
 
 def read_vision(walk: GraphWalk) -> VisionAttributes:
@@ -70,11 +72,13 @@ def read_vision(walk: GraphWalk) -> VisionAttributes:
     blocks: tuple[BlockAttributes, ...] = ()
     depths: tuple[int, ...] = ()
     first: tuple[int, ...] = ()
+    is_pooled = False
     try:
         linear_2 = walk.linear("image_features")
         activation = walk.activation(linear_2.hidden)
         linear_1 = walk.linear(activation.hidden)
-        states, first = _features(walk, linear_1.hidden)
+        features, is_pooled = _unpooled(walk, linear_1.hidden)
+        states, first = _features(walk, features)
         chains = [_chain(walk, state) for state in states]
         depths = tuple(len(found) for found, _, _ in chains)
         blocks, entrance, passed = max(chains, key=lambda chain: len(chain[0]))
@@ -84,7 +88,25 @@ def read_vision(walk: GraphWalk) -> VisionAttributes:
         embedding = _embedding(walk, entrance)
     except WiringError as error:
         walk.faults.append(str(error))
-    return VisionAttributes(embedding, blocks, depths, first, linear_1, activation, linear_2)
+    return VisionAttributes(
+        embedding, blocks, depths, first, linear_1, activation, linear_2, is_pooled
+    )
+
+
+def _unpooled(walk: GraphWalk, value: str) -> tuple[str, bool]:
+    """What is pooled for the projector, and whether anything is.
+
+    The mean must be over the patches that the input ``pooling`` names, all of them and once.
+    """
+    node = walk.graph.producer(value)
+    if node is None or node.op_type != "ReduceMean":
+        return value, False
+    walk.expect_numbers(node, 1, "axes", [2])
+    walk.expect(node, "keepdims", attribute(node, "keepdims", 1), 0)
+    gather = walk.made_by(node.input[0], "Gather")
+    walk.expect(gather, "axis", attribute(gather, "axis", 0), 1)
+    walk.expect(gather, "its indices", gather.input[1], POOLING)
+    return str(gather.input[0]), True
 
 
 def _features(walk: GraphWalk, value: str) -> tuple[list[str], tuple[int, ...]]:

@@ -16,6 +16,7 @@ from onnx import helper
 from llava_edge.convert.verify.graph_view import GraphView
 from llava_edge.convert.verify.vision_values import VisionValues
 from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.runtime.pooling import POOLING
 from llava_edge.runtime.session import Array, Session, SessionOptions
 from llava_edge.runtime.vision import VisionEncoder
 
@@ -65,10 +66,11 @@ class VisionHalves:
         graph = self._view.model.graph
         read = {name for node in nodes for name in node.input}
         kind = graph.input[0].type.tensor_type.elem_type
+        pooling = [each for each in graph.input if each.name == POOLING and POOLING in read]
         half = helper.make_graph(
             list(nodes),
             "half of the tower",
-            [helper.make_tensor_value_info(_INPUT, kind, ["tiles", *given.shape[1:]])],
+            [helper.make_tensor_value_info(_INPUT, kind, ["tiles", *given.shape[1:]]), *pooling],
             [helper.make_tensor_value_info(_OUTPUT, kind, ["tiles", *out.shape[1:]])],
             [tensor for tensor in graph.initializer if tensor.name in read],
         )

@@ -76,6 +76,11 @@ def vision_faults(graph: GraphFile, manifest: Manifest, reference: ReferenceStru
                 "0 is the class token (vision_feature_select_strategy "
                 f"{reference.config.vision_feature_select_strategy})"
             )
+    if found.linear_1 is not None and found.is_pooled != reference.is_pooled:
+        kinds = ("pooled", "single") if found.is_pooled else ("single", "pooled")
+        walk.faults.append(
+            f"vision: the projector reads {kinds[0]} patches; the reference's model has {kinds[1]}"
+        )
     form = _Form.of(manifest)
     layers = reference.tower.encoder.layers
     for index, block in enumerate(found.blocks[: len(layers)]):

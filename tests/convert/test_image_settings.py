@@ -49,3 +49,27 @@ def test_everything_the_runtime_does_not_do_is_named_together(checkpoint: Checkp
 
     for part in ("do_pad", "resample is 2", "size is", "crop_size is", "[70, 70]", "image_mean"):
         assert part in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def cropping(make_checkpoint: Callable[..., Path]) -> Checkpoint:
+    return open_checkpoint(make_checkpoint("odd", model_type="llava"))
+
+
+def test_a_model_without_tiles_sees_the_middle(cropping: Checkpoint) -> None:
+    assert read(cropping).view == "crop"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"do_center_crop": False}, "do_center_crop is false"),
+        ({"do_pad": True}, "do_pad is true"),
+        ({"size": {"height": 70, "width": 70}}, "shortest_edge must be there"),
+    ],
+)
+def test_another_way_to_one_view_is_refused(
+    cropping: Checkpoint, changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        read(cropping, **changes)

@@ -10,7 +10,7 @@ from llava_edge.convert.checkpoint import open_checkpoint
 from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.planning import plan_artifact, variant_name
 from llava_edge.convert.request import ConvertRequest
-from llava_edge.profiles.errors import BudgetError, RequestError
+from llava_edge.profiles.errors import BudgetError, CheckpointError
 from llava_edge.profiles.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.plan import DeploymentPlan
 from llava_edge.profiles.planner import PlanRequest, plan_deployment
@@ -82,10 +82,22 @@ def test_what_does_not_fit_is_refused_with_the_shortfall_and_the_nearest(folder:
         plan_artifact(request_for(board, context_tokens=2048, grid="2x2"), checkpoint)
 
 
-def test_other_kinds_of_model_are_refused(make_checkpoint: Callable[..., Path]) -> None:
-    video = open_checkpoint(make_checkpoint("odd", model_type="llava_next_video"))
-    with pytest.raises(RequestError, match="is a llava_next_video model"):
-        plan_artifact(request_for(), video)
+def test_a_video_model_is_planned_with_frames(make_checkpoint: Callable[..., Path]) -> None:
+    video = open_checkpoint(make_checkpoint("tiny", model_type="llava_next_video"))
+
+    terms = [
+        plan_artifact(request_for(context_tokens=4096, **wishes), video).plan.memory.terms
+        for wishes in ({}, {"num_frames": 8}, {"num_frames": 16})
+    ]
+
+    assert terms[0] == terms[1]
+    side = video.dims.vision.image_size
+    assert terms[2]["pixel_values"] - terms[1]["pixel_values"] == 8 * 3 * side**2 * 4
+
+
+def test_an_odd_number_of_patches_cannot_be_pooled(make_checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match="5 patches a side; pooling by 2 needs an even"):
+        make_checkpoint("odd", model_type="llava_next_video")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from llava_edge.profiles.buffers import (
 from llava_edge.profiles.constants import memory_constants, speed_constants
 from llava_edge.profiles.memory import (
     PHASES,
+    PLANNED_VIDEO_PIXELS,
     Machine,
     MemoryEstimate,
     MemoryTerms,
@@ -24,6 +25,7 @@ from llava_edge.profiles.memory import (
 )
 from llava_edge.profiles.model_dims import ModelDims
 from llava_edge.profiles.variants import find_variant
+from llava_edge.runtime.limits import Limits
 
 CPU = Machine("cpu")
 CUDA = Machine("cuda", compute_capability="8.0")
@@ -128,6 +130,20 @@ def test_cutting_many_tiles_out_of_a_small_image_counts_the_tiles(dims: ModelDim
     work = Workload(3440, tiles_per_image=5, image_pixels=100)
     host = estimate_memory(dims, "int4", work, CUDA).host["encode"]
     assert host.image_decoding == 13 * 672 * 672 + 4 * 100 + 4 * 6720
+
+
+def test_a_video_brings_frames_features_and_a_decoder(dims: ModelDims) -> None:
+    without, video = (
+        estimate_memory(dims, "fp16", Workload(6000, num_frames=n, image_pixels=0), CPU).host
+        for n in (0, 32)
+    )
+    hidden = dims.text.hidden_size
+    assert video["encode"].pixel_values - without["encode"].pixel_values == 32 * 3 * 336**2 * 4
+    features = video["prefill"].image_features - without["prefill"].image_features
+    assert features == (32 * 144 + 1) * hidden * 4
+    # What the runtime takes in at most is what is planned for.
+    assert Limits().max_video_pixels == PLANNED_VIDEO_PIXELS
+    assert video["encode"].image_decoding > 26 * PLANNED_VIDEO_PIXELS
 
 
 def test_fp16_on_a_cpu_is_planned_at_four_bytes_a_weight(dims: ModelDims) -> None:

@@ -28,6 +28,7 @@ from llava_edge.runtime.manifest import (
     Precision,
     Source,
     TokenIds,
+    VideoProcessing,
 )
 
 VOCAB, HIDDEN, CONTEXT, IMAGE = 50, 4, 64, 60
@@ -110,6 +111,61 @@ def test_probes_come_back_as_they_were(
     assert found[0].logits.dtype == np.float32
     assert found[0].ids.dtype == np.int64
     assert found[0].images[0].dtype == np.uint8
+
+
+def video_manifest(manifest: Manifest) -> Manifest:
+    """Of a model whose frames have one token each."""
+    return dataclasses.replace(
+        manifest,
+        model=dataclasses.replace(manifest.model, model_type="llava_next_video"),
+        video_processing=VideoProcessing(28, (0.5,) * 3, (0.5,) * 3, 1 / 255, 4),
+    )
+
+
+def with_video(probe: GoldenProbe, frames: int = 3) -> GoldenProbe:
+    pixels = np.random.default_rng(1).integers(0, 256, (frames, 30, 40, 3), np.uint8)
+    return dataclasses.replace(
+        without_images(probe),
+        video=pixels,
+        feature_rows=np.arange(frames),
+        features=np.ones((frames, HIDDEN), np.float32),
+    )
+
+
+def test_a_video_comes_back_as_it_was(probe: GoldenProbe, manifest: Manifest) -> None:
+    takes = video_manifest(manifest)
+    given = with_video(probe)
+
+    (read,) = parse_golden(golden_bytes([given], takes), takes, "golden")
+
+    assert given.video is not None
+    assert read.video is not None
+    np.testing.assert_array_equal(read.video, given.video)
+    assert parse_golden(golden_bytes([probe], takes), takes, "golden")[0].video is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"video": np.zeros((5, 30, 40, 3), np.uint8)}, "not 1 to 4 frames"),
+        ({"video": np.zeros((0, 30, 40, 3), np.uint8)}, "not 1 to 4 frames"),
+        ({"video": np.zeros((3, 30, 40, 4), np.uint8)}, "not 1 to 4 frames"),
+        ({"video": np.zeros((3, 30, 40, 3), np.float32)}, "float32, not uint8"),
+        ({"feature_rows": np.array([0, 1, 3])}, "outside the 3"),
+    ],
+)
+def test_a_video_that_cannot_be_is_not_written(
+    probe: GoldenProbe, manifest: Manifest, changes: dict[str, Any], named: str
+) -> None:
+    wrong = dataclasses.replace(with_video(probe), **changes)
+
+    with pytest.raises(ExportError, match=named):
+        golden_bytes([wrong], video_manifest(manifest))
+
+
+def test_a_model_without_videos_has_no_probe_of_one(probe: GoldenProbe, manifest: Manifest) -> None:
+    with pytest.raises(ExportError, match="not 1 to 0 frames"):
+        golden_bytes([with_video(probe)], manifest)
 
 
 def test_the_file_is_what_the_safetensors_library_reads(

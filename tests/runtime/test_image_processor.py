@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.image_utils import load_image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
 from llava_edge.profiles.anyres import grid_pinpoints
-from llava_edge.profiles.errors import RequestError
-from llava_edge.runtime.image_processor import ImageProcessor
+from llava_edge.profiles.errors import ImageError, RequestError
+from llava_edge.runtime.image_processor import MAX_CROP_RATIO, ImageProcessor
 from llava_edge.runtime.images import open_image
 from llava_edge.runtime.manifest import ImageProcessing
 
@@ -298,3 +299,51 @@ def test_any_image_is_bit_equal(
 ) -> None:
     image = Image.fromarray(noise(height, width)).convert(mode)
     assert_bit_equal(image, image, values)
+
+
+CROPPED = {
+    "crop336": processing(336, 14, (), view="crop"),
+    "crop70": processing(70, 14, (), view="crop", image_std=(0.5, 0.3, 0.7)),
+}
+
+
+def assert_cropped_as_clip(image: Any, values: ImageProcessing) -> None:
+    side = values.tile_size
+    cropping: Any = CLIPImageProcessorPil
+    reference = cropping(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=list(values.image_mean),
+        image_std=list(values.image_std),
+        rescale_factor=values.rescale_factor,
+    )
+
+    ours = ImageProcessor(values).preprocess(open_image(image))
+
+    theirs = reference(image, return_tensors="np", input_data_format="channels_last")
+    assert np.array_equal(ours.pixel_values, theirs["pixel_values"])
+    assert ours.layout.num_image_tokens == (side // values.patch_size) ** 2
+
+
+@pytest.mark.parametrize("values", CROPPED.values(), ids=CROPPED)
+@pytest.mark.parametrize(
+    "size", [(336, 336), (70, 70), (71, 70), (480, 640), (641, 480), (35, 3000), (400, 9), (1, 1)]
+)
+def test_the_middle_of_an_image_is_what_clip_sees(
+    values: ImageProcessing, size: tuple[int, int]
+) -> None:
+    assert_cropped_as_clip(noise(*size), values)
+
+
+@settings(max_examples=40, deadline=None)
+@given(height=st.integers(5, 400), width=st.integers(5, 400))
+def test_the_middle_of_any_size_is_what_clip_sees(height: int, width: int) -> None:
+    assert_cropped_as_clip(noise(height, width), CROPPED["crop70"])
+
+
+def test_a_sliver_has_no_middle() -> None:
+    processor = ImageProcessor(CROPPED["crop70"])
+
+    processor.preprocess(Image.new("RGB", (3 * MAX_CROP_RATIO, 3)))
+    with pytest.raises(ImageError, match="only its middle would be seen"):
+        processor.preprocess(Image.new("RGB", (3 * MAX_CROP_RATIO + 1, 3)))

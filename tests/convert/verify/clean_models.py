@@ -24,6 +24,10 @@ FURTHER_FORMS: Mapping[str, tuple[str, str, str | None]] = {
 }
 
 
+VIDEO: Mapping[str, object] = {"model_type": "llava_next_video", "image_size": 56}
+"""Frames of 4 x 4 patches, pooled to 2 x 2 tokens."""
+
+
 def _model(
     backbone: str, form: tuple[str, str, str | None], *, seed: int = 1, **changes: object
 ) -> Model:
@@ -63,6 +67,16 @@ CLEAN: Mapping[str, Model] = {
     "grid 3x3": Model("mistral", grid="3x3"),
     "system turn": Model("llama", alters="system turn"),
     "gptq": Model("mistral", precision="int4", changes={"layers": 2}, alters="gptq"),
+    "video": Model("llama", changes=VIDEO),
+    "video bfloat16 cuda": Model(
+        "llama", board="a100", alters="bf16", changes={**VIDEO, "layers": 2}
+    ),
+    "video int8": Model("llama", precision="int8", changes={**VIDEO, "layers": 2}),
+    "video int4 cuda": Model(
+        "llama", precision="int4", board="a100", changes={**VIDEO, "layers": 2}, alters="decided"
+    ),
+    "llava 1.5": Model("llama", changes={"model_type": "llava"}),
+    "llava 1.5 int8": Model("llama", precision="int8", changes={"model_type": "llava"}),
     "loud int8": Model("mistral", precision="int8", changes={"layers": 2}, alters="loud"),
 }
 """Tiles of 5 x 5 patches: quick."""

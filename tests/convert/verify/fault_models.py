@@ -62,6 +62,7 @@ MODELS: Mapping[str, Model] = {
     "int4": Model("mistral", precision="int4", changes={"layers": 2}),
     "gptq": Model("mistral", precision="int4", changes={"layers": 2}, alters="act-order"),
     "system": Model("llama", alters="system turn"),
+    "video": Model("llama", changes={"model_type": "llava_next_video", "image_size": 56}),
 }
 """What faults are planted in: every bias, gain, class and position embedding is random."""
 
@@ -158,7 +159,9 @@ class Made:
             artifact = open_artifact(self.artifact, verify_digests=False)
             reference = open_reference(artifact, self.checkpoint)
             anyres = ImageProcessor(artifact.manifest.image_processing).anyres
-            for probe in draw_probes(anyres, mode, 4096):
+            video = artifact.manifest.video_processing
+            frames = 0 if video is None else video.max_frames
+            for probe in draw_probes(anyres, mode, 4096, frames):
                 reference.answer(probe, remember=True)
             self._references[mode] = reference
         return self._references[mode]

@@ -13,6 +13,7 @@ from tests.convert.verify import (
     faults_images,
     faults_quantized,
     faults_runtime,
+    faults_video,
     faults_vision,
 )
 from tests.convert.verify.fault import Fault
@@ -24,6 +25,7 @@ FAULTS: tuple[Fault, ...] = (
     *faults_decoder.FAULTS,
     *faults_quantized.FAULTS,
     *faults_runtime.FAULTS,
+    *faults_video.FAULTS,
 )
 
 

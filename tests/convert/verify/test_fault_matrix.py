@@ -19,6 +19,7 @@ PARTS = {
     "embeddings": 2,
     "quantisation": 6,
     "runtime": 6,
+    "video": 7,
 }
 
 

@@ -1,0 +1,332 @@
+"""Clip: a video that was opened within the limits, and hands out chosen frames.
+
+A file is decoded with PyAV (FFmpeg). FFmpeg would take nearly any file for a video, among them play
+lists that name other files and addresses; so the container is told from the first bytes and fixed,
+its data is read through one open file, nothing else can be opened, and only some codecs are
+decoded. What a header says is not believed: frames are counted packet by packet before anything is
+decoded, sizes are looked at again on every frame.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, BinaryIO, NoReturn, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llava_edge.profiles.errors import (
+    DependencyError,
+    ImageError,
+    LlavaEdgeError,
+    OutOfMemoryError,
+    VideoError,
+)
+from llava_edge.runtime.images import ImageSource, open_image
+from llava_edge.runtime.limits import Limits
+
+Pixels = NDArray[np.uint8]
+VideoSource: TypeAlias = (
+    str
+    | os.PathLike[str]
+    | bytes
+    | bytearray
+    | memoryview
+    | Sequence[ImageSource]
+    | NDArray[np.uint8]
+)
+
+_DEMUXERS = {"MP4": "mov", "WEBM": "matroska", "AVI": "avi"}
+_MOV_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+
+
+class Clip(Protocol):
+    """Frames by number."""
+
+    @property
+    def total(self) -> int:
+        """Frames that there are."""
+
+    def frames(self, numbers: Sequence[int]) -> Iterator[Pixels]:
+        """Frames of ascending numbers, uint8 (height, width, 3), all of one size."""
+
+
+@contextmanager
+def open_clip(source: VideoSource, limits: Limits) -> Iterator[Clip]:
+    """Open a video file, its bytes, or a list of frames.
+
+    Args:
+        source: path or content of a video file; or frames: a list of what ``open_image`` takes, or
+            a uint8 array (frames, height, width, 3).
+        limits: bounds on what is taken in.
+
+    Raises:
+        VideoError: it is missing, damaged, of another kind, or beyond a limit.
+        DependencyError: PyAV is not installed, and frames are to be decoded.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        label = f"video {os.fspath(source)!r:.200}"
+        with _opened(label, source) as file:
+            yield FileClip(label, file, os.fstat(file.fileno()).st_size, limits)
+        return
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        label = f"video of {len(source)} bytes"
+        yield FileClip(label, io.BytesIO(source), len(source), limits)
+        return
+    if isinstance(source, np.ndarray) and source.ndim != 4:
+        raise VideoError(
+            f"video is an array of shape {source.shape}; frames are (frames, height, width, 3)"
+        )
+    if not isinstance(source, (Sequence, np.ndarray)):
+        raise VideoError(
+            f"video is a {type(source).__name__}; give a path, bytes, a list of frames or a uint8 "
+            "array (frames, height, width, 3)"
+        )
+    frames: Any = source
+    yield FrameClip(frames, limits)
+
+
+class FrameClip:
+    """Frames that are there already.
+
+    Raises:
+        VideoError: there is none, or there are more than the limit.
+    """
+
+    def __init__(self, source: Sequence[ImageSource] | Pixels, limits: Limits) -> None:
+        self._source = source
+        self._limits = limits
+        _check_count("the list of frames", len(source), limits)
+
+    @property
+    def total(self) -> int:
+        """Frames of the list."""
+        return len(self._source)
+
+    def frames(self, numbers: Sequence[int]) -> Iterator[Pixels]:
+        """See ``Clip``."""
+        first: tuple[int, ...] | None = None
+        for number in numbers:
+            try:
+                frame = np.asarray(open_image(self._source[number], self._limits))
+            except ImageError as error:
+                raise VideoError(f"frame {number}: {error}") from error
+            first = first or frame.shape
+            if frame.shape != first:
+                raise VideoError(
+                    f"frame {number} is {frame.shape[0]}x{frame.shape[1]} (height x width), the "
+                    f"first is {first[0]}x{first[1]}; all frames of a video have one size"
+                )
+            yield frame
+
+
+class FileClip:
+    """A video file, counted on opening.
+
+    Args:
+        label: what messages call it.
+        file: readable and seekable; read again for every use.
+        size: of the file in bytes.
+        limits: see ``open_clip``.
+
+    Raises:
+        VideoError: see ``open_clip``.
+        DependencyError: PyAV is not installed.
+    """
+
+    def __init__(self, label: str, file: BinaryIO, size: int, limits: Limits) -> None:
+        if size > limits.max_video_bytes:
+            raise VideoError(
+                f"{label} has {size} bytes; at most {limits.max_video_bytes} are taken "
+                "(max_video_bytes). Save it smaller or raise the limit."
+            )
+        self._label = label
+        self._file = file
+        self._limits = limits
+        self._av = _load_av()
+        self._demuxer = self._told_from_content()
+        self._size: tuple[int, int] = (0, 0)
+        self._total = self._counted()
+
+    @property
+    def total(self) -> int:
+        """Frames of the first video stream, counted packet by packet."""
+        return self._total
+
+    def frames(self, numbers: Sequence[int]) -> Iterator[Pixels]:
+        """See ``Clip``; everything up to the last frame is decoded."""
+        left = list(numbers)
+        with self._stream() as (container, stream):
+            decoded = 0
+            for frame in self._guarded(lambda: container.decode(stream)):
+                if not left:
+                    return
+                if (frame.height, frame.width) != self._size:
+                    raise VideoError(
+                        f"{self._label}: frame {decoded} is {frame.height}x{frame.width} (height x "
+                        f"width), the header says {self._size[0]}x{self._size[1]}. All frames of a "
+                        "video have one size."
+                    )
+                if left[0] == decoded:
+                    pixels = self._once(partial(frame.to_ndarray, format="rgb24"))
+                    while left and left[0] == decoded:
+                        left.pop(0)
+                        yield pixels
+                decoded += 1
+        if left:
+            raise VideoError(
+                f"{self._label} ends after {decoded} frames; its packets promise {self._total}. "
+                "The file is cut off or damaged."
+            )
+
+    def _told_from_content(self) -> str:
+        self._file.seek(0)
+        head = self._file.read(16)
+        found = None
+        if head[4:8] in _MOV_ATOMS:
+            found = "MP4"
+        elif head.startswith(b"\x1a\x45\xdf\xa3"):
+            found = "WEBM"
+        elif head.startswith(b"RIFF") and head[8:12] == b"AVI ":
+            found = "AVI"
+        if found not in self._limits.video_formats:
+            raise VideoError(
+                f"{self._label} is {'no video of a known format' if found is None else found}; "
+                f"allowed are {', '.join(self._limits.video_formats)} (MP4 with MOV, WEBM with "
+                "MKV). Convert it, or give frames as a list."
+            )
+        return _DEMUXERS[found]
+
+    def _counted(self) -> int:
+        limits = self._limits
+        count, first, last = 0, None, None
+        with self._stream() as (container, stream):
+            context = stream.codec_context
+            codec = context.codec.canonical_name
+            if codec not in limits.video_codecs:
+                raise VideoError(
+                    f"{self._label} is encoded as {codec!r:.40}; allowed codecs are "
+                    f"{', '.join(limits.video_codecs)}. Convert it, or give frames as a list."
+                )
+            self._size = (int(context.height), int(context.width))
+            self._check_size(*self._size)
+            for packet in self._guarded(lambda: container.demux(stream)):
+                if not packet.size or packet.is_discard:
+                    continue
+                count += 1
+                if packet.pts is not None and packet.time_base is not None:
+                    at = float(packet.pts * packet.time_base)
+                    first = at if first is None else min(first, at)
+                    last = at if last is None else max(last, at)
+                if count > limits.max_video_frames:
+                    break
+                if first is not None and last is not None:
+                    self._check_seconds(last - first)
+        _check_count(self._label, count, limits)
+        return count
+
+    def _check_size(self, height: int, width: int) -> None:
+        limits, faults = self._limits, []
+        if height * width > limits.max_video_pixels:
+            faults.append(f"more than {limits.max_video_pixels} pixels (max_video_pixels)")
+        if max(height, width) > limits.max_image_side:
+            faults.append(f"a side is longer than {limits.max_image_side} (max_image_side)")
+        if height < 1 or width < 1:
+            faults.append("there is no pixel")
+        if faults:
+            raise VideoError(
+                f"{self._label} is {height}x{width} (height x width): {'; '.join(faults)}. Scale "
+                "it down or raise the limit."
+            )
+
+    def _check_seconds(self, seconds: float) -> None:
+        if seconds > self._limits.max_video_seconds:
+            raise VideoError(
+                f"{self._label} lasts {seconds:.0f} s or more; at most "
+                f"{self._limits.max_video_seconds} are taken (max_video_seconds). Cut it or raise "
+                "the limit."
+            )
+
+    @contextmanager
+    def _stream(self) -> Iterator[tuple[Any, Any]]:
+        """The container, opened from its beginning, and its first video stream."""
+        self._file.seek(0)
+
+        def no_other(*_: object) -> NoReturn:
+            raise VideoError(f"{self._label} refers to another file; nothing else is opened")
+
+        container = self._once(
+            lambda: self._av.open(self._file, "r", format=self._demuxer, io_open=no_other)
+        )
+        try:
+            if not container.streams.video:
+                raise VideoError(f"{self._label} holds no video, only other streams")
+            stream = container.streams.video[0]
+            # FFmpeg itself refuses a picture that grows behind the header's back.
+            stream.codec_context.options = {"max_pixels": str(self._limits.max_video_pixels)}
+            yield container, stream
+        finally:
+            container.close()
+
+    def _once(self, act: Callable[[], Any]) -> Any:
+        return next(self._guarded(lambda: [act()]))
+
+    def _guarded(self, act: Callable[[], Any]) -> Iterator[Any]:
+        """What ``act`` gives, with errors of the decoder as errors of ours."""
+        try:
+            yield from act()
+        except (LlavaEdgeError, GeneratorExit):
+            raise
+        except MemoryError as error:
+            raise OutOfMemoryError(
+                f"{self._label}: memory ran out while it was decoded, or it asks for far too much"
+            ) from error
+        except Exception as error:
+            # FFmpeg's errors come as many classes.
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
+            raise VideoError(
+                f"{self._label} cannot be decoded: {reason}. The file may be cut off or damaged."
+            ) from error
+
+
+@contextmanager
+def _opened(label: str, path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    try:
+        # O_NONBLOCK: opening a named pipe would otherwise wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise VideoError(
+            f"{label} cannot be read: {reason}. Videos are files on this machine; nothing is "
+            "fetched."
+        ) from error
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise VideoError(f"{label} is no regular file; give a video file")
+        yield file
+
+
+def _check_count(label: str, count: int, limits: Limits) -> None:
+    if not count:
+        raise VideoError(f"{label} holds no frame")
+    if count > limits.max_video_frames:
+        raise VideoError(
+            f"{label} has more than {limits.max_video_frames} frames (max_video_frames). Cut it or "
+            "raise the limit."
+        )
+
+
+def _load_av() -> Any:
+    try:
+        return importlib.import_module("av")
+    except ImportError as error:
+        raise DependencyError(
+            "Decoding a video needs PyAV, which is not installed. Install it with: "
+            "pip install 'llava-edge[video]'. A list of frames needs nothing."
+        ) from error
