@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from llava_edge.convert.float16_emulation import emulate_float16
 from llava_edge.convert.float16_islands import add_islands
 from llava_edge.convert.graph import GraphBuilder
 from llava_edge.convert.vision_graph import build_vision_graph
-from llava_edge.convert.vision_trace import Additions, Piece, VisionTrace
+from llava_edge.convert.vision_trace import FEATURES, Additions, Piece, VisionTrace
+from llava_edge.profiles.errors import RequestError
 from llava_edge.runtime.session import Array
 from llava_edge.runtime.tile_cosine import TileCosine
 
@@ -37,9 +38,13 @@ Save = Callable[[GraphBuilder], Any]
 LARGEST = float(np.finfo(np.float16).max)
 HEADROOM = 4.0
 """A calibration set does not hold every image: a quarter of the range is all that may be used."""
-LOSS_BOUNDS = (0.02, 0.005, 0.001)
+WHOLE = -1.0
+LOSS_BOUNDS = (0.02, 0.005, 0.001, WHOLE)
 """Relative error of a row that rounding one value may make behind one node. The next is taken where
-the whole graph is not near enough with the one before: errors also add up."""
+the whole graph is not near enough with the one before: errors also add up. ``WHOLE`` keeps the whole
+tower in float32, which is dear and right."""
+_SHARE_OF_A_SUM = 4.0
+"""A summand counts as about as large as the sum from a quarter of it on."""
 _LAST_AXIS, _SMALLEST = "guard.last_axis", "guard.smallest"
 _TINY = float(np.finfo(np.float32).tiny)
 COSINE_LOSS = 1e-4
@@ -70,6 +75,8 @@ class WideValue:
 
     def reason(self, loss_bound: float) -> str:
         """What a certificate says."""
+        if loss_bound == WHOLE:
+            return "with fewer values in float32 the features were not near enough"
         if self.largest * HEADROOM > LARGEST:
             return (
                 f"reaches {self.largest:.4g}; float16 holds {LARGEST:.0f}, {HEADROOM:g} x is kept"
@@ -120,7 +127,7 @@ class Float16Ranges:
         """Values that float16 cannot hold, by name, in order.
 
         Args:
-            loss_bound: see ``LOSS_BOUNDS``.
+            loss_bound: see ``LOSS_BOUNDS``; below zero for every value there is.
         """
         assert self._trace is not None
         found: dict[str, WideValue] = {}
@@ -134,14 +141,31 @@ class Float16Ranges:
     def _widen(
         self, trace: VisionTrace, value: str, loss: float, found: dict[str, WideValue]
     ) -> None:
-        """Note a value and what it was moved from: rounded there, it would be lost as well."""
-        while value not in found and value in self.pieces:
+        """Note a value and what it follows from, where rounding that would lose as much.
+
+        That is what it was moved from and, of a sum, what is about as large as the sum: something
+        common to both that a later norm takes out is then in either.
+        """
+        waiting = [value]
+        while waiting:
+            value = waiting.pop()
+            if value in found or value not in self.pieces:
+                continue
+            largest = self.largest[value]
             behind = _named_before(trace, value)
-            found[value] = WideValue(value, self.pieces[value], behind, self.largest[value], loss)
+            found[value] = WideValue(value, self.pieces[value], behind, largest, loss)
             maker = trace.view.producer(value)
-            if maker is None or maker.op_type not in MOVING:
-                return
-            value = str(maker.input[0])
+            if maker is None:
+                continue
+            sources = [str(name) for name in maker.input]
+            if maker.op_type in MOVING:
+                waiting += sources
+            elif maker.op_type == "Add" and np.isfinite(loss):
+                waiting += [
+                    name
+                    for name in sources
+                    if self.largest.get(name, 0.0) * _SHARE_OF_A_SUM >= largest
+                ]
 
 
 class _Watch:
@@ -254,7 +278,7 @@ def _named_before(trace: VisionTrace, value: str) -> str:
 
 def _larger(a: float, b: float) -> float:
     """The larger; what is not a number is larger than all."""
-    return b if not b <= a else a
+    return a if a != a or b <= a else b
 
 
 @dataclass(frozen=True)
@@ -281,19 +305,29 @@ def write_guarded_vision(
         pixel_values: the tiles, float32 [tiles, 3, T, T].
         folder: where ``save`` puts the graph's own folder ``vision``.
         save: writes a graph.
+
+    Raises:
+        RequestError: what the graph hands out does not fit float16.
     """
     ranges = Float16Ranges.of(trace)
+    reached = ranges.largest[FEATURES]
+    if not reached <= LARGEST:
+        raise RequestError(
+            f"the projector's features reach {reached:.4g} on calibration tiles; float16, in which "
+            f"the cuda flavour hands them to the language model, holds {LARGEST:.0f}. Convert for "
+            "a CPU board, whose flavour computes in float32."
+        )
     tried: dict[str, dict[str, float]] = {}
     for loss_bound in LOSS_BOUNDS:
         wide = ranges.wide(loss_bound)
         graph = build_vision_graph(checkpoint.dims, checkpoint, np.float16)
         total = len(graph.nodes)
-        nodes = add_islands(graph, wide, ranges.floats)
+        island = add_islands(graph, wide, ranges.floats)
         shutil.rmtree(folder / "vision", ignore_errors=True)
         saved = save(graph)
         features = emulate_float16(folder / "vision" / "model.onnx", checkpoint.dims, pixel_values)
         found = TileCosine.of(features, trace.features)
-        tried[f"{loss_bound:g}"] = {
+        tried["whole" if loss_bound == WHOLE else f"{loss_bound:g}"] = {
             "mean": _json_number(found.mean_loss),
             "worst": _json_number(found.worst_loss),
         }
@@ -306,14 +340,20 @@ def write_guarded_vision(
             COSINE_LOSS,
         )
     islands: dict[str, list[dict[str, str]]] = {}
+    if loss_bound == WHOLE:
+        # One entry a piece says it all.
+        wide = {
+            value.piece: replace(value, name="all", behind=value.piece) for value in wide.values()
+        }
     for value in wide.values():
         entry = {"value": value.name, "behind": value.behind, "why": value.reason(loss_bound)}
         islands.setdefault(value.piece, []).append(entry)
     facts = {
         "precision": "fp16",
         "islands": islands,
-        "float32_nodes": nodes,
-        "float32_share": len(nodes) / total,
+        "float32_nodes": island.nodes,
+        "float32_share": len(island.nodes) / total,
+        "weights_in_float32": island.num_weights,
         "largest_by_layer": ranges.per_piece(),
         "tile_cosine_loss": tried,
     }

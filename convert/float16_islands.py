@@ -8,6 +8,7 @@ are cast as well, which engines do while they load.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -17,7 +18,20 @@ WIDE = ".float32"
 """How the names of casts to float32 end."""
 
 
-def add_islands(g: GraphBuilder, wide: Collection[str], floats: Collection[str]) -> list[str]:
+@dataclass(frozen=True)
+class Islands:
+    """What computes in float32.
+
+    Attributes:
+        nodes: names, casts not among them.
+        num_weights: elements of the weights that are cast for them.
+    """
+
+    nodes: list[str]
+    num_weights: int
+
+
+def add_islands(g: GraphBuilder, wide: Collection[str], floats: Collection[str]) -> Islands:
     """Have a float16 graph keep some values in float32.
 
     Args:
@@ -25,11 +39,8 @@ def add_islands(g: GraphBuilder, wide: Collection[str], floats: Collection[str])
         wide: values to keep.
         floats: all float values that nodes make or the graph is given.
 
-    Returns:
-        Names of the nodes that compute in float32, casts not among them.
+    What the graph hands out stays float16.
     """
-    if not wide:
-        return []
     inside = {
         node
         for node in g.nodes
@@ -40,7 +51,8 @@ def add_islands(g: GraphBuilder, wide: Collection[str], floats: Collection[str])
         value.name
         for node in inside
         for value in node.outputs
-        if value.name in wide or (value.uses() and all(u.node in inside for u in value.uses()))
+        if not g.is_output(value)
+        and (value.name in wide or (value.uses() and all(u.node in inside for u in value.uses())))
     }
     builder = _Casts(g, floats, kept)
     nodes: list[ir.Node] = []
@@ -52,7 +64,7 @@ def add_islands(g: GraphBuilder, wide: Collection[str], floats: Collection[str])
         nodes.append(node)
         nodes += builder.narrowed(node)
     g.nodes = nodes
-    return [str(node.name) for node in nodes if node in inside]
+    return Islands([str(node.name) for node in nodes if node in inside], builder.num_weights)
 
 
 class _Casts:
@@ -63,6 +75,7 @@ class _Casts:
         self._floats = floats
         self._kept = kept
         self._wide: dict[str, ir.Value] = {}
+        self.num_weights = 0
 
     def widened(self, node: ir.Node) -> list[ir.Node]:
         """Casts of what the node reads in float16, and the node changed to read them."""
@@ -75,6 +88,8 @@ class _Casts:
                 cast = _cast(value, ir.DataType.FLOAT, f"{name}{WIDE}")
                 made.append(cast)
                 self._wide[name] = cast.outputs[0]
+                if value.const_value is not None:
+                    self.num_weights += int(value.const_value.size)
             node.replace_input_with(place, self._wide[name])
         return made
 

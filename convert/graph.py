@@ -74,12 +74,17 @@ class GraphBuilder:
         value.shape = ir.Shape(shape)
         self._outputs.append(value)
 
+    def is_output(self, value: ir.Value) -> bool:
+        """Whether the graph hands out a value."""
+        return any(value is output for output in self._outputs)
+
     def replace_output(self, old: ir.Value, new: ir.Value) -> None:
         """Have another value be what the graph hands out, where it handed out ``old``."""
         for place, value in enumerate(self._outputs):
             if value is old:
                 new.type, new.shape = old.type, old.shape
-                old.type = None
+                # It is an inner value now, of which the graph says nothing.
+                old.type = old.shape = None
                 self._outputs[place] = new
 
     def ops(

@@ -23,6 +23,7 @@ from llava_edge.convert.vision_tiles import CalibrationTiles
 from llava_edge.convert.vision_trace import VisionTrace
 from llava_edge.convert.weights import Array
 from llava_edge.convert.write_embeddings import write_embeddings
+from llava_edge.runtime.host_memory import map_large_blocks
 from llava_edge.runtime.manifest import Flavour
 from llava_edge.runtime.pooling import POOLING, pooling_index
 from llava_edge.runtime.records import to_json
@@ -104,6 +105,8 @@ class PartBuilders:
     @contextmanager
     def _traced(self, tiles: CalibrationTiles, work: Path) -> Iterator[VisionTrace]:
         """The float32 graph, in a folder that is gone afterwards, to be looked into."""
+        # Pieces of the tower come and go; what they took shall leave the process.
+        map_large_blocks()
         place = work / "vision-trace"
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)

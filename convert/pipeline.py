@@ -6,7 +6,7 @@ touched; whatever fails later leaves finished parts for the next run and nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -40,8 +40,8 @@ from llava_edge.convert.video_settings import read_video_processing
 from llava_edge.convert.vision_engine import write_vision_engine
 from llava_edge.convert.vision_tiles import cut_tiles
 from llava_edge.convert.write_artifact import ArtifactWriter, refuse_existing
-from llava_edge.profiles.errors import RequestError
-from llava_edge.profiles.formats import part_precisions, weight_bytes
+from llava_edge.profiles.errors import BudgetError, RequestError
+from llava_edge.profiles.formats import VisionFormat, part_precisions, weight_bytes
 from llava_edge.profiles.variants import find_variant, load_variants
 from llava_edge.runtime.certificate import Certificate
 from llava_edge.runtime.engine_files import ENGINES, graph_digests
@@ -129,13 +129,15 @@ def convert_checkpoint(request: ConvertRequest, report: Report, say: Say) -> Con
 
 def _write_parts(job: _Job, writer: ArtifactWriter, report: Report) -> Manifest:
     """Everything but manifest and card; the decoder last: its codes are found through the rest."""
-    profile, context = job.request.profile, job.planned.plan.context_tokens
-    build = PartBuilders(job.checkpoint, profile.flavour, context, report)
+    profile = job.request.profile
+    build = PartBuilders(job.checkpoint, profile.flavour, job.planned.plan.context_tokens, report)
     vision_spec, vision_facts = writer.part(
         "vision", lambda folder: _vision(job, build, writer.work, folder)
     )
     vision = from_json(GraphSpec, vision_spec)
     job = _planned_again(job, vision_facts)
+    context = job.planned.plan.context_tokens
+    build = PartBuilders(job.checkpoint, profile.flavour, context, report)
     target = job.planned.engine
     if target is not None:
         graph = graph_digests(writer.files, vision.file)
@@ -193,30 +195,50 @@ def _write_parts(job: _Job, writer: ArtifactWriter, report: Report) -> Manifest:
     spec, facts = writer.part("decoder", decoder)
     if job.request.emit_hf:
         writer.part(GPTQ_FOLDER, gptq)
-    digests = {**vision_facts.pop(DIGESTS, {}), **facts.pop(DIGESTS, {})}
-    facts |= ({"vision": vision_facts} if vision_facts else {}) | (
-        {DIGESTS: digests} if digests else {}
-    )
-    return _manifest(job, tokens, vision, from_json(GraphSpec, spec), facts)
+    stated = _facts(vision_facts, facts)
+    return _manifest(job, tokens, vision, from_json(GraphSpec, spec), stated)
+
+
+def _facts(vision: Mapping[str, Any], decoder: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest says of both graphs; digests of all codes in one place.
+
+    The journal keeps what it was given for the next run, so nothing of it is changed here.
+    """
+    digests = {**vision.get(DIGESTS, {}), **decoder.get(DIGESTS, {})}
+    own = {name: value for name, value in vision.items() if name != DIGESTS}
+    stated = {name: value for name, value in decoder.items() if name != DIGESTS}
+    if own:
+        stated["vision"] = own
+    if digests:
+        stated[DIGESTS] = digests
+    return stated
 
 
 def _vision(job: _Job, build: PartBuilders, work: Path, folder: Path) -> Any:
     """Tower and projector in the precision of the plan; its GraphSpec and what was decided."""
     int8 = job.planned.plan.vision_precision == "int8"
-    if not int8 and job.request.profile.flavour == "cpu":
-        # Stored in float16, computed in float32: nothing can overflow.
+    if not _looks_at_tiles(job):
         return build.vision(folder)
     tiles = cut_tiles(*tile_conversations(job.request.quantization, job.processing), job.processing)
     return (build.int8_vision if int8 else build.guarded_vision)(folder, tiles, work)
 
 
-def _planned_again(job: _Job, vision: dict[str, Any]) -> _Job:
-    """The plan with the layers that calibration left in float; it must still fit.
+def _looks_at_tiles(job: _Job) -> bool:
+    """Whether calibration tiles decide on the tower.
+
+    In the cpu flavour a float tower is stored in float16 and computed in float32: nothing can
+    overflow.
+    """
+    return job.planned.plan.vision_precision == "int8" or job.request.profile.flavour == "cuda"
+
+
+def _planned_again(job: _Job, vision: Mapping[str, Any]) -> _Job:
+    """The plan with what calibration left wider in the tower: context gives way first.
 
     Raises:
-        BudgetError: it does not.
+        BudgetError: it does not fit any more.
     """
-    left = int(vision.get("weights_in_float", 0))
+    left = int(vision.get("weights_in_float", vision.get("weights_in_float32", 0)))
     if not left:
         return job
     plan = job.planned.plan
@@ -225,14 +247,19 @@ def _planned_again(job: _Job, vision: dict[str, Any]) -> _Job:
         variants=(as_variant(job.checkpoint),),
         num_frames=job.planned.num_frames,
         precision=plan.precision,
-        vision_precision="int8",
-        context_tokens=plan.context_tokens,
-        vision_float_weights=left,
+        vision_precision=plan.vision_precision,
+        vision_wide_weights=left,
     )
     if wishes.pinpoints is None:
         wishes = replace(wishes, grid=plan.grid)
-    again, _ = choose(job.request, wishes)
-    again = replace(again, rejected=plan.rejected)
+    try:
+        again, _ = choose(job.request, wishes)
+    except BudgetError as error:
+        raise BudgetError(
+            f"calibration keeps {left} weights of the tower wider than {plan.vision_precision}, "
+            f"and with them {error}"
+        ) from error
+    again = replace(again, rejected=plan.rejected, engine=plan.engine)
     return replace(job, planned=replace(job.planned, plan=again))
 
 
@@ -328,6 +355,7 @@ def _key(job: _Job) -> dict[str, object]:
         "engine": None if job.planned.engine is None else job.planned.engine.key,
         "golden": job.request.verify != "none",
         "quantization": None if job.body is None else _quantization_key(job, job.body),
+        "calibration": _calibration_key(job) if job.body or _looks_at_tiles(job) else None,
         "tool": version("llava-edge"),
     }
 
@@ -337,7 +365,13 @@ def _quantization_key(job: _Job, body: BodyFormat) -> dict[str, object]:
     return {
         "body": [body.bits, body.group_size, body.int8_route],
         "quantizer": asked.quantizer,
-        "calibration": None if asked.calibration is None else str(asked.calibration.resolve()),
+    }
+
+
+def _calibration_key(job: _Job) -> dict[str, object]:
+    asked = job.request.quantization
+    return {
+        "folder": None if asked.calibration is None else str(asked.calibration.resolve()),
         "samples": asked.num_samples,
         "seed": asked.seed,
     }
@@ -346,20 +380,21 @@ def _quantization_key(job: _Job, body: BodyFormat) -> dict[str, object]:
 def _needed_bytes(job: _Job) -> int:
     """Upper bound of the artifact, and of the solved layers that lie beside it meanwhile."""
     profile, precision = job.request.profile, job.planned.plan.precision
+    dims, flavour = job.checkpoint.dims, profile.flavour
+    # Any number of the tower's layers may stay as they are.
     sizes = weight_bytes(
-        job.checkpoint.dims, precision, profile.flavour, profile.int8_isa, resident=False
+        dims, precision, flavour, profile.int8_isa, resident=False, vision=VisionFormat()
     )
-    floats = weight_bytes(job.checkpoint.dims, "fp16", profile.flavour, resident=False)
-    # The float graph of the tower lies beside the artifact while it is looked into, and any number
-    # of its layers may stay as they are.
-    tower = 2 * (floats.vision_tower + floats.projector)
+    tower = sizes.vision_tower + sizes.projector
+    # The float graph of the tower lies beside the artifact while it is looked into.
+    traced = tower if _looks_at_tiles(job) else 0
     solved = job.body is not None and job.request.quantization.quantizer == "gptq"
     # A GPTQ checkpoint keeps head and embeddings at fp16: at most twice what they take here.
     emitted = 2 * sizes.total if job.request.emit_hf else 0
     # An engine holds the tower's weights once more, and code.
-    engine = 0 if job.planned.engine is None else tower // 2 + _ENGINE_BYTES
+    engine = 0 if job.planned.engine is None else tower + _ENGINE_BYTES
     solving = sizes.decoder if solved else 0
-    return _TEXTS_BYTES + tower + sizes.total + solving + emitted + engine
+    return _TEXTS_BYTES + traced + sizes.total + solving + emitted + engine
 
 
 def _manifest(

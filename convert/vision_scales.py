@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from llava_edge.convert.rounding import SMALLEST_SCALE
 from llava_edge.runtime.session import Array
 
 _STRENGTHS = (0.0, 0.5, 0.75, 1.0)
@@ -25,6 +26,7 @@ FREE, AT_A_COST = 0.9, 0.7
 """Error that may be left, of the error without scales, for scales to be taken: where a norm takes
 the division, and where a multiplication is added."""
 _STEPS = 127.0
+_LEAST_SIZE = _STEPS * SMALLEST_SCALE
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,15 @@ def _scale(largest: Array, strength: float) -> Array:
 
 def _rows(values: torch.Tensor) -> torch.Tensor:
     """Rounded as the kernel rounds activations: 127 steps up to each row's largest magnitude."""
-    size = values.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.round(values / size * _STEPS) / _STEPS * size
+    return _rounded(values, torch.finfo(torch.float32).tiny)
 
 
 def _columns(weight: torch.Tensor) -> torch.Tensor:
     """Rounded as weights are stored: one scale an output, without the search for the best one."""
-    return _rows(weight)
+    return _rounded(weight, _LEAST_SIZE)
+
+
+def _rounded(values: torch.Tensor, least: float) -> torch.Tensor:
+    """Steps of 1/127 of each row's largest magnitude, which counts as no less than ``least``."""
+    size = values.abs().amax(-1, keepdim=True).clamp_min(least)
+    return torch.round(values / size * _STEPS) / _STEPS * size

@@ -59,11 +59,12 @@ class VisionFormat:
 
     Attributes:
         precision: ``fp16`` or ``int8``.
-        float_weights: weights that ``int8`` leaves in fp16, because calibration asked for it.
+        wide_weights: weights that calibration left wider than that: fp16 beside ``int8``, computed in
+            float32 beside the ``fp16`` of the cuda flavour.
     """
 
     precision: PrecisionName = "fp16"
-    float_weights: int = 0
+    wide_weights: int = 0
 
 
 VISION_PRECISIONS: tuple[PrecisionName, ...] = ("fp16", "int8")
@@ -253,6 +254,11 @@ def weight_bytes(
             return 0
         return sum(m.parameters * float_bytes - size(codes, m) for m in matrices)
 
+    # An int8 layer left in float is whole again; an island's weights are cast while it is loaded.
+    if vision.precision == "int8":
+        widened = float_bytes - 1
+    else:
+        widened = 4 - float_bytes if resident else 0
     newline = text.hidden_size if dims.takes_tiles else 0
     return WeightBytes(
         decoder=sum(size(body, matrix) for matrix in decoder_matrices(text))
@@ -261,7 +267,7 @@ def weight_bytes(
         vision_tower=vision_parameters(tower, tower.num_blocks_used) * float_bytes
         - saved(vision_matrices(dims))
         # Which part the layers left in float belong to does not matter to the sum.
-        + vision.float_weights * (float_bytes - 1),
+        + vision.wide_weights * widened,
         projector=projector_parameters(dims) * float_bytes - saved(projector_matrices(dims)),
         embeddings=0 if resident else (text.vocab_size * text.hidden_size + newline) * _FP16_BYTES,
     )

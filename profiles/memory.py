@@ -228,7 +228,7 @@ def estimate_memory(
     if machine.flavour == "cpu":
         host = _cpu_phases(dims, precision, vision, workload, machine, groups["cpu"])
         return MemoryEstimate(device={}, host=host)
-    device = _device_phases(dims, precision, workload, machine, groups["cuda"])
+    device = _device_phases(dims, precision, vision, workload, machine, groups["cuda"])
     host = _cuda_host_phases(dims, workload, groups["cuda"])
     return MemoryEstimate(device=device, host=host, unified=machine.unified)
 
@@ -322,10 +322,16 @@ def _decoder_run(
 
 
 def _device_phases(
-    dims: ModelDims, precision: str, work: Workload, machine: Machine, c: Constants
+    dims: ModelDims,
+    precision: str,
+    vision: VisionFormat,
+    work: Workload,
+    machine: Machine,
+    c: Constants,
 ) -> Phases:
     text = dims.text
-    weights = weight_bytes(dims, precision, "cuda", machine.int8_isa, resident=True)
+    isa = machine.int8_isa
+    weights = weight_bytes(dims, precision, "cuda", isa, resident=True, vision=vision)
     scratch = 0
     if precision != "fp16":
         largest = max(2 * m.rows * m.columns for m in decoder_matrices(text))

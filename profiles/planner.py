@@ -72,7 +72,8 @@ class PlanRequest:
         engine: what runs the tower, see ``Engine``.
         vision_precision: ``fp16`` or ``int8`` of tower and projector; None takes int8 wherever the
             board and the language model's precision allow it.
-        vision_float_weights: weights of an int8 tower that a conversion left in fp16.
+        vision_wide_weights: weights of the tower that a conversion left wider than its format, see
+            ``VisionFormat``.
     """
 
     variants: tuple[Variant, ...] = ()
@@ -86,7 +87,7 @@ class PlanRequest:
     prefer: Prefer = "largest"
     engine: Engine = "auto"
     vision_precision: PrecisionName | None = None
-    vision_float_weights: int = 0
+    vision_wide_weights: int = 0
 
 
 @dataclass(frozen=True)
@@ -269,9 +270,7 @@ class _Search:
         possible = vision_obstacle(precision, machine.flavour, machine.int8_isa) is None
         if wanted is not None and possible:
             chosen = VisionFormat(wanted)
-        if chosen.precision == "int8":
-            return replace(chosen, float_weights=self.request.vision_float_weights)
-        return chosen
+        return replace(chosen, wide_weights=self.request.vision_wide_weights)
 
     def media_tokens(self, variant: Variant, grid: GridChoice) -> int:
         """Tokens of the largest prompt: all images, or the video where that is longer."""

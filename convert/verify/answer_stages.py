@@ -6,15 +6,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from llava_edge.convert.float16_emulation import emulate_float16
 from llava_edge.convert.verify.gaps import GAP, row_gaps, whole_gap
 from llava_edge.convert.verify.reference_answer import ReferenceAnswer
 from llava_edge.convert.verify.subject import Subject
 from llava_edge.runtime.bounds import Bounds
 from llava_edge.runtime.certificate import StageResult, bounded, exact
+from llava_edge.runtime.request import Request
 from llava_edge.runtime.session import Array
 from llava_edge.runtime.tile_cosine import TileCosine
 from llava_edge.runtime.token_comparison import TokenComparison
 
+HALF_LOSS = "float16_cosine_loss"
 _TEXT_ROW_FAULTS = 3
 
 
@@ -37,6 +40,8 @@ class AnswerStages:
     losses: list[tuple[float, float, float]] = field(default_factory=list)
     tile_losses: list[TileCosine] = field(default_factory=list)
     """Features of each probe against the checkpoint's own, where the tower has 8 bits."""
+    half_losses: list[tuple[float, str]] = field(default_factory=list)
+    """One minus the cosine of each probe's worst tile where every float16 value is rounded to it."""
     failing: list[str] = field(default_factory=list)
     """Probes that leave a bound on logits, in order."""
     at: str = "tile_features"
@@ -64,6 +69,8 @@ class AnswerStages:
             self._note("tile_features", whole_gap(features, answer.features), name)
             if self.bounds.int8_vision:
                 self.tile_losses.append(TileCosine.of(features, answer.original_features))
+        if subject.dtype is np.float16 and request.pixel_values:
+            self.half_losses.append((_half_loss(subject, request, answer.features), name))
         self.at = "embeddings"
         rows = subject.rows(embeddings, request, answer.forced)
         self._embeddings(subject, answer, rows)
@@ -84,6 +91,12 @@ class AnswerStages:
                 bound = self.bounds.value(stage, GAP)
                 detail = f"worst of {self.num_probes} probes: {probe}"
                 found.append(bounded(stage, GAP, value, bound, detail=detail))
+            if stage == "tile_features" and self.half_losses:
+                # NaN, which an overflow gives, is worse than any number.
+                loss, probe = max(self.half_losses, key=lambda each: (each[0] != each[0], each[0]))
+                bound = self.bounds.value(stage, HALF_LOSS)
+                detail = f"every float16 value rounded to it; worst tile: {probe}"
+                found.append(bounded(stage, HALF_LOSS, loss, bound, detail=detail))
         return found
 
     def loss_rows(self) -> list[StageResult]:
@@ -161,6 +174,14 @@ class AnswerStages:
         answer_ids = answer.forced[: answer.num_answer]
         rise = float((theirs[told, answer_ids] - ours[told, answer_ids]).mean())
         self.losses.append((kl, other, rise))
+
+
+def _half_loss(subject: Subject, request: Request, theirs: Array) -> float:
+    """What float16 costs a probe's tiles; the CPU provider would not show it."""
+    tiles = np.concatenate(request.pixel_values)
+    ours = emulate_float16(subject.vision_path(), subject.dims, tiles)
+    wanted = theirs.reshape(-1, ours.shape[-1])[: ours.shape[0] * ours.shape[1]]
+    return TileCosine.of(ours, wanted.reshape(ours.shape)).worst_loss
 
 
 def compare_choices(chosen: Array, theirs: Array, bound: float, name: str) -> TokenComparison:

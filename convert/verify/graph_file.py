@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,21 @@ _TYPE_NAMES: Mapping[int, str] = {
 _EXTERNAL = 1
 _FLOAT32, _FLOAT16 = 1, 10
 _FLOATS = (_FLOAT32, _FLOAT16)
+
+
+@dataclass
+class Casts:
+    """Casts between float16 and float32 in a graph.
+
+    Attributes:
+        float32_nodes: names of the nodes that read float32.
+        num_weights: elements of the weights that are cast.
+        doubled: casts of what a cast made: what was wide has been rounded in between.
+    """
+
+    float32_nodes: set[str] = field(default_factory=set)
+    num_weights: int = 0
+    doubled: list[str] = field(default_factory=list)
 
 
 class GraphFile:
@@ -80,24 +96,25 @@ class GraphFile:
             for name in dict.fromkeys(node.input):
                 self._consumers.setdefault(name, []).append(node)
 
-    def bypass_casts(self) -> set[str]:
-        """Leave casts between float16 and float32 out of the wiring, as if all were one type.
-
-        Returns:
-            Names of the nodes that read float32 in the file.
-        """
+    def bypass_casts(self) -> Casts:
+        """Leave casts between float16 and float32 out of the wiring, as if all were one type."""
         source: dict[str, str] = {}
         wide: set[str] = set()
-        inside: set[str] = set()
+        found = Casts()
         kept = []
         for node in self.nodes:
             if node.op_type == "Cast" and attribute(node, "to") in _FLOATS:
-                source[node.output[0]] = source.get(node.input[0], node.input[0])
+                given = node.input[0]
+                if given in source:
+                    found.doubled.append(node.name)
+                if given in self.initializers:
+                    found.num_weights += math.prod(self.shape(given))
+                source[node.output[0]] = source.get(given, given)
                 if attribute(node, "to") == _FLOAT32:
                     wide.add(node.output[0])
                 continue
             if any(name in wide for name in node.input):
-                inside.add(node.name)
+                found.float32_nodes.add(node.name)
                 wide |= set(node.output)
             for place, name in enumerate(node.input):
                 node.input[place] = source.get(name, name)
@@ -107,7 +124,7 @@ class GraphFile:
         for name, behind in source.items():
             if behind in self._producers:
                 self._producers[name] = self._producers[behind]
-        return inside
+        return found
 
     def producer(self, value: str) -> Any | None:
         """The node that makes a value; None for inputs and initializers."""

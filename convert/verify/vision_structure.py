@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +25,17 @@ _QUICK_GELU_ALPHA = 1.702
 _FIRST_PATCH = {"default": 1, "full": 0}
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Form:
-    """How linear layers are stored, as the manifest says."""
+    """How linear layers are stored, as the manifest says.
+
+    Attributes:
+        weights_in_float: of those layers that were compared, in the graph.
+    """
 
     is_int8: bool
     in_float: frozenset[str]
+    weights_in_float: int = 0
 
     @classmethod
     def of(cls, manifest: Manifest) -> _Form:
@@ -41,6 +47,8 @@ class _Form:
         integer = self.is_int8 and name not in self.in_float
         form = "MatMulIntegerToFloat" if integer else "MatMul"
         says(walk, have.node, "operator", have.op_type, form, "manifest.json")
+        if have.op_type == "MatMul":
+            self.weights_in_float += have.in_size * have.out_size
         factor: str | None = f"{name}{INPUT_FACTOR}"
         if factor not in walk.graph.initializers:
             factor = None
@@ -94,19 +102,33 @@ def vision_faults(graph: GraphFile, manifest: Manifest, reference: ReferenceStru
             form.compare(walk, linear, full)
     if found.activation is not None:
         _activation(walk, found.activation, projector.act)
+    if form.is_int8:
+        facts = manifest.conversion.get("vision")
+        stated = facts if isinstance(facts, dict) else {}
+        _says_count(walk, "weights_in_float", stated, form.weights_in_float)
     return walk.faults
 
 
 def _islands(walk: GraphWalk, manifest: Manifest) -> None:
     """Nodes in float32 are those that the manifest says; from here on casts are not looked at."""
     facts = manifest.conversion.get("vision")
-    stated = facts.get("float32_nodes", []) if isinstance(facts, dict) else []
+    stated = facts if isinstance(facts, dict) else {}
     found = walk.graph.bypass_casts()
-    for name in sorted(found ^ {str(name) for name in stated}):
-        have = "float32" if name in found else "float16"
+    for name in sorted(found.float32_nodes ^ set(map(str, stated.get("float32_nodes", [])))):
+        have = "float32" if name in found.float32_nodes else "float16"
         walk.faults.append(
             f"vision, node {name}: it computes in {have}; manifest.json says otherwise"
         )
+    for name in found.doubled:
+        walk.faults.append(f"vision, node {name}: it widens what was rounded to float16 before")
+    _says_count(walk, "weights_in_float32", stated, found.num_weights)
+
+
+def _says_count(walk: GraphWalk, key: str, stated: Mapping[str, Any], have: int) -> None:
+    """The memory of a plan follows from such counts."""
+    said = stated.get(key, 0)
+    if said != have:
+        walk.faults.append(f"vision: {have} weights are wide; manifest.json says {said} ({key})")
 
 
 def _embedding(walk: GraphWalk, have: EmbeddingAttributes, reference: ReferenceStructure) -> None:

@@ -331,8 +331,8 @@ def test_a_plan_that_fitted_only_at_8_bits_is_refused_once_layers_stay_in_float(
 
     def small(request: ConvertRequest, wishes: PlanRequest) -> Any:
         # As if the board's budget lay between both plans.
-        if wishes.vision_float_weights:
-            wishes = PlanRequest(**{**vars(wishes), "vision_float_weights": 1 << 40})
+        if wishes.vision_wide_weights:
+            wishes = PlanRequest(**{**vars(wishes), "vision_wide_weights": 1 << 40})
         return real(request, wishes)
 
     monkeypatch.setattr(pipeline, "choose", small)

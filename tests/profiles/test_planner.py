@@ -497,7 +497,7 @@ def test_weights_that_calibration_left_in_float_are_planned_for() -> None:
     request = ask("llava-v1.6-mistral-7b", precision="int4", context_tokens=4096)
     board = load_profile("cpu-16gb")
     plans = [
-        plan_deployment(board, replace(request, vision_float_weights=count)).plan.memory
+        plan_deployment(board, replace(request, vision_wide_weights=count)).plan.memory
         for count in (0, 1 << 20)
     ]
     towers = [memory.terms["vision_tower"] for memory in plans]
