@@ -41,8 +41,8 @@ HEADROOM = 4.0
 WHOLE = -1.0
 LOSS_BOUNDS = (0.02, 0.005, 0.001, WHOLE)
 """Relative error of a row that rounding one value may make behind one node. The next is taken where
-the whole graph is not near enough with the one before: errors also add up. ``WHOLE`` keeps the whole
-tower in float32, which is dear and right."""
+the whole graph is not near enough with the one before: errors also add up. ``WHOLE`` keeps the
+whole tower in float32, which is dear and right."""
 _SHARE_OF_A_SUM = 4.0
 """A summand counts as about as large as the sum from a quarter of it on."""
 _LAST_AXIS, _SMALLEST = "guard.last_axis", "guard.smallest"

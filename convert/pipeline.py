@@ -247,7 +247,7 @@ def _planned_again(job: _Job, vision: Mapping[str, Any]) -> _Job:
         variants=(as_variant(job.checkpoint),),
         num_frames=job.planned.num_frames,
         precision=plan.precision,
-        vision_precision=plan.vision_precision,
+        vision_precision="int8" if plan.vision_precision == "int8" else None,
         vision_wide_weights=left,
     )
     if wishes.pinpoints is None:

@@ -59,8 +59,8 @@ class VisionFormat:
 
     Attributes:
         precision: ``fp16`` or ``int8``.
-        wide_weights: weights that calibration left wider than that: fp16 beside ``int8``, computed in
-            float32 beside the ``fp16`` of the cuda flavour.
+        wide_weights: weights that calibration left wider than that: fp16 beside ``int8``, float32
+            in memory beside the ``fp16`` of the cuda flavour.
     """
 
     precision: PrecisionName = "fp16"
@@ -255,10 +255,9 @@ def weight_bytes(
         return sum(m.parameters * float_bytes - size(codes, m) for m in matrices)
 
     # An int8 layer left in float is whole again; an island's weights are cast while it is loaded.
+    widened = 4 - float_bytes if resident else 0
     if vision.precision == "int8":
         widened = float_bytes - 1
-    else:
-        widened = 4 - float_bytes if resident else 0
     newline = text.hidden_size if dims.takes_tiles else 0
     return WeightBytes(
         decoder=sum(size(body, matrix) for matrix in decoder_matrices(text))

@@ -41,7 +41,7 @@ class AnswerStages:
     tile_losses: list[TileCosine] = field(default_factory=list)
     """Features of each probe against the checkpoint's own, where the tower has 8 bits."""
     half_losses: list[tuple[float, str]] = field(default_factory=list)
-    """One minus the cosine of each probe's worst tile where every float16 value is rounded to it."""
+    """One minus the cosine of each probe's worst tile, every float16 value rounded to it."""
     failing: list[str] = field(default_factory=list)
     """Probes that leave a bound on logits, in order."""
     at: str = "tile_features"

@@ -156,7 +156,8 @@ class _Comparison:
         if self._vision is None:
             return found
         facts = self._artifact.manifest.conversion.get("vision")
-        recorded = facts.get("scales_sha256") if isinstance(facts, dict) else None
+        stated = facts if isinstance(facts, dict) else {}
+        recorded, counts = stated.get("scales_sha256"), stated.get("scaled_inputs") or {}
         if not isinstance(recorded, dict):
             self._code_faults.append("vision: the manifest has no digests of its scales")
             recorded = {}
@@ -170,6 +171,12 @@ class _Comparison:
             scale = self._vision.scale(name)
             if packed_name(name) == name:
                 self._scale(name, scale, recorded.get(name))
+                divided = 0 if scale is None else int(np.count_nonzero(scale != 1))
+                if divided != counts.get(name, 0):
+                    self._code_faults.append(
+                        f"{name}: {divided} channels of its input are divided; manifest.json says "
+                        f"{counts.get(name, 0)}"
+                    )
             codes = self._vision.codes(name)
             assert codes is not None
             self._codes(name, codes, scale)

@@ -13,12 +13,14 @@ import onnx
 import pytest
 from onnx import TensorProto, shape_inference
 
+from llava_edge.convert import float16_guard
 from llava_edge.convert.checkpoint import open_checkpoint
 from llava_edge.convert.float16_emulation import emulate_float16
 from llava_edge.convert.float16_guard import write_guarded_vision
 from llava_edge.convert.graph import GraphBuilder
 from llava_edge.convert.vision_graph import build_vision_graph
 from llava_edge.convert.vision_trace import VisionTrace
+from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.model_dims import ModelDims
 from llava_edge.runtime.session import Session, SessionOptions
 from tests.convert.test_vision_int8 import tiles_of
@@ -195,6 +197,97 @@ def test_a_stream_that_overflows_is_kept_to_its_end(guard: Callable[..., Guarded
     assert list(found.facts["islands"]) == layers
     assert not found.cosine(found.bare) > 0.9999
     assert found.cosine(found.guarded) >= 0.9999
+
+
+def loud_features(tensors: Tensors, factor: float = 1.0) -> Tensors:
+    """One feature is beyond what may be used of float16; times 2 it reaches beyond float16."""
+    for name, tensor in tensors.items():
+        if name.endswith("multi_modal_projector.linear_2.bias"):
+            tensor[3] = 30000.0 * factor
+        if factor > 1 and name.endswith("multi_modal_projector.linear_2.weight"):
+            tensor[3] *= 5000.0
+    return tensors
+
+
+def test_features_that_need_float32_are_handed_out_in_float16(
+    guard: Callable[..., Guarded],
+) -> None:
+    found = guard(loud_features)
+    assert list(found.facts["islands"]) == ["projector"]
+    model = onnx.load(str(found.guarded), load_external_data=False)
+    assert model.graph.output[0].type.tensor_type.elem_type == TensorProto.FLOAT16
+    onnx.checker.check_model(str(found.guarded), full_check=True)
+    assert found.cosine(found.guarded) >= 0.9999
+
+
+def test_features_beyond_float16_are_refused(guard: Callable[..., Guarded]) -> None:
+    with pytest.raises(RequestError, match="in which the cuda flavour hands them"):
+        guard(lambda tensors: loud_features(tensors, 2.0))
+
+
+def offset_patches(tensors: Tensors) -> Tensors:
+    """Every channel of a patch has the same part, which the first layer norm removes."""
+    for name, tensor in tensors.items():
+        if name.endswith("patch_embedding.weight"):
+            tensor += 3.0
+    return tensors
+
+
+def test_what_a_sum_has_of_its_summands_is_kept_from_there_on(
+    guard: Callable[..., Guarded],
+) -> None:
+    found = guard(offset_patches)
+    assert list(found.facts["islands"]) == ["embeddings"]
+    # The product that makes the offset, three nodes before the norm that takes it out.
+    assert found.facts["float32_nodes"][0].startswith("MatMul")
+    assert found.facts["float32_share"] <= 0.05
+    assert found.cosine(found.bare) < 0.9999
+    assert found.cosine(found.guarded) >= 0.9999
+
+
+@pytest.mark.parametrize("layers", [[-2, -5], [-5, -2]])
+def test_all_parts_of_what_was_put_together_are_kept(
+    guard: Callable[..., Guarded], layers: list[int]
+) -> None:
+    def change(tensors: Tensors) -> Tensors:
+        for name, tensor in tensors.items():
+            if "encoder.layers.6.mlp.fc2.bias" in name:
+                tensor += 3000.0
+            if name.endswith("multi_modal_projector.linear_1.weight"):
+                halves = tensor.reshape(len(tensor), 2, -1)
+                halves -= halves.mean(-1, keepdims=True)
+        return tensors
+
+    found = guard(change, vision_layers=8, vision_feature_layer=layers)
+    assert found.cosine(found.bare) < 0.9999
+    assert found.cosine(found.guarded) >= 0.9999
+
+
+def test_where_islands_do_not_do_the_whole_tower_is_kept(
+    guard: Callable[..., Guarded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(float16_guard, "COSINE_LOSS", 1e-9)
+    found = guard(vision_layers=4)
+    assert list(found.facts["tile_cosine_loss"])[-1] == "whole"
+    # All but the node that reads a shape.
+    assert 0.95 < found.facts["float32_share"] < 1.0
+    names = [entry["value"] for each in found.facts["islands"].values() for entry in each]
+    assert names == ["all"] * len(found.facts["largest_by_layer"])
+    weights = found.facts["weights_in_float32"]
+    stored = onnx.load(str(found.guarded), load_external_data=False).graph.initializer
+    halves = [tensor for tensor in stored if tensor.data_type == TensorProto.FLOAT16]
+    assert weights == sum(int(np.prod(tensor.dims)) for tensor in halves)
+    onnx.checker.check_model(str(found.guarded), full_check=True)
+
+
+def test_what_is_not_a_number_stays_the_largest() -> None:
+    nan = float("nan")
+    for order in ([nan, 1.0, 2.0], [1.0, nan, 2.0], [1.0, 2.0, nan]):
+        largest = 0.0
+        for value in order:
+            largest = float16_guard._larger(largest, value)
+        assert np.isnan(largest)
+    assert float16_guard._larger(1.0, 2.0) == float16_guard._larger(2.0, 1.0) == 2.0
 
 
 def test_graphs_with_islands_pass_the_checker_and_need_no_further_library(

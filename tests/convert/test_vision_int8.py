@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,15 @@ from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.quantization import QuantizationRequest
 from llava_edge.convert.random_outliers import plant_outliers
 from llava_edge.convert.request import ConvertRequest
+from llava_edge.convert.verification import Verification
 from llava_edge.convert.vision_graph import build_vision_graph
 from llava_edge.convert.vision_int8 import Int8Calibration, Int8Vision, write_int8_vision
 from llava_edge.convert.vision_scales import AT_A_COST, FREE, scale_inputs
 from llava_edge.convert.vision_tiles import CalibrationTiles, cut_tiles
 from llava_edge.convert.vision_trace import VisionTrace
 from llava_edge.profiles.anyres import AnyRes
-from llava_edge.profiles.errors import BudgetError, RequestError
-from llava_edge.profiles.hardware import load_profile
+from llava_edge.profiles.errors import BudgetError, ExportError, RequestError
+from llava_edge.profiles.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.manifest import Manifest
@@ -263,12 +264,16 @@ RTN = QuantizationRequest(quantizer="rtn")
 
 
 def convert(
-    folder: Path, out: Path, asked: QuantizationRequest = RTN, **wishes: object
+    folder: Path,
+    out: Path,
+    asked: QuantizationRequest = RTN,
+    board: HardwareProfile | None = None,
+    **wishes: object,
 ) -> Manifest:
     request = ConvertRequest(
         checkpoint=str(folder),
         out=out,
-        profile=load_profile("cpu-16gb"),
+        profile=board or load_profile("cpu-16gb"),
         wishes=PlanRequest(**{"precision": "int8", **wishes}),  # type: ignore[arg-type]
         quantization=asked,
         verify="none",
@@ -319,6 +324,56 @@ def test_layers_in_float_are_planned_for_after_calibration(
     towers = [p["memory"]["vision_tower_bytes"] for p in (before, after.plan)]
     assert towers[1] - towers[0] == 3 * left
     assert after.plan["context_tokens"] == before["context_tokens"]
+
+
+def test_context_gives_way_to_layers_in_float(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, board = make_checkpoint("tiny"), load_profile("cpu-16gb")
+    plan = convert(folder, tmp_path / "before").plan["memory"]
+    monkeypatch.setattr(vision_int8, "_MARGIN", 0.0)
+    # What the plan at 8 bits takes, to the byte: nothing is left for a layer in float.
+    memory = plan["total_bytes"] + board.system_reserve_bytes
+    small = replace(board, memory_bytes=memory, host_memory_bytes=None)
+    narrow = convert(folder, tmp_path / "after", board=small)
+    assert narrow.context_tokens == narrow.plan["context_tokens"]
+    assert (
+        narrow.plan["context_tokens"] < open_artifact(tmp_path / "before").manifest.context_tokens
+    )
+    assert narrow.plan["memory"]["total_bytes"] <= plan["total_bytes"]
+
+
+def test_what_a_cut_conversion_wrote_down_is_all_there_for_the_next(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, real = make_checkpoint("tiny"), Verification.certify
+    monkeypatch.setattr(Verification, "certify", _cut)
+    with pytest.raises(ExportError, match="cut here"):
+        convert(folder, tmp_path / "out")
+    decoder = tmp_path / "out.partial" / "artifact" / "decoder" / "weights.bin"
+    decoder.write_bytes(decoder.read_bytes()[::-1])
+    monkeypatch.setattr(Verification, "certify", real)
+    again = convert(folder, tmp_path / "out")
+    whole = convert(folder, tmp_path / "whole")
+    assert again.conversion["weights_sha256"] == whole.conversion["weights_sha256"]
+    assert again.conversion["vision"] == whole.conversion["vision"]
+
+
+def _cut(*_: object) -> None:
+    raise ExportError("cut here")
+
+
+def test_a_tower_that_was_looked_at_on_other_images_is_not_gone_on_with(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_checkpoint("tiny")
+    few = QuantizationRequest(quantizer="rtn", num_samples=3)
+    monkeypatch.setattr(Verification, "certify", _cut)
+    board = load_profile("a100")
+    with pytest.raises(ExportError, match="cut here"):
+        convert(folder, tmp_path / "out", few, board=board, precision="fp16")
+    with pytest.raises(RequestError, match="calibration was"):
+        convert(folder, tmp_path / "out", board=board, precision="fp16")
 
 
 def test_a_plan_that_fitted_only_at_8_bits_is_refused_once_layers_stay_in_float(

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
 from llava_edge.convert.checkpoint import open_checkpoint
+from llava_edge.convert.float16_guard import Float16Ranges
 from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.quantization import QuantizationRequest
 from llava_edge.convert.random_outliers import plant_outliers
@@ -88,6 +90,28 @@ def test_a_sound_tower_is_verified(
     assert gaps[0] < 0.02
 
 
+def test_a_tower_that_overflows_without_islands_is_not_verified(
+    checkpoints: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Float16Ranges, "wide", lambda *_: {})
+    request = ConvertRequest(
+        checkpoint=str(checkpoints["island"]),
+        out=tmp_path / "bare",
+        profile=load_profile("a100"),
+        wishes=PlanRequest(precision="fp16", context_tokens=1024),
+        verify="none",
+    )
+    convert_checkpoint(request, no_progress, lambda _: None)
+    checkpoint = open_checkpoint(checkpoints["island"])
+    options = VerifyOptions(threads=1)
+    certificate = verify_artifact(
+        open_artifact(tmp_path / "bare"), checkpoint, options, no_progress
+    )
+    failed = {stage.metric for stage in certificate.stages if stage.verdict == "fail"}
+    # ONNX Runtime's CPU provider keeps float32 between nodes: only this stage sees it.
+    assert failed == {"float16_cosine_loss"}
+
+
 def _weights(folder: Path, checkpoint: Path) -> list[StageResult]:
     return weights_stage(open_artifact(folder, verify_digests=False), open_checkpoint(checkpoint))
 
@@ -133,6 +157,11 @@ def _other_factor(copy: Tampered) -> None:
     copy.change_tensor("vision", f"{name}.input_factor", change)
 
 
+def _counts_forged(copy: Tampered) -> None:
+    name, _ = _first_scaled(copy, "fc1")
+    copy.manifest["conversion"]["vision"]["scaled_inputs"][name] += 1
+
+
 def _one_code(copy: Tampered) -> None:
     name, channel = _first_scaled(copy, "fc1")
 
@@ -153,6 +182,11 @@ def _scales_turned(copy: Tampered) -> None:
         (_gain_by_two, "differing_codes", "what its input is divided by is not what the manifest"),
         (_gain_by_a_little, "differing_tensors", "layer_norm2.weight: 1 of 192 values differ"),
         (_other_factor, "differing_codes", "what its input is divided by is not what the manifest"),
+        (
+            _counts_forged,
+            "differing_codes",
+            "channels of its input are divided; manifest.json says",
+        ),
         (_one_code, "differing_codes", "codes or scales are not those that were written"),
         (_scales_turned, "differing_codes", "codes or scales are not those that were written"),
     ],
@@ -198,6 +232,28 @@ def _no_factor(copy: Tampered) -> None:
     copy.bypass("vision", scaled.name)
 
 
+def _island_rounds_in_between(copy: Tampered) -> None:
+    graph = copy.model("vision").graph
+    # Layer 1 is the island.
+    inner = copy.nodes("vision", "Sigmoid")[1]
+    casts = [
+        helper.make_node("Cast", [inner.input[0]], ["half"], name="half", to=TensorProto.FLOAT16),
+        helper.make_node("Cast", ["half"], ["again"], name="again", to=TensorProto.FLOAT),
+    ]
+    inner.input[0] = "again"
+    place = list(graph.node).index(inner)
+    for cast in reversed(casts):
+        graph.node.insert(place, cast)
+
+
+def _wide_weights_denied(copy: Tampered) -> None:
+    copy.manifest["conversion"]["vision"]["weights_in_float32"] -= 5
+
+
+def _float_weights_invented(copy: Tampered) -> None:
+    copy.manifest["conversion"]["vision"]["weights_in_float"] = 5
+
+
 def _island_gone(copy: Tampered) -> None:
     copy.manifest["conversion"]["vision"]["float32_nodes"].pop()
 
@@ -215,6 +271,9 @@ def _island_of_one_more(copy: Tampered) -> None:
         ("loud", _no_factor, "factor in front of it is None; the file says"),
         ("island", _island_gone, "computes in float32; manifest.json says otherwise"),
         ("island", _island_of_one_more, "computes in float16; manifest.json says otherwise"),
+        ("island", _island_rounds_in_between, "it widens what was rounded to float16 before"),
+        ("island", _wide_weights_denied, "(weights_in_float32)"),
+        ("loud", _float_weights_invented, "0 weights are wide; manifest.json says 5"),
     ],
 )
 def test_the_form_of_a_tower_is_what_the_manifest_says(
