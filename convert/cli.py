@@ -91,7 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quantizer", choices=("gptq", "rtn"), default="gptq")
     parser.add_argument(
-        "--calibration", type=Path, metavar="DIR", help="questions, answers and images for GPTQ"
+        "--calibration",
+        type=Path,
+        metavar="DIR",
+        help="questions, answers and images, for GPTQ and for the tower",
     )
     parser.add_argument("--samples", type=int, default=NUM_SAMPLES, help="calibration samples")
     parser.add_argument(

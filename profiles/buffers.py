@@ -67,8 +67,8 @@ def logits_bytes(text: TextDims, kept_tokens: int = 1) -> int:
 def tiles_per_batch(flavour: Flavour, num_tiles: int) -> int:
     """Tiles encoded at once.
 
-    One on the CPU, where a batch is no faster and every tile costs its attention scores; all tiles
-    of one image on a GPU, at most eight.
+    One on the CPU, where a batch is no faster and every tile costs its attention scores; on a GPU
+    as many as the plan's largest image has, at most eight. Tiles of several images share batches.
     """
     return 1 if flavour == "cpu" else max(1, min(num_tiles, 8))
 

@@ -48,6 +48,6 @@ def sums_saturate(cpuinfo: Path = _CPUINFO, machine: str | None = None) -> bool:
             "this artifact multiplies int8 by int8; this processor has no instructions for it "
             "(NEON dot products), and what it does instead is not known to be exact. Convert on "
             "this machine (llava-edge convert without --profile), or for a profile with "
-            'int8_isa = "none".'
+            'int8_isa = "none"; where only the tower has 8 bits, with --vision-precision fp16.'
         )
     return True
