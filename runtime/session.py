@@ -46,12 +46,14 @@ class Buffer:
     """A tensor at a fixed address, bound as input, output or both.
 
     Attributes:
+        device: where it lies.
         array: the same memory as numpy on the CPU; None on another device.
     """
 
     def __init__(self, shape: Sequence[int], dtype: type[np.generic], device: DeviceKind) -> None:
         self.shape = tuple(shape)
         self.dtype = np.dtype(dtype)
+        self.device = device
         self.array: Array | None = None
         with _mapped_errors(f"allocating {self.dtype.name}{list(self.shape)} on {device}"):
             if device == "cpu":
@@ -67,8 +69,20 @@ class Buffer:
         """A CPU buffer that shares memory with a contiguous array."""
         buffer = cls.__new__(cls)
         buffer.shape, buffer.dtype, buffer.array = array.shape, array.dtype, array
+        buffer.device = "cpu"
         buffer.value = ort.OrtValue.ortvalue_from_numpy(array)
         return buffer
+
+    def first(self, count: int) -> Buffer:
+        """A buffer for the first rows of this one, ``[1, rows, width]``.
+
+        It is the same memory on the CPU. Elsewhere ONNX Runtime offers no part of a tensor as a
+        tensor, and it is memory of its own.
+        """
+        shape = (1, count, self.shape[-1])
+        if self.array is None:
+            return Buffer(shape, self.dtype.type, self.device)
+        return Buffer.over(self.array[:, :count])
 
     def write(self, array: Array) -> None:
         """Replace the whole content."""
