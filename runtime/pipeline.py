@@ -11,7 +11,6 @@ One object may be used by many threads; requests queue. No network, no torch.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,13 +19,13 @@ import numpy as np
 from llava_edge.profiles.buffers import prefill_chunk_tokens, tiles_per_batch
 from llava_edge.profiles.engines import EngineName
 from llava_edge.profiles.errors import PromptError, RequestError
-from llava_edge.runtime.answer import Answer, PeakMemory, Timings
+from llava_edge.runtime.answer import Answer
+from llava_edge.runtime.answerer import Answerer
 from llava_edge.runtime.arguments import require_count
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
-from llava_edge.runtime.generate import LoopResult, generate_tokens
-from llava_edge.runtime.host_memory import map_large_blocks, peak_host_bytes
+from llava_edge.runtime.host_memory import map_large_blocks
 from llava_edge.runtime.images import ImageSource
 from llava_edge.runtime.instructions import needs_wide_sums
 from llava_edge.runtime.interface_check import check_interfaces
@@ -34,10 +33,9 @@ from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.placement import Device, check_host_memory, choose_device
 from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.prompt_embedder import PromptEmbedder
-from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
 from llava_edge.runtime.replay import Replay
 from llava_edge.runtime.request import PromptOptions, Request, RequestBuilder
-from llava_edge.runtime.sampling import Sampler, SamplingOptions
+from llava_edge.runtime.sampling import SamplingOptions
 from llava_edge.runtime.session import Array, DeviceKind, Session, SessionOptions
 from llava_edge.runtime.stream import AnswerStream, Pieces, StreamHandle
 from llava_edge.runtime.tokenizer import Tokenizer
@@ -77,9 +75,7 @@ class LlavaEdge:
         self.context_tokens = context_tokens
         self._dims = manifest.model
         self._tokens = manifest.tokens
-        self._dtype: type[np.float32] | type[np.float16] = (
-            np.float32 if flavour == "cpu" else np.float16
-        )
+        dtype: type[np.float32] | type[np.float16] = np.float32 if flavour == "cpu" else np.float16
         self._turnstile = Turnstile()
         self._tokenizer = Tokenizer.open(
             artifact.path(manifest.tokenizer), manifest.tokens, manifest.prompt
@@ -94,7 +90,7 @@ class LlavaEdge:
 
         def open_ort() -> VisionEncoder:
             session = Session(artifact.path(manifest.vision.file), options)
-            return VisionEncoder(session, self._dims, batch, self._dtype)
+            return VisionEncoder(session, self._dims, batch, dtype)
 
         progress("loading", 0, 2)
         self._tower = open_tower(artifact, device, engine, open_ort, trust_engines=trust_engines)
@@ -102,11 +98,21 @@ class LlavaEdge:
         progress("loading", 1, 2)
         decoder = Session(artifact.path(manifest.decoder.file), options)
         progress("loading", 2, 2)
-        self._embedder = PromptEmbedder(
-            self._dims, self._tokens.image, self._table, self._tower.encoder, self._dtype, batch
+        embedder = PromptEmbedder(
+            self._dims, self._tokens.image, self._table, self._tower.encoder, dtype, batch
         )
         chunk = prefill_chunk_tokens(manifest.prefill_chunk, context_tokens)
-        self._decoder = Decoder(decoder, self._dims.text, context_tokens, chunk, self._dtype)
+        self._decoder = Decoder(decoder, self._dims.text, context_tokens, chunk, dtype)
+        self._answerer = Answerer(
+            self._tower,
+            device,
+            embedder,
+            self._decoder,
+            self._table,
+            self._tokenizer,
+            self._tokens,
+            dtype,
+        )
 
     @classmethod
     def load(
@@ -340,12 +346,7 @@ class LlavaEdge:
         request = self._requests.build(prompt, images, options or PromptOptions())
         self._check_length(request)
         with self._turnstile.turn():
-            embeddings = self._embedder.embed(request, no_progress)
-            on_logits(0, self._prefill(request, embeddings, no_progress))
-            for index, token in enumerate(token_ids, start=1):
-                row = self._table.rows(np.array([token]), dtype=self._dtype)
-                on_logits(index, self._decoder.step(row[0]))
-        return Replay(request, embeddings.features[:-1])
+            return self._answerer.replay(request, token_ids, on_logits)
 
     @property
     def decode_run_seconds(self) -> float:
@@ -360,7 +361,7 @@ class LlavaEdge:
             if tower is not None:
                 tower.close()
             # Nobody gets in any more, so nobody misses them.
-            self.__dict__.pop("_embedder", None)
+            self.__dict__.pop("_answerer", None)
             self.__dict__.pop("_decoder", None)
 
     def __enter__(self) -> LlavaEdge:
@@ -388,80 +389,8 @@ class LlavaEdge:
         handle: StreamHandle,
     ) -> Pieces:
         with self._turnstile.turn(handle.close):
-            started = time.perf_counter()
-            embeddings = self._embedder.embed(request, progress)
-            encoded = time.perf_counter()
-            logits = self._prefill(request, embeddings, progress)
-            prefilled = time.perf_counter()
-            # Features are not kept while the answer is made.
-            del embeddings
-            vocab_size = self._dims.text.vocab_size
-            places = [i for i in (self._tokens.image, self._tokens.video) if i is not None]
-            sampler = Sampler(
-                sampling, vocab_size, self._tokens.num_text_tokens, request.ids, places
+            return (
+                yield from self._answerer.pieces(
+                    request, sampling, max_new_tokens, progress, handle.is_cancelled
+                )
             )
-            row = np.empty((1, self._dims.text.hidden_size), self._dtype)
-            stop_ids = frozenset(self._tokens.stop)
-            result = LoopResult()
-            decoder = self._tokenizer.stream()
-            token_ids: list[int] = []
-            text: list[str] = []
-            for token in generate_tokens(
-                self._decoder,
-                logits,
-                sampler,
-                lambda token: self._table.rows(np.array([token]), out=row)[0],
-                stop_ids,
-                max_new_tokens,
-                result,
-            ):
-                if handle.is_cancelled():
-                    return None
-                token_ids.append(token)
-                ended = result.finish_reason is not None
-                piece = "" if token in stop_ids else decoder.push(token)
-                if ended:
-                    piece += decoder.finish()
-                if piece:
-                    text.append(piece)
-                    yield piece
-            rate = None
-            if result.num_tokens > 1:
-                rate = (result.num_tokens - 1) / max(result.decode_seconds, 1e-9)
-            waited = result.first_token_at - started
-            timings = Timings(
-                preprocess_seconds=request.preprocess_seconds,
-                vision_seconds=encoded - started,
-                prefill_seconds=prefilled - encoded,
-                decode_seconds=result.decode_seconds,
-                ttft_seconds=request.preprocess_seconds + waited,
-                decode_tokens_per_second=rate,
-            )
-            assert result.finish_reason is not None
-            return Answer(
-                text="".join(text),
-                token_ids=tuple(token_ids),
-                prompt_tokens=request.num_tokens,
-                image_tokens=request.image_tokens,
-                finish_reason=result.finish_reason,
-                timings=timings,
-                peak_memory=PeakMemory(host_bytes=peak_host_bytes(), device_bytes=None),
-                device=self.device,
-                engine=self.engine,
-                other_engines=dict(self._tower.other_engines),
-            )
-
-    def _prefill(
-        self, request: Request, embeddings: PromptEmbeddings, progress: ReportProgress
-    ) -> Array:
-        """Logits (vocab,) of the prompt's last position."""
-        total = request.num_tokens
-
-        def fill(start: int, stop: int, out: Array) -> None:
-            progress("prompt", start, total)
-            embeddings.fill(start, stop, out)
-
-        self._decoder.rewind(0)
-        logits: Array = self._decoder.prefill(total, fill, place=embeddings.place)[0]
-        progress("prompt", total, total)
-        return logits

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_edge.runtime import pipeline
+from llava_edge.runtime import answerer
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.prompt_embedder import PromptEmbedder
@@ -149,7 +149,7 @@ def _bos_twice(patch: _Patch) -> None:
 
 def _token_of_before(patch: _Patch) -> None:
     """The loop feeds the token before the one that was chosen."""
-    real = pipeline.generate_tokens
+    real = answerer.generate_tokens
 
     def generate(decoder: Any, logits: Any, sampler: Any, embed: Any, *rest: Any) -> Any:
         before: list[int] = []
@@ -161,7 +161,7 @@ def _token_of_before(patch: _Patch) -> None:
 
         return real(decoder, logits, sampler, late, *rest)
 
-    patch.setattr(pipeline, "generate_tokens", generate)
+    patch.setattr(answerer, "generate_tokens", generate)
 
 
 def _manifest(change: Callable[[dict[str, Any]], None]) -> Callable[[Tampered], None]:
