@@ -39,7 +39,8 @@ class Answer:
     ``token_ids`` include the stop token, ``text`` does not; ``prompt_tokens`` include
     ``image_tokens``. ``degraded`` lists what was lowered to make the request fit; empty if nothing.
     ``engine`` ran the vision tower: ``tensorrt``, ``tensorrt-rtx`` or ``ort``; ``other_engines``
-    says of each better one why it did not.
+    says of each better one why it did not. ``draft_tokens`` were looked up in the prompt and
+    checked, ``accepted_tokens`` of them became part of the answer; both 0 without prompt lookup.
     """
 
     text: str
@@ -53,3 +54,5 @@ class Answer:
     engine: str
     degraded: tuple[str, ...] = ()
     other_engines: dict[str, str] = field(default_factory=dict)
+    draft_tokens: int = 0
+    accepted_tokens: int = 0

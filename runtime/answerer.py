@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from llava_edge.runtime.answer import Answer, PeakMemory, Timings
+from llava_edge.runtime.decode_steps import DraftedSteps, PlainSteps
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.generate import LoopResult, generate_tokens
@@ -20,6 +21,7 @@ from llava_edge.runtime.manifest import TokenIds
 from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.prompt_embedder import PromptEmbedder
 from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
+from llava_edge.runtime.prompt_lookup import PromptLookup
 from llava_edge.runtime.replay import Replay
 from llava_edge.runtime.request import Request
 from llava_edge.runtime.sampling import Sampler, SamplingOptions
@@ -68,6 +70,7 @@ class Answerer:
         request: Request,
         sampling: SamplingOptions,
         max_new_tokens: int,
+        prompt_lookup_num_tokens: int,
         progress: ReportProgress,
         is_cancelled: Callable[[], bool],
     ) -> Pieces:
@@ -77,6 +80,7 @@ class Answerer:
             request: with pixels; it fits the context.
             sampling: how tokens are chosen.
             max_new_tokens: at least 1.
+            prompt_lookup_num_tokens: longest draft; 0 drafts nothing.
             progress: told about tiles and prompt chunks.
             is_cancelled: asked at each token; the answer then ends without an ``Answer``.
 
@@ -94,21 +98,13 @@ class Answerer:
         sampler = Sampler(
             sampling, self._table.vocab_size, self._tokens.num_text_tokens, request.ids, places
         )
-        row = np.empty((1, self._table.hidden_size), self._dtype)
+        steps = self._steps(request, places, prompt_lookup_num_tokens)
         stop_ids = frozenset(self._tokens.stop)
         result = LoopResult()
         decoder = self._tokenizer.stream()
         token_ids: list[int] = []
         text: list[str] = []
-        for token in generate_tokens(
-            self._decoder,
-            logits,
-            sampler,
-            lambda token: self._table.rows(np.array([token]), out=row)[0],
-            stop_ids,
-            max_new_tokens,
-            result,
-        ):
+        for token in generate_tokens(steps, logits, sampler, stop_ids, max_new_tokens, result):
             if is_cancelled():
                 return None
             token_ids.append(token)
@@ -143,6 +139,8 @@ class Answerer:
             device=self._device,
             engine=self._tower.engine,
             other_engines=dict(self._tower.other_engines),
+            draft_tokens=steps.drafted,
+            accepted_tokens=steps.accepted,
         )
 
     def replay(
@@ -155,6 +153,17 @@ class Answerer:
             row = self._table.rows(np.array([token]), dtype=self._dtype)
             on_logits(index, self._decoder.step(row[0]))
         return Replay(request, embeddings.features[:-1])
+
+    def _steps(self, request: Request, places: Sequence[int], most: int) -> PlainSteps:
+        rows = np.empty((1 + most, self._table.hidden_size), self._dtype)
+
+        def embed(tokens: Sequence[int]) -> Array:
+            return self._table.rows(np.array(tokens), out=rows[: len(tokens)])
+
+        if not most:
+            return PlainSteps(self._decoder, embed)
+        lookup = PromptLookup(request.ids.tolist(), places)
+        return DraftedSteps(self._decoder, embed, lookup, most)
 
     def _prefill(
         self, request: Request, embeddings: PromptEmbeddings, progress: ReportProgress

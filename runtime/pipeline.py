@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge.profiles.buffers import prefill_chunk_tokens, tiles_per_batch
+from llava_edge.profiles.buffers import MAX_DRAFT_TOKENS, prefill_chunk_tokens, tiles_per_batch
 from llava_edge.profiles.engines import EngineName
 from llava_edge.profiles.errors import PromptError, RequestError
 from llava_edge.runtime.answer import Answer
@@ -244,6 +244,7 @@ class LlavaEdge:
         top_p: float = 1.0,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
+        prompt_lookup_num_tokens: int = 0,
         progress: ReportProgress = no_progress,
     ) -> AnswerStream:
         """Answer a question piece by piece. Everything about the input is checked at once.
@@ -261,6 +262,10 @@ class LlavaEdge:
             top_p: see ``SamplingOptions``.
             repetition_penalty: see ``SamplingOptions``.
             seed: see ``SamplingOptions``.
+            prompt_lookup_num_tokens: the most tokens to look up in prompt and answer and to check
+                in one run; 0 is plain decoding. Answers that copy come faster. Tokens are chosen
+                from the model's own logits either way, whose last bits differ between a run of one
+                position and of several: where two tokens are as good as equal, another may come.
             progress: told about tiles and prompt chunks.
 
         Returns:
@@ -273,11 +278,14 @@ class LlavaEdge:
         """
         sampling = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed)
         require_count("max_new_tokens", max_new_tokens, 1)
+        require_count("prompt_lookup_num_tokens", prompt_lookup_num_tokens, 0, MAX_DRAFT_TOKENS)
         options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
         request = self._requests.build(prompt, images, options)
         self._check_length(request)
         return AnswerStream(
-            lambda handle: self._run(request, sampling, max_new_tokens, progress, handle)
+            lambda handle: self._run(
+                request, sampling, max_new_tokens, prompt_lookup_num_tokens, progress, handle
+            )
         )
 
     def count_tokens(
@@ -385,12 +393,18 @@ class LlavaEdge:
         request: Request,
         sampling: SamplingOptions,
         max_new_tokens: int,
+        prompt_lookup_num_tokens: int,
         progress: ReportProgress,
         handle: StreamHandle,
     ) -> Pieces:
         with self._turnstile.turn(handle.close):
             return (
                 yield from self._answerer.pieces(
-                    request, sampling, max_new_tokens, progress, handle.is_cancelled
+                    request,
+                    sampling,
+                    max_new_tokens,
+                    prompt_lookup_num_tokens,
+                    progress,
+                    handle.is_cancelled,
                 )
             )

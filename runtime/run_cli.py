@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         top_p=options.top_p,
         repetition_penalty=options.repetition_penalty,
         seed=options.seed,
+        prompt_lookup_num_tokens=options.prompt_lookup,
         progress=progress,
     )
     # With --json the answer stands in the object; the live text then goes where progress goes.
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{len(answer.token_ids)} new ({answer.finish_reason}); first token after "
         f"{timings.ttft_seconds:.2f} s"
         + (f", then {rate:.1f} tokens/s" if rate is not None else "")
+        + (f", {answer.accepted_tokens} looked up" if answer.draft_tokens else "")
         + f"; peak memory {answer.peak_memory.host_bytes / 2**20:.0f} MiB; {answer.engine} on "
         f"{answer.device}",
         file=sys.stderr,
@@ -88,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
     parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--prompt-lookup",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draft up to N tokens from prompt and answer, faster where it copies; 0 is off",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--context", type=int, help="positions of the cache; default: the plan's")
     parser.add_argument("--threads", type=int, default=0, help="0: one a physical core")

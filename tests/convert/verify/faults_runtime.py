@@ -151,15 +151,17 @@ def _token_of_before(patch: _Patch) -> None:
     """The loop feeds the token before the one that was chosen."""
     real = answerer.generate_tokens
 
-    def generate(decoder: Any, logits: Any, sampler: Any, embed: Any, *rest: Any) -> Any:
+    def generate(steps: Any, *rest: Any) -> Any:
         before: list[int] = []
+        step = steps.step
 
-        def late(token: int) -> Array:
+        def late(token: int, may_follow: int) -> Array:
             before.append(token)
-            row: Array = embed(before[max(0, len(before) - 2)])
+            row: Array = step(before[max(0, len(before) - 2)], may_follow)
             return row
 
-        return real(decoder, logits, sampler, late, *rest)
+        steps.step = late
+        return real(steps, *rest)
 
     patch.setattr(answerer, "generate_tokens", generate)
 
