@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from llava_edge.bench.pages.checkpoint import SHIPPED
+from llava_edge.bench.pages.commands import convert
 from llava_edge.bench.pages.sample import Sample, held_out_sample
 from llava_edge.profiles.errors import EngineError, RequestError
 from llava_edge.runtime import LlavaEdge, answerer
@@ -22,8 +23,8 @@ PRECISIONS = ("fp16", "int8", "int4")
 LOOKUP = 10
 QUESTION = "Say one two three four five"
 NOISE = {"fp16": 1e-5, "int8": 0.02, "int4": 0.02}
-"""How far logits of a run of several positions may lie from a step's, over their range. Float
-kernels add in another order (3e-6); where activations are rounded, that moves a step now and then."""
+"""How far logits of a run of several positions may lie from a step's, over their range: float sums
+go in another order (3e-6), and where activations are rounded that moves a value by a step."""
 
 
 @pytest.fixture(scope="module", params=PRECISIONS)
@@ -42,8 +43,11 @@ def random_model(
 
 
 @pytest.fixture(scope="module")
-def trained(precision: str, make_artifact: Callable[..., Path]) -> Iterator[LlavaEdge]:
-    with LlavaEdge.load(make_artifact(SHIPPED, precision=precision), threads=1) as loaded:
+def trained(precision: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlavaEdge]:
+    artifact = tmp_path_factory.mktemp("trained") / precision
+    quickly = ["--quantizer", "rtn", "--vision-precision", "fp16", "--verify", "none"]
+    convert(SHIPPED, artifact, precision, quickly)
+    with LlavaEdge.load(artifact, threads=1) as loaded:
         yield loaded
 
 
@@ -180,7 +184,7 @@ def test_a_failure_while_drafts_are_checked_ends_this_request_only(
 
 @pytest.mark.parametrize("value", [-1, 33, 1.5, True, "all", None])
 def test_a_length_that_is_none_is_refused(model: LlavaEdge, value: object) -> None:
-    with pytest.raises(RequestError, match="prompt_lookup_num_tokens is .* at most 32"):
+    with pytest.raises(RequestError, match=r"prompt_lookup_num_tokens is .* at most 32"):
         model.generate("Hello", prompt_lookup_num_tokens=value)
 
 
