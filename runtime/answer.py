@@ -37,9 +37,10 @@ class Answer:
     """Result of one request.
 
     ``token_ids`` include the stop token, ``text`` does not; ``prompt_tokens`` include
-    ``image_tokens``. ``degraded`` lists what was lowered to make the request fit; empty if nothing.
-    ``engine`` ran the vision tower: ``tensorrt``, ``tensorrt-rtx`` or ``ort``; ``other_engines``
-    says of each better one why it did not.
+    ``image_tokens``. ``reused_tokens`` of the prompt lay in the cache already, from the request
+    before; their tiles were not encoded. ``degraded`` lists what was lowered to make the request
+    fit; empty if nothing. ``engine`` ran the vision tower: ``tensorrt``, ``tensorrt-rtx`` or
+    ``ort``; ``other_engines`` says of each better one why it did not.
     """
 
     text: str
@@ -51,5 +52,6 @@ class Answer:
     peak_memory: PeakMemory
     device: str
     engine: str
+    reused_tokens: int = 0
     degraded: tuple[str, ...] = ()
     other_engines: dict[str, str] = field(default_factory=dict)

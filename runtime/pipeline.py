@@ -67,6 +67,7 @@ class LlavaEdge:
         progress: ReportProgress,
         engine: AskedEngine = "auto",
         trust_engines: bool = False,
+        prefix_reuse: bool = True,
     ) -> None:
         manifest = artifact.manifest
         flavour = manifest.flavour
@@ -112,6 +113,7 @@ class LlavaEdge:
             self._tokenizer,
             self._tokens,
             dtype,
+            prefix_reuse,
         )
 
     @classmethod
@@ -126,6 +128,7 @@ class LlavaEdge:
         allow_slow: bool = False,
         engine: AskedEngine = "auto",
         trust_engines: bool = False,
+        prefix_reuse: bool = True,
         limits: Limits | None = None,
         progress: ReportProgress = no_progress,
     ) -> LlavaEdge:
@@ -146,6 +149,9 @@ class LlavaEdge:
                 TensorRT-RTX and ONNX Runtime; one that is named must work.
             trust_engines: open engines that came with the artifact, which runs NVIDIA's library
                 over bytes that its maker chose. Engines built on this machine need no trust.
+            prefix_reuse: where a prompt begins as the one before it (same words, same pictures,
+                told by content), compute only the rest. Off, where requests of strangers meet in
+                one model: by the time it takes, one learns what another asked.
             limits: bounds on what is accepted as input.
             progress: told about loading.
 
@@ -167,6 +173,7 @@ class LlavaEdge:
             allow_slow=allow_slow,
             engine=engine,
             trust_engines=trust_engines,
+            prefix_reuse=prefix_reuse,
             limits=limits,
             progress=progress,
         )
@@ -188,6 +195,7 @@ class LlavaEdge:
         allow_slow: bool = False,
         engine: AskedEngine = "auto",
         trust_engines: bool = False,
+        prefix_reuse: bool = True,
         limits: Limits | None = None,
         progress: ReportProgress = no_progress,
     ) -> LlavaEdge:
@@ -217,6 +225,7 @@ class LlavaEdge:
             progress,
             engine,
             trust_engines,
+            prefix_reuse,
         )
 
     def generate(self, prompt: str, images: Sequence[ImageSource] = (), **options: Any) -> Answer:
