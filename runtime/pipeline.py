@@ -23,6 +23,7 @@ from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.answerer import Answerer
 from llava_edge.runtime.arguments import require_count
 from llava_edge.runtime.artifact import Artifact, open_artifact
+from llava_edge.runtime.chat import Chat, WithinTurn
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.host_memory import map_large_blocks
@@ -280,13 +281,41 @@ class LlavaEdge:
             PromptError: the prompt is empty, too long, or its marks do not match the images.
             RequestError: a sampling option or the grid is out of range.
         """
-        sampling = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed)
-        require_count("max_new_tokens", max_new_tokens, 1)
         options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
         request = self._requests.build(prompt, images, options)
         self._check_length(request)
-        return AnswerStream(
-            lambda handle: self._run(request, sampling, max_new_tokens, progress, handle)
+        return self._start(
+            request,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            progress=progress,
+        )
+
+    def chat(
+        self, system: str | None = None, *, image_marks: bool = True, grid: str | None = None
+    ) -> Chat:
+        """Begin a conversation, of which each turn computes only what is new.
+
+        Args:
+            system: text of the system turn; None leaves what the template puts in its place.
+            image_marks: as in ``stream``, for all messages.
+            grid: as in ``stream``, for all images.
+
+        Raises:
+            PromptError: the artifact has no chat template, or it has no system turn.
+            RequestError: the grid is unknown or larger than the artifact's.
+        """
+        return Chat(
+            self._requests,
+            self._start,
+            self.context_tokens,
+            system=system,
+            image_marks=image_marks,
+            grid=grid,
         )
 
     def count_tokens(
@@ -389,17 +418,27 @@ class LlavaEdge:
             "load or convert with a larger context."
         )
 
-    def _run(
+    def _start(
         self,
         request: Request,
-        sampling: SamplingOptions,
-        max_new_tokens: int,
-        progress: ReportProgress,
-        handle: StreamHandle,
-    ) -> Pieces:
-        with self._turnstile.turn(handle.close):
-            return (
-                yield from self._answerer.pieces(
+        within_turn: WithinTurn | None = None,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        progress: ReportProgress = no_progress,
+    ) -> AnswerStream:
+        sampling = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed)
+        require_count("max_new_tokens", max_new_tokens, 1)
+
+        def run(handle: StreamHandle) -> Pieces:
+            with self._turnstile.turn(handle.close):
+                pieces = self._answerer.pieces(
                     request, sampling, max_new_tokens, progress, handle.is_cancelled
                 )
-            )
+                return (yield from pieces if within_turn is None else within_turn(pieces))
+
+        return AnswerStream(run)

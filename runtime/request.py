@@ -17,7 +17,7 @@ from llava_edge.profiles.errors import PromptError
 from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.images import ImageSource, open_image
 from llava_edge.runtime.limits import Limits
-from llava_edge.runtime.manifest import ImageProcessing, Manifest
+from llava_edge.runtime.manifest import Manifest, PromptFormat
 from llava_edge.runtime.prepared_image import PreparedImage, digest_tiles
 from llava_edge.runtime.prompt import Piece, compose, raw_pieces, user_message
 from llava_edge.runtime.session import Array
@@ -115,7 +115,7 @@ class RequestBuilder:
     @property
     def max_tiles(self) -> int:
         """Most tiles of one image on the artifact's own grid, thumbnail included."""
-        return ImageProcessor(self._manifest.image_processing).anyres.max_tiles
+        return self.processor().anyres.max_tiles
 
     def build(
         self,
@@ -139,18 +139,32 @@ class RequestBuilder:
             RequestError: the grid is unknown or larger than the artifact's.
         """
         start = time.perf_counter()
-        self._check_sizes(prompt, images)
+        self.check_text(prompt)
+        self.check_images(images)
         pieces = self._pieces(prompt, len(images), options)
         if with_pixels:
             prepared = [self.prepare(source, options.grid) for source in images]
             return replace(
                 self.assemble(pieces, prepared), preprocess_seconds=time.perf_counter() - start
             )
-        anyres = ImageProcessor(self._processing(options.grid)).anyres
+        anyres = self.processor(options.grid).anyres
         opened = (open_image(source, self._limits) for source in images)
         layouts = tuple(anyres.layout(image.height, image.width) for image in opened)
         ids = self._expand(pieces, layouts)
         return Request(ids, layouts, (), time.perf_counter() - start)
+
+    def prompt_format(self) -> PromptFormat:
+        """Segments of the model's chat template.
+
+        Raises:
+            PromptError: the artifact has none.
+        """
+        found = self._manifest.prompt
+        if found is None:
+            raise PromptError(
+                "this artifact has no chat template; give a finished prompt with raw=True (--raw)"
+            )
+        return found
 
     def prepare(self, source: ImageSource, grid: str | None = None) -> PreparedImage:
         """Open an image and cut its tiles.
@@ -159,8 +173,7 @@ class RequestBuilder:
             ImageError: it is refused.
             RequestError: the grid is unknown or larger than the artifact's.
         """
-        processor = ImageProcessor(self._processing(grid))
-        tiles = processor.preprocess(open_image(source, self._limits))
+        tiles = self.processor(grid).preprocess(open_image(source, self._limits))
         return PreparedImage(tiles.layout, tiles.pixel_values, digest_tiles(tiles.pixel_values))
 
     def assemble(self, pieces: Sequence[Piece], images: Sequence[PreparedImage]) -> Request:
@@ -184,22 +197,17 @@ class RequestBuilder:
         ids = self._tokenizer.expand_media(self._tokenizer.encode_pieces(pieces), counts)
         return np.asarray(ids, np.int64)
 
-    def _check_sizes(self, prompt: str, images: Sequence[ImageSource]) -> None:
+    def check_text(self, prompt: str) -> None:
+        """Refuse what is no text, or too much of it.
+
+        Raises:
+            PromptError: says which.
+        """
         if not isinstance(prompt, str):
             raise PromptError(f"the prompt is a {type(prompt).__name__}; it must be a str")
-        if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
-            # An array is iterable as well, and its rows would pass for pictures.
-            raise PromptError(
-                f"images is a {type(images).__name__}; it must be a list of images. Wrap the one "
-                "you have: [image]"
-            )
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise PromptError(
                 "the prompt holds bytes that are no text (lone surrogates); give it as UTF-8"
-            )
-        if len(images) > self._limits.max_images:
-            raise PromptError(
-                f"{len(images)} images were given; at most {self._limits.max_images} are accepted"
             )
         if len(prompt) > self._limits.max_prompt_characters:
             raise PromptError(
@@ -207,20 +215,39 @@ class RequestBuilder:
                 f"{self._limits.max_prompt_characters} are accepted"
             )
 
+    def check_images(self, images: Sequence[ImageSource], num_before: int = 0) -> None:
+        """Refuse what is no list of images, or too many of them.
+
+        Raises:
+            PromptError: says which.
+        """
+        if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
+            # An array is iterable as well, and its rows would pass for pictures.
+            raise PromptError(
+                f"images is a {type(images).__name__}; it must be a list of images. Wrap the one "
+                "you have: [image]"
+            )
+        total, most = num_before + len(images), self._limits.max_images
+        if total > most:
+            earlier = f" behind {num_before} earlier ones" if num_before else ""
+            raise PromptError(
+                f"{len(images)} images were given{earlier}; at most {most} are accepted"
+            )
+
     def _pieces(self, prompt: str, num_images: int, options: PromptOptions) -> tuple[Piece, ...]:
         if options.raw:
             return raw_pieces(prompt, images=num_images)
-        prompt_format = self._manifest.prompt
-        if prompt_format is None:
-            raise PromptError(
-                "this artifact has no chat template; give a finished prompt with raw=True (--raw)"
-            )
         message = user_message(prompt, images=num_images)
-        return compose(prompt_format, (message,), image_marks=options.image_marks)
+        return compose(self.prompt_format(), (message,), image_marks=options.image_marks)
 
-    def _processing(self, grid: str | None) -> ImageProcessing:
+    def processor(self, grid: str | None = None) -> ImageProcessor:
+        """What cuts images, on the artifact's own grid or a lower one.
+
+        Raises:
+            RequestError: the grid is unknown or larger than the artifact's.
+        """
         processing = self._manifest.image_processing
-        if grid is None:
-            return processing
-        lowered = lower_pinpoints(processing.image_grid_pinpoints, grid, processing.tile_size)
-        return replace(processing, image_grid_pinpoints=lowered)
+        if grid is not None:
+            lowered = lower_pinpoints(processing.image_grid_pinpoints, grid, processing.tile_size)
+            processing = replace(processing, image_grid_pinpoints=lowered)
+        return ImageProcessor(processing)
