@@ -84,10 +84,9 @@ class Chat:
         self._start = start
         self._context_tokens = context_tokens
         self._image_marks = image_marks
-        self._grid = grid
         # What the template or the artifact has no place for is refused now, not at the first turn.
         self._pieces([ChatMessage("user", "?")])
-        requests.processor(grid)
+        self._processor = requests.processor(grid)
 
     def send(self, text: str, images: Sequence[ImageSource] = (), **options: Any) -> Answer:
         """Say something and wait for the whole answer; see ``stream``."""
@@ -167,7 +166,7 @@ class Chat:
         self._requests.check_text(text)
         earlier = sum(len(message.images) for message in self.messages)
         self._requests.check_images(images, earlier)
-        cut = tuple(self._requests.prepare(source, self._grid) for source in images)
+        cut = tuple(self._requests.prepare(source, self._processor) for source in images)
         return ChatMessage("user", text, cut)
 
     def _pieces(

@@ -142,14 +142,14 @@ class RequestBuilder:
         self.check_text(prompt)
         self.check_images(images)
         pieces = self._pieces(prompt, len(images), options)
+        processor = self.processor(options.grid)
         if with_pixels:
-            prepared = [self.prepare(source, options.grid) for source in images]
+            prepared = [self.prepare(source, processor) for source in images]
             return replace(
                 self.assemble(pieces, prepared), preprocess_seconds=time.perf_counter() - start
             )
-        anyres = self.processor(options.grid).anyres
         opened = (open_image(source, self._limits) for source in images)
-        layouts = tuple(anyres.layout(image.height, image.width) for image in opened)
+        layouts = tuple(processor.anyres.layout(image.height, image.width) for image in opened)
         ids = self._expand(pieces, layouts)
         return Request(ids, layouts, (), time.perf_counter() - start)
 
@@ -166,14 +166,13 @@ class RequestBuilder:
             )
         return found
 
-    def prepare(self, source: ImageSource, grid: str | None = None) -> PreparedImage:
+    def prepare(self, source: ImageSource, processor: ImageProcessor) -> PreparedImage:
         """Open an image and cut its tiles.
 
         Raises:
             ImageError: it is refused.
-            RequestError: the grid is unknown or larger than the artifact's.
         """
-        tiles = self.processor(grid).preprocess(open_image(source, self._limits))
+        tiles = processor.preprocess(open_image(source, self._limits))
         return PreparedImage(tiles.layout, tiles.pixel_values, digest_tiles(tiles.pixel_values))
 
     def assemble(self, pieces: Sequence[Piece], images: Sequence[PreparedImage]) -> Request:

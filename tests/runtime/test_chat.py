@@ -180,6 +180,11 @@ def test_what_is_cancelled_or_fails_does_not_enter(
     next(stream)
     stream.close()
     assert chat.messages == before
+    stream = chat.stream(SECOND)
+    next(stream)
+    stream._handle.cancel()  # as another thread does
+    assert list(stream) == []
+    assert chat.messages == before
 
     def broken(row: Array) -> Array:
         raise EngineError("the engine broke")
