@@ -23,6 +23,7 @@ from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.answerer import Answerer
 from llava_edge.runtime.arguments import require_count
 from llava_edge.runtime.artifact import Artifact, open_artifact
+from llava_edge.runtime.cached_encoder import cached_encoder
 from llava_edge.runtime.chat import Chat, WithinTurn
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
@@ -69,6 +70,7 @@ class LlavaEdge:
         engine: AskedEngine = "auto",
         trust_engines: bool = False,
         prefix_reuse: bool = True,
+        vision_cache_bytes: int = 0,
     ) -> None:
         manifest = artifact.manifest
         flavour = manifest.flavour
@@ -100,8 +102,9 @@ class LlavaEdge:
         progress("loading", 1, 2)
         decoder = Session(artifact.path(manifest.decoder.file), options)
         progress("loading", 2, 2)
+        encoder = cached_encoder(self._tower.encoder, self._dims, dtype, vision_cache_bytes)
         embedder = PromptEmbedder(
-            self._dims, self._tokens.image, self._table, self._tower.encoder, dtype, batch
+            self._dims, self._tokens.image, self._table, encoder, dtype, batch
         )
         chunk = prefill_chunk_tokens(manifest.prefill_chunk, context_tokens)
         self._decoder = Decoder(decoder, self._dims.text, context_tokens, chunk, dtype)
@@ -130,6 +133,7 @@ class LlavaEdge:
         engine: AskedEngine = "auto",
         trust_engines: bool = False,
         prefix_reuse: bool = True,
+        vision_cache_bytes: int = 0,
         limits: Limits | None = None,
         progress: ReportProgress = no_progress,
     ) -> LlavaEdge:
@@ -153,6 +157,10 @@ class LlavaEdge:
             prefix_reuse: where a prompt begins as the one before it (same words, same pictures,
                 told by content), compute only the rest. Off, where requests of strangers meet in
                 one model: by the time it takes, one learns what another asked.
+            vision_cache_bytes: host memory for features of tiles, so that tiles seen before (by
+                content) are not encoded again, whatever was asked in between; 0 keeps none.
+                Beside what the plan counts. Not with a TensorRT tower, whose features stay on
+                the device.
             limits: bounds on what is accepted as input.
             progress: told about loading.
 
@@ -175,6 +183,7 @@ class LlavaEdge:
             engine=engine,
             trust_engines=trust_engines,
             prefix_reuse=prefix_reuse,
+            vision_cache_bytes=vision_cache_bytes,
             limits=limits,
             progress=progress,
         )
@@ -197,6 +206,7 @@ class LlavaEdge:
         engine: AskedEngine = "auto",
         trust_engines: bool = False,
         prefix_reuse: bool = True,
+        vision_cache_bytes: int = 0,
         limits: Limits | None = None,
         progress: ReportProgress = no_progress,
     ) -> LlavaEdge:
@@ -205,6 +215,7 @@ class LlavaEdge:
         Args and errors are those of ``load``.
         """
         require_count("threads", threads, 0, MAX_THREADS)
+        require_count("vision_cache_bytes", vision_cache_bytes, 0)
         check_interfaces(artifact)
         manifest = artifact.manifest
         chosen = choose_device(device, manifest.flavour, allow_slow)
@@ -216,7 +227,7 @@ class LlavaEdge:
                 f"{manifest.context_tokens}. Convert again with --context for a longer one."
             )
         if chosen == "cpu":
-            check_host_memory(artifact, context)
+            check_host_memory(artifact, context, vision_cache_bytes)
         return cls(
             artifact,
             chosen,
@@ -227,6 +238,7 @@ class LlavaEdge:
             engine,
             trust_engines,
             prefix_reuse,
+            vision_cache_bytes,
         )
 
     def generate(self, prompt: str, images: Sequence[ImageSource] = (), **options: Any) -> Answer:
