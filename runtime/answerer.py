@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from llava_edge.runtime.answer import Answer, PeakMemory, Timings
+from llava_edge.runtime.cache_contents import CacheContents
 from llava_edge.runtime.decode_steps import DraftedSteps, PlainSteps
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
@@ -43,6 +44,7 @@ class Answerer:
         tokenizer: ids to text.
         tokens: ids that end an answer or are no words.
         dtype: float32 (cpu flavour) or float16 (cuda flavour) of embeddings.
+        prefix_reuse: go on behind what a request shares with what the cache holds.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Answerer:
         tokenizer: Tokenizer,
         tokens: TokenIds,
         dtype: type[np.float32] | type[np.float16],
+        prefix_reuse: bool,
     ) -> None:
         self._tower = tower
         self._device = device
@@ -64,6 +67,9 @@ class Answerer:
         self._tokenizer = tokenizer
         self._tokens = tokens
         self._dtype = dtype
+        self._prefix_reuse = prefix_reuse
+        self._places = tuple(i for i in (tokens.image, tokens.video) if i is not None)
+        self._contents = CacheContents(self._places)
 
     def pieces(
         self,
@@ -88,17 +94,27 @@ class Answerer:
             A generator of text whose value is the answer.
         """
         started = time.perf_counter()
-        embeddings = self._embedder.embed(request, progress)
+        reused = 0
+        if self._prefix_reuse:
+            reused = self._contents.reusable(request, self._decoder.length)
+        self._decoder.rewind(reused)
+        self._contents.hold(request)
+        # Tiles of pictures that the cache holds are not even encoded.
+        rest = request.behind(reused)
+        embeddings = self._embedder.embed(rest, progress)
         encoded = time.perf_counter()
-        logits = self._prefill(request, embeddings, progress)
+        logits = self._prefill(rest, embeddings, progress)
         prefilled = time.perf_counter()
         # Features are not kept while the answer is made.
         del embeddings
-        places = [i for i in (self._tokens.image, self._tokens.video) if i is not None]
         sampler = Sampler(
-            sampling, self._table.vocab_size, self._tokens.num_text_tokens, request.ids, places
+            sampling,
+            self._table.vocab_size,
+            self._tokens.num_text_tokens,
+            request.ids,
+            self._places,
         )
-        steps = self._steps(request, places, prompt_lookup_num_tokens)
+        steps = self._steps(request, prompt_lookup_num_tokens)
         stop_ids = frozenset(self._tokens.stop)
         result = LoopResult()
         decoder = self._tokenizer.stream()
@@ -107,6 +123,7 @@ class Answerer:
         for token in generate_tokens(steps, logits, sampler, stop_ids, max_new_tokens, result):
             if is_cancelled():
                 return None
+            self._contents.append(token)
             token_ids.append(token)
             ended = result.finish_reason is not None
             piece = "" if token in stop_ids else decoder.push(token)
@@ -133,6 +150,7 @@ class Answerer:
             token_ids=tuple(token_ids),
             prompt_tokens=request.num_tokens,
             image_tokens=request.image_tokens,
+            reused_tokens=reused,
             finish_reason=result.finish_reason,
             timings=timings,
             peak_memory=PeakMemory(host_bytes=peak_host_bytes(), device_bytes=None),
@@ -146,7 +164,12 @@ class Answerer:
     def replay(
         self, request: Request, token_ids: Sequence[int], on_logits: Callable[[int, Array], None]
     ) -> Replay:
-        """Answer with given tokens; see ``LlavaEdge.replay``."""
+        """Answer with given tokens; see ``LlavaEdge.replay``.
+
+        Nothing is reused, before or after: this is what certificates are made with.
+        """
+        self._contents.clear()
+        self._decoder.rewind(0)
         embeddings = self._embedder.embed(request, no_progress)
         on_logits(0, self._prefill(request, embeddings, no_progress))
         for index, token in enumerate(token_ids, start=1):
@@ -154,7 +177,7 @@ class Answerer:
             on_logits(index, self._decoder.step(row[0]))
         return Replay(request, embeddings.features[:-1])
 
-    def _steps(self, request: Request, places: Sequence[int], most: int) -> PlainSteps:
+    def _steps(self, request: Request, most: int) -> PlainSteps:
         rows = np.empty((1 + most, self._table.hidden_size), self._dtype)
 
         def embed(tokens: Sequence[int]) -> Array:
@@ -162,20 +185,19 @@ class Answerer:
 
         if not most:
             return PlainSteps(self._decoder, embed)
-        lookup = PromptLookup(request.ids.tolist(), places)
+        lookup = PromptLookup(request.ids.tolist(), self._places)
         return DraftedSteps(self._decoder, embed, lookup, most)
 
     def _prefill(
         self, request: Request, embeddings: PromptEmbeddings, progress: ReportProgress
     ) -> Array:
-        """Logits (vocab,) of the prompt's last position."""
+        """Logits (vocab,) of the last position of a request, or of its rest."""
         total = request.num_tokens
 
         def fill(start: int, stop: int, out: Array) -> None:
             progress("prompt", start, total)
             embeddings.fill(start, stop, out)
 
-        self._decoder.rewind(0)
         logits: Array = self._decoder.prefill(total, fill, place=embeddings.place)[0]
         progress("prompt", total, total)
         return logits

@@ -23,6 +23,8 @@ from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.answerer import Answerer
 from llava_edge.runtime.arguments import require_count
 from llava_edge.runtime.artifact import Artifact, open_artifact
+from llava_edge.runtime.cached_encoder import cached_encoder
+from llava_edge.runtime.chat import Chat, WithinTurn
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.host_memory import map_large_blocks
@@ -67,6 +69,8 @@ class LlavaEdge:
         progress: ReportProgress,
         engine: AskedEngine = "auto",
         trust_engines: bool = False,
+        prefix_reuse: bool = True,
+        vision_cache_bytes: int = 0,
     ) -> None:
         manifest = artifact.manifest
         flavour = manifest.flavour
@@ -98,8 +102,9 @@ class LlavaEdge:
         progress("loading", 1, 2)
         decoder = Session(artifact.path(manifest.decoder.file), options)
         progress("loading", 2, 2)
+        encoder = cached_encoder(self._tower.encoder, self._dims, dtype, vision_cache_bytes)
         embedder = PromptEmbedder(
-            self._dims, self._tokens.image, self._table, self._tower.encoder, dtype, batch
+            self._dims, self._tokens.image, self._table, encoder, dtype, batch
         )
         chunk = prefill_chunk_tokens(manifest.prefill_chunk, context_tokens)
         self._decoder = Decoder(decoder, self._dims.text, context_tokens, chunk, dtype)
@@ -112,6 +117,7 @@ class LlavaEdge:
             self._tokenizer,
             self._tokens,
             dtype,
+            prefix_reuse,
         )
 
     @classmethod
@@ -126,6 +132,8 @@ class LlavaEdge:
         allow_slow: bool = False,
         engine: AskedEngine = "auto",
         trust_engines: bool = False,
+        prefix_reuse: bool = True,
+        vision_cache_bytes: int = 0,
         limits: Limits | None = None,
         progress: ReportProgress = no_progress,
     ) -> LlavaEdge:
@@ -146,6 +154,13 @@ class LlavaEdge:
                 TensorRT-RTX and ONNX Runtime; one that is named must work.
             trust_engines: open engines that came with the artifact, which runs NVIDIA's library
                 over bytes that its maker chose. Engines built on this machine need no trust.
+            prefix_reuse: where a prompt begins as the one before it (same words, same pictures,
+                told by content), compute only the rest. Off, where requests of strangers meet in
+                one model: by the time it takes, one learns what another asked.
+            vision_cache_bytes: host memory for features of tiles, so that tiles seen before (by
+                content) are not encoded again, whatever was asked in between; 0 keeps none.
+                Beside what the plan counts. Not with a TensorRT tower, whose features stay on
+                the device.
             limits: bounds on what is accepted as input.
             progress: told about loading.
 
@@ -167,6 +182,8 @@ class LlavaEdge:
             allow_slow=allow_slow,
             engine=engine,
             trust_engines=trust_engines,
+            prefix_reuse=prefix_reuse,
+            vision_cache_bytes=vision_cache_bytes,
             limits=limits,
             progress=progress,
         )
@@ -188,6 +205,8 @@ class LlavaEdge:
         allow_slow: bool = False,
         engine: AskedEngine = "auto",
         trust_engines: bool = False,
+        prefix_reuse: bool = True,
+        vision_cache_bytes: int = 0,
         limits: Limits | None = None,
         progress: ReportProgress = no_progress,
     ) -> LlavaEdge:
@@ -196,6 +215,7 @@ class LlavaEdge:
         Args and errors are those of ``load``.
         """
         require_count("threads", threads, 0, MAX_THREADS)
+        require_count("vision_cache_bytes", vision_cache_bytes, 0)
         check_interfaces(artifact)
         manifest = artifact.manifest
         chosen = choose_device(device, manifest.flavour, allow_slow)
@@ -207,7 +227,7 @@ class LlavaEdge:
                 f"{manifest.context_tokens}. Convert again with --context for a longer one."
             )
         if chosen == "cpu":
-            check_host_memory(artifact, context)
+            check_host_memory(artifact, context, vision_cache_bytes)
         return cls(
             artifact,
             chosen,
@@ -217,6 +237,8 @@ class LlavaEdge:
             progress,
             engine,
             trust_engines,
+            prefix_reuse,
+            vision_cache_bytes,
         )
 
     def generate(self, prompt: str, images: Sequence[ImageSource] = (), **options: Any) -> Answer:
@@ -276,16 +298,42 @@ class LlavaEdge:
             PromptError: the prompt is empty, too long, or its marks do not match the images.
             RequestError: a sampling option or the grid is out of range.
         """
-        sampling = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed)
-        require_count("max_new_tokens", max_new_tokens, 1)
-        require_count("prompt_lookup_num_tokens", prompt_lookup_num_tokens, 0, MAX_DRAFT_TOKENS)
         options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
         request = self._requests.build(prompt, images, options)
         self._check_length(request)
-        return AnswerStream(
-            lambda handle: self._run(
-                request, sampling, max_new_tokens, prompt_lookup_num_tokens, progress, handle
-            )
+        return self._start(
+            request,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+            progress=progress,
+        )
+
+    def chat(
+        self, system: str | None = None, *, image_marks: bool = True, grid: str | None = None
+    ) -> Chat:
+        """Begin a conversation, of which each turn computes only what is new.
+
+        Args:
+            system: text of the system turn; None leaves what the template puts in its place.
+            image_marks: as in ``stream``, for all messages.
+            grid: as in ``stream``, for all images.
+
+        Raises:
+            PromptError: the artifact has no chat template, or it has no system turn.
+            RequestError: the grid is unknown or larger than the artifact's.
+        """
+        return Chat(
+            self._requests,
+            self._start,
+            self.context_tokens,
+            system=system,
+            image_marks=image_marks,
+            grid=grid,
         )
 
     def count_tokens(
@@ -388,18 +436,27 @@ class LlavaEdge:
             "load or convert with a larger context."
         )
 
-    def _run(
+    def _start(
         self,
         request: Request,
-        sampling: SamplingOptions,
-        max_new_tokens: int,
-        prompt_lookup_num_tokens: int,
-        progress: ReportProgress,
-        handle: StreamHandle,
-    ) -> Pieces:
-        with self._turnstile.turn(handle.close):
-            return (
-                yield from self._answerer.pieces(
+        within_turn: WithinTurn | None = None,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        prompt_lookup_num_tokens: int = 0,
+        progress: ReportProgress = no_progress,
+    ) -> AnswerStream:
+        sampling = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed)
+        require_count("max_new_tokens", max_new_tokens, 1)
+        require_count("prompt_lookup_num_tokens", prompt_lookup_num_tokens, 0, MAX_DRAFT_TOKENS)
+
+        def run(handle: StreamHandle) -> Pieces:
+            with self._turnstile.turn(handle.close):
+                pieces = self._answerer.pieces(
                     request,
                     sampling,
                     max_new_tokens,
@@ -407,4 +464,6 @@ class LlavaEdge:
                     progress,
                     handle.is_cancelled,
                 )
-            )
+                return (yield from pieces if within_turn is None else within_turn(pieces))
+
+        return AnswerStream(run)

@@ -17,7 +17,8 @@ from llava_edge.profiles.errors import PromptError
 from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.images import ImageSource, open_image
 from llava_edge.runtime.limits import Limits
-from llava_edge.runtime.manifest import ImageProcessing, Manifest
+from llava_edge.runtime.manifest import Manifest, PromptFormat
+from llava_edge.runtime.prepared_image import PreparedImage, digest_tiles
 from llava_edge.runtime.prompt import Piece, compose, raw_pieces, user_message
 from llava_edge.runtime.session import Array
 from llava_edge.runtime.tokenizer import Tokenizer
@@ -33,6 +34,23 @@ class PromptOptions:
 
 
 @dataclass(frozen=True)
+class PlacedImage:
+    """An image of a prompt by content: equal ones have equal features at equal positions.
+
+    Attributes:
+        start: position of its first token.
+        stop: position behind its last one.
+        layout: geometry.
+        tile_digests: of its tiles.
+    """
+
+    start: int
+    stop: int
+    layout: TileLayout
+    tile_digests: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
 class Request:
     """A question made ready.
 
@@ -41,12 +59,16 @@ class Request:
         layouts: geometry of each image, in order of appearance.
         pixel_values: tiles of each image, float32 (num_tiles, 3, T, T); empty when only counted.
         preprocess_seconds: what making it took.
+        tile_digests: of each image's tiles.
+        image_starts: position of each image's first token.
     """
 
     ids: Array
     layouts: tuple[TileLayout, ...]
     pixel_values: tuple[Array, ...]
     preprocess_seconds: float
+    tile_digests: tuple[tuple[bytes, ...], ...] = ()
+    image_starts: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -57,6 +79,29 @@ class Request:
     def image_tokens(self) -> int:
         """Tokens that stand for images."""
         return sum(layout.num_image_tokens for layout in self.layouts)
+
+    def placed_images(self) -> tuple[PlacedImage, ...]:
+        """What each image is and where it stands; none where only tokens were counted."""
+        return tuple(
+            PlacedImage(start, start + layout.num_image_tokens, layout, digests)
+            for start, layout, digests in zip(
+                self.image_starts, self.layouts, self.tile_digests, strict=False
+            )
+        )
+
+    def behind(self, position: int) -> Request:
+        """The request from a position on, which lies in no image."""
+        if not position:
+            return self
+        first = sum(start < position for start in self.image_starts)
+        return Request(
+            self.ids[position:],
+            self.layouts[first:],
+            self.pixel_values[first:],
+            self.preprocess_seconds,
+            self.tile_digests[first:],
+            tuple(start - position for start in self.image_starts[first:]),
+        )
 
 
 class RequestBuilder:
@@ -70,7 +115,7 @@ class RequestBuilder:
     @property
     def max_tiles(self) -> int:
         """Most tiles of one image on the artifact's own grid, thumbnail included."""
-        return ImageProcessor(self._manifest.image_processing).anyres.max_tiles
+        return self.processor().anyres.max_tiles
 
     def build(
         self,
@@ -94,44 +139,74 @@ class RequestBuilder:
             RequestError: the grid is unknown or larger than the artifact's.
         """
         start = time.perf_counter()
-        self._check_sizes(prompt, images)
+        self.check_text(prompt)
+        self.check_images(images)
         pieces = self._pieces(prompt, len(images), options)
-        processor = ImageProcessor(self._processing(options.grid))
-        layouts: list[TileLayout] = []
-        pixel_values: list[Array] = []
-        for source in images:
-            image = open_image(source, self._limits)
-            if with_pixels:
-                tiles = processor.preprocess(image)
-                layouts.append(tiles.layout)
-                pixel_values.append(tiles.pixel_values)
-            else:
-                layouts.append(processor.anyres.layout(image.height, image.width))
-        counts = [layout.num_image_tokens for layout in layouts]
-        ids = self._tokenizer.expand_media(self._tokenizer.encode_pieces(pieces), counts)
+        processor = self.processor(options.grid)
+        if with_pixels:
+            prepared = [self.prepare(source, processor) for source in images]
+            return replace(
+                self.assemble(pieces, prepared), preprocess_seconds=time.perf_counter() - start
+            )
+        opened = (open_image(source, self._limits) for source in images)
+        layouts = tuple(processor.anyres.layout(image.height, image.width) for image in opened)
+        ids = self._expand(pieces, layouts)
+        return Request(ids, layouts, (), time.perf_counter() - start)
+
+    def prompt_format(self) -> PromptFormat:
+        """Segments of the model's chat template.
+
+        Raises:
+            PromptError: the artifact has none.
+        """
+        found = self._manifest.prompt
+        if found is None:
+            raise PromptError(
+                "this artifact has no chat template; give a finished prompt with raw=True (--raw)"
+            )
+        return found
+
+    def prepare(self, source: ImageSource, processor: ImageProcessor) -> PreparedImage:
+        """Open an image and cut its tiles.
+
+        Raises:
+            ImageError: it is refused.
+        """
+        tiles = processor.preprocess(open_image(source, self._limits))
+        return PreparedImage(tiles.layout, tiles.pixel_values, digest_tiles(tiles.pixel_values))
+
+    def assemble(self, pieces: Sequence[Piece], images: Sequence[PreparedImage]) -> Request:
+        """A request of a composed prompt and its images, one for each of its marks, in order."""
+        layouts = tuple(image.layout for image in images)
+        ids = self._expand(pieces, layouts)
+        places = np.flatnonzero(ids == self._tokenizer.image_id)
+        behind = np.cumsum([layout.num_image_tokens for layout in layouts], dtype=np.int64)
+        firsts = (0, *behind.tolist())[: len(layouts)]
         return Request(
-            ids=np.asarray(ids, np.int64),
-            layouts=tuple(layouts),
-            pixel_values=tuple(pixel_values),
-            preprocess_seconds=time.perf_counter() - start,
+            ids=ids,
+            layouts=layouts,
+            pixel_values=tuple(image.pixel_values for image in images),
+            preprocess_seconds=0.0,
+            tile_digests=tuple(image.tile_digests for image in images),
+            image_starts=tuple(int(places[first]) for first in firsts),
         )
 
-    def _check_sizes(self, prompt: str, images: Sequence[ImageSource]) -> None:
+    def _expand(self, pieces: Sequence[Piece], layouts: Sequence[TileLayout]) -> Array:
+        counts = [layout.num_image_tokens for layout in layouts]
+        ids = self._tokenizer.expand_media(self._tokenizer.encode_pieces(pieces), counts)
+        return np.asarray(ids, np.int64)
+
+    def check_text(self, prompt: str) -> None:
+        """Refuse what is no text, or too much of it.
+
+        Raises:
+            PromptError: says which.
+        """
         if not isinstance(prompt, str):
             raise PromptError(f"the prompt is a {type(prompt).__name__}; it must be a str")
-        if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
-            # An array is iterable as well, and its rows would pass for pictures.
-            raise PromptError(
-                f"images is a {type(images).__name__}; it must be a list of images. Wrap the one "
-                "you have: [image]"
-            )
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise PromptError(
                 "the prompt holds bytes that are no text (lone surrogates); give it as UTF-8"
-            )
-        if len(images) > self._limits.max_images:
-            raise PromptError(
-                f"{len(images)} images were given; at most {self._limits.max_images} are accepted"
             )
         if len(prompt) > self._limits.max_prompt_characters:
             raise PromptError(
@@ -139,20 +214,39 @@ class RequestBuilder:
                 f"{self._limits.max_prompt_characters} are accepted"
             )
 
+    def check_images(self, images: Sequence[ImageSource], num_before: int = 0) -> None:
+        """Refuse what is no list of images, or too many of them.
+
+        Raises:
+            PromptError: says which.
+        """
+        if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
+            # An array is iterable as well, and its rows would pass for pictures.
+            raise PromptError(
+                f"images is a {type(images).__name__}; it must be a list of images. Wrap the one "
+                "you have: [image]"
+            )
+        total, most = num_before + len(images), self._limits.max_images
+        if total > most:
+            earlier = f" behind {num_before} earlier ones" if num_before else ""
+            raise PromptError(
+                f"{len(images)} images were given{earlier}; at most {most} are accepted"
+            )
+
     def _pieces(self, prompt: str, num_images: int, options: PromptOptions) -> tuple[Piece, ...]:
         if options.raw:
             return raw_pieces(prompt, images=num_images)
-        prompt_format = self._manifest.prompt
-        if prompt_format is None:
-            raise PromptError(
-                "this artifact has no chat template; give a finished prompt with raw=True (--raw)"
-            )
         message = user_message(prompt, images=num_images)
-        return compose(prompt_format, (message,), image_marks=options.image_marks)
+        return compose(self.prompt_format(), (message,), image_marks=options.image_marks)
 
-    def _processing(self, grid: str | None) -> ImageProcessing:
+    def processor(self, grid: str | None = None) -> ImageProcessor:
+        """What cuts images, on the artifact's own grid or a lower one.
+
+        Raises:
+            RequestError: the grid is unknown or larger than the artifact's.
+        """
         processing = self._manifest.image_processing
-        if grid is None:
-            return processing
-        lowered = lower_pinpoints(processing.image_grid_pinpoints, grid, processing.tile_size)
-        return replace(processing, image_grid_pinpoints=lowered)
+        if grid is not None:
+            lowered = lower_pinpoints(processing.image_grid_pinpoints, grid, processing.tile_size)
+            processing = replace(processing, image_grid_pinpoints=lowered)
+        return ImageProcessor(processing)
