@@ -65,7 +65,7 @@ class Decoder:
         self._step.input("inputs_embeds", self._row)
         self._prefill = self._bind()
         self._on_trial = 0
-        self._widest: _Rows | None = None
+        self._widest = (self._row, self._logits)
         self._several: dict[int, _Rows] = {}
 
     def _bind(self) -> Any:
@@ -215,20 +215,20 @@ class Decoder:
         self.cache.rewind(length)
 
     def _rows(self, count: int) -> _Rows:
-        """What runs that many positions: bound once, over memory for the most that were asked."""
-        widest = self._widest
-        if widest is None or count > widest.embeddings.shape[1]:
+        """What runs that many positions: bound once, in memory for the most that were asked."""
+        if count > self._widest[0].shape[1]:
             self._several.clear()
             device = self._session.device
-            widest = _Rows(
+            self._widest = (
                 Buffer((1, count, self._hidden), self._dtype, device),
                 Buffer((1, count, self._logits.shape[-1]), np.float32, device),
-                self._bind(),
             )
-            self._widest = self._several[count] = widest.bound()
         if count not in self._several:
-            embeddings, logits = widest.embeddings.first(count), widest.logits.first(count)
-            self._several[count] = _Rows(embeddings, logits, self._bind()).bound()
+            embeddings, logits = (buffer.first(count) for buffer in self._widest)
+            binding = self._bind()
+            binding.input("inputs_embeds", embeddings)
+            binding.output("logits", logits)
+            self._several[count] = _Rows(embeddings, logits, binding)
         return self._several[count]
 
     def _device_rows(self, rows: Array) -> Buffer:
@@ -254,8 +254,3 @@ class _Rows:
     embeddings: Buffer
     logits: Buffer
     binding: Any
-
-    def bound(self) -> _Rows:
-        self.binding.input("inputs_embeds", self.embeddings)
-        self.binding.output("logits", self.logits)
-        return self
