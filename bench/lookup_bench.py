@@ -52,6 +52,7 @@ _LARGE: Mapping[str, object] = {
 }
 _SMALL: Mapping[str, object] = {"layers": 2, "hidden_size": 256, "intermediate_size": 512}
 _CONTEXT, _PASSAGE, _SEED = 4096, 48, 0
+_CHECKED = (1, 2, 3, 5, 8, 11, 17, 33)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,7 +100,7 @@ def _convert(
         found[precision] = out / precision
         command = [program("llava-edge"), "convert", str(checkpoint), str(found[precision])]
         command += ["--profile", PROFILE, "--precision", precision, "--quantizer", "rtn"]
-        run_fresh([*command, *more, "--verify", "none"])
+        run_fresh([*command, *more, "--vision-precision", "fp16", "--verify", "none"])
     return found
 
 
@@ -183,64 +184,94 @@ class _Forced(Sampler):
         return next(self._answer)
 
 
-def _force(precision: str, artifact: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The large decoder, on answers that are given."""
-    opened = open_artifact(artifact)
-    manifest = opened.manifest
-    text = manifest.model.text
-    wide_sums = needs_wide_sums(manifest.precision)
-    settings = SessionOptions(threads=options.threads, wide_sums=wide_sums)
-    session = Session(opened.path(manifest.decoder.file), settings)
-    chunk = manifest.prefill_chunk
-    decoder = Decoder(session, text, manifest.context_tokens, chunk, np.float32)
-    table = EmbeddingTable(opened.path(manifest.embeddings), manifest.model)
-    random = np.random.default_rng(_SEED)
-    # Frequent and rare words, as in text: the r-th most frequent comes as 1 / (r + 2.7).
-    words = np.arange(3, manifest.tokens.num_text_tokens)
-    shares = 1 / (np.arange(len(words)) + 2.7)
-    drawn = random.choice(words, options.prompt + _PASSAGE, p=shares / shares.sum())
-    prompt, new = drawn[: options.prompt], drawn[options.prompt :]
-    start = options.prompt // 2
-    answers = {"copied": prompt[start : start + _PASSAGE], "new": new}
+class _Large:
+    """The large decoder behind a prompt of made-up words."""
 
-    def fill(first: int, stop: int, out: Array) -> None:
-        out[...] = table.rows(prompt[first:stop])
+    def __init__(self, artifact: Path, options: argparse.Namespace) -> None:
+        opened = open_artifact(artifact)
+        manifest = opened.manifest
+        wide_sums = needs_wide_sums(manifest.precision)
+        settings = SessionOptions(threads=options.threads, wide_sums=wide_sums)
+        session = Session(opened.path(manifest.decoder.file), settings)
+        text, chunk = manifest.model.text, manifest.prefill_chunk
+        self._vocab_size = text.vocab_size
+        self._decoder = Decoder(session, text, manifest.context_tokens, chunk, np.float32)
+        self._table = EmbeddingTable(opened.path(manifest.embeddings), manifest.model)
+        random = np.random.default_rng(_SEED)
+        # Frequent and rare words, as in text: the r-th most frequent comes as 1 / (r + 2.7).
+        words = np.arange(3, manifest.tokens.num_text_tokens)
+        shares = 1 / (np.arange(len(words)) + 2.7)
+        drawn = random.choice(words, options.prompt + _PASSAGE, p=shares / shares.sum())
+        self._prompt, self.new = drawn[: options.prompt], drawn[options.prompt :]
+        start = options.prompt // 2
+        self.copied = self._prompt[start : start + _PASSAGE]
+        self._first = self._decoder.prefill(options.prompt, self._fill)[0].copy()
 
-    first_logits = decoder.prefill(len(prompt), fill)[0].copy()
+    def _fill(self, first: int, stop: int, out: Array) -> None:
+        out[...] = self._embed(self._prompt[first:stop])
 
-    def embed(tokens: Sequence[int]) -> Array:
-        return table.rows(np.array(tokens))
+    def _embed(self, tokens: Sequence[int] | Array) -> Array:
+        return self._table.rows(np.asarray(tokens))
 
-    def answer(told: Array, most: int) -> tuple[float, PlainSteps]:
+    def answer(self, told: Array, most: int) -> tuple[float, PlainSteps]:
         """Processor seconds, which other work on the machine changes least, and the steps."""
-        decoder.rewind(len(prompt))
-        steps = PlainSteps(decoder, embed)
+        self._decoder.rewind(len(self._prompt))
+        steps = PlainSteps(self._decoder, self._embed)
         if most:
-            steps = DraftedSteps(decoder, embed, PromptLookup(prompt.tolist()), most)
-        forced = _Forced(text.vocab_size, told.tolist())
+            lookup = PromptLookup(self._prompt.tolist())
+            steps = DraftedSteps(self._decoder, self._embed, lookup, most)
+        forced = _Forced(self._vocab_size, told.tolist())
         started = time.process_time()
-        list(generate_tokens(steps, first_logits, forced, frozenset(), len(told), LoopResult()))
+        list(generate_tokens(steps, self._first, forced, frozenset(), len(told), LoopResult()))
         return time.process_time() - started, steps
 
+    def checks(self, rounds: int) -> dict[str, Any]:
+        """Runs of several positions beside steps: processor time, and how far logits lie apart."""
+        seconds: dict[int, list[float]] = {count: [] for count in _CHECKED}
+        rows = self._embed(self.new[: max(_CHECKED) + 1])
+        stepped = np.stack([self._at(index, row) for index, row in enumerate(rows)])
+        scale = float(stepped.max() - stepped.min())
+        gap = 0.0
+        for _ in range(rounds):
+            for count in _CHECKED:
+                self._decoder.rewind(len(self._prompt))
+                started = time.process_time()
+                tried = self._decoder.try_steps(rows[:count])
+                seconds[count].append(time.process_time() - started)
+                gap = max(gap, float(np.abs(tried - stepped[:count]).max()) / scale)
+        # A plain step behind positions that were checked together, beside one behind steps.
+        for _ in range(max(_CHECKED) - 1):
+            self._decoder.confirm()
+        behind = float(np.abs(self._decoder.step(rows[-1]) - stepped[-1]).max()) / scale
+        single = min(seconds[1])
+        costs = {str(count): min(took) / single for count, took in seconds.items()}
+        return {"steps_by_positions": costs, "logit_gap": gap, "logit_gap_of_a_step_behind": behind}
+
+    def _at(self, index: int, row: Array) -> Array:
+        if not index:
+            self._decoder.rewind(len(self._prompt))
+        return self._decoder.step(row).copy()
+
+
+def _force(precision: str, artifact: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The large decoder, on answers that are given."""
+    large = _Large(artifact, options)
+    checks = large.checks(options.rounds)
     rows = []
-    for name, told in answers.items():
+    for name, told in (("copied", large.copied), ("new", large.new)):
         turns = _Turns([], [])
         for turn in range(options.rounds + 1):
             # Whoever comes second finds other caches, so both do in turn.
-            if turn % 2:
-                plain, _ = answer(told, 0)
-                drafted, steps = answer(told, options.lookup)
-            else:
-                drafted, steps = answer(told, options.lookup)
-                plain, _ = answer(told, 0)
+            ways = [0, options.lookup] if turn % 2 else [options.lookup, 0]
+            found = {most: large.answer(told, most) for most in ways}
             # The first turn warms up.
             if turn:
-                turns.plain.append(plain)
-                turns.drafted.append(drafted)
+                turns.plain.append(found[0][0])
+                seconds, steps = found[options.lookup]
+                turns.drafted.append(seconds)
                 turns.drafts += steps.drafted
                 turns.accepted += steps.accepted
-        rows.append(turns.row("1.1 B", precision, name))
-    table.close()
+        rows.append(turns.row("1.1 B", precision, name) | checks)
     return rows
 
 
@@ -253,6 +284,14 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         f"{'given' if row['same_tokens'] is None else row['same_tokens']} of {row['pairs']}"
         for row in rows
     ]
+    for row in rows:
+        if "steps_by_positions" in row and row["answers"] == "new":
+            costs = ", ".join(f"{n}: {cost:.2f}" for n, cost in row["steps_by_positions"].items())
+            lines.append(f"1.1 B {row['precision']}, positions of a run: cost in steps {costs}")
+            lines.append(
+                f"  logits {row['logit_gap']:.1e} of their range from those of steps, of a step "
+                f"behind such a run {row['logit_gap_of_a_step_behind']:.1e}"
+            )
     return "\n".join(lines)
 
 
