@@ -34,21 +34,40 @@ def precision(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
+def open_quickly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., LlavaEdge]]:
+    """``open_quickly(checkpoint, precision)``: rounded weights, tower in float, loaded once."""
+    models: dict[tuple[Path, str], LlavaEdge] = {}
+
+    def opened(checkpoint: Path, precision: str) -> LlavaEdge:
+        if (checkpoint, precision) not in models:
+            artifact = tmp_path_factory.mktemp(precision) / "artifact"
+            quickly = ["--quantizer", "rtn", "--vision-precision", "fp16", "--verify", "none"]
+            convert(checkpoint, artifact, precision, quickly)
+            models[checkpoint, precision] = LlavaEdge.load(artifact, threads=1)
+        return models[checkpoint, precision]
+
+    yield opened
+    for each in models.values():
+        each.close()
+
+
+@pytest.fixture
 def random_model(
-    precision: str, make_checkpoint: Callable[..., Path], make_artifact: Callable[..., Path]
-) -> Iterator[LlavaEdge]:
-    artifact = make_artifact(make_checkpoint("odd", backbone="mistral"), precision=precision)
-    with LlavaEdge.load(artifact, threads=1) as loaded:
-        yield loaded
+    precision: str, make_checkpoint: Callable[..., Path], open_quickly: Callable[..., LlavaEdge]
+) -> LlavaEdge:
+    return open_quickly(make_checkpoint("odd", backbone="mistral"), precision)
 
 
-@pytest.fixture(scope="module")
-def trained(precision: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlavaEdge]:
-    artifact = tmp_path_factory.mktemp("trained") / precision
-    quickly = ["--quantizer", "rtn", "--vision-precision", "fp16", "--verify", "none"]
-    convert(SHIPPED, artifact, precision, quickly)
-    with LlavaEdge.load(artifact, threads=1) as loaded:
-        yield loaded
+@pytest.fixture
+def trained(precision: str, open_quickly: Callable[..., LlavaEdge]) -> LlavaEdge:
+    return open_quickly(SHIPPED, precision)
+
+
+@pytest.fixture
+def model(
+    make_checkpoint: Callable[..., Path], open_quickly: Callable[..., LlavaEdge]
+) -> LlavaEdge:
+    return open_quickly(make_checkpoint("odd", backbone="mistral"), "fp16")
 
 
 def samples(*, copies: bool, count: int) -> list[Sample]:
@@ -122,15 +141,6 @@ def test_sampling_draws_the_same_tokens(
     same = 40 if precision == "fp16" else 10
     assert answer.token_ids[:same] == plain.token_ids[:same]
     assert answer.accepted_tokens > 5
-
-
-@pytest.fixture(scope="module")
-def model(
-    make_checkpoint: Callable[..., Path], make_artifact: Callable[..., Path]
-) -> Iterator[LlavaEdge]:
-    artifact = make_artifact(make_checkpoint("odd", backbone="mistral"), precision="fp16")
-    with LlavaEdge.load(artifact, threads=1) as loaded:
-        yield loaded
 
 
 @pytest.mark.parametrize("room", [1, 2, 5, 20])
