@@ -29,6 +29,9 @@ WithinTurn = Callable[[Pieces], Pieces]
 """Wraps the work on an answer; runs where no other request can come between."""
 
 
+ChatImage = ImageSource | PreparedImage
+"""An image, or one that ``Chat.prepare`` of this very conversation has cut."""
+
 StartAnswer = Callable[..., AnswerStream]
 """``start(request, within_turn, **options)``: the options of ``LlavaEdge.stream``."""
 
@@ -88,14 +91,22 @@ class Chat:
         self._pieces([ChatMessage("user", "?")])
         self._processor = requests.processor(grid)
 
-    def send(self, text: str, images: Sequence[ImageSource] = (), **options: Any) -> Answer:
+    def send(self, text: str, images: Sequence[ChatImage] = (), **options: Any) -> Answer:
         """Say something and wait for the whole answer; see ``stream``."""
         with self.stream(text, images, **options) as stream:
             for _ in stream:
                 pass
             return stream.answer
 
-    def stream(self, text: str, images: Sequence[ImageSource] = (), **options: Any) -> AnswerStream:
+    def prepare(self, image: ImageSource) -> PreparedImage:
+        """Open an image and cut its tiles now; a message takes it in place of the image.
+
+        Raises:
+            ImageError: it is refused.
+        """
+        return self._requests.prepare(image, self._processor)
+
+    def stream(self, text: str, images: Sequence[ChatImage] = (), **options: Any) -> AnswerStream:
         """Say something and have the answer piece by piece.
 
         Message and answer enter ``messages`` together, once the answer is complete. One that was
@@ -135,7 +146,7 @@ class Chat:
 
         return self._start(request, within_turn, **options)
 
-    def count_tokens(self, text: str, images: Sequence[ImageSource] = ()) -> int:
+    def count_tokens(self, text: str, images: Sequence[ChatImage] = ()) -> int:
         """Exactly how many tokens the conversation would take with this message, before it is sent.
 
         Raises:
@@ -162,11 +173,13 @@ class Chat:
         """Start anew; the system text stays."""
         self.messages.clear()
 
-    def _message(self, text: str, images: Sequence[ImageSource]) -> ChatMessage:
+    def _message(self, text: str, images: Sequence[ChatImage]) -> ChatMessage:
         self._requests.check_text(text)
         earlier = sum(len(message.images) for message in self.messages)
         self._requests.check_images(images, earlier)
-        cut = tuple(self._requests.prepare(source, self._processor) for source in images)
+        cut = tuple(
+            image if isinstance(image, PreparedImage) else self.prepare(image) for image in images
+        )
         return ChatMessage("user", text, cut)
 
     def _pieces(

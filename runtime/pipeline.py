@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 
 from llava_edge.profiles.buffers import MAX_DRAFT_TOKENS, prefill_chunk_tokens, tiles_per_batch
 from llava_edge.profiles.engines import EngineName
@@ -348,6 +349,23 @@ class LlavaEdge:
         """Exactly how many tokens a prompt takes, images included, before running anything."""
         options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
         return self._requests.build(prompt, images, options, with_pixels=False).num_tokens
+
+    def draw_tiles(self, images: Sequence[ImageSource], grid: str | None = None) -> Image:
+        """The images as they are cut, with tokens of each part: a picture for people.
+
+        Args:
+            images: at least one, as in ``stream``.
+            grid: as in ``stream``.
+
+        Returns:
+            RGB, the images one below the other.
+
+        Raises:
+            ImageError: an image is refused.
+            PromptError: there is none.
+            RequestError: the grid is unknown or larger than the artifact's.
+        """
+        return self._requests.draw_tiles(images, grid)
 
     def teacher_forced_logits(
         self,

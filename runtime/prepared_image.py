@@ -11,8 +11,6 @@ import numpy as np
 from llava_edge.profiles.anyres import TileLayout
 from llava_edge.runtime.session import Array
 
-_DIGEST_BYTES = 16
-
 
 @dataclass(frozen=True, eq=False)
 class PreparedImage:
@@ -30,11 +28,9 @@ class PreparedImage:
 
 
 def digest_tiles(pixel_values: Iterable[Array]) -> tuple[bytes, ...]:
-    """BLAKE2b, 16 bytes, of each tile's values: equal digests mean equal tiles.
+    """SHA-256 of each tile's values: equal digests mean equal tiles.
 
-    A digest that can be forged would let one picture pass for another, hence no quicker checksum.
+    A digest that can be forged would let one picture pass for another, hence no quick checksum;
+    processors with instructions for SHA-256 take less than half of BLAKE2b's time.
     """
-    return tuple(
-        hashlib.blake2b(np.ascontiguousarray(tile).data, digest_size=_DIGEST_BYTES).digest()
-        for tile in pixel_values
-    )
+    return tuple(hashlib.sha256(np.ascontiguousarray(tile).data).digest() for tile in pixel_values)

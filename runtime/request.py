@@ -6,11 +6,14 @@ out. Knows no session.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+from PIL.Image import Image
 
 from llava_edge.profiles.anyres import TileLayout, lower_pinpoints
 from llava_edge.profiles.errors import PromptError
@@ -21,6 +24,7 @@ from llava_edge.runtime.manifest import Manifest, PromptFormat
 from llava_edge.runtime.prepared_image import PreparedImage, digest_tiles
 from llava_edge.runtime.prompt import Piece, compose, raw_pieces, user_message
 from llava_edge.runtime.session import Array
+from llava_edge.runtime.tile_picture import draw_tiles, stacked
 from llava_edge.runtime.tokenizer import Tokenizer
 
 
@@ -175,6 +179,21 @@ class RequestBuilder:
         tiles = processor.preprocess(open_image(source, self._limits))
         return PreparedImage(tiles.layout, tiles.pixel_values, digest_tiles(tiles.pixel_values))
 
+    def draw_tiles(self, images: Sequence[ImageSource], grid: str | None = None) -> Image:
+        """See ``LlavaEdge.draw_tiles``."""
+        self.check_images(images)
+        if not images:
+            raise PromptError("tiles were to be drawn, and there is no image; give at least one")
+        anyres = self.processor(grid).anyres
+        drawn = []
+        for number, source in enumerate(images, start=1):
+            image = open_image(source, self._limits)
+            name = Path(source).name if isinstance(source, (str, os.PathLike)) else "image"
+            title = f"{name:.80}" + (f"  ({number} of {len(images)})" if len(images) > 1 else "")
+            layout = anyres.layout(image.height, image.width)
+            drawn.append(draw_tiles(image, layout, anyres.tile_size // anyres.patch_size, title))
+        return stacked(drawn)
+
     def assemble(self, pieces: Sequence[Piece], images: Sequence[PreparedImage]) -> Request:
         """A request of a composed prompt and its images, one for each of its marks, in order."""
         layouts = tuple(image.layout for image in images)
@@ -214,7 +233,7 @@ class RequestBuilder:
                 f"{self._limits.max_prompt_characters} are accepted"
             )
 
-    def check_images(self, images: Sequence[ImageSource], num_before: int = 0) -> None:
+    def check_images(self, images: Sequence[object], num_before: int = 0) -> None:
         """Refuse what is no list of images, or too many of them.
 
         Raises:
