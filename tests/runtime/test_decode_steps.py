@@ -36,6 +36,7 @@ class ToyDecoder:
         self.ids = list(prompt)
         self._trial: list[int] = []
         self.runs = 0
+        self.furthest = len(self.ids)
 
     @property
     def length(self) -> int:
@@ -52,6 +53,7 @@ class ToyDecoder:
         assert self.length + len(tokens) <= self.capacity
         assert PLACE not in tokens[1:]
         self.runs += 1
+        self.furthest = max(self.furthest, self.length + len(tokens))
         found = [self._logits(self.ids + tokens[: at + 1]) for at in range(len(tokens))]
         self.ids.append(tokens[0])
         self._trial = tokens[1:]
@@ -124,6 +126,8 @@ def test_drafts_change_nothing_but_the_number_of_runs(
     assert decoder.ids == plain_decoder.ids == prompt + plain[:-1]
     assert steps.accepted <= steps.drafted
     assert decoder.runs == plain_decoder.runs - steps.accepted
+    # The last token of an answer is chosen and not fed, so nothing behind it is worth computing.
+    assert decoder.furthest <= len(prompt) + max_new_tokens - 1
 
 
 @settings(max_examples=100, deadline=None)

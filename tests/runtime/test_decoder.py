@@ -126,6 +126,7 @@ def test_positions_tried_together_have_the_logits_of_steps(graph: tuple[Path, Te
         assert decoder.length == stop
 
     assert np.abs(np.concatenate(tried) - stepped).max() <= CHUNK_BOUND
+    assert len({bound.logits.address for bound in decoder._several.values()}) == 1
 
 
 def test_positions_on_trial_are_forgotten_unless_confirmed(graph: tuple[Path, TextDims]) -> None:
