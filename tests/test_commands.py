@@ -72,6 +72,7 @@ def test_convert_and_run_give_one_json_object_as_last_line(
         "engine",
         "degraded",
         "other_engines",
+        "reused_tokens",
     }
     assert len(answered["token_ids"]) == 3
     assert answered["text"] in output.err
