@@ -84,7 +84,8 @@ class DraftPace:
 
     A wrong draft costs a part of a step for each of its tokens, so trust is earned, by each size of
     match on its own: drafts begin short, double while all of one holds, and shrink to what held. A
-    size whose draft failed at its first token sits out twice as many matches as the time before.
+    size whose draft failed at its first token sits out a number of matches: twice as many each time
+    for three tokens, three times for two, four times for one.
 
     Args:
         most: longest draft.
@@ -112,7 +113,9 @@ class DraftPace:
         else:
             trust.length = max(1, accepted)
         trust.failures = 0 if accepted else trust.failures + 1
-        trust.sits_out = 0 if accepted else min(2**trust.failures, _LONGEST_PAUSE)
+        # What is copied is found by a longer match one token later, so short ones can wait.
+        growth = MAX_NGRAM + 2 - matched
+        trust.sits_out = 0 if accepted else min(growth**trust.failures, _LONGEST_PAUSE)
 
 
 @dataclass

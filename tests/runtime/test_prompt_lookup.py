@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -78,20 +79,30 @@ def test_drafts_double_while_they_hold_and_shrink_to_what_held() -> None:
     assert (pace.length(2), pace.length(1), pace.length(0)) == (2, 1, 0)
 
 
-def test_a_size_that_fails_sits_out_twice_as_long_each_time_and_returns_when_it_holds() -> None:
+@pytest.mark.parametrize(
+    ("size", "tries"),
+    [
+        # 2, 4, 8, 16 and 32 matches sit out between the tries.
+        (3, [0, 3, 8, 17, 34, 67]),
+        (2, [0, 4, 14, 42]),
+        (1, [0, 5, 22, 55]),
+    ],
+)
+def test_a_size_that_fails_sits_out_longer_each_time_and_returns_when_it_holds(
+    size: int, tries: list[int]
+) -> None:
     pace = DraftPace(8)
     asked = []
-    for _ in range(40):
-        asked.append(pace.length(1))
+    for _ in range(tries[-1] + 1):
+        asked.append(pace.length(size))
         if asked[-1]:
-            pace.report(1, asked[-1], 0)
+            pace.report(size, asked[-1], 0)
 
-    # 2, 4, 8 and 16 matches sit out between the tries.
-    assert [index for index, length in enumerate(asked) if length] == [0, 3, 8, 17, 34]
-    while not pace.length(1):
+    assert [index for index, length in enumerate(asked) if length] == tries
+    while not pace.length(size):
         pass
-    pace.report(1, 1, 1)
-    assert pace.length(1) == 2
+    pace.report(size, 1, 1)
+    assert pace.length(size) == 2
 
 
 def test_where_nothing_holds_a_draft_in_33_is_all_it_costs() -> None:
