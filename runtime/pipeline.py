@@ -454,20 +454,16 @@ class LlavaEdge:
         within_turn: WithinTurn | None = None,
         *,
         max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
         progress: ReportProgress = no_progress,
+        **sampling: Any,
     ) -> AnswerStream:
-        sampling = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed)
+        choosing = SamplingOptions(**sampling)
         require_count("max_new_tokens", max_new_tokens, 1)
 
         def run(handle: StreamHandle) -> Pieces:
             with self._turnstile.turn(handle.close):
                 pieces = self._answerer.pieces(
-                    request, sampling, max_new_tokens, progress, handle.is_cancelled
+                    request, choosing, max_new_tokens, progress, handle.is_cancelled
                 )
                 return (yield from pieces if within_turn is None else within_turn(pieces))
 
