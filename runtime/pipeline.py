@@ -460,15 +460,11 @@ class LlavaEdge:
         within_turn: WithinTurn | None = None,
         *,
         max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
         prompt_lookup_num_tokens: int = 0,
         progress: ReportProgress = no_progress,
+        **sampling: Any,
     ) -> AnswerStream:
-        sampling = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed)
+        choosing = SamplingOptions(**sampling)
         require_count("max_new_tokens", max_new_tokens, 1)
         require_count("prompt_lookup_num_tokens", prompt_lookup_num_tokens, 0, MAX_DRAFT_TOKENS)
 
@@ -476,7 +472,7 @@ class LlavaEdge:
             with self._turnstile.turn(handle.close):
                 pieces = self._answerer.pieces(
                     request,
-                    sampling,
+                    choosing,
                     max_new_tokens,
                     prompt_lookup_num_tokens,
                     progress,
