@@ -86,6 +86,7 @@ def test_pictures_and_prompt_of_the_command_come_first(chat: Run, image: Path) -
         ("/show me", "'/show me' is no command"),
         ("/image", "'/image' is no command"),
         ("/image no/such.png", "no/such.png"),
+        ("/video no/such.mp4", "is no video model"),
         ("/undo", "conversation has 0"),
         ("<image> what", "marks"),
     ],
@@ -152,6 +153,8 @@ def test_a_pipe_of_bytes_works_and_bytes_that_are_no_text_are_named(artifact: Pa
         ([], "--prompt"),
         (["--prompt", "Hi", "--system", "Be brief."], "belongs to --chat"),
         (["--prompt", "Hi", "--show-tiles", "a.png"], "give at least one"),
+        (["--prompt", "Hi", "--frames", "4"], "belong to --video"),
+        (["--prompt", "Hi", "--frame-choice", "original"], "belong to --video"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused_before_loading(
