@@ -163,14 +163,16 @@ class RequestBuilder:
         self.check_images(images)
         if not images:
             raise PromptError("tiles were to be drawn, and there is no image; give at least one")
-        anyres = self.processor(grid).anyres
+        processor = self.processor(grid)
+        anyres = processor.anyres
         drawn = []
         for number, source in enumerate(images, start=1):
             image = open_image(source, self._limits)
             name = Path(source).name if isinstance(source, (str, os.PathLike)) else "image"
             title = f"{name:.80}" + (f"  ({number} of {len(images)})" if len(images) > 1 else "")
             layout = anyres.layout(image.height, image.width)
-            drawn.append(draw_tiles(image, layout, anyres.tile_size // anyres.patch_size, title))
+            middle = processor.middle(image)
+            drawn.append(draw_tiles(image, layout, anyres.patches_per_side, title, middle))
         return stacked(drawn)
 
     def assemble(

@@ -29,7 +29,7 @@ class TileTokens:
     Attributes:
         thumbnail: patches of the thumbnail.
         tiles: patches that stay of each tile, row by row.
-        newlines: one behind every kept row of patches, or one behind a thumbnail alone.
+        newlines: one behind every kept row of patches, or one behind a thumbnail alone, if any.
     """
 
     thumbnail: int
@@ -48,11 +48,16 @@ class TileTokens:
         rows = _kept(layout.first_row, layout.kept_rows, layout.rows, side)
         columns = _kept(layout.first_column, layout.kept_columns, layout.columns, side)
         tiles = tuple(height * width for height in rows for width in columns)
-        return cls(side * side, tiles, layout.kept_rows if layout.rows else 1)
+        newlines = layout.kept_rows if layout.rows else layout.num_image_tokens - side * side
+        return cls(side * side, tiles, newlines)
 
 
 def draw_tiles(
-    image: Image.Image, layout: TileLayout, patches_per_side: int, title: str = ""
+    image: Image.Image,
+    layout: TileLayout,
+    patches_per_side: int,
+    title: str = "",
+    middle: Image.Image | None = None,
 ) -> Image.Image:
     """Draw an image as it is cut.
 
@@ -61,6 +66,7 @@ def draw_tiles(
         layout: of the image on the grid that is used.
         patches_per_side: patches along one side of a tile.
         title: stands above.
+        middle: all that is seen of the image, a square; None where the whole is.
 
     Returns:
         RGB: the thumbnail, to its right the canvas of tiles, words above and below.
@@ -68,7 +74,7 @@ def draw_tiles(
     tokens = TileTokens.of(layout, patches_per_side)
     side = _tile_side(layout)
     rows, columns = max(layout.rows, 1), layout.columns
-    words = _words(layout, tokens)
+    words = _words(layout, tokens, "squashed into" if middle is None else "of which the middle is")
     font = ImageFont.load_default(_FONT_SIZE)
     wide = max(round(font.getlength(line)) for line in [title, *words])
     canvas_width = columns * side + _GAP if columns else 0
@@ -80,9 +86,11 @@ def draw_tiles(
     sheet = Image.new("RGB", size, _PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((_MARGIN, _MARGIN - 4), title, fill=_INK, font=font)
-    pen.text((_MARGIN, top - 2), "thumbnail", fill=_FAINT, font=font)
+    pen.text(
+        (_MARGIN, top - 2), "thumbnail" if middle is None else "middle", fill=_FAINT, font=font
+    )
     corner = (_MARGIN, top + _LINE)
-    sheet.paste(image.resize((side, side), Image.Resampling.BICUBIC), corner)
+    sheet.paste((middle or image).resize((side, side), Image.Resampling.BICUBIC), corner)
     _frame(pen, corner, (side, side), _INK)
     _label(sheet, corner, f"{tokens.thumbnail} tokens", font)
     if columns:
@@ -123,15 +131,16 @@ def _tile_side(layout: TileLayout) -> int:
     return max(_SMALLEST_TILE, min(_LARGEST_TILE, _LONGEST // across))
 
 
-def _words(layout: TileLayout, tokens: TileTokens) -> list[str]:
+def _words(layout: TileLayout, tokens: TileTokens, only_tile: str) -> list[str]:
     counts = [f"{tokens.thumbnail} thumbnail"]
     if layout.rows:
         counts.append(f"{sum(tokens.tiles)} tiles")
-    counts.append(f"{tokens.newlines} newlines" if layout.rows else "1 newline")
+    if layout.rows or tokens.newlines:
+        counts.append(f"{tokens.newlines} newlines" if layout.rows else "1 newline")
     words = [f"{layout.num_image_tokens} tokens = {' + '.join(counts)}"]
     size = f"{layout.image_width} x {layout.image_height} pixels"
     if not layout.rows:
-        return [*words, f"{size}, squashed into one tile"]
+        return [*words, f"{size}, {only_tile} one tile"]
     padding = layout.pad_left + layout.pad_right + layout.pad_top + layout.pad_bottom
     words.append(f"{size}, resized to {layout.resized_width} x {layout.resized_height}")
     if not tokens.newlines:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from PIL import Image
 from llava_edge.profiles.anyres import GRID_NAMES, AnyRes, grid_pinpoints
 from llava_edge.profiles.errors import OutputExistsError, RequestError
 from llava_edge.runtime import tile_picture
+from llava_edge.runtime.image_processor import ImageProcessor
+from llava_edge.runtime.manifest import ImageProcessing
 from llava_edge.runtime.png_file import PngFile
 from llava_edge.runtime.tile_picture import TileTokens, draw_tiles, stacked
 
@@ -35,6 +38,34 @@ def test_counts_of_all_parts_are_the_tokens_of_the_image(
     assert len(tokens.tiles) == layout.num_tiles - 1
     total = tokens.thumbnail + sum(tokens.tiles) + tokens.newlines
     assert total == layout.num_image_tokens
+
+
+def test_a_middle_is_drawn_as_it_is_seen_and_costs_no_newline() -> None:
+    processing = ImageProcessing(
+        tile_size=336,
+        patch_size=14,
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+        rescale_factor=1 / 255,
+        image_grid_pinpoints=(),
+        view="crop",
+    )
+    processor = ImageProcessor(processing)
+    image = Image.new("RGB", (900, 300), "red")
+    image.paste(BLUE, (300, 0, 600, 300))
+    layout = processor.anyres.layout(300, 900)
+
+    drawn = draw_tiles(image, layout, 24, "x", processor.middle(image))
+
+    assert TileTokens.of(layout, 24) == TileTokens(576, (), 0)
+    assert tile_picture._words(layout, TileTokens.of(layout, 24), "of which the middle is") == [
+        "576 tokens = 576 thumbnail",
+        "900 x 300 pixels, of which the middle is one tile",
+    ]
+    pixels = np.asarray(drawn)
+    assert (pixels == BLUE).all(-1).sum() > 50_000
+    assert not (pixels == (255, 0, 0)).all(-1).any()
+    assert ImageProcessor(replace(processing, view="tiles")).middle(image) is None
 
 
 def test_a_tile_counts_the_patches_of_it_that_are_kept() -> None:
