@@ -100,7 +100,9 @@ class _Task:
 
 def _measure(artifact: str, task: _Task) -> tuple[dict[str, Any], QualityResult]:
     progress = ProgressLine()
-    with LlavaEdge.load(artifact, threads=task.threads, progress=progress) as model:
+    with LlavaEdge.load(
+        artifact, threads=task.threads, prefix_reuse=False, progress=progress
+    ) as model:
         result = measure_quality(model, task.questions, task.grid, task.max_new_tokens, progress)
         progress.clear()
         return _row(artifact, model, result), result

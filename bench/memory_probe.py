@@ -27,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     steps = Steps()
     steps("imported", 0, 0)
-    with LlavaEdge.load(options.artifact, threads=options.threads, progress=steps) as model:
+    with LlavaEdge.load(
+        options.artifact, threads=options.threads, prefix_reuse=False, progress=steps
+    ) as model:
         steps("loaded", 0, 0)
         prompt = _prompt(model, options.images, options.prompt_tokens)
         answer = model.generate(

@@ -21,6 +21,9 @@ LOGIT_BYTES = 4
 PIXEL_BYTES = 4
 """The image processor works in float32."""
 
+MAX_DRAFT_TOKENS = 32
+"""Longest draft of prompt lookup: beyond it a run costs more than it can give back."""
+
 MIN_TEXT_TOKENS = 512
 """Room kept beside one full image for question and answer."""
 

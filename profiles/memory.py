@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 from llava_edge.profiles.buffers import (
+    MAX_DRAFT_TOKENS,
     CacheType,
     default_cache_type,
     image_feature_bytes,
@@ -46,6 +47,9 @@ PLANNED_VIDEO_PIXELS = 4096 * 2304
 """Pixels of a video's frame, the most that the runtime's limits take."""
 
 _VIDEO_BYTES = 30 * PLANNED_VIDEO_PIXELS + (16 << 20)
+
+_STEP_TOKENS = 1 + MAX_DRAFT_TOKENS
+"""Positions of the largest decode step: a token and its draft."""
 
 PLANNED_IMAGE_PIXELS = 24_000_000
 """Pixels of the largest image a plan makes room for while it is decoded; a 24-megapixel photo."""
@@ -278,7 +282,10 @@ def _cpu_phases(
         "load": loaded + MemoryTerms(load_transient=transient),
         "encode": encode,
         "prefill": ready + media + _decoder_run(text, chunk, "cpu", precision, factor, c),
-        "decode": ready + pixels + _decoder_run(text, 1, "cpu", precision, factor, c),
+        "decode": ready
+        + pixels
+        + MemoryTerms(logits=logits_bytes(text, _STEP_TOKENS))
+        + _decoder_run(text, _STEP_TOKENS, "cpu", precision, factor, c),
     }
     return {n: p.with_slack(c.bytes("slack"), c["slack_share"]) for n, p in phases.items()}
 
@@ -359,7 +366,8 @@ def _device_phases(
         attention_workspace=_cuda_attention(text, chunk, work.context_tokens, machine),
     )
     prefill = encode + run
-    phases = dict(zip(PHASES, (loaded, encode, prefill, prefill), strict=True))
+    decode = prefill + MemoryTerms(logits=logits_bytes(text, _STEP_TOKENS))
+    phases = dict(zip(PHASES, (loaded, encode, prefill, decode), strict=True))
     return {n: p.with_slack(c.bytes("slack"), c["slack_share"]) for n, p in phases.items()}
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llava_edge.runtime.answer import Answer, Timings
+    from llava_edge.runtime.chat import Chat, ChatMessage
     from llava_edge.runtime.limits import Limits
     from llava_edge.runtime.pipeline import LlavaEdge
     from llava_edge.runtime.stream import AnswerStream
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "Answer": "answer",
     "AnswerStream": "stream",
+    "Chat": "chat",
+    "ChatMessage": "chat",
     "Limits": "limits",
     "LlavaEdge": "pipeline",
     "Timings": "answer",
 }
 
-__all__ = ["Answer", "AnswerStream", "Limits", "LlavaEdge", "Timings"]
+__all__ = ["Answer", "AnswerStream", "Chat", "ChatMessage", "Limits", "LlavaEdge", "Timings"]
 
 
 def __getattr__(name: str) -> Any:

@@ -37,9 +37,12 @@ class Answer:
     """Result of one request.
 
     ``token_ids`` include the stop token, ``text`` does not; ``prompt_tokens`` include
-    ``image_tokens`` and ``video_tokens``. ``degraded`` lists what was lowered to make the request
-    fit; empty if nothing. ``engine`` ran the vision tower: ``tensorrt``, ``tensorrt-rtx`` or
-    ``ort``; ``other_engines`` says of each better one why it did not.
+    ``image_tokens`` and ``video_tokens``. ``reused_tokens`` of the prompt lay in the cache already,
+    from the request before; their tiles and frames were not encoded. ``degraded`` lists what was
+    lowered to make the request fit; empty if nothing. ``engine`` ran the vision tower:
+    ``tensorrt``, ``tensorrt-rtx`` or ``ort``; ``other_engines`` says of each better one why it did
+    not. ``draft_tokens`` were looked up in the prompt and checked, ``accepted_tokens`` of them
+    became part of the answer; both 0 without prompt lookup.
     """
 
     text: str
@@ -51,6 +54,9 @@ class Answer:
     peak_memory: PeakMemory
     device: str
     engine: str
+    reused_tokens: int = 0
     degraded: tuple[str, ...] = ()
     other_engines: dict[str, str] = field(default_factory=dict)
     video_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0

@@ -1,4 +1,4 @@
-"""Decoder: prefill in chunks and one decode step, over the decoder graph.
+"""Decoder: prefill in chunks, decode steps, and steps on trial, over the decoder graph.
 
 Knows embeddings and logits, nothing of text or images. Everything a step needs is bound once; a
 step writes one embedding row and two lengths in place and runs.
@@ -7,6 +7,7 @@ step writes one embedding row and two lengths in place and runs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ class Decoder:
         dtype: float32 (cpu flavour) or float16 (cuda flavour) of embeddings and cache.
 
     Attributes:
-        step_seconds: time spent inside ONNX Runtime by all decode steps so far.
+        step_seconds: time spent inside ONNX Runtime by all decode steps so far, on trial or not.
     """
 
     def __init__(
@@ -63,6 +64,9 @@ class Decoder:
         self._step = self._bind()
         self._step.input("inputs_embeds", self._row)
         self._prefill = self._bind()
+        self._on_trial = 0
+        self._widest = (self._row, self._logits)
+        self._several: dict[int, _Rows] = {}
 
     def _bind(self) -> Any:
         binding = self._session.binding()
@@ -160,9 +164,72 @@ class Decoder:
         last: Array = self._logits.read()[0, 0]
         return last
 
+    def try_steps(self, rows: Array) -> Array:
+        """Append one position, and compute those that may follow it in the same run.
+
+        Only the first counts from here on. The others are on trial: ``confirm`` appends the next of
+        them without computing anything; any other call forgets them. So the length is right at
+        every moment, whatever ends the request.
+
+        A run of several positions takes other kernels than ``step`` does, in attention and in most
+        matrix products, so the last bits of logits and cache differ from it.
+
+        Args:
+            rows: embeddings (n, hidden), n at least 1.
+
+        Returns:
+            float32 (n, vocab), logits behind each. Valid until the next call that computes.
+
+        Raises:
+            PromptError: the cache has no room for all of them.
+        """
+        count = len(rows)
+        if self.length + count > self.capacity:
+            raise PromptError(
+                f"{count} tokens were asked behind {self.length}; the context holds {self.capacity}"
+            )
+        bound = self._rows(count)
+        bound.embeddings.write(rows[None])
+        self._keep.write(np.array(count, np.int64))
+        first, before = self.length + 1, self._session.run_seconds
+        try:
+            self._run(bound.binding, count)
+        finally:
+            self._keep.write(np.array(1, np.int64))
+        self.step_seconds += self._session.run_seconds - before
+        self.cache.rewind(first)
+        self._on_trial = count - 1
+        kept: Array = bound.logits.read()[0]
+        return kept
+
+    def confirm(self) -> None:
+        """Append the next of the positions on trial."""
+        if not self._on_trial:
+            raise ValueError("no position is on trial")
+        self.cache.length += 1
+        self._on_trial -= 1
+
     def rewind(self, length: int) -> None:
         """Forget all but the first ``length`` positions."""
+        self._on_trial = 0
         self.cache.rewind(length)
+
+    def _rows(self, count: int) -> _Rows:
+        """What runs that many positions: bound once, in memory for the most that were asked."""
+        if count > self._widest[0].shape[1]:
+            self._several.clear()
+            device = self._session.device
+            self._widest = (
+                Buffer((1, count, self._hidden), self._dtype, device),
+                Buffer((1, count, self._logits.shape[-1]), np.float32, device),
+            )
+        if count not in self._several:
+            embeddings, logits = (buffer.first(count) for buffer in self._widest)
+            binding = self._bind()
+            binding.input("inputs_embeds", embeddings)
+            binding.output("logits", logits)
+            self._several[count] = _Rows(embeddings, logits, binding)
+        return self._several[count]
 
     def _device_rows(self, rows: Array) -> Buffer:
         if self._session.device == "cpu":
@@ -172,8 +239,18 @@ class Decoder:
         return buffer
 
     def _run(self, binding: Any, num_tokens: int, *, shrink: bool = False) -> None:
+        self._on_trial = 0
         total = self.length + num_tokens
         self._last.write(np.array([total - 1], np.int32))
         binding.run(shrink=shrink)
         # Only now: a failed call leaves the old length, and what it wrote is ignored.
         self.cache.length = total
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Several positions at once: embeddings [1, n, hidden], logits [1, n, vocab], bound."""
+
+    embeddings: Buffer
+    logits: Buffer
+    binding: Any

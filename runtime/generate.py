@@ -6,11 +6,11 @@ Knows token ids only; text is the stream decoder's matter.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from llava_edge.runtime.decoder import Decoder
+from llava_edge.runtime.decode_steps import Steps
 from llava_edge.runtime.sampling import Sampler
 from llava_edge.runtime.session import Array
 
@@ -33,10 +33,9 @@ class LoopResult:
 
 
 def generate_tokens(
-    decoder: Decoder,
+    steps: Steps,
     logits: Array,
     sampler: Sampler,
-    embed: Callable[[int], Array],
     stop_ids: frozenset[int],
     max_new_tokens: int,
     result: LoopResult,
@@ -44,10 +43,9 @@ def generate_tokens(
     """Yield token ids, the stop token included.
 
     Args:
-        decoder: holds the prompt.
+        steps: behind the prompt; they turn a token into the logits behind it.
         logits: float32 (vocab,) of the prompt's last position.
         sampler: chooses.
-        embed: token id → embedding row (hidden,).
         stop_ids: ids that end the answer.
         max_new_tokens: at least 1.
         result: filled as the loop goes, also when the consumer stops early.
@@ -63,11 +61,11 @@ def generate_tokens(
             result.finish_reason = "stop"
         elif result.num_tokens >= max_new_tokens:
             result.finish_reason = "length"
-        elif decoder.length >= decoder.capacity:
+        elif steps.is_full:
             result.finish_reason = "context"
         else:
             yield token
-            logits = decoder.step(embed(token))
+            logits = steps.step(token, max_new_tokens - result.num_tokens - 1)
             continue
         yield token
         return

@@ -91,6 +91,16 @@ class ImageProcessor:
                 self._normalize(part, pixel_values[index + 1])
         return ImageTiles(pixel_values, layout)
 
+    def middle(self, image: Image.Image) -> Image.Image | None:
+        """The square (T, T) that is seen where only the middle of an image is; else None.
+
+        Raises:
+            ImageError: as ``preprocess``.
+        """
+        if not self._crops:
+            return None
+        return Image.fromarray(_center(convert_to_rgb(image), self.anyres.tile_size))
+
     def _normalize(self, tile: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
         for channel in range(3):
             # "clip" writes straight into out; no 8-bit value is outside the table.

@@ -120,8 +120,7 @@ def _look(model: LlavaEdge, probe: GoldenProbe, bounds: Bounds) -> _Seen:
     if not np.array_equal(ids, probe.ids):
         return _Seen(prompt=f"{name}: {_first_difference(ids, probe.ids)}")
     digest = hashlib.sha256()
-    frames = replay.request.frame_pixels
-    for pixels in (*replay.request.pixel_values, *(() if frames is None else (frames,))):
+    for pixels in (*replay.request.pixel_values, *replay.request.frame_pixels):
         digest.update(np.ascontiguousarray(pixels, "<f4").data)
     return _Seen(
         pixels=None

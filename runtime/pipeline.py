@@ -11,24 +11,26 @@ One object may be used by many threads; requests queue. No network, no torch.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 
-from llava_edge.profiles.buffers import prefill_chunk_tokens, tiles_per_batch
+from llava_edge.profiles.buffers import MAX_DRAFT_TOKENS, prefill_chunk_tokens, tiles_per_batch
 from llava_edge.profiles.engines import EngineName
 from llava_edge.profiles.errors import PromptError, RequestError
-from llava_edge.runtime.answer import Answer, PeakMemory, Timings
+from llava_edge.runtime.answer import Answer
+from llava_edge.runtime.answerer import Answerer
 from llava_edge.runtime.arguments import require_count
 from llava_edge.runtime.artifact import Artifact, open_artifact
+from llava_edge.runtime.cached_encoder import cached_encoder
+from llava_edge.runtime.chat import Chat, WithinTurn
 from llava_edge.runtime.clip import VideoSource
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.frame_choice import FrameChoice
-from llava_edge.runtime.generate import LoopResult, generate_tokens
-from llava_edge.runtime.host_memory import map_large_blocks, peak_host_bytes
+from llava_edge.runtime.host_memory import map_large_blocks
 from llava_edge.runtime.images import ImageSource
 from llava_edge.runtime.instructions import needs_wide_sums
 from llava_edge.runtime.interface_check import check_interfaces
@@ -36,10 +38,10 @@ from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.placement import Device, check_host_memory, choose_device
 from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.prompt_embedder import PromptEmbedder
-from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
 from llava_edge.runtime.replay import Replay
-from llava_edge.runtime.request import PromptOptions, Request, RequestBuilder, VideoInput
-from llava_edge.runtime.sampling import Sampler, SamplingOptions
+from llava_edge.runtime.request import PromptOptions, Request, VideoInput
+from llava_edge.runtime.request_builder import RequestBuilder
+from llava_edge.runtime.sampling import SamplingOptions
 from llava_edge.runtime.session import Array, DeviceKind, Session, SessionOptions
 from llava_edge.runtime.stream import AnswerStream, Pieces, StreamHandle
 from llava_edge.runtime.tokenizer import Tokenizer
@@ -71,6 +73,8 @@ class LlavaEdge:
         progress: ReportProgress,
         engine: AskedEngine = "auto",
         trust_engines: bool = False,
+        prefix_reuse: bool = True,
+        vision_cache_bytes: int = 0,
     ) -> None:
         manifest = artifact.manifest
         flavour = manifest.flavour
@@ -79,9 +83,7 @@ class LlavaEdge:
         self.context_tokens = context_tokens
         self._dims = manifest.model
         self._tokens = manifest.tokens
-        self._dtype: type[np.float32] | type[np.float16] = (
-            np.float32 if flavour == "cpu" else np.float16
-        )
+        dtype: type[np.float32] | type[np.float16] = np.float32 if flavour == "cpu" else np.float16
         self._turnstile = Turnstile()
         self._tokenizer = Tokenizer.open(
             artifact.path(manifest.tokenizer), manifest.tokens, manifest.prompt
@@ -96,7 +98,7 @@ class LlavaEdge:
 
         def open_ort() -> VisionEncoder:
             session = Session(artifact.path(manifest.vision.file), options)
-            return VisionEncoder(session, self._dims, batch, self._dtype)
+            return VisionEncoder(session, self._dims, batch, dtype)
 
         progress("loading", 0, 2)
         self._tower = open_tower(artifact, device, engine, open_ort, trust_engines=trust_engines)
@@ -104,17 +106,29 @@ class LlavaEdge:
         progress("loading", 1, 2)
         decoder = Session(artifact.path(manifest.decoder.file), options)
         progress("loading", 2, 2)
-        self._embedder = PromptEmbedder(
+        encoder = cached_encoder(self._tower.encoder, self._dims, dtype, vision_cache_bytes)
+        embedder = PromptEmbedder(
             self._dims,
             self._tokens.image,
             self._table,
-            self._tower.encoder,
-            self._dtype,
+            encoder,
+            dtype,
             batch,
             self._tokens.video,
         )
         chunk = prefill_chunk_tokens(manifest.prefill_chunk, context_tokens)
-        self._decoder = Decoder(decoder, self._dims.text, context_tokens, chunk, self._dtype)
+        self._decoder = Decoder(decoder, self._dims.text, context_tokens, chunk, dtype)
+        self._answerer = Answerer(
+            self._tower,
+            device,
+            embedder,
+            self._decoder,
+            self._table,
+            self._tokenizer,
+            self._tokens,
+            dtype,
+            prefix_reuse,
+        )
 
     @classmethod
     def load(
@@ -128,6 +142,8 @@ class LlavaEdge:
         allow_slow: bool = False,
         engine: AskedEngine = "auto",
         trust_engines: bool = False,
+        prefix_reuse: bool = True,
+        vision_cache_bytes: int = 0,
         limits: Limits | None = None,
         progress: ReportProgress = no_progress,
     ) -> LlavaEdge:
@@ -148,6 +164,13 @@ class LlavaEdge:
                 TensorRT-RTX and ONNX Runtime; one that is named must work.
             trust_engines: open engines that came with the artifact, which runs NVIDIA's library
                 over bytes that its maker chose. Engines built on this machine need no trust.
+            prefix_reuse: where a prompt begins as the one before it (same words, same pictures,
+                told by content), compute only the rest. Off, where requests of strangers meet in
+                one model: by the time it takes, one learns what another asked.
+            vision_cache_bytes: host memory for features of tiles, so that tiles seen before (by
+                content) are not encoded again, whatever was asked in between; 0 keeps none.
+                Beside what the plan counts. Not with a TensorRT tower, whose features stay on
+                the device.
             limits: bounds on what is accepted as input.
             progress: told about loading.
 
@@ -169,6 +192,8 @@ class LlavaEdge:
             allow_slow=allow_slow,
             engine=engine,
             trust_engines=trust_engines,
+            prefix_reuse=prefix_reuse,
+            vision_cache_bytes=vision_cache_bytes,
             limits=limits,
             progress=progress,
         )
@@ -190,6 +215,8 @@ class LlavaEdge:
         allow_slow: bool = False,
         engine: AskedEngine = "auto",
         trust_engines: bool = False,
+        prefix_reuse: bool = True,
+        vision_cache_bytes: int = 0,
         limits: Limits | None = None,
         progress: ReportProgress = no_progress,
     ) -> LlavaEdge:
@@ -198,6 +225,7 @@ class LlavaEdge:
         Args and errors are those of ``load``.
         """
         require_count("threads", threads, 0, MAX_THREADS)
+        require_count("vision_cache_bytes", vision_cache_bytes, 0)
         check_interfaces(artifact)
         manifest = artifact.manifest
         chosen = choose_device(device, manifest.flavour, allow_slow)
@@ -209,7 +237,7 @@ class LlavaEdge:
                 f"{manifest.context_tokens}. Convert again with --context for a longer one."
             )
         if chosen == "cpu":
-            check_host_memory(artifact, context)
+            check_host_memory(artifact, context, vision_cache_bytes)
         return cls(
             artifact,
             chosen,
@@ -219,6 +247,8 @@ class LlavaEdge:
             progress,
             engine,
             trust_engines,
+            prefix_reuse,
+            vision_cache_bytes,
         )
 
     def generate(self, prompt: str, images: Sequence[ImageSource] = (), **options: Any) -> Answer:
@@ -249,6 +279,7 @@ class LlavaEdge:
         top_p: float = 1.0,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
+        prompt_lookup_num_tokens: int = 0,
         progress: ReportProgress = no_progress,
     ) -> AnswerStream:
         """Answer a question piece by piece. Everything about the input is checked at once.
@@ -272,6 +303,10 @@ class LlavaEdge:
             top_p: see ``SamplingOptions``.
             repetition_penalty: see ``SamplingOptions``.
             seed: see ``SamplingOptions``.
+            prompt_lookup_num_tokens: the most tokens to look up in prompt and answer and to check
+                in one run; 0 is plain decoding. Answers that copy come faster. Tokens are chosen
+                from the model's own logits either way, whose last bits differ between a run of one
+                position and of several: where two tokens are as good as equal, another may come.
             progress: told about tiles and prompt chunks.
 
         Returns:
@@ -284,14 +319,43 @@ class LlavaEdge:
             PromptError: the prompt is empty, too long, or its marks do not match the images.
             RequestError: a sampling option or the grid is out of range.
         """
-        sampling = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed)
-        require_count("max_new_tokens", max_new_tokens, 1)
         options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
         clip = None if video is None else VideoInput(video, num_frames, frame_choice)
         request = self._requests.build(prompt, images, options, video=clip)
         self._check_length(request)
-        return AnswerStream(
-            lambda handle: self._run(request, sampling, max_new_tokens, progress, handle)
+        return self._start(
+            request,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+            progress=progress,
+        )
+
+    def chat(
+        self, system: str | None = None, *, image_marks: bool = True, grid: str | None = None
+    ) -> Chat:
+        """Begin a conversation, of which each turn computes only what is new.
+
+        Args:
+            system: text of the system turn; None leaves what the template puts in its place.
+            image_marks: as in ``stream``, for all messages.
+            grid: as in ``stream``, for all images.
+
+        Raises:
+            PromptError: the artifact has no chat template, or it has no system turn.
+            RequestError: the grid is unknown or larger than the artifact's.
+        """
+        return Chat(
+            self._requests,
+            self._start,
+            self.context_tokens,
+            system=system,
+            image_marks=image_marks,
+            grid=grid,
         )
 
     def count_tokens(
@@ -310,6 +374,23 @@ class LlavaEdge:
         clip = None if video is None else VideoInput(video, num_frames)
         built = self._requests.build(prompt, images, options, video=clip, with_pixels=False)
         return built.num_tokens
+
+    def draw_tiles(self, images: Sequence[ImageSource], grid: str | None = None) -> Image:
+        """The images as they are cut, with tokens of each part: a picture for people.
+
+        Args:
+            images: at least one, as in ``stream``.
+            grid: as in ``stream``.
+
+        Returns:
+            RGB, the images one below the other.
+
+        Raises:
+            ImageError: an image is refused.
+            PromptError: there is none.
+            RequestError: the grid is unknown or larger than the artifact's.
+        """
+        return self._requests.draw_tiles(images, grid)
 
     def teacher_forced_logits(
         self,
@@ -368,12 +449,7 @@ class LlavaEdge:
         request = self._requests.build(prompt, images, options or PromptOptions(), video=video)
         self._check_length(request)
         with self._turnstile.turn():
-            embeddings = self._embedder.embed(request, no_progress)
-            on_logits(0, self._prefill(request, embeddings, no_progress))
-            for index, token in enumerate(token_ids, start=1):
-                row = self._table.rows(np.array([token]), dtype=self._dtype)
-                on_logits(index, self._decoder.step(row[0]))
-        return Replay(request, embeddings.features[:-1])
+            return self._answerer.replay(request, token_ids, on_logits)
 
     @property
     def decode_run_seconds(self) -> float:
@@ -388,7 +464,7 @@ class LlavaEdge:
             if tower is not None:
                 tower.close()
             # Nobody gets in any more, so nobody misses them.
-            self.__dict__.pop("_embedder", None)
+            self.__dict__.pop("_answerer", None)
             self.__dict__.pop("_decoder", None)
 
     def __enter__(self) -> LlavaEdge:
@@ -407,90 +483,30 @@ class LlavaEdge:
             "give fewer images or frames, lower the grid, or load or convert with a larger context."
         )
 
-    def _run(
+    def _start(
         self,
         request: Request,
-        sampling: SamplingOptions,
-        max_new_tokens: int,
-        progress: ReportProgress,
-        handle: StreamHandle,
-    ) -> Pieces:
-        with self._turnstile.turn(handle.close):
-            started = time.perf_counter()
-            embeddings = self._embedder.embed(request, progress)
-            encoded = time.perf_counter()
-            logits = self._prefill(request, embeddings, progress)
-            prefilled = time.perf_counter()
-            # Features are not kept while the answer is made.
-            del embeddings
-            vocab_size = self._dims.text.vocab_size
-            places = [i for i in (self._tokens.image, self._tokens.video) if i is not None]
-            sampler = Sampler(
-                sampling, vocab_size, self._tokens.num_text_tokens, request.ids, places
-            )
-            row = np.empty((1, self._dims.text.hidden_size), self._dtype)
-            stop_ids = frozenset(self._tokens.stop)
-            result = LoopResult()
-            decoder = self._tokenizer.stream()
-            token_ids: list[int] = []
-            text: list[str] = []
-            for token in generate_tokens(
-                self._decoder,
-                logits,
-                sampler,
-                lambda token: self._table.rows(np.array([token]), out=row)[0],
-                stop_ids,
-                max_new_tokens,
-                result,
-            ):
-                if handle.is_cancelled():
-                    return None
-                token_ids.append(token)
-                ended = result.finish_reason is not None
-                piece = "" if token in stop_ids else decoder.push(token)
-                if ended:
-                    piece += decoder.finish()
-                if piece:
-                    text.append(piece)
-                    yield piece
-            rate = None
-            if result.num_tokens > 1:
-                rate = (result.num_tokens - 1) / max(result.decode_seconds, 1e-9)
-            waited = result.first_token_at - started
-            timings = Timings(
-                preprocess_seconds=request.preprocess_seconds,
-                vision_seconds=encoded - started,
-                prefill_seconds=prefilled - encoded,
-                decode_seconds=result.decode_seconds,
-                ttft_seconds=request.preprocess_seconds + waited,
-                decode_tokens_per_second=rate,
-            )
-            assert result.finish_reason is not None
-            return Answer(
-                text="".join(text),
-                token_ids=tuple(token_ids),
-                prompt_tokens=request.num_tokens,
-                image_tokens=request.image_tokens,
-                video_tokens=request.video_tokens,
-                finish_reason=result.finish_reason,
-                timings=timings,
-                peak_memory=PeakMemory(host_bytes=peak_host_bytes(), device_bytes=None),
-                device=self.device,
-                engine=self.engine,
-                other_engines=dict(self._tower.other_engines),
-            )
+        within_turn: WithinTurn | None = None,
+        *,
+        max_new_tokens: int = 256,
+        prompt_lookup_num_tokens: int = 0,
+        progress: ReportProgress = no_progress,
+        **sampling: Any,
+    ) -> AnswerStream:
+        choosing = SamplingOptions(**sampling)
+        require_count("max_new_tokens", max_new_tokens, 1)
+        require_count("prompt_lookup_num_tokens", prompt_lookup_num_tokens, 0, MAX_DRAFT_TOKENS)
 
-    def _prefill(
-        self, request: Request, embeddings: PromptEmbeddings, progress: ReportProgress
-    ) -> Array:
-        """Logits (vocab,) of the prompt's last position."""
-        total = request.num_tokens
+        def run(handle: StreamHandle) -> Pieces:
+            with self._turnstile.turn(handle.close):
+                pieces = self._answerer.pieces(
+                    request,
+                    choosing,
+                    max_new_tokens,
+                    prompt_lookup_num_tokens,
+                    progress,
+                    handle.is_cancelled,
+                )
+                return (yield from pieces if within_turn is None else within_turn(pieces))
 
-        def fill(start: int, stop: int, out: Array) -> None:
-            progress("prompt", start, total)
-            embeddings.fill(start, stop, out)
-
-        self._decoder.rewind(0)
-        logits: Array = self._decoder.prefill(total, fill, place=embeddings.place)[0]
-        progress("prompt", total, total)
-        return logits
+        return AnswerStream(run)

@@ -64,29 +64,35 @@ def choose_device(asked: Device, flavour: Flavour, allow_slow: bool) -> DeviceKi
     return "cpu"
 
 
-def check_host_memory(artifact: Artifact, context_tokens: int) -> None:
+def check_host_memory(artifact: Artifact, context_tokens: int, vision_cache_bytes: int = 0) -> None:
     """Ask before allocating: a system that promises too much kills, it does not refuse.
 
     Counted is what loading certainly takes, by the same model that plans: weights, the largest of
-    them twice while it is packed, and the cache. Room for images is not asked for here, so that
-    nothing is refused that would have fitted.
+    them twice while it is packed, the KV cache, and what the vision cache may grow to. Room for
+    images is not asked for here, so that nothing is refused that would have fitted.
 
     Raises:
         OutOfMemoryError: it exceeds what is free now.
     """
-    needed = certain_host_terms(artifact.manifest, context_tokens)
+    load, decode = _certain_phases(artifact.manifest, context_tokens)
+    # Nothing is in the vision cache yet while weights are loaded.
+    needed = max(load.total, decode.total + vision_cache_bytes)
     free = available_host_bytes()
-    if free is None or needed.total <= free:
+    if free is None or needed <= free:
         return
-    largest = sorted(needed.as_dict().items(), key=lambda item: -item[1])[:4]
+    terms = load.as_dict() if needed == load.total else decode.as_dict()
+    terms["vision_cache"] = vision_cache_bytes if needed != load.total else 0
+    largest = sorted(terms.items(), key=lambda item: -item[1])[:4]
     listed = ", ".join(
         f"{size / 2**30:.2f} GiB {name.replace('_', ' ')}" for name, size in largest if size
     )
+    smaller = "context_tokens (--context)"
+    if vision_cache_bytes:
+        smaller += " or vision_cache_bytes"
     raise OutOfMemoryError(
         f"{artifact.folder} with a context of {context_tokens} tokens needs at least "
-        f"{needed.total / 2**30:.2f} GiB ({listed}); {free / 2**30:.2f} GiB are free. Load with a "
-        "smaller context_tokens (--context), close other programs, or convert at a lower "
-        "precision."
+        f"{needed / 2**30:.2f} GiB ({listed}); {free / 2**30:.2f} GiB are free. Load with a "
+        f"smaller {smaller}, close other programs, or convert at a lower precision."
     )
 
 
@@ -96,6 +102,11 @@ def certain_host_terms(manifest: Manifest, context_tokens: int) -> MemoryTerms:
     What this process has already, allowances for the allocator and everything that belongs to a
     request are left out. A cuda artifact that runs on the CPU is counted as on its device.
     """
+    return max(_certain_phases(manifest, context_tokens), key=lambda terms: terms.total)
+
+
+def _certain_phases(manifest: Manifest, context_tokens: int) -> tuple[MemoryTerms, MemoryTerms]:
+    """While weights are loaded, and while an answer is made."""
     machine = Machine(manifest.flavour)
     work = Workload(context_tokens, num_images=0, image_pixels=0)
     stored = manifest.precision.language_model
@@ -105,7 +116,5 @@ def certain_host_terms(manifest: Manifest, context_tokens: int) -> MemoryTerms:
     vision = VisionFormat("int8" if tower == "int8" else "fp16")
     estimate = estimate_memory(manifest.model, precision, work, machine, vision=vision)
     phases = estimate.device or estimate.host
-    certain = (
-        replace(phases[name], **dict.fromkeys(_NOT_CERTAIN, 0)) for name in ("load", "decode")
-    )
-    return max(certain, key=lambda terms: terms.total)
+    nothing = dict.fromkeys(_NOT_CERTAIN, 0)
+    return replace(phases["load"], **nothing), replace(phases["decode"], **nothing)

@@ -75,14 +75,14 @@ class PromptEmbedder:
         self,
         pixel_values: Sequence[Array],
         progress: ReportProgress = no_progress,
-        frame_pixels: Array | None = None,
+        frame_pixels: Sequence[Array] = (),
     ) -> Array | DeviceRows:
-        """Features of all tiles of all images, and of the frames of a video.
+        """Features of all tiles of all images, and of all frames of all videos.
 
         Args:
             pixel_values: tiles of each image, float32 (num_tiles, 3, T, T).
             progress: told about tiles and frames, batch by batch.
-            frame_pixels: of a video, float32 (num_frames, 3, T, T).
+            frame_pixels: frames of each video, float32 (num_frames, 3, T, T).
 
         Returns:
             (total tiles · patches + frames · tokens of one + 1, hidden) in the flavour's type; the
@@ -90,25 +90,22 @@ class PromptEmbedder:
         """
         patches = self._dims.vision.num_patches
         total = sum(len(pixels) for pixels in pixel_values)
-        frames = 0 if frame_pixels is None else len(frame_pixels)
+        frames = sum(len(pixels) for pixels in frame_pixels)
         features, encode = self._room(image_feature_shape(self._dims, total, frames))
         done = 0
-        batches: Iterable[Array] = pixel_values
-        if self._batch_tiles is not None:
-            batches = _batches(pixel_values, self._batch_tiles)
-        for pixels in batches:
+        for pixels in self._batches(pixel_values):
             progress("tiles", done, total)
             encode(pixels, done * patches)
             done += len(pixels)
         if total:
             progress("tiles", total, total)
-        if frame_pixels is not None:
+        if frames:
             self._encode_frames(frame_pixels, features, total * patches, progress)
         return features
 
     def _encode_frames(
         self,
-        frame_pixels: Array,
+        frame_pixels: Sequence[Array],
         features: Array | DeviceRows,
         first: int,
         progress: ReportProgress,
@@ -118,13 +115,16 @@ class PromptEmbedder:
         assert isinstance(features, np.ndarray)
         assert not isinstance(self._encoder, DeviceEncoder)
         rows = video_tokens_per_frame(self._dims.vision)
-        step, total = self._batch_tiles or len(frame_pixels), len(frame_pixels)
-        for start in range(0, total, step):
-            progress("frames", start, total)
-            frames = frame_pixels[start : start + step]
-            out = features[first + start * rows :][: len(frames) * rows]
+        done, total = 0, sum(len(pixels) for pixels in frame_pixels)
+        for frames in self._batches(frame_pixels):
+            progress("frames", done, total)
+            out = features[first + done * rows :][: len(frames) * rows]
             self._encoder.encode(frames, out.reshape(len(frames), rows, -1))
+            done += len(frames)
         progress("frames", total, total)
+
+    def _batches(self, pixels: Sequence[Array]) -> Iterable[Array]:
+        return pixels if self._batch_tiles is None else _batches(pixels, self._batch_tiles)
 
     def _room(
         self, shape: tuple[int, int]
@@ -148,11 +148,11 @@ class PromptEmbedder:
         return features, encode
 
     def embed(self, request: Request, progress: ReportProgress = no_progress) -> PromptEmbeddings:
-        """Encode a request's tiles; its embeddings are then fetched chunk by chunk.
+        """Encode a request's tiles and frames; its embeddings are then fetched chunk by chunk.
 
         Args:
             request: with pixels.
-            progress: told about tiles.
+            progress: told about tiles and frames.
         """
         return PromptEmbeddings(
             request.ids,
@@ -166,7 +166,7 @@ class PromptEmbedder:
 
 
 def _batches(images: Sequence[Array], size: int) -> Iterator[Array]:
-    """Tiles of all images in order, ``size`` at a time; copied only where a batch spans images."""
+    """Tiles (or frames) of all media in order, ``size`` at a time; copied only where they span."""
     waiting: list[Array] = []
     count = 0
     for tiles in images:

@@ -1,4 +1,4 @@
-"""``llava-edge run ARTIFACT``: ask one question about pictures and stream the answer."""
+"""``llava-edge run ARTIFACT``: ask about pictures and stream the answers, once or in a chat."""
 
 from __future__ import annotations
 
@@ -6,22 +6,33 @@ import argparse
 import io
 import json
 import sys
-from typing import get_args
+from typing import Any, TextIO, get_args
 
+from llava_edge.runtime.answer import Answer
+from llava_edge.runtime.chat_loop import ChatLoop, terminal_lines
 from llava_edge.runtime.engine_arguments import add_engine_arguments
 from llava_edge.runtime.frame_choice import FrameChoice
 from llava_edge.runtime.pipeline import LlavaEdge
+from llava_edge.runtime.png_file import PngFile
 from llava_edge.runtime.progress import ProgressLine
 from llava_edge.runtime.records import to_json
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    _check_usage(parser, options)
+    drawing = None
+    if options.show_tiles is not None:
+        drawing = PngFile(options.show_tiles, force=options.force)
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):
             # A terminal that is not UTF-8 shows a stand-in rather than ending the answer.
             output.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no text then reach the prompt's own check, which names them.
+        sys.stdin.reconfigure(errors="surrogateescape")
     progress = ProgressLine()
     model = LlavaEdge.load(
         options.artifact,
@@ -34,47 +45,112 @@ def main(argv: list[str] | None = None) -> int:
         trust_engines=options.trust_engines,
         progress=progress,
     )
+    if drawing is not None:
+        drawing.write(model.draw_tiles(options.image, options.grid))
+    # With --json the answer stands in the object; the live text then goes where progress goes.
+    live = sys.stderr if options.json else sys.stdout
+    sampling = {
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "repetition_penalty": options.repetition_penalty,
+        "seed": options.seed,
+        "prompt_lookup_num_tokens": options.prompt_lookup,
+    }
+    frames: dict[str, Any] = {
+        "num_frames": options.frames,
+        "frame_choice": options.frame_choice or "reference",
+    }
+    if options.chat:
+        return _chat(model, options, live, sampling, progress, frames)
     stream = model.stream(
         options.prompt,
         images=options.image,
         video=options.video,
-        num_frames=options.frames,
-        frame_choice=options.frame_choice,
+        **frames,
         raw=options.raw,
         image_marks=not options.no_image_marks,
         grid=options.grid,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        repetition_penalty=options.repetition_penalty,
-        seed=options.seed,
         progress=progress,
+        **sampling,
     )
-    # With --json the answer stands in the object; the live text then goes where progress goes.
-    live = sys.stderr if options.json else sys.stdout
     for piece in stream:
         progress.clear()
         print(piece, end="", flush=True, file=live)
     progress.clear()
     print(file=live)
     answer = stream.answer
-    timings = answer.timings
-    rate = timings.decode_tokens_per_second
-    print(
-        f"{answer.prompt_tokens} prompt tokens ({answer.image_tokens} of images"
-        + (f", {answer.video_tokens} of video" if answer.video_tokens else "")
-        + "), "
-        f"{len(answer.token_ids)} new ({answer.finish_reason}); first token after "
-        f"{timings.ttft_seconds:.2f} s"
-        + (f", then {rate:.1f} tokens/s" if rate is not None else "")
-        + f"; peak memory {answer.peak_memory.host_bytes / 2**20:.0f} MiB; {answer.engine} on "
-        f"{answer.device}",
-        file=sys.stderr,
-    )
+    print(_described(answer), file=sys.stderr)
     if options.json:
         print(json.dumps(to_json(answer)))
     return 0
+
+
+def _chat(
+    model: LlavaEdge,
+    options: argparse.Namespace,
+    live: TextIO,
+    sampling: dict[str, Any],
+    progress: ProgressLine,
+    frames: dict[str, Any],
+) -> int:
+    chat = model.chat(options.system, image_marks=not options.no_image_marks, grid=options.grid)
+    loop = ChatLoop(chat, live, _described, sampling, progress, frames)
+    for path in options.image:
+        loop.show(path)
+    if options.video is not None:
+        loop.show_video(options.video)
+    if options.prompt is not None:
+        loop.say(options.prompt)
+    loop.run(terminal_lines())
+    if options.json:
+        turns = [{"prompt": turn.prompt, "answer": to_json(turn.answer)} for turn in loop.turns]
+        messages = [
+            {
+                "role": said.role,
+                "text": said.text,
+                "images": len(said.images),
+                "videos": int(said.video is not None),
+            }
+            for said in chat.messages
+        ]
+        print(json.dumps({"turns": turns, "messages": messages}))
+    # People saw the error and went on; what feeds a pipe looks at the exit code.
+    return 0 if loop.failure is None or sys.stdin.isatty() else loop.failure.exit_code
+
+
+def _described(answer: Answer) -> str:
+    timings = answer.timings
+    rate = timings.decode_tokens_per_second
+    video = f", {answer.video_tokens} of video" if answer.video_tokens else ""
+    reused = f", {answer.reused_tokens} reused" if answer.reused_tokens else ""
+    return (
+        f"{answer.prompt_tokens} prompt tokens ({answer.image_tokens} of images{video}{reused}), "
+        f"{len(answer.token_ids)} new ({answer.finish_reason}); first token after "
+        f"{timings.ttft_seconds:.2f} s"
+        + (f", then {rate:.1f} tokens/s" if rate is not None else "")
+        + (f", {answer.accepted_tokens} looked up" if answer.draft_tokens else "")
+        + f"; peak memory {answer.peak_memory.host_bytes / 2**20:.0f} MiB; {answer.engine} on "
+        f"{answer.device}"
+    )
+
+
+def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.chat and options.raw:
+        parser.error("--chat puts messages into the model's template; --raw takes none")
+    if not options.chat and options.prompt is None:
+        parser.error("the following arguments are required: --prompt (or --chat)")
+    if options.system is not None and not options.chat:
+        parser.error("--system belongs to --chat")
+    if (
+        options.video is None
+        and not options.chat
+        and (options.frames, options.frame_choice) != (None, None)
+    ):
+        parser.error("--frames and --frame-choice belong to --video, or to /video in --chat")
+    if options.show_tiles is not None and not options.image:
+        parser.error("--show-tiles draws the pictures of --image; give at least one")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,11 +158,21 @@ def _parser() -> argparse.ArgumentParser:
         prog="llava-edge run", description="Ask an artifact about pictures."
     )
     parser.add_argument("artifact", help="folder that llava-edge convert wrote")
-    parser.add_argument("--prompt", required=True, help="question; <image> marks where images go")
+    parser.add_argument("--prompt", help="question; <image> marks where images go")
     parser.add_argument("--image", action="append", default=[], help="picture file; repeatable")
     parser.add_argument("--video", help="video file; <video> in the prompt marks where it goes")
     parser.add_argument("--frames", type=int, metavar="N", help="frames of it; default: the plan's")
-    parser.add_argument("--frame-choice", choices=get_args(FrameChoice), default="reference")
+    parser.add_argument("--frame-choice", choices=get_args(FrameChoice))
+    parser.add_argument(
+        "--chat", action="store_true", help="a conversation: messages are lines of stdin"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="the system turn of --chat")
+    parser.add_argument(
+        "--show-tiles",
+        metavar="PNG",
+        help="draw the pictures of --image as they are cut, with padding and token counts",
+    )
+    parser.add_argument("--force", action="store_true", help="replace the file of --show-tiles")
     parser.add_argument("--raw", action="store_true", help="the prompt is finished: no template")
     parser.add_argument(
         "--no-image-marks", action="store_true", help="take <image> in the prompt as plain text"
@@ -98,6 +184,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
     parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--prompt-lookup",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draft up to N tokens from prompt and answer, faster where it copies; 0 is off",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--context", type=int, help="positions of the cache; default: the plan's")
     parser.add_argument("--threads", type=int, default=0, help="0: one a physical core")

@@ -46,12 +46,17 @@ class Buffer:
     """A tensor at a fixed address, bound as input, output or both.
 
     Attributes:
+        device: where it lies.
         array: the same memory as numpy on the CPU; None on another device.
+        whole: the buffer whose first rows this is, where it is a part of one.
     """
+
+    whole: Buffer | None = None
 
     def __init__(self, shape: Sequence[int], dtype: type[np.generic], device: DeviceKind) -> None:
         self.shape = tuple(shape)
         self.dtype = np.dtype(dtype)
+        self.device = device
         self.array: Array | None = None
         with _mapped_errors(f"allocating {self.dtype.name}{list(self.shape)} on {device}"):
             if device == "cpu":
@@ -67,13 +72,29 @@ class Buffer:
         """A CPU buffer that shares memory with a contiguous array."""
         buffer = cls.__new__(cls)
         buffer.shape, buffer.dtype, buffer.array = array.shape, array.dtype, array
+        buffer.device = "cpu"
         buffer.value = ort.OrtValue.ortvalue_from_numpy(array)
         return buffer
+
+    def first(self, count: int) -> Buffer:
+        """The first ``count`` rows of a buffer ``[1, rows, width]``: the same memory.
+
+        ONNX Runtime has no tensor that is a part of another, so it is bound by its address.
+        """
+        part = Buffer.__new__(Buffer)
+        part.shape, part.dtype, part.device = (1, count, self.shape[-1]), self.dtype, self.device
+        part.array = None if self.array is None else self.array[:, :count]
+        part.value, part.whole = None, self
+        return part
 
     def write(self, array: Array) -> None:
         """Replace the whole content."""
         if self.array is not None:
             self.array[...] = array
+        elif self.whole is not None:
+            rows = np.zeros(self.whole.shape, self.dtype)
+            rows[:, : self.shape[1]] = array
+            self.whole.write(rows)
         else:
             contiguous = np.ascontiguousarray(array, self.dtype).reshape(self.shape)
             self.value.update_inplace(contiguous)
@@ -82,13 +103,21 @@ class Buffer:
         """The content as numpy: the memory itself on the CPU, a copy elsewhere."""
         if self.array is not None:
             return self.array
+        if self.whole is not None:
+            return self.whole.read()[:, : self.shape[1]]
         copied: Array = self.value.numpy()
         return copied
 
     @property
     def address(self) -> int:
         """Where the memory begins, on its device; valid for every library of the process."""
-        return int(self.value.data_ptr())
+        holder = self if self.whole is None else self.whole
+        return int(holder.value.data_ptr())
+
+    @property
+    def by_address(self) -> tuple[str, int, Any, tuple[int, ...], int]:
+        """What ONNX Runtime asks for to bind memory that is no tensor of its own."""
+        return self.device, 0, self.dtype.type, self.shape, self.address
 
     @property
     def nbytes(self) -> int:
@@ -211,13 +240,19 @@ class Binding:
     def input(self, name: str, buffer: Buffer) -> None:
         """Bind an input; binding a name again replaces it."""
         with _mapped_errors(f"binding the input {name}"):
-            self._binding.bind_ortvalue_input(name, buffer.value)
+            if buffer.whole is None:
+                self._binding.bind_ortvalue_input(name, buffer.value)
+            else:
+                self._binding.bind_input(name, *buffer.by_address)
         self._bound[f"in {name}"] = buffer
 
     def output(self, name: str, buffer: Buffer) -> None:
         """Bind an output to a buffer of exactly its shape."""
         with _mapped_errors(f"binding the output {name}"):
-            self._binding.bind_ortvalue_output(name, buffer.value)
+            if buffer.whole is None:
+                self._binding.bind_ortvalue_output(name, buffer.value)
+            else:
+                self._binding.bind_output(name, *buffer.by_address)
         self._bound[f"out {name}"] = buffer
 
     def inputs(self, buffers: Mapping[str, Buffer]) -> None:

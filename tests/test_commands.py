@@ -73,6 +73,9 @@ def test_convert_and_run_give_one_json_object_as_last_line(
         "engine",
         "degraded",
         "other_engines",
+        "reused_tokens",
+        "draft_tokens",
+        "accepted_tokens",
     }
     assert len(answered["token_ids"]) == 3
     assert answered["text"] in output.err

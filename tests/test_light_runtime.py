@@ -51,7 +51,15 @@ def test_answering_imports_no_heavy_package(
 def test_the_public_names_of_the_runtime_are_exactly_these() -> None:
     import llava_edge.runtime as runtime
 
-    assert sorted(runtime.__all__) == ["Answer", "AnswerStream", "Limits", "LlavaEdge", "Timings"]
+    assert sorted(runtime.__all__) == [
+        "Answer",
+        "AnswerStream",
+        "Chat",
+        "ChatMessage",
+        "Limits",
+        "LlavaEdge",
+        "Timings",
+    ]
     for name in runtime.__all__:
         assert getattr(runtime, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):

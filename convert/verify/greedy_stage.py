@@ -54,7 +54,12 @@ def greedy_tokens(
     longest = max(len(reference.inputs(probe).ids) for probe in probes)
     context = min(artifact.manifest.context_tokens, longest + NUM_STEPS)
     with LlavaEdge.over(
-        artifact, "cpu", threads=threads, allow_slow=True, context_tokens=context
+        artifact,
+        "cpu",
+        threads=threads,
+        allow_slow=True,
+        context_tokens=context,
+        prefix_reuse=False,
     ) as model:
         for probe in probes:
             prompt, images, frames = probe.prompt(raw=raw), probe.arrays(), probe.frames()

@@ -23,7 +23,8 @@ from llava_edge.runtime.instructions import needs_wide_sums
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.prompt_embedder import PromptEmbedder, TileEncoder
 from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
-from llava_edge.runtime.request import PromptOptions, Request, RequestBuilder, VideoInput
+from llava_edge.runtime.request import PromptOptions, Request, VideoInput
+from llava_edge.runtime.request_builder import RequestBuilder
 from llava_edge.runtime.session import Array, Session, SessionOptions
 from llava_edge.runtime.tokenizer import Tokenizer
 from llava_edge.runtime.vision import VisionEncoder

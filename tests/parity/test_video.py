@@ -178,7 +178,7 @@ def test_a_model_of_images_takes_no_video(
 
     with (
         LlavaEdge.load(artifact, threads=1) as model,
-        pytest.raises(PromptError, match="this model knows no video token"),
+        pytest.raises(VideoError, match="is no video model"),
     ):
         model.generate(QUESTION, video=clip(2))
 

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_edge.profiles.buffers import (
+    MAX_DRAFT_TOKENS,
     kv_cache_bytes,
     logits_bytes,
     prefill_chunk_tokens,
@@ -112,6 +113,18 @@ def test_tiles_stay_until_the_answer_and_features_until_the_prompt_is_read(
     features = (15 * 576 + 1) * 4096 * 4
     assert [host[name].pixel_values for name in PHASES] == [0, tiles, tiles, tiles]
     assert [host[name].image_features for name in PHASES] == [0, features, features, 0]
+
+
+def test_decoding_counts_the_logits_and_activations_of_the_longest_draft(dims: ModelDims) -> None:
+    cpu = estimate_memory(dims, "int8", Workload(3440), CPU).host
+    cuda = estimate_memory(dims, "fp16", Workload(3440), CUDA).device
+
+    # One step's own buffer, and one for a token and its draft.
+    rows = 1 + 1 + MAX_DRAFT_TOKENS
+    assert cpu["decode"].logits == cuda["decode"].logits == rows * dims.text.vocab_size * 4
+    chunk = cpu["prefill"].prefill_activations
+    share = (1 + MAX_DRAFT_TOKENS) / 512
+    assert cpu["decode"].prefill_activations == pytest.approx(chunk * share, abs=1)
 
 
 def test_images_are_decoded_before_tiles_are_encoded(dims: ModelDims) -> None:

@@ -10,7 +10,7 @@ from llava_edge.convert.checkpoint import open_checkpoint
 from llava_edge.convert.decoder_graph import build_decoder_graph, rope_tables
 from llava_edge.convert.random_checkpoint import write_random_checkpoint
 from llava_edge.convert.random_spec import preset
-from llava_edge.profiles.errors import PromptError, RequestError
+from llava_edge.profiles.errors import EngineError, PromptError, RequestError
 from llava_edge.profiles.model_dims import TextDims
 from llava_edge.runtime.decoder import Decoder, FillEmbeddings
 from llava_edge.runtime.session import Session, SessionOptions
@@ -107,6 +107,72 @@ def test_the_cache_is_filled_to_its_last_position_and_no_further(
         decoder.step(rows[-1])
     with pytest.raises(PromptError, match="1 tokens were asked behind 96; the context holds 96"):
         decoder.prefill(1, filler(rows))
+
+
+def test_positions_tried_together_have_the_logits_of_steps(graph: tuple[Path, TextDims]) -> None:
+    rows = embeddings(graph[1], 30)
+    decoder = make_decoder(graph, 64)
+    decoder.prefill(20, filler(rows))
+    stepped = np.stack([decoder.step(row).copy() for row in rows[20:]])
+    decoder.rewind(20)
+
+    # Widest last, then narrower again: memory is bound anew once and shared from then on.
+    tried = []
+    for start, stop in ((20, 21), (21, 23), (23, 28), (28, 30)):
+        tried.append(decoder.try_steps(rows[start:stop]).copy())
+        assert decoder.length == start + 1
+        for _ in range(stop - start - 1):
+            decoder.confirm()
+        assert decoder.length == stop
+
+    assert np.abs(np.concatenate(tried) - stepped).max() <= CHUNK_BOUND
+    assert len({bound.logits.address for bound in decoder._several.values()}) == 1
+
+
+def test_positions_on_trial_are_forgotten_unless_confirmed(graph: tuple[Path, TextDims]) -> None:
+    rows, others = embeddings(graph[1], 30), embeddings(graph[1], 30, seed=1)
+    decoder = make_decoder(graph, 64)
+    decoder.prefill(20, filler(rows))
+    decoder.try_steps(np.concatenate([rows[20:22], others[22:26]]))
+    decoder.confirm()
+
+    found = decoder.step(rows[22]).copy()
+
+    assert decoder.length == 23
+    with pytest.raises(ValueError, match="no position is on trial"):
+        decoder.confirm()
+    decoder.rewind(0)
+    whole = decoder.prefill(23, filler(rows))[0]
+    assert np.abs(found - whole).max() <= CHUNK_BOUND
+    decoder.try_steps(rows[23:26])
+    decoder.rewind(23)
+    with pytest.raises(ValueError, match="no position is on trial"):
+        decoder.confirm()
+
+
+def test_a_trial_that_does_not_fit_or_fails_leaves_the_length(
+    graph: tuple[Path, TextDims], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = embeddings(graph[1], CONTEXT + 4)
+    decoder = make_decoder(graph, 64)
+    decoder.prefill(CONTEXT - 3, filler(rows))
+
+    with pytest.raises(PromptError, match="4 tokens were asked behind 93; the context holds 96"):
+        decoder.try_steps(rows[:4])
+
+    def fail(*_: object, **__: object) -> None:
+        raise EngineError("out of luck")
+
+    monkeypatch.setattr(Session, "run_bound", fail)
+    with pytest.raises(EngineError, match="out of luck"):
+        decoder.try_steps(rows[CONTEXT - 3 : CONTEXT])
+    monkeypatch.undo()
+    assert decoder.length == CONTEXT - 3
+    with pytest.raises(ValueError, match="no position is on trial"):
+        decoder.confirm()
+    # A step still gives one row of logits.
+    assert decoder.step(rows[CONTEXT - 3]).shape == (graph[1].vocab_size,)
+    assert decoder.try_steps(rows[CONTEXT - 2 : CONTEXT]).shape == (2, graph[1].vocab_size)
 
 
 def test_an_empty_prompt_and_a_forward_rewind_are_refused(graph: tuple[Path, TextDims]) -> None:

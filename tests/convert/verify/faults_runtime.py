@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_edge.runtime import pipeline
+from llava_edge.runtime import answerer
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.prompt_embedder import PromptEmbedder
@@ -149,19 +149,21 @@ def _bos_twice(patch: _Patch) -> None:
 
 def _token_of_before(patch: _Patch) -> None:
     """The loop feeds the token before the one that was chosen."""
-    real = pipeline.generate_tokens
+    real = answerer.generate_tokens
 
-    def generate(decoder: Any, logits: Any, sampler: Any, embed: Any, *rest: Any) -> Any:
+    def generate(steps: Any, *rest: Any) -> Any:
         before: list[int] = []
+        step = steps.step
 
-        def late(token: int) -> Array:
+        def late(token: int, may_follow: int) -> Array:
             before.append(token)
-            row: Array = embed(before[max(0, len(before) - 2)])
+            row: Array = step(before[max(0, len(before) - 2)], may_follow)
             return row
 
-        return real(decoder, logits, sampler, late, *rest)
+        steps.step = late
+        return real(steps, *rest)
 
-    patch.setattr(pipeline, "generate_tokens", generate)
+    patch.setattr(answerer, "generate_tokens", generate)
 
 
 def _manifest(change: Callable[[dict[str, Any]], None]) -> Callable[[Tampered], None]:

@@ -1,0 +1,291 @@
+"""Chat: a conversation with a loaded artifact, turn by turn.
+
+    chat = model.chat()
+    chat.send("What is this?", images=["receipt.jpg"])
+    chat.send("And the second line?")
+
+There is no cache here: every turn is a request of the whole conversation, and what the KV cache
+holds of it is found by content (``cache_contents.py``). Editing the history therefore needs no more
+than editing the list.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llava_edge.profiles.errors import PromptError, RequestError
+from llava_edge.runtime.answer import Answer
+from llava_edge.runtime.arguments import require_count
+from llava_edge.runtime.clip import VideoSource
+from llava_edge.runtime.frame_choice import FrameChoice
+from llava_edge.runtime.images import ImageSource
+from llava_edge.runtime.prepared_image import PreparedImage
+from llava_edge.runtime.prepared_video import PreparedVideo
+from llava_edge.runtime.prompt import Message, Piece, Role, Text, compose, user_message
+from llava_edge.runtime.request import Request, VideoInput
+from llava_edge.runtime.request_builder import RequestBuilder
+from llava_edge.runtime.stream import AnswerStream, Pieces
+
+WithinTurn = Callable[[Pieces], Pieces]
+"""Wraps the work on an answer; runs where no other request can come between."""
+
+
+ChatImage = ImageSource | PreparedImage
+"""An image, or one that ``Chat.prepare`` of this very conversation has cut."""
+
+ChatVideo = VideoSource | PreparedVideo
+"""A video, or one that ``Chat.prepare_video`` of this very conversation has cut."""
+
+StartAnswer = Callable[..., AnswerStream]
+"""``start(request, within_turn, **options)``: the options of ``LlavaEdge.stream``."""
+
+
+@dataclass(frozen=True)
+class ChatMessage:
+    """What one role said.
+
+    Attributes:
+        role: ``system``, ``user`` or ``assistant``.
+        text: as it was given, or as it was answered.
+        images: of a user's message, cut already.
+        token_ids: of an assistant's message, as they were generated.
+        video: of a user's message, cut already.
+    """
+
+    role: Role
+    text: str
+    images: tuple[PreparedImage, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    video: PreparedVideo | None = None
+
+
+class Chat:
+    """A conversation. Make one with ``LlavaEdge.chat``.
+
+    A turn's prompt is exactly what transformers' ``apply_chat_template`` makes of the texts so far.
+    So an answer is encoded anew from its text, and where that gives other ids than were generated
+    (a model may spell a word otherwise than its tokenizer does; a stop token may not be what the
+    template writes), the cache is reused up to the first such id and the rest is computed.
+    Pictures and videos before it are not encoded again while the cache holds them.
+
+    Tiles and frames of the whole history stay in host memory (6.5 MiB for a picture of five
+    336-pixel tiles, 1.3 MiB for a frame), as many as fit the context. A message shows one video at
+    most; of a conversation's videos each may have as many frames as the artifact was planned for.
+
+    Attributes:
+        messages: the conversation so far, oldest first: user and assistant in turn. It may be
+            edited; what was left as it was is found in the cache again.
+        system: text of the system turn; None leaves what the template puts in its place.
+    """
+
+    def __init__(
+        self,
+        requests: RequestBuilder,
+        start: StartAnswer,
+        context_tokens: int,
+        *,
+        system: str | None = None,
+        image_marks: bool = True,
+        grid: str | None = None,
+    ) -> None:
+        self.messages: list[ChatMessage] = []
+        self.system = system
+        self._requests = requests
+        self._start = start
+        self._context_tokens = context_tokens
+        self._image_marks = image_marks
+        # What the template or the artifact has no place for is refused now, not at the first turn.
+        self._pieces([ChatMessage("user", "?")])
+        self._processor = requests.processor(grid)
+
+    def send(
+        self,
+        text: str,
+        images: Sequence[ChatImage] = (),
+        video: ChatVideo | None = None,
+        **options: Any,
+    ) -> Answer:
+        """Say something and wait for the whole answer; see ``stream``."""
+        with self.stream(text, images, video, **options) as stream:
+            for _ in stream:
+                pass
+            return stream.answer
+
+    def prepare(self, image: ImageSource) -> PreparedImage:
+        """Open an image and cut its tiles now; a message takes it in place of the image.
+
+        Raises:
+            ImageError: it is refused.
+        """
+        return self._requests.prepare(image, self._processor)
+
+    def prepare_video(
+        self,
+        video: VideoSource,
+        num_frames: int | None = None,
+        frame_choice: FrameChoice = "reference",
+    ) -> PreparedVideo:
+        """Open a video and cut its frames now; a message takes it in place of the video.
+
+        Raises:
+            VideoError: it is refused, or the model takes none.
+            DependencyError: it is to be decoded and PyAV is not installed.
+            RequestError: the number of frames or their choice is out of range.
+        """
+        return self._requests.prepare_video(VideoInput(video, num_frames, frame_choice))
+
+    def stream(
+        self,
+        text: str,
+        images: Sequence[ChatImage] = (),
+        video: ChatVideo | None = None,
+        *,
+        num_frames: int | None = None,
+        frame_choice: FrameChoice = "reference",
+        **options: Any,
+    ) -> AnswerStream:
+        """Say something and have the answer piece by piece.
+
+        Message and answer enter ``messages`` together, once the answer is complete. One that was
+        cancelled or failed leaves the history as it was, and so does one whose history was edited
+        in the meantime.
+
+        Args:
+            text: as the prompt of ``LlavaEdge.stream``.
+            images: shown with this message.
+            video: shown with this message.
+            num_frames: as in ``LlavaEdge.stream``; of a video that is cut already, not asked.
+            frame_choice: as ``num_frames``.
+            options: those of ``LlavaEdge.stream`` but ``raw``, ``image_marks`` and ``grid``.
+
+        Raises:
+            ImageError: an image is refused.
+            VideoError: the video is refused.
+            DependencyError: a video is to be decoded and PyAV is not installed.
+            PromptError: the message is empty, or the conversation does not fit the context; says
+                what it takes.
+            RequestError: an option is out of range; while iterating, the conversation went on
+                since this stream was made.
+        """
+        started = time.perf_counter()
+        before = list(self.messages)
+        message = self._message(text, images, video, num_frames, frame_choice)
+        request = self._request([*before, message])
+        self._check_length(request, before)
+        request = replace(request, preprocess_seconds=time.perf_counter() - started)
+
+        def within_turn(pieces: Pieces) -> Pieces:
+            if self.messages != before:
+                raise RequestError(
+                    "the conversation went on after this message was sent: another answer came "
+                    "first, or the history was edited. Send the message again."
+                )
+            answer = yield from pieces
+            if answer is not None and self.messages == before:
+                said = ChatMessage("assistant", answer.text, token_ids=answer.token_ids)
+                self.messages += [message, said]
+            return answer
+
+        return self._start(request, within_turn, **options)
+
+    def count_tokens(
+        self,
+        text: str,
+        images: Sequence[ChatImage] = (),
+        video: ChatVideo | None = None,
+        *,
+        num_frames: int | None = None,
+    ) -> int:
+        """Exactly how many tokens the conversation would take with this message, before it is sent.
+
+        Raises:
+            ImageError: an image is refused.
+            VideoError: the video is refused.
+            PromptError: the message is empty, or the history's roles do not alternate.
+        """
+        message = self._message(text, images, video, num_frames)
+        return self._request([*self.messages, message]).num_tokens
+
+    def undo(self, turns: int = 1) -> None:
+        """Take back the last questions and what was answered to them.
+
+        Raises:
+            RequestError: there are not so many.
+        """
+        asked = [i for i, message in enumerate(self.messages) if message.role == "user"]
+        require_count("turns", turns, 1)
+        if turns > len(asked):
+            raise RequestError(
+                f"{turns} turns were to be taken back; the conversation has {len(asked)}"
+            )
+        del self.messages[asked[-turns] :]
+
+    def reset(self) -> None:
+        """Start anew; the system text stays."""
+        self.messages.clear()
+
+    def _message(
+        self,
+        text: str,
+        images: Sequence[ChatImage],
+        video: ChatVideo | None,
+        num_frames: int | None,
+        frame_choice: FrameChoice = "reference",
+    ) -> ChatMessage:
+        self._requests.check_text(text)
+        earlier = sum(len(message.images) for message in self.messages)
+        self._requests.check_images(images, earlier)
+        cut = tuple(
+            image if isinstance(image, PreparedImage) else self.prepare(image) for image in images
+        )
+        if video is not None and not isinstance(video, PreparedVideo):
+            video = self.prepare_video(video, num_frames, frame_choice)
+        return ChatMessage("user", text, cut, video=video)
+
+    def _pieces(
+        self, messages: Sequence[ChatMessage], *, generation_prompt: bool = True
+    ) -> tuple[Piece, ...]:
+        said = [
+            user_message(
+                message.text,
+                images=len(message.images),
+                videos=int(message.video is not None),
+            )
+            if message.role == "user"
+            else Message(message.role, (Text(message.text),))
+            for message in messages
+        ]
+        if self.system is not None:
+            said.insert(0, Message("system", (Text(self.system),)))
+        return compose(
+            self._requests.prompt_format(),
+            said,
+            image_marks=self._image_marks,
+            generation_prompt=generation_prompt,
+        )
+
+    def _request(
+        self, messages: Sequence[ChatMessage], *, generation_prompt: bool = True
+    ) -> Request:
+        pieces = self._pieces(messages, generation_prompt=generation_prompt)
+        images = [image for message in messages for image in message.images]
+        videos = [message.video for message in messages if message.video is not None]
+        return self._requests.assemble(pieces, images, videos)
+
+    def _check_length(self, request: Request, before: Sequence[ChatMessage]) -> None:
+        total, room = request.num_tokens, self._context_tokens
+        if total < room:
+            return
+        earlier = self._request(before, generation_prompt=False).num_tokens if before else 0
+        turns = sum(message.role == "user" for message in before)
+        raise PromptError(
+            f"with this message the conversation takes {total} tokens: {earlier} for {turns} "
+            f"earlier turns and {total - earlier} for this one ({request.image_tokens} of all "
+            f"stand for {len(request.layouts)} images, {request.video_tokens} for "
+            f"{len(request.video_counts)} videos); the context holds {room} and the answer needs "
+            "at least one. Take turns back (undo), start anew (reset), show fewer images or "
+            "frames, lower the grid, or load or convert with a larger context."
+        )

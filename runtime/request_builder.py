@@ -1,0 +1,280 @@
+"""RequestBuilder: makes requests, all of them checked before any work starts.
+
+Prompt, images and videos go in; token ids with every image and frame expanded to its exact cost,
+and their pixels, come out. Knows no session.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL.Image import Image
+
+from llava_edge.profiles.anyres import lower_pinpoints
+from llava_edge.profiles.buffers import video_tokens_per_frame
+from llava_edge.profiles.errors import PromptError, VideoError
+from llava_edge.runtime.arguments import require_count
+from llava_edge.runtime.clip import Clip, open_clip
+from llava_edge.runtime.frame_choice import choose_frames
+from llava_edge.runtime.image_processor import ImageProcessor
+from llava_edge.runtime.images import ImageSource, open_image
+from llava_edge.runtime.limits import Limits
+from llava_edge.runtime.manifest import Manifest, PromptFormat, VideoProcessing
+from llava_edge.runtime.prepared_image import PreparedImage, digest_tiles
+from llava_edge.runtime.prepared_video import PreparedVideo
+from llava_edge.runtime.prompt import Piece, compose, raw_pieces, user_message
+from llava_edge.runtime.request import PlacedMedium, PromptOptions, Request, VideoInput
+from llava_edge.runtime.session import Array
+from llava_edge.runtime.tile_picture import draw_tiles, stacked
+from llava_edge.runtime.tokenizer import Tokenizer
+from llava_edge.runtime.video_processor import VideoProcessor
+
+
+class RequestBuilder:
+    """Makes requests for one artifact."""
+
+    def __init__(self, manifest: Manifest, tokenizer: Tokenizer, limits: Limits) -> None:
+        self._manifest = manifest
+        self._tokenizer = tokenizer
+        self._limits = limits
+
+    @property
+    def max_tiles(self) -> int:
+        """Most tiles of one image on the artifact's own grid, thumbnail included."""
+        return self.processor().anyres.max_tiles
+
+    def build(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource],
+        options: PromptOptions,
+        *,
+        video: VideoInput | None = None,
+        with_pixels: bool = True,
+    ) -> Request:
+        """Check and prepare.
+
+        Args:
+            prompt: text of the user, or a finished prompt with ``options.raw``.
+            images: one for each mark.
+            options: how to read them.
+            video: one at most.
+            with_pixels: cut tiles and frames as well; without, only tokens are counted.
+
+        Raises:
+            ImageError: an image is refused.
+            VideoError: the video is refused.
+            DependencyError: a video is to be decoded and PyAV is not installed.
+            PromptError: the prompt is empty or too large, or marks and images do not match.
+            RequestError: the grid is unknown or larger than the artifact's.
+        """
+        start = time.perf_counter()
+        self.check_text(prompt)
+        self.check_images(images)
+        pieces = self._pieces(prompt, len(images), options, num_videos=int(video is not None))
+        processor = self.processor(options.grid)
+        if with_pixels:
+            prepared = [self.prepare(source, processor) for source in images]
+            videos = [] if video is None else [self.prepare_video(video)]
+            return replace(
+                self.assemble(pieces, prepared, videos),
+                preprocess_seconds=time.perf_counter() - start,
+            )
+        opened = (open_image(source, self._limits) for source in images)
+        layouts = tuple(processor.anyres.layout(image.height, image.width) for image in opened)
+        counts: tuple[int, ...] = ()
+        if video is not None:
+            with self._chosen_frames(video) as (_, numbers):
+                counts = (self._video_tokens(len(numbers)),)
+        ids = self._expand(pieces, [layout.num_image_tokens for layout in layouts], counts)
+        return Request(ids, layouts, (), time.perf_counter() - start, video_counts=counts)
+
+    def prompt_format(self) -> PromptFormat:
+        """Segments of the model's chat template.
+
+        Raises:
+            PromptError: the artifact has none.
+        """
+        found = self._manifest.prompt
+        if found is None:
+            raise PromptError(
+                "this artifact has no chat template; give a finished prompt with raw=True (--raw)"
+            )
+        return found
+
+    def prepare(self, source: ImageSource, processor: ImageProcessor) -> PreparedImage:
+        """Open an image and cut its tiles.
+
+        Raises:
+            ImageError: it is refused.
+        """
+        tiles = processor.preprocess(open_image(source, self._limits))
+        return PreparedImage(tiles.layout, tiles.pixel_values, digest_tiles(tiles.pixel_values))
+
+    def prepare_video(self, video: VideoInput) -> PreparedVideo:
+        """Open a video, choose frames and cut them.
+
+        Raises:
+            VideoError: it is refused, or the artifact takes none.
+            DependencyError: it is to be decoded and PyAV is not installed.
+            RequestError: the number of frames or their choice is out of range.
+        """
+        processing = self._video_processing()
+        with self._chosen_frames(video) as (clip, numbers):
+            pixels = VideoProcessor(processing).preprocess(clip.frames(numbers), len(numbers))
+        return PreparedVideo(pixels, digest_tiles(pixels), self._video_tokens(len(numbers)))
+
+    @contextmanager
+    def _chosen_frames(self, video: VideoInput) -> Iterator[tuple[Clip, tuple[int, ...]]]:
+        """The opened video, and numbers of the frames to look at."""
+        most = self._video_processing().max_frames
+        if video.num_frames is not None:
+            require_count("num_frames", video.num_frames, 1)
+            if video.num_frames > most:
+                raise VideoError(
+                    f"{video.num_frames} frames were asked for; the artifact was planned for at "
+                    f"most {most}. Ask for fewer, or convert again with --video "
+                    f"{video.num_frames}."
+                )
+        with open_clip(video.source, self._limits) as clip:
+            wanted = min(most, clip.total) if video.num_frames is None else video.num_frames
+            yield clip, choose_frames(clip.total, wanted, video.frame_choice)
+
+    def _video_processing(self) -> VideoProcessing:
+        processing = self._manifest.video_processing
+        if processing is None:
+            raise VideoError(
+                f"a video was given; {self._manifest.variant} is no video model. Give pictures, or "
+                "convert a LLaVA-NeXT-Video checkpoint."
+            )
+        return processing
+
+    def _video_tokens(self, num_frames: int) -> int:
+        return num_frames * video_tokens_per_frame(self._manifest.model.vision)
+
+    def draw_tiles(self, images: Sequence[ImageSource], grid: str | None = None) -> Image:
+        """See ``LlavaEdge.draw_tiles``."""
+        self.check_images(images)
+        if not images:
+            raise PromptError("tiles were to be drawn, and there is no image; give at least one")
+        processor = self.processor(grid)
+        anyres = processor.anyres
+        drawn = []
+        for number, source in enumerate(images, start=1):
+            image = open_image(source, self._limits)
+            name = Path(source).name if isinstance(source, (str, os.PathLike)) else "image"
+            title = f"{name:.80}" + (f"  ({number} of {len(images)})" if len(images) > 1 else "")
+            layout = anyres.layout(image.height, image.width)
+            middle = processor.middle(image)
+            drawn.append(draw_tiles(image, layout, anyres.patches_per_side, title, middle))
+        return stacked(drawn)
+
+    def assemble(
+        self,
+        pieces: Sequence[Piece],
+        images: Sequence[PreparedImage],
+        videos: Sequence[PreparedVideo] = (),
+    ) -> Request:
+        """A request of a composed prompt and its media, one for each of its marks, in order."""
+        layouts = tuple(image.layout for image in images)
+        image_counts = [layout.num_image_tokens for layout in layouts]
+        video_counts = tuple(video.num_tokens for video in videos)
+        ids = self._expand(pieces, image_counts, video_counts)
+        placed = [
+            PlacedMedium(start, start + count, image.tile_digests, image.layout)
+            for image, (start, count) in zip(
+                images, _spans(ids, self._tokenizer.image_id, image_counts), strict=True
+            )
+        ]
+        placed += [
+            PlacedMedium(start, start + count, video.frame_digests)
+            for video, (start, count) in zip(
+                videos, _spans(ids, self._tokenizer.video_id, video_counts), strict=True
+            )
+        ]
+        return Request(
+            ids=ids,
+            layouts=layouts,
+            pixel_values=tuple(image.pixel_values for image in images),
+            preprocess_seconds=0.0,
+            frame_pixels=tuple(video.frame_pixels for video in videos),
+            video_counts=video_counts,
+            placed=tuple(sorted(placed, key=lambda medium: medium.start)),
+        )
+
+    def _expand(
+        self, pieces: Sequence[Piece], image_counts: Sequence[int], video_counts: Sequence[int]
+    ) -> Array:
+        encoded = self._tokenizer.encode_pieces(pieces)
+        ids = self._tokenizer.expand_media(encoded, image_counts, video_counts)
+        return np.asarray(ids, np.int64)
+
+    def check_text(self, prompt: str) -> None:
+        """Refuse what is no text, or too much of it.
+
+        Raises:
+            PromptError: says which.
+        """
+        if not isinstance(prompt, str):
+            raise PromptError(f"the prompt is a {type(prompt).__name__}; it must be a str")
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise PromptError(
+                "the prompt holds bytes that are no text (lone surrogates); give it as UTF-8"
+            )
+        if len(prompt) > self._limits.max_prompt_characters:
+            raise PromptError(
+                f"the prompt has {len(prompt)} characters; at most "
+                f"{self._limits.max_prompt_characters} are accepted"
+            )
+
+    def check_images(self, images: Sequence[object], num_before: int = 0) -> None:
+        """Refuse what is no list of images, or too many of them.
+
+        Raises:
+            PromptError: says which.
+        """
+        if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
+            # An array is iterable as well, and its rows would pass for pictures.
+            raise PromptError(
+                f"images is a {type(images).__name__}; it must be a list of images. Wrap the one "
+                "you have: [image]"
+            )
+        total, most = num_before + len(images), self._limits.max_images
+        if total > most:
+            earlier = f" behind {num_before} earlier ones" if num_before else ""
+            raise PromptError(
+                f"{len(images)} images were given{earlier}; at most {most} are accepted"
+            )
+
+    def _pieces(
+        self, prompt: str, num_images: int, options: PromptOptions, num_videos: int
+    ) -> tuple[Piece, ...]:
+        if options.raw:
+            return raw_pieces(prompt, images=num_images, videos=num_videos)
+        message = user_message(prompt, images=num_images, videos=num_videos)
+        return compose(self.prompt_format(), (message,), image_marks=options.image_marks)
+
+    def processor(self, grid: str | None = None) -> ImageProcessor:
+        """What cuts images, on the artifact's own grid or a lower one.
+
+        Raises:
+            RequestError: the grid is unknown or larger than the artifact's.
+        """
+        processing = self._manifest.image_processing
+        if grid is not None:
+            lowered = lower_pinpoints(processing.image_grid_pinpoints, grid, processing.tile_size)
+            processing = replace(processing, image_grid_pinpoints=lowered)
+        return ImageProcessor(processing)
+
+
+def _spans(ids: Array, media_id: int | None, counts: Sequence[int]) -> list[tuple[int, int]]:
+    """First position and number of ids of each medium of one kind, in order."""
+    places = np.flatnonzero(ids == media_id)
+    firsts = np.cumsum((0, *counts))[: len(counts)]
+    return [(int(places[first]), count) for first, count in zip(firsts, counts, strict=True)]
