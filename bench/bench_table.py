@@ -20,6 +20,8 @@ def bench_table(document: Mapping[str, Any]) -> str:
     asked = [row for row in rows if "questions" in (row["quality"] or {})]
     if asked:
         parts.append(_quality(asked))
+    if busy := busy_note(document):
+        parts.append(busy)
     if any(row["weights"] == "random" for row in rows):
         parts.append(
             "* Weights drawn at random: time and memory are those of a trained model of this "
@@ -47,6 +49,20 @@ def machine_line(machine: Mapping[str, Any]) -> str:
     )
 
 
+def busy_note(document: Mapping[str, Any]) -> str:
+    """A sentence where other work shared the cores while times were taken; else empty."""
+    machine = document["machine"]
+    cores = machine.get("usable_cores", machine["cores"])
+    loads = [each for row in document["rows"] for pair in row.get("load_average", ()) for each in pair]
+    # Our own threads are part of the load; they are no more than there are cores.
+    if not loads or max(loads) <= 1.5 * cores:
+        return ""
+    return (
+        f"Other work shared the {cores} cores (load average up to {max(loads):.1f}): times are upper "
+        "bounds, rates lower ones, and the order of close figures may be chance. Memory is exact."
+    )
+
+
 def row_name(row: Mapping[str, Any]) -> str:
     """Folder of the artifact, with a star where its weights are random."""
     return Path(row["artifact"]).name + ("*" if row["weights"] == "random" else "")
@@ -66,7 +82,7 @@ def columns(cells: Sequence[Sequence[str]]) -> str:
 
 def seconds(value: float) -> str:
     """Three digits, in the unit that suits."""
-    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
+    return f"{value * 1e3:.3g} ms" if value < 0.9995 else f"{value:.3g} s"
 
 
 def ranged(found: Mapping[str, Any], shown: Any = seconds) -> str:

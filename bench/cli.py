@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     with _opened(options.answers) as kept:
         try:
             if rates is not None:
-                _measure_speed(opened, options, rates, rows)
+                rates = _measure_speed(opened, options, rates, rows)
             if questions:
                 _measure_quality(opened, options, questions, rows, kept)
         finally:
@@ -102,13 +102,16 @@ def _measure_speed(
     options: argparse.Namespace,
     rates: Rates,
     rows: dict[str, dict[str, Any]],
-) -> None:
+) -> Rates:
+    """Fill the rows; the machine's rates, looked at again."""
     progress = ProgressLine()
     found = run_speed(tuple(opened), _settings(options), progress)
     progress.clear()
+    rates = rates.best(measure_rates())
     for name, rounds in found.items():
         measured = SpeedRow(name, opened[name], rounds, rates).to_json()
         rows[name] = {**measured, "quality": rows[name]["quality"]}
+    return rates
 
 
 def _measure_quality(

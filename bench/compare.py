@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llava_edge.bench.bench_table import seconds
 from llava_edge.bench.student_t import compare_means
 from llava_edge.profiles.errors import RequestError
 
@@ -220,4 +221,4 @@ def _memory(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Findin
 def _shown(value: float, unit: str) -> str:
     if unit == "bytes":
         return f"{value / 2**20:,.0f} MiB"
-    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
+    return seconds(value)

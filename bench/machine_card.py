@@ -40,6 +40,13 @@ class Rates:
     bandwidth_bytes_per_second: float
     float32_operations_per_second: float
 
+    def best(self, other: Rates) -> Rates:
+        """The higher of each: what other work left over at a better moment."""
+        return Rates(
+            max(self.bandwidth_bytes_per_second, other.bandwidth_bytes_per_second),
+            max(self.float32_operations_per_second, other.float32_operations_per_second),
+        )
+
 
 def machine_card(facts: MachineFacts, rates: Rates | None) -> dict[str, Any]:
     """What ``bench --json`` calls ``machine``; without rates where none were measured."""
