@@ -53,13 +53,15 @@ def busy_note(document: Mapping[str, Any]) -> str:
     """A sentence where other work shared the cores while times were taken; else empty."""
     machine = document["machine"]
     cores = machine.get("usable_cores", machine["cores"])
-    loads = [each for row in document["rows"] for pair in row.get("load_average", ()) for each in pair]
+    pairs = [pair for row in document["rows"] for pair in row.get("load_average", ())]
+    loads = [each for pair in pairs for each in pair]
     # Our own threads are part of the load; they are no more than there are cores.
     if not loads or max(loads) <= 1.5 * cores:
         return ""
     return (
-        f"Other work shared the {cores} cores (load average up to {max(loads):.1f}): times are upper "
-        "bounds, rates lower ones, and the order of close figures may be chance. Memory is exact."
+        f"Other work shared the {cores} cores (load average up to {max(loads):.1f}): times are "
+        "upper bounds, rates lower ones, and the order of close figures may be chance. Memory is "
+        "exact."
     )
 
 

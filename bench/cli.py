@@ -15,14 +15,14 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
 from llava_edge.bench.bench_table import bench_table
-from llava_edge.bench.compare import compare, findings_table, read_bench
+from llava_edge.bench.compare import compare, findings_table, machine_change, read_bench
 from llava_edge.bench.machine_card import Rates, machine_card, measure_rates
 from llava_edge.bench.quality_alone import QualityTask, kept_answers, measure_alone
 from llava_edge.bench.quality_questions import QualityQuestion, read_quality_questions
@@ -81,13 +81,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    findings = compare(*(read_bench(path) for path in options.compare))
+    old, new = (read_bench(path) for path in options.compare)
+    findings = compare(old, new)
+    machine = machine_change(old, new)
     worse = [each for each in findings if each.is_worse]
     print(findings_table(findings), file=sys.stderr)
     verdict = "worse" if worse else "no loss shown"
-    print(f"\n{verdict}: {len(worse)} of {len(findings)} figures became worse", file=sys.stderr)
+    print(
+        f"\n{verdict}: {len(worse)} of {len(findings)} figures became worse; a fixed piece of work "
+        f"took the machine {machine:+.1%}",
+        file=sys.stderr,
+    )
     if options.json:
-        print(json.dumps({"verdict": verdict, "findings": [asdict(each) for each in findings]}))
+        listed = [asdict(each) for each in findings]
+        print(json.dumps({"verdict": verdict, "machine_change": machine, "findings": listed}))
     return 1 if worse else 0
 
 
@@ -157,13 +164,24 @@ def _document(
     rows: Mapping[str, dict[str, Any]], options: argparse.Namespace, rates: Rates | None
 ) -> dict[str, Any]:
     """What ``--json`` prints; rows that nothing was measured of are left out."""
-    return {
+    found = {
         "schema_version": SCHEMA_VERSION,
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine_card(read_machine(), rates),
         "settings": asdict(_settings(options)),
         "rows": [row for row in rows.values() if "device" in row],
     }
+    shortened: dict[str, Any] = _shortened(found)
+    return shortened
+
+
+def _shortened(value: Any) -> Any:
+    """The same with six digits a number, which is more than any of them is good for."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _shortened(each) for key, each in value.items()}
+    return [_shortened(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _opened(path: Path | None) -> TextIO:
@@ -195,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     speed.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     speed.add_argument("--threads", type=int, default=0, help="0: one a physical core")
     speed.add_argument("--allow-slow", action="store_true", help="run a cuda artifact on the CPU")
-    add_engine_arguments(speed)
+    add_engine_arguments(parser)
     quality = parser.add_argument_group("quality")
     quality.add_argument(
         "--quality",

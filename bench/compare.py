@@ -3,8 +3,10 @@
 Every round of both files gives one value of each figure: the mean, over all cases, of the logarithm
 of its times. Two samples of such values are compared by Welch's t. A difference is called slower
 or faster where it exceeds both what chance explains, at one in a thousand for all figures of the
-files together, and ``LEAST``, by which separate runs of one build differ anyway. Anything else is
-"no difference shown", which says what could have been shown, not that there is none.
+files together, and ``LEAST``. It must do so twice: as it is, and over the yardstick, a fixed piece
+of work that each round times as well, so that a machine that is slower today is not taken for a
+slower build. Anything else is "no difference shown", which says what could have been shown, not
+that there is none.
 """
 
 from __future__ import annotations
@@ -85,7 +87,8 @@ def read_bench(path: Path) -> dict[str, Any]:
         raise RequestError(
             f"--compare {path} holds no times. Measure again without --only quality."
         )
-    return document
+    found: dict[str, Any] = document
+    return found
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Finding]:
@@ -111,13 +114,29 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Finding]:
     ]
 
 
+def machine_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> float:
+    """By which share the yardstick took longer in the new file."""
+    before, now = (
+        statistics.median(
+            value
+            for row in document["rows"]
+            if "cases" in row
+            for value in row["yardstick_seconds"]["rounds"]
+        )
+        for document in (old, new)
+    )
+    return float(now / before - 1)
+
+
 def findings_table(findings: Sequence[Finding]) -> str:
     """For people."""
     lines = []
     for each in findings:
         old, new = (_shown(value, each.unit) for value in (each.old, each.new))
-        sure = "a single round shows nothing" if each.showable is None else (
-            f"{each.showable:.0%} could be shown"
+        sure = (
+            "a single round shows nothing"
+            if each.showable is None
+            else (f"{each.showable:.0%} could be shown")
         )
         lines.append(
             f"{each.artifact}, {each.figure}: {old} before, {new} now ({each.change:+.1%}; "
@@ -155,14 +174,15 @@ def _times(
     name: str, old: Mapping[str, Any], new: Mapping[str, Any], chance: float
 ) -> list[Finding]:
     pairs = _common_cases(old, new)
+    yard = [[math.log(v) for v in row["yardstick_seconds"]["rounds"]] for row in (old, new)]
     found = []
     for figure, times in _TIMES.items():
         if pairs:
             was = _log_means([times(case) for case, _ in pairs])
             now = _log_means([times(case) for _, case in pairs])
-            found.append(_judge(name, figure, was, now, chance))
+            found.append(_judge(name, figure, (was, now), yard, chance))
     loads = [[math.log(value) for value in row["load_seconds"]["rounds"]] for row in (old, new)]
-    found.append(_judge(name, "loading", loads[0], loads[1], chance))
+    found.append(_judge(name, "loading", loads, yard, chance))
     return found
 
 
@@ -188,13 +208,26 @@ def _log_means(by_case: Sequence[Sequence[float]]) -> list[float]:
 
 
 def _judge(
-    name: str, figure: str, old: Sequence[float], new: Sequence[float], chance: float
+    name: str,
+    figure: str,
+    logs: Sequence[Sequence[float]],
+    yard: Sequence[Sequence[float]],
+    chance: float,
 ) -> Finding:
+    """Logarithms by round, before and now, beside those of the yardstick."""
+    old, new = logs
     difference = compare_means(old, new, chance)
+    was, now = (
+        [value - unit for value, unit in zip(*pair, strict=True)]
+        for pair in zip(logs, yard, strict=True)
+    )
+    both = (difference, compare_means(was, now, chance))
     verdict: Verdict = "no difference shown"
-    if abs(difference.mean) > max(difference.margin, math.log1p(LEAST)):
-        verdict = "slower" if difference.mean > 0 else "faster"
-    margin = difference.margin
+    if all(each.mean > max(each.margin, math.log1p(LEAST)) for each in both):
+        verdict = "slower"
+    if all(-each.mean > max(each.margin, math.log1p(LEAST)) for each in both):
+        verdict = "faster"
+    margin = max(each.margin for each in both)
     return Finding(
         artifact=name,
         figure=figure,
@@ -213,9 +246,7 @@ def _memory(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Findin
     verdict: Verdict = "no difference shown"
     if abs(now - was) > least:
         verdict = "larger" if now > was else "smaller"
-    return Finding(
-        name, "peak host memory", was, now, "bytes", now / was - 1, least / was, verdict
-    )
+    return Finding(name, "peak host memory", was, now, "bytes", now / was - 1, least / was, verdict)
 
 
 def _shown(value: float, unit: str) -> str:

@@ -119,7 +119,5 @@ def speed_rows() -> list[SpeedComparison]:
             num_devices=count,
         )
         assert prediction.decode_tokens_per_second is not None
-        found.append(
-            SpeedComparison(name, published, prediction.decode_tokens_per_second, count)
-        )
+        found.append(SpeedComparison(name, published, prediction.decode_tokens_per_second, count))
     return found

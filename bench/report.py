@@ -137,7 +137,9 @@ def _rows_table(rows: Rows) -> str:
     ]
     if any("questions" in (row["quality"] or {}) for row in rows):
         columns.append(("right", _right))
-    return _table([name for name, _ in columns], [[f(row) for _, f in columns] for row in rows], cards=True)
+    return _table(
+        [name for name, _ in columns], [[f(row) for _, f in columns] for row in rows], cards=True
+    )
 
 
 def _cases_table(rows: Rows) -> str:

@@ -154,7 +154,7 @@ def _headline(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _heading(row: Mapping[str, Any]) -> str:
     name = row_name(row)
-    precision = row["precision"]
+    precision: str = row["precision"]
     if precision.startswith(name.rstrip("*")):
         return precision + "*" * name.endswith("*")
     return f"{name}, {precision}"
@@ -167,4 +167,5 @@ def _measured(row: Mapping[str, Any]) -> int:
 
 
 def _peak(row: Mapping[str, Any]) -> int:
-    return max(_measured(row), sum(row["predicted_memory"]["terms"].values()))
+    terms: Mapping[str, int] = row["predicted_memory"]["terms"]
+    return max(_measured(row), sum(terms.values()))

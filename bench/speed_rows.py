@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from llava_edge.bench.machine_card import Rates, machine_profile
@@ -143,19 +144,17 @@ class SpeedRow:
         return {
             **{name: first[name] for name in (*names, *counts)},
             "repeats": [len(each.found["cases"][place]["requests"]) for each in self.rounds],
-            "stages": {stage: over(lambda r, s=stage: stage_seconds(r, s)) for stage in STAGES},
+            "stages": {stage: over(partial(stage_seconds, stage=stage)) for stage in STAGES},
             "end_to_end_seconds": over(lambda r: r["end_to_end_seconds"]),
             "ttft_seconds": over(lambda r: r["ttft_seconds"]),
             "prefill_tokens_per_second": over(lambda r: tokens / max(r["prefill_seconds"], 1e-9)),
             "decode_tokens_per_second": rate,
-            "explained": over(lambda r: explained(r)),
+            "explained": over(explained),
             "predicted": self._speed(first, profile),
             "roofline_fraction": self._roofline(tokens + answered // 2, rate["median"], profile),
         }
 
-    def _roofline(
-        self, context: int, rate: float, profile: HardwareProfile | None
-    ) -> float | None:
+    def _roofline(self, context: int, rate: float, profile: HardwareProfile | None) -> float | None:
         """Bytes that decoding streamed a second, over the machine's bandwidth."""
         if profile is None or profile.bandwidth is None:
             return None
@@ -211,11 +210,12 @@ class SpeedRow:
     def _checks(self, cases: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Do the stages explain every case, and do clocks of two processes agree?"""
         worst = max((case["explained"]["median"] for case in cases), key=lambda x: abs(x - 1))
-        ratios = [each.observed_seconds / each.found["inside"]["raw_seconds"] for each in self.rounds]
-        clocks = [
-            each.found["inside"]["perf_seconds"] / each.found["inside"]["raw_seconds"]
-            for each in self.rounds
+        inside = [each.found["inside"] for each in self.rounds]
+        ratios = [
+            each.observed_seconds / found["raw_seconds"]
+            for each, found in zip(self.rounds, inside, strict=True)
         ]
+        clocks = [found["perf_seconds"] / found["raw_seconds"] for found in inside]
         apart = max(abs(statistics.median(values) - 1) for values in (ratios, clocks))
         return {
             "stages_over_end_to_end": worst,
@@ -259,6 +259,4 @@ def _estimate(
         image_pixels=case["height"] * case["width"],
     )
     precision = stored if stored in PRECISIONS else "fp16"
-    return estimate_memory(
-        manifest.model, precision, work, machine, vision=vision_format(manifest)
-    )
+    return estimate_memory(manifest.model, precision, work, machine, vision=vision_format(manifest))

@@ -241,7 +241,11 @@ def _ticks(values: Sequence[float], axis: Axis, count: int) -> list[float]:
         return [2.0**power for power in range(first, last + 1, 1 if last - first <= 6 else 2)]
     if not axis.close_up:
         return nice_ticks(high or 1.0, count)
-    span = high - low or max(abs(high) * 0.1, 1e-9)
+    span = high - low
+    if not span:
+        # One height only: shown below its top, as a share of 100 % cannot be exceeded.
+        span = max(abs(high) * 0.1, 1e-9)
+        low = high - span / 2
     steps = nice_ticks(span, count)
     step = steps[1] if len(steps) > 1 else span
     first, last = math.floor(low / step), math.ceil(high / step)
@@ -250,8 +254,7 @@ def _ticks(values: Sequence[float], axis: Axis, count: int) -> list[float]:
 
 def _text(x: float, y: float, text: str, name: str, anchor: str = "start") -> str:
     return (
-        f'<text class="{name}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">'
-        f"{escape(text)}</text>"
+        f'<text class="{name}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
     )
 
 
