@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_STEPS = 400
+_STEPS = 120
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def t_quantile(probability: float, freedom: float) -> float:
     low, high = 0.0, 1.0
     while t_tail(high, freedom) > 1 - probability:
         high *= 2
-    for _ in range(100):
+    for _ in range(45):
         middle = (low + high) / 2
         if t_tail(middle, freedom) > 1 - probability:
             low = middle

@@ -224,7 +224,7 @@ def _scale(
     """Where a value lies between two places, and the ticks."""
     ticks = _ticks(values, axis, 4)
     if axis.logarithmic:
-        first, last = math.log2(ticks[0]), max(math.log2(ticks[-1]), math.log2(max(values)))
+        first, last = math.log2(ticks[0]), math.log2(max(ticks[-1], *values))
         return (
             lambda v: start + (end - start) * (math.log2(max(v, 1)) - first) / (last - first)
         ), ticks
