@@ -16,19 +16,25 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
 from llava_edge.bench.bench_table import bench_table
 from llava_edge.bench.compare import compare, findings_table, machine_change, read_bench
-from llava_edge.bench.machine_card import Rates, machine_card, measure_rates
+from llava_edge.bench.machine_card import Rates, machine_card, machine_profile, measure_rates
 from llava_edge.bench.quality_alone import QualityTask, kept_answers, measure_alone
 from llava_edge.bench.quality_questions import QualityQuestion, read_quality_questions
 from llava_edge.bench.report import report_page
-from llava_edge.bench.speed_rows import SpeedRow, artifact_facts, certified_quality
-from llava_edge.bench.speed_run import SpeedSettings, run_speed
+from llava_edge.bench.speed_cases import affordable_cases, speed_cases
+from llava_edge.bench.speed_rows import (
+    SpeedRow,
+    artifact_facts,
+    certified_quality,
+    predicted_seconds,
+)
+from llava_edge.bench.speed_run import FEWEST_ROUNDS, SpeedSettings, run_speed
 from llava_edge.bench.whole_file import check_writable, write_whole
 from llava_edge.profiles.detect import read_machine
 from llava_edge.profiles.errors import OutputExistsError, RequestError
@@ -111,14 +117,35 @@ def _measure_speed(
     rows: dict[str, dict[str, Any]],
 ) -> Rates:
     """Fill the rows; the machine's rates, looked at again."""
+    settings = _settings(options)
+    if settings.budget_seconds is not None:
+        settings = replace(settings, cases=_affordable(opened, rates, settings.budget_seconds))
     progress = ProgressLine()
-    found = run_speed(tuple(opened), _settings(options), progress)
+    found = run_speed(tuple(opened), settings, progress)
     progress.clear()
     rates = rates.best(measure_rates())
     for name, rounds in found.items():
         measured = SpeedRow(name, opened[name], rounds, rates).to_json()
         rows[name] = {**measured, "quality": rows[name]["quality"]}
     return rates
+
+
+def _affordable(
+    opened: Mapping[str, Artifact], rates: Rates, budget_seconds: float
+) -> tuple[str, ...]:
+    """The same cases for all artifacts, as many as the fewest rounds will have time for."""
+    seconds: dict[str, float] = {}
+    for artifact in opened.values():
+        profile, _ = machine_profile(
+            "cuda" if artifact.manifest.flavour == "cuda" else "cpu", rates
+        )
+        for case in speed_cases(artifact.manifest):
+            took = FEWEST_ROUNDS * predicted_seconds(artifact.manifest, case, profile)
+            seconds[case.name] = seconds.get(case.name, 0.0) + took
+    chosen = affordable_cases(seconds, budget_seconds)
+    if left := [name for name in seconds if name not in chosen]:
+        print(f"left out for time (--thorough takes it): {', '.join(left)}", file=sys.stderr)
+    return chosen
 
 
 def _measure_quality(

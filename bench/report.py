@@ -179,8 +179,8 @@ def _checks_table(rows: Rows) -> str:
     ]
     note = (
         "<p>Stages must explain a request within 3 % or 0.5 ms, the clock of another process agree "
-        "within 2 %; memory must be at most what was predicted, and the prediction at most 5 % and 64 MiB "
-        "above it.</p>"
+        "within 2 %; memory must be at most what was predicted, and the prediction at most 5 % and "
+        "64 MiB above it.</p>"
     )
     return note + _table(heads, body)
 

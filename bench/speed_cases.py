@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,10 @@ FULL = "1 image"
 """The case that the figures of a row speak of: one image that fills the artifact's own grid."""
 
 TEXT = "text"
+
+FEWER = ((TEXT, f"{FULL}, base", FULL), (TEXT, FULL))
+"""What is asked of models that would take too long over everything."""
+
 _SCALE = 2
 """Pixels of a picture along a side over those of its canvas: photographs are larger than both."""
 _LOWER_GRIDS = ("base", "1x2")
@@ -77,6 +81,20 @@ def speed_cases(manifest: Manifest, *, thorough: bool = False) -> tuple[SpeedCas
     return tuple(sorted(cases, key=lambda case: _tokens(manifest, case)))
 
 
+def affordable_cases(seconds: Mapping[str, float], budget_seconds: float) -> tuple[str, ...]:
+    """Names of as many cases as a budget pays, at least those that a row speaks of.
+
+    Args:
+        seconds: by name, what a case takes of all rounds and artifacts together.
+        budget_seconds: for the sum.
+    """
+    choices = (tuple(seconds), *FEWER)
+    for names in choices:
+        if sum(seconds.get(name, 0.0) for name in names) <= budget_seconds:
+            return names
+    return choices[-1]
+
+
 def draw_picture(seed: Sequence[int], height: int, width: int) -> bytes:
     """A JPEG of soft colours, another one for every seed, as large as a photograph compresses."""
     noise = np.random.default_rng(seed).integers(0, 256, (_NOISE_SIDE, _NOISE_SIDE, 3), np.uint8)
@@ -119,12 +137,17 @@ def _case(manifest: Manifest, num_images: int, grid: str | None, new_tokens: int
     )
 
 
+def image_tokens(manifest: Manifest, case: SpeedCase) -> int:
+    """What the pictures of a case take of the prompt."""
+    if not case.num_images:
+        return 0
+    layout = _anyres(manifest, case.grid).layout(case.height, case.width)
+    return case.num_images * layout.num_image_tokens
+
+
 def _tokens(manifest: Manifest, case: SpeedCase) -> int:
     """Of the prompt, about."""
-    if not case.num_images:
-        return case.text_tokens
-    layout = _anyres(manifest, case.grid).layout(case.height, case.width)
-    return case.text_tokens + case.num_images * layout.num_image_tokens
+    return case.text_tokens + image_tokens(manifest, case)
 
 
 def _anyres(manifest: Manifest, grid: str | None) -> AnyRes:

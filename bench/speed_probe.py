@@ -74,6 +74,8 @@ def _run(options: argparse.Namespace) -> None:
             "peak_bytes": peak_host_bytes(),
         }
         cases = speed_cases(artifact.manifest, thorough=options.thorough)
+        if options.cases:
+            cases = tuple(case for case in cases if case.name in options.cases) or cases[-1:]
         asker = _Asker(model, options.round)
         _warm_up(asker, cases)
         before = yardstick_seconds()
@@ -183,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--round", type=int, default=0, help="other words and pictures in each")
     parser.add_argument("--thorough", action="store_true")
+    parser.add_argument("--cases", nargs="*", help="names of those to ask; all unless given")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--allow-slow", action="store_true")

@@ -13,13 +13,18 @@ from functools import partial
 from typing import Any
 
 from llava_edge.bench.machine_card import Rates, machine_profile
-from llava_edge.bench.speed_cases import FULL
+from llava_edge.bench.speed_cases import FULL, SpeedCase, image_tokens
 from llava_edge.bench.speed_run import SpeedRound
 from llava_edge.profiles.formats import PRECISIONS, VisionFormat
 from llava_edge.profiles.hardware import HardwareProfile
 from llava_edge.profiles.memory import Machine, MemoryEstimate, Workload, estimate_memory
 from llava_edge.profiles.parameters import total_parameters
-from llava_edge.profiles.speed import predict_speed, streamed_bytes
+from llava_edge.profiles.speed import (
+    QUESTION_TOKENS,
+    Prediction,
+    predict_speed,
+    streamed_bytes,
+)
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.certificate import Certificate
 from llava_edge.runtime.manifest import Manifest
@@ -167,20 +172,13 @@ class SpeedRow:
         return rate * streamed / profile.bandwidth
 
     def _speed(self, case: dict[str, Any], profile: HardwareProfile | None) -> dict[str, Any]:
-        """Predicted for a short question beside the same images."""
-        if profile is None or profile.flavour != self.artifact.manifest.flavour:
-            return {"ttft_seconds": None, "decode_tokens_per_second": None}
-        found = predict_speed(
-            self.artifact.manifest.model,
-            self.artifact.manifest.precision.language_model,
-            profile,
-            media_tokens=max(case["image_tokens"], case["text_tokens"] - 64),
-            num_tiles=case["num_images"] * case["tiles_per_image"],
-            vision=vision_format(self.artifact.manifest),
-        )
+        """Predicted for the same tokens and tiles."""
+        manifest = self.artifact.manifest
+        tiles = case["num_images"] * case["tiles_per_image"]
+        found = _prediction(manifest, case["image_tokens"], case["text_tokens"], tiles, profile)
         return {
-            "ttft_seconds": found.ttft_seconds,
-            "decode_tokens_per_second": found.decode_tokens_per_second,
+            "ttft_seconds": None if found is None else found.ttft_seconds,
+            "decode_tokens_per_second": None if found is None else found.decode_tokens_per_second,
         }
 
     def _predicted(self, profile: HardwareProfile | None, peak: dict[str, Any]) -> dict[str, Any]:
@@ -226,6 +224,38 @@ class SpeedRow:
             "perf_over_raw_clock": statistics.median(clocks),
             "holds": all(_is_explained(case) for case in cases) and apart <= MOST_APART,
         }
+
+
+def predicted_seconds(
+    manifest: Manifest, case: SpeedCase, profile: HardwareProfile | None
+) -> float:
+    """What one request will take, about; 0 where nothing is known of the machine's rates."""
+    tokens = image_tokens(manifest, case)
+    tiles = case.num_images * case.tiles_per_image
+    found = _prediction(manifest, tokens, case.text_tokens, tiles, profile)
+    if found is None or found.ttft_seconds is None or found.decode_tokens_per_second is None:
+        return 0.0
+    return found.ttft_seconds + case.new_tokens / found.decode_tokens_per_second
+
+
+def _prediction(
+    manifest: Manifest,
+    num_image_tokens: int,
+    text_tokens: int,
+    num_tiles: int,
+    profile: HardwareProfile | None,
+) -> Prediction | None:
+    if profile is None or profile.flavour != manifest.flavour:
+        return None
+    return predict_speed(
+        manifest.model,
+        manifest.precision.language_model,
+        profile,
+        # The model counts a short question of its own.
+        media_tokens=max(0, num_image_tokens + text_tokens - QUESTION_TOKENS),
+        num_tiles=num_tiles,
+        vision=vision_format(manifest),
+    )
 
 
 def stage_seconds(request: dict[str, float], stage: str) -> float:

@@ -19,7 +19,7 @@ from llava_edge.profiles.errors import EngineError
 from llava_edge.profiles.nvml import GpuReport, read_gpus
 from llava_edge.runtime.progress import ReportProgress, no_progress
 
-_FEWEST_ROUNDS = 2
+FEWEST_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,14 @@ class SpeedSettings:
         budget_seconds: no further round is begun that would end behind this; two are made anyway.
             None for no limit.
         thorough: more cases and longer answers.
+        cases: names of those that are asked; None for all.
         device, threads, allow_slow, engine, trust_engines: as ``LlavaEdge.load`` takes them.
     """
 
     rounds: int = 5
     budget_seconds: float | None = 120.0
     thorough: bool = False
+    cases: tuple[str, ...] | None = None
     device: str = "auto"
     threads: int = 0
     allow_slow: bool = False
@@ -48,7 +50,8 @@ class SpeedSettings:
         flags = ("thorough", "allow_slow", "trust_engines")
         set_flags = [f"--{name.replace('_', '-')}" for name in flags if getattr(self, name)]
         values = ["--device", self.device, "--threads", str(self.threads), "--engine", self.engine]
-        return [*values, *set_flags]
+        named = [] if self.cases is None else ["--cases", *self.cases]
+        return [*values, *set_flags, *named]
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def run_speed(
         over = settings.budget_seconds is not None and (
             2 * now - round_started - started > settings.budget_seconds
         )
-        if over and number + 1 >= _FEWEST_ROUNDS:
+        if over and number + 1 >= FEWEST_ROUNDS:
             break
     progress("rounds", done, done)
     return found

@@ -106,9 +106,7 @@ def _row(
     }
 
 
-def _case(
-    number: int, seconds: float, common: list[float], draw: random.Random
-) -> dict[str, Any]:
+def _case(number: int, seconds: float, common: list[float], draw: random.Random) -> dict[str, Any]:
     name, images, tokens, tiles = _CASES[number]
     times = [seconds * each * draw.lognormvariate(0, 0.01) for each in common]
     stages = {

@@ -14,7 +14,7 @@ import pytest
 from llava_edge.bench import cli, speed_rows
 from llava_edge.bench.fresh_process import run_fresh
 from llava_edge.bench.machine_card import Rates, commit, measure_rates
-from llava_edge.bench.speed_cases import FULL, TEXT, draw_picture, speed_cases
+from llava_edge.bench.speed_cases import FULL, TEXT, affordable_cases, draw_picture, speed_cases
 from llava_edge.bench.speed_rows import SpeedRow, precision_label, weights_label
 from llava_edge.bench.speed_run import DeviceWatch, SpeedRound, SpeedSettings, run_speed
 from llava_edge.profiles.errors import EngineError, LlavaEdgeError, OutputExistsError
@@ -156,6 +156,20 @@ def test_cases_fit_a_small_context(artifact: Path) -> None:
     assert {case.new_tokens for case in thorough} == {128}
     lengths = [case.text_tokens for case in thorough if not case.num_images]
     assert max(lengths) > 0.8 * manifest.context_tokens - 128
+
+
+def test_models_that_take_long_are_asked_less() -> None:
+    seconds = {TEXT: 1.0, f"{FULL}, base": 4.0, f"{FULL}, 1x2": 10.0, FULL: 20.0, "3 images": 30.0}
+    assert affordable_cases(seconds, 65.0) == tuple(seconds)
+    assert affordable_cases(seconds, 64.0) == (TEXT, f"{FULL}, base", FULL)
+    assert affordable_cases(seconds, 24.0) == (TEXT, FULL)
+    assert affordable_cases(seconds, 1.0) == (TEXT, FULL), "what a row speaks of is asked anyway"
+
+
+def test_only_the_cases_that_were_named_are_asked(artifact: Path) -> None:
+    settings = SpeedSettings(rounds=1, cases=(TEXT, FULL))
+    (found,) = run_speed((str(artifact),), settings)[str(artifact)]
+    assert [case["name"] for case in found.found["cases"]] == [TEXT, FULL]
 
 
 def test_device_memory_is_the_rise_while_it_ran() -> None:

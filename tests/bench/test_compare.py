@@ -102,7 +102,11 @@ def test_cases_that_ask_something_else_are_left_out() -> None:
 
 def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {}
-    for name, made in (("old", document(0)), ("same", document(1)), ("slow", document(2, slower=2))):
+    for name, made in (
+        ("old", document(0)),
+        ("same", document(1)),
+        ("slow", document(2, slower=2)),
+    ):
         files[name] = str(tmp_path / f"{name}.json")
         Path(files[name]).write_text(json.dumps(made))
     assert cli.main(["--compare", files["old"], files["same"]]) == 0

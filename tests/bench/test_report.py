@@ -1,4 +1,4 @@
-"""The report as a file: whole, self-contained, labelled. How it looks is for eyes, not for tests."""
+"""The report as a file: whole, self-contained, labelled; how it looks is for eyes."""
 
 import re
 from html.parser import HTMLParser
