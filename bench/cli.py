@@ -144,7 +144,7 @@ def _affordable(
             seconds[case.name] = seconds.get(case.name, 0.0) + took
     chosen = affordable_cases(seconds, budget_seconds)
     if left := [name for name in seconds if name not in chosen]:
-        print(f"left out for time (--thorough takes it): {', '.join(left)}", file=sys.stderr)
+        print(f"left out for time (--thorough takes it): {'; '.join(left)}", file=sys.stderr)
     return chosen
 
 

@@ -144,9 +144,13 @@ class _Asker:
 
 
 def _warm_up(asker: _Asker, cases: Sequence[SpeedCase]) -> None:
-    """The smallest prompts with and without a picture; all of them where that takes no time."""
+    """A prompt without pictures and one with thumbnails; all of them where that takes no time."""
     first = {bool(case.num_images): case for case in reversed(cases)}
-    took = max(asker.ask(replace(case, new_tokens=2))[1] for case in first.values())
+    short = [
+        replace(case, new_tokens=2, grid="base" if case.num_images else None)
+        for case in first.values()
+    ]
+    took = max(asker.ask(case)[1] for case in short)
     if took < _QUICK_SECONDS:
         for case in cases:
             asker.ask(case)
