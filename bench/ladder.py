@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_edge.bench.bench_table import bench_table
+from llava_edge.bench.bench_table import MIB, bench_table, ranged, seconds
 from llava_edge.bench.fresh_process import program, run_fresh
 from llava_edge.bench.ledger import RESULTS, Ledger, machine
 from llava_edge.bench.machine_card import commit
@@ -90,9 +90,12 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     rungs = [rung for rung in RUNGS if not options.only or rung.name in options.only]
     ledger = Ledger(options.results)
-    for rung in rungs:
+    for rung in () if options.markdown else rungs:
         if options.again or not is_current(ledger.get(rung.name), rung):
             ledger.put(rung.name, _measure(rung, options))
+    if options.markdown:
+        print(_markdown(ledger))
+        return 0
     held = [(rung.title, entry["bench"]) for rung in RUNGS if (entry := ledger.get(rung.name))]
     report = options.work / "report.html"
     write_whole(report, ladder_page(held))
@@ -163,12 +166,45 @@ def _checkpoint(rung: Rung, folder: Path) -> Path:
     return checkpoint
 
 
+def _markdown(ledger: Ledger) -> str:
+    """The ledger as the table that the README shows."""
+    heads = ["model", "language model", "size MiB", "peak MiB", "predicted MiB", "load"]
+    heads += ["first token", "answer tokens/s", "of bandwidth", "right", "loss (KL)"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for rung in RUNGS:
+        entry = ledger.get(rung.name)
+        for row in entry["bench"]["rows"] if entry else ():
+            quality = row["quality"] or {}
+            loss = (quality.get("certificate") or {}).get("kl_divergence")
+            right = quality.get("exact_match")
+            case = next(case for case in row["cases"] if case["name"] == row["case"])
+            rate = case["decode_tokens_per_second"]
+            cells = [
+                rung.name + " *" * (row["weights"] == "random"),
+                row["precision"],
+                f"{row['artifact_bytes'] / MIB:,.1f}",
+                f"{row['peak_memory']['host_bytes'] / MIB:,.0f}",
+                f"{row['predicted_memory']['host_bytes'] / MIB:,.0f}",
+                seconds(row["load_seconds"]["median"]),
+                ranged(case["ttft_seconds"]),
+                ranged(rate, lambda value: f"{value:,.1f}"),
+                f"{row['roofline_fraction']:.0%}",
+                "" if right is None else f"{right:.2f} %",
+                "" if loss is None else f"{loss:.2g}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Measure the project's own models.")
     parser.add_argument("--only", action="append", choices=[rung.name for rung in RUNGS])
     parser.add_argument("--again", action="store_true", help="measure what the ledger holds anew")
     parser.add_argument("--work", type=Path, default=Path("artifacts/bench"))
     parser.add_argument("--results", type=Path, default=RESULTS / "bench.json")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print what the ledger holds as one table; no more"
+    )
     parser.add_argument("--json", action="store_true", help="the ledger as last stdout line")
     parser.add_argument(
         "bench", nargs="*", help="behind --: options of llava-edge bench, such as --thorough"

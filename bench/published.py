@@ -1,4 +1,6 @@
-"""Published figures of LLaVA-NeXT beside what this project predicts, and nothing measured here.
+"""``python -m llava_edge.bench.published``: published figures beside our predictions, as Markdown.
+
+Nothing in it is measured.
 
 Scores: haotian-liu/LLaVA, docs/MODEL_ZOO.md (the 1.6 release), and the LLaVA-NeXT blog of May 2024
 for the three later models; those of the blog were not read at their source and are marked. Tokens a
@@ -7,6 +9,8 @@ second on an A100 are the figures this project set out to be compared with.
 
 from __future__ import annotations
 
+import argparse
+import sys
 from dataclasses import dataclass, replace
 
 from llava_edge.bench.plan_table import GIGABYTE, Row, rows
@@ -96,6 +100,26 @@ class SpeedComparison:
     num_devices: int
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Print the tables of speed and accuracy and return the exit code."""
+    argparse.ArgumentParser(description="Published figures.").parse_args(argv)
+    print("| A100, fp16, tokens/s | published | predicted by us | A100s in it | measured |")
+    print("|---|---|---|---|---|")
+    for each in speed_rows():
+        print(
+            f"| {each.variant} | {each.published} | {each.predicted:.0f} | {each.num_devices} | "
+            "not measured |"
+        )
+    print(f"\n| {LABEL} | {' | '.join(BENCHMARKS)} |")
+    print("|---" * (1 + len(BENCHMARKS)) + "|")
+    for model in ACCURACY:
+        found = [model.score(benchmark) for benchmark in BENCHMARKS]
+        cells = ["" if value is None else f"{value:.1f}" for value in found]
+        name = model.variant if model.checked else f"{model.variant} *"
+        print(f"| {name} | {' | '.join(cells)} |")
+    return 0
+
+
 def memory_rows() -> list[Row]:
     """Planned gigabytes of all nine variants at three precisions."""
     return rows()
@@ -121,3 +145,7 @@ def speed_rows() -> list[SpeedComparison]:
         assert prediction.decode_tokens_per_second is not None
         found.append(SpeedComparison(name, published, prediction.decode_tokens_per_second, count))
     return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
