@@ -21,6 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
+from llava_edge.bench.artifact_facts import artifact_facts, certified_quality
 from llava_edge.bench.bench_table import bench_table
 from llava_edge.bench.compare import compare, findings_table, machine_change, read_bench
 from llava_edge.bench.machine_card import Rates, machine_card, machine_profile, measure_rates
@@ -28,12 +29,7 @@ from llava_edge.bench.quality_alone import QualityTask, kept_answers, measure_al
 from llava_edge.bench.quality_questions import QualityQuestion, read_quality_questions
 from llava_edge.bench.report import report_page
 from llava_edge.bench.speed_cases import affordable_cases, speed_cases
-from llava_edge.bench.speed_rows import (
-    SpeedRow,
-    artifact_facts,
-    certified_quality,
-    predicted_seconds,
-)
+from llava_edge.bench.speed_rows import SpeedRow, predicted_seconds
 from llava_edge.bench.speed_run import FEWEST_ROUNDS, SpeedSettings, run_speed
 from llava_edge.bench.whole_file import check_writable, write_whole
 from llava_edge.profiles.detect import read_machine

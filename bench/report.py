@@ -190,7 +190,7 @@ def _paper() -> str:
         [
             row.variant,
             row.precision,
-            "" if row.published is None else f"{row.published}",
+            "not published" if row.published is None else f"{row.published}",
             f"{row.total:.1f}",
             "not measured",
         ]

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from llava_edge.bench.artifact_facts import artifact_facts
 from llava_edge.bench.machine_card import Rates, machine_profile
 from llava_edge.bench.speed_cases import FULL, SpeedCase, image_tokens
 from llava_edge.bench.speed_run import SpeedRound
 from llava_edge.profiles.formats import PRECISIONS, VisionFormat
 from llava_edge.profiles.hardware import HardwareProfile
 from llava_edge.profiles.memory import Machine, MemoryEstimate, Workload, estimate_memory
-from llava_edge.profiles.parameters import total_parameters
 from llava_edge.profiles.speed import (
     QUESTION_TOKENS,
     Prediction,
@@ -26,7 +26,6 @@ from llava_edge.profiles.speed import (
     streamed_bytes,
 )
 from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.certificate import Certificate
 from llava_edge.runtime.manifest import Manifest
 
 STAGES = ("preprocess", "vision", "packing", "prefill", "sampling", "decode")
@@ -43,47 +42,6 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     """Median, lowest, highest, and the values themselves in the order of the rounds."""
     median = statistics.median(values)
     return {"median": median, "low": min(values), "high": max(values), "rounds": list(values)}
-
-
-def artifact_facts(folder: str, artifact: Artifact) -> dict[str, Any]:
-    """What a row says of an artifact before anything is run."""
-    manifest = artifact.manifest
-    return {
-        "artifact": folder,
-        "variant": manifest.variant,
-        "precision": precision_label(manifest),
-        "vision_precision": manifest.precision.vision_tower,
-        "weights": weights_label(manifest),
-        "parameters": total_parameters(manifest.model),
-        "artifact_bytes": sum(entry.bytes for entry in manifest.files.values()),
-        "verified": artifact.verified,
-    }
-
-
-def precision_label(manifest: Manifest) -> str:
-    """Of the language model; says so where fp16 weights are computed in float32."""
-    stored = manifest.precision.language_model
-    wider = stored == "fp16" and manifest.precision.computes == "float32"
-    return "fp16 (computes fp32)" if wider else stored
-
-
-def weights_label(manifest: Manifest) -> str:
-    """``random``, ``from CHECKPOINT``, or ``not said`` for artifacts of before it was noted."""
-    random = manifest.conversion.get("random_weights")
-    if random is None:
-        return "not said"
-    return "random" if random else f"from {manifest.source.id}"
-
-
-def certified_quality(certificate: Certificate | None) -> dict[str, Any] | None:
-    """What the certificate says was lost against the checkpoint; None where it says nothing."""
-    if certificate is None:
-        return None
-    rows = [row for row in certificate.stages if row.name == "quantization_loss"]
-    if not rows:
-        return None
-    found = {row.metric: row.value for row in rows}
-    return {"verdict": certificate.verdict, "mode": certificate.mode, **found}
 
 
 @dataclass(frozen=True)
@@ -190,7 +148,8 @@ class SpeedRow:
         cases = self.rounds[0].found["cases"]
         context = self.rounds[0].found["context_tokens"]
         estimates = {case["name"]: _estimate(manifest, case, context, machine) for case in cases}
-        name = max(estimates, key=lambda n: estimates[n].peak.total)
+        # Where loading needs most all cases tie; the largest prompt then stands for them.
+        name = max(reversed(estimates), key=lambda n: estimates[n].peak.total)
         estimate = estimates[name]
         host = max(each.host_bytes for each in estimates.values())
         device = max(each.device_bytes for each in estimates.values())

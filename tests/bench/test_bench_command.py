@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from llava_edge.bench import cli, speed_rows
+from llava_edge.bench.artifact_facts import precision_label, weights_label
 from llava_edge.bench.fresh_process import run_fresh
 from llava_edge.bench.machine_card import Rates, commit, measure_rates
 from llava_edge.bench.speed_cases import FULL, TEXT, affordable_cases, draw_picture, speed_cases
-from llava_edge.bench.speed_rows import SpeedRow, precision_label, weights_label
+from llava_edge.bench.speed_rows import SpeedRow
 from llava_edge.bench.speed_run import DeviceWatch, SpeedRound, SpeedSettings, run_speed
 from llava_edge.profiles.errors import EngineError, LlavaEdgeError, OutputExistsError
 from llava_edge.profiles.nvml import Gpu, GpuReport
