@@ -13,9 +13,10 @@ MODEL ?=
 OUT ?=
 PRECISION ?=
 STEP ?=
+RUNG ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo convert test test-gpu gpu-suite test-slow faults test-interop bench-convert bench-pages lint typecheck format clean
+.PHONY: help install demo convert test test-gpu gpu-suite test-slow faults test-interop bench bench-convert bench-pages lint typecheck format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +56,9 @@ $(INTEROP)/ready:
 
 test-interop: $(READY) $(INTEROP)/ready ## transformers, optimum and GPTQModel load what --emit hf writes
 	$(BIN)/python tests/interop/check_gptq.py $(INTEROP)/bin/python
+
+bench: $(READY) ## make bench [RUNG=pages|mid|large]: memory, speed and quality of the project's own models; report.html
+	$(BIN)/python -m llava_edge.bench.ladder $(if $(RUNG),--only $(RUNG))
 
 bench-convert: $(READY) $(INTEROP)/ready ## make bench-convert [STEP=rtn|gptq|peer]: memory and time of converting a 7B, and beside GPTQModel
 	$(BIN)/python -m llava_edge.bench.convert_bench $(if $(STEP),--only $(STEP)) --json

@@ -1,64 +1,210 @@
-"""``llava-edge bench ARTIFACT… --quality DATA.jsonl``: artifacts on the same questions.
+"""``llava-edge bench ARTIFACT…``: memory, speed and quality of artifacts, side by side.
 
-Each artifact answers in a process of its own, so that its peak memory is its own. The table goes to
-stderr. With ``--json`` the last line of stdout is one object with a row an artifact; with
-``--answers FILE`` every answer is kept.
+    llava-edge bench fp16 int8 int4 --out now.json --html report.html
+    llava-edge bench fp16 int4 --quality questions.jsonl
+    llava-edge bench --compare before.json now.json
+
+Artifacts take turns, each round of each in a process of its own. The table goes to stderr, the
+schema of the JSON is in ``bench/README.md``. Exit code 1 from ``--compare`` says that something
+became slower or larger.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
+from llava_edge.bench.artifact_facts import artifact_facts, certified_quality
+from llava_edge.bench.bench_table import bench_table
+from llava_edge.bench.compare import compare, findings_table, machine_change, read_bench
+from llava_edge.bench.machine_card import Rates, machine_card, machine_profile, measure_rates
+from llava_edge.bench.quality_alone import QualityTask, kept_answers, measure_alone
 from llava_edge.bench.quality_questions import QualityQuestion, read_quality_questions
-from llava_edge.bench.quality_run import QualityResult, measure_quality
-from llava_edge.profiles.errors import EngineError, OutputExistsError, RequestError
-from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.host_memory import peak_host_bytes
+from llava_edge.bench.report import report_page
+from llava_edge.bench.speed_cases import affordable_cases, speed_cases
+from llava_edge.bench.speed_rows import SpeedRow, predicted_seconds
+from llava_edge.bench.speed_run import FEWEST_ROUNDS, SpeedSettings, run_speed
+from llava_edge.bench.whole_file import check_writable, write_whole
+from llava_edge.profiles.detect import read_machine
+from llava_edge.profiles.errors import OutputExistsError, RequestError
+from llava_edge.runtime.artifact import Artifact, open_artifact
+from llava_edge.runtime.engine_arguments import add_engine_arguments
 from llava_edge.runtime.progress import ProgressLine
 
+SCHEMA_VERSION = 1
 _MOST_SHOWN = 10
-_COLUMNS = ("exact_match", "anls", "relaxed_accuracy", "multiple_choice")
+_BUDGET_SECONDS = 120.0
+_ROUNDS, _THOROUGH_ROUNDS = 5, 9
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    options = _parser().parse_args(argv)
-    questions = read_quality_questions(options.quality, options.limit)
-    for artifact in options.artifact:
-        # What cannot be opened is said before an hour is spent on the others.
-        open_artifact(artifact, verify_digests=False)
-    rows: list[dict[str, Any]] = []
-    task = _Task(questions, options.grid, options.max_new_tokens, options.threads)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.compare:
+        return _compare(options)
+    if not options.artifact:
+        parser.error("name an artifact, or two files with --compare")
+    if options.only == "quality" and not options.quality:
+        parser.error("--only quality needs --quality DATA.jsonl")
+    for path, name in ((options.out, "--out"), (options.html, "--html")):
+        check_writable(path, name, force=options.force)
+    questions = read_quality_questions(options.quality, options.limit) if options.quality else ()
+    # What cannot be opened is said before an hour is spent on the others.
+    opened = {name: open_artifact(name, verify_digests=False) for name in options.artifact}
+    rates = measure_rates() if options.only != "quality" else None
+    rows = {name: _unmeasured(name, artifact) for name, artifact in opened.items()}
     with _opened(options.answers) as kept:
         try:
-            for artifact in options.artifact:
-                row, result = _measure_alone(artifact, task)
-                rows.append(row)
-                for entry in _answers(artifact, questions, result):
-                    print(json.dumps(entry), file=kept)
-                kept.flush()
-                for message in result.refused[:_MOST_SHOWN]:
-                    print(message, file=sys.stderr)
-                if len(result.refused) > _MOST_SHOWN:
-                    print(f"and {len(result.refused) - _MOST_SHOWN} more", file=sys.stderr)
+            if rates is not None:
+                rates = _measure_speed(opened, options, rates, rows)
+            if questions:
+                _measure_quality(opened, options, questions, rows, kept)
         finally:
             # What was measured is shown even where a later artifact fails.
-            if rows:
-                print(_table(rows), file=sys.stderr)
+            document = _document(rows, options, rates)
+            if document["rows"]:
+                print(bench_table(document), file=sys.stderr)
+    if options.out:
+        write_whole(options.out, json.dumps(document, indent=1) + "\n")
+    if options.html:
+        write_whole(options.html, report_page(document))
     if options.json:
-        print(json.dumps({"rows": rows}))
-    all_refused = any(len(row["quality"]["refused"]) == len(questions) for row in rows)
-    return 1 if all_refused else 0
+        print(json.dumps(document))
+    refused = [len(row["quality"]["refused"]) for row in rows.values() if questions]
+    return 1 if len(questions) in refused else 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    old, new = (read_bench(path) for path in options.compare)
+    findings = compare(old, new)
+    machine = machine_change(old, new)
+    worse = [each for each in findings if each.is_worse]
+    print(findings_table(findings), file=sys.stderr)
+    verdict = "worse" if worse else "no loss shown"
+    print(
+        f"\n{verdict}: {len(worse)} of {len(findings)} figures became worse; a fixed piece of work "
+        f"took the machine {machine:+.1%}",
+        file=sys.stderr,
+    )
+    if options.json:
+        listed = [asdict(each) for each in findings]
+        print(json.dumps({"verdict": verdict, "machine_change": machine, "findings": listed}))
+    return 1 if worse else 0
+
+
+def _unmeasured(name: str, artifact: Artifact) -> dict[str, Any]:
+    certificate = certified_quality(artifact.certificate)
+    quality = None if certificate is None else {"certificate": certificate}
+    return {**artifact_facts(name, artifact), "quality": quality}
+
+
+def _measure_speed(
+    opened: Mapping[str, Artifact],
+    options: argparse.Namespace,
+    rates: Rates,
+    rows: dict[str, dict[str, Any]],
+) -> Rates:
+    """Fill the rows; the machine's rates, looked at again."""
+    settings = _settings(options)
+    if settings.budget_seconds is not None:
+        settings = replace(settings, cases=_affordable(opened, rates, settings.budget_seconds))
+    progress = ProgressLine()
+    found = run_speed(tuple(opened), settings, progress)
+    progress.clear()
+    rates = rates.best(measure_rates())
+    for name, rounds in found.items():
+        measured = SpeedRow(name, opened[name], rounds, rates).to_json()
+        rows[name] = {**measured, "quality": rows[name]["quality"]}
+    return rates
+
+
+def _affordable(
+    opened: Mapping[str, Artifact], rates: Rates, budget_seconds: float
+) -> tuple[str, ...]:
+    """The same cases for all artifacts, as many as the fewest rounds will have time for."""
+    seconds: dict[str, float] = {}
+    for artifact in opened.values():
+        profile, _ = machine_profile(
+            "cuda" if artifact.manifest.flavour == "cuda" else "cpu", rates
+        )
+        for case in speed_cases(artifact.manifest):
+            took = FEWEST_ROUNDS * predicted_seconds(artifact.manifest, case, profile)
+            seconds[case.name] = seconds.get(case.name, 0.0) + took
+    chosen = affordable_cases(seconds, budget_seconds)
+    if left := [name for name in seconds if name not in chosen]:
+        print(f"left out for time (--thorough takes it): {'; '.join(left)}", file=sys.stderr)
+    return chosen
+
+
+def _measure_quality(
+    opened: Mapping[str, Artifact],
+    options: argparse.Namespace,
+    questions: tuple[QualityQuestion, ...],
+    rows: dict[str, dict[str, Any]],
+    kept: TextIO,
+) -> None:
+    loading = ("device", "threads", "allow_slow", "engine", "trust_engines")
+    chosen = {name: getattr(options, name) for name in loading}
+    task = QualityTask(questions, options.grid, options.max_new_tokens, chosen)
+    for name in opened:
+        row, result = measure_alone(name, task)
+        quality = {**(rows[name]["quality"] or {}), **result.summary()}
+        # Figures of the speed run stand where there are any: these are of whatever was asked.
+        rows[name] = {**row, **rows[name], "quality": quality}
+        for entry in kept_answers(name, questions, result):
+            print(json.dumps(entry), file=kept)
+        kept.flush()
+        for message in result.refused[:_MOST_SHOWN]:
+            print(message, file=sys.stderr)
+        if len(result.refused) > _MOST_SHOWN:
+            print(f"and {len(result.refused) - _MOST_SHOWN} more", file=sys.stderr)
+
+
+def _settings(options: argparse.Namespace) -> SpeedSettings:
+    usual = _THOROUGH_ROUNDS if options.thorough else _ROUNDS
+    unlimited = options.thorough or options.rounds is not None
+    return SpeedSettings(
+        rounds=options.rounds or usual,
+        budget_seconds=None if unlimited else _BUDGET_SECONDS,
+        thorough=options.thorough,
+        device=options.device,
+        threads=options.threads,
+        allow_slow=options.allow_slow,
+        engine=options.engine,
+        trust_engines=options.trust_engines,
+    )
+
+
+def _document(
+    rows: Mapping[str, dict[str, Any]], options: argparse.Namespace, rates: Rates | None
+) -> dict[str, Any]:
+    """What ``--json`` prints; rows that nothing was measured of are left out."""
+    found = {
+        "schema_version": SCHEMA_VERSION,
+        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine_card(read_machine(), rates),
+        "settings": asdict(_settings(options)),
+        "rows": [row for row in rows.values() if "device" in row],
+    }
+    shortened: dict[str, Any] = _shortened(found)
+    return shortened
+
+
+def _shortened(value: Any) -> Any:
+    """The same with six digits a number, which is more than any of them is good for."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _shortened(each) for key, each in value.items()}
+    return [_shortened(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _opened(path: Path | None) -> TextIO:
@@ -71,88 +217,6 @@ def _opened(path: Path | None) -> TextIO:
         raise RequestError(f"--answers {path} cannot be written: {error.strerror}") from error
 
 
-def _measure_alone(artifact: str, task: _Task) -> tuple[dict[str, Any], QualityResult]:
-    # Spawned, as a forked child would count this process's memory in its own peak.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as alone:
-        try:
-            return alone.submit(_measure, artifact, task).result()
-        except BrokenProcessPool as error:
-            raise EngineError(
-                f"the process that ran {artifact} ended without a word, as when memory runs out. "
-                "Close other programs, or ask with a lower --grid."
-            ) from error
-        except KeyboardInterrupt:
-            for child in multiprocessing.active_children():
-                child.terminate()
-            raise
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What every artifact is asked, and how."""
-
-    questions: tuple[QualityQuestion, ...]
-    grid: str | None
-    max_new_tokens: int
-    threads: int
-
-
-def _measure(artifact: str, task: _Task) -> tuple[dict[str, Any], QualityResult]:
-    progress = ProgressLine()
-    with LlavaEdge.load(
-        artifact, threads=task.threads, prefix_reuse=False, progress=progress
-    ) as model:
-        result = measure_quality(model, task.questions, task.grid, task.max_new_tokens, progress)
-        progress.clear()
-        return _row(artifact, model, result), result
-
-
-def _row(artifact: str, model: LlavaEdge, result: QualityResult) -> dict[str, Any]:
-    return {
-        "artifact": artifact,
-        "precision": model.artifact.manifest.precision.language_model,
-        "device": model.device,
-        "artifact_bytes": sum(entry.bytes for entry in model.artifact.manifest.files.values()),
-        "peak_memory": {"host_bytes": peak_host_bytes(), "device_bytes": None},
-        "ttft_seconds": result.ttft_seconds,
-        "decode_tokens_per_second": result.decode_tokens_per_second,
-        "quality": result.summary(),
-    }
-
-
-def _answers(
-    artifact: str, questions: tuple[QualityQuestion, ...], result: QualityResult
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "artifact": artifact,
-            "question": question.question,
-            "answers": list(question.answers),
-            "kind": question.kind,
-            "prediction": prediction,
-        }
-        for question, prediction in zip(questions, result.predictions, strict=True)
-    ]
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    columns = [name for name in _COLUMNS if any(row["quality"][name] is not None for row in rows)]
-    names = [name.replace("_", " ") for name in columns]
-    heads = ["artifact", "precision", "questions", "refused", *names]
-    cells = [heads]
-    for row in rows:
-        quality = row["quality"]
-        shares = ["" if quality[name] is None else f"{quality[name]:.2f} %" for name in columns]
-        counts = [str(quality["questions"]), str(len(quality["refused"]))]
-        cells.append([row["artifact"], row["precision"], *counts, *shares])
-    widths = [max(len(line[at]) for line in cells) for at in range(len(heads))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in cells
-    )
-
-
 def _count(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -161,19 +225,42 @@ def _count(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="llava-edge bench", description="Measure artifacts.")
-    parser.add_argument("artifact", nargs="+", help="folder that llava-edge convert wrote")
-    parser.add_argument(
+    parser = argparse.ArgumentParser(
+        prog="llava-edge bench", description="Memory, speed and quality of artifacts."
+    )
+    parser.add_argument("artifact", nargs="*", help="folder that llava-edge convert wrote")
+    _add_output_arguments(parser)
+    speed = parser.add_argument_group("speed and memory")
+    speed.add_argument("--rounds", type=_count, help="exactly so many; 5, or what 2 minutes allow")
+    speed.add_argument("--thorough", action="store_true", help="9 rounds, long prompts and answers")
+    speed.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    speed.add_argument("--threads", type=int, default=0, help="0: one a physical core")
+    speed.add_argument("--allow-slow", action="store_true", help="run a cuda artifact on the CPU")
+    add_engine_arguments(parser)
+    quality = parser.add_argument_group("quality")
+    quality.add_argument(
         "--quality",
         type=Path,
-        required=True,
         metavar="DATA.jsonl",
         help="lines of image, question, answers, and choices where there are any",
     )
-    parser.add_argument("--limit", type=_count, help="ask the first so many questions")
-    parser.add_argument("--grid", help="lower the AnyRes grid, for instance base or 1x2")
-    parser.add_argument("--max-new-tokens", type=_count, default=64)
-    parser.add_argument("--threads", type=int, default=0, help="0: one a physical core")
-    parser.add_argument("--answers", type=Path, help="keep every answer in this new file")
-    parser.add_argument("--json", action="store_true", help="one JSON object as last stdout line")
+    quality.add_argument("--only", choices=("speed", "quality"), help="leave the other out")
+    quality.add_argument("--limit", type=_count, help="ask the first so many questions")
+    quality.add_argument("--grid", help="lower the AnyRes grid, for instance base or 1x2")
+    quality.add_argument("--max-new-tokens", type=_count, default=64)
+    quality.add_argument("--answers", type=Path, help="keep every answer in this new file")
     return parser
+
+
+def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="keep what was measured")
+    parser.add_argument("--html", type=Path, metavar="FILE.html", help="write a report with plots")
+    parser.add_argument("--force", action="store_true", help="overwrite both")
+    parser.add_argument("--json", action="store_true", help="one JSON object as last stdout line")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("OLD.json", "NEW.json"),
+        help="measure nothing; exit code 1 where the new one is slower or larger",
+    )

@@ -29,6 +29,7 @@ class Spent:
             kernel counted it (what VmHWM of a living process says).
         load: of the machine, mean of one minute, before and after.
         stdout: what it printed.
+        arrivals: seconds from the start until each of its lines reached this process.
     """
 
     seconds: float
@@ -36,6 +37,7 @@ class Spent:
     peak_bytes: int
     load: tuple[float, float]
     stdout: str
+    arrivals: tuple[float, ...] = ()
 
     def result(self) -> Any:
         """The JSON object in the last line of stdout."""
@@ -57,21 +59,36 @@ def run_fresh(
         folder: where it runs; this process's own unless given.
 
     Raises:
-        subprocess.CalledProcessError: the command failed.
+        subprocess.CalledProcessError: the command failed; ``output`` is what it printed.
     """
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name, _looking(look):
-        took, printed = Path(name) / "took.json", Path(name) / "stdout"
-        spawn = [sys.executable, str(Path(__file__).with_name("spawn.py")), str(took)]
-        with open(printed, "wb") as stdout:
-            together = {**os.environ, **(environment or {})}
-            subprocess.run([*spawn, *command], check=True, stdout=stdout, env=together, cwd=folder)
+        took = Path(name) / "took.json"
+        spawn = [sys.executable, str(Path(__file__).with_name("spawn.py")), str(took), *command]
+        lines, arrivals = _read_lines(spawn, {**os.environ, **(environment or {})}, folder)
         found = json.loads(took.read_text("utf-8"))
-        text = printed.read_text("utf-8", "replace")
+    text = "".join(lines)
     if found["status"]:
-        raise subprocess.CalledProcessError(found["status"], list(command))
+        raise subprocess.CalledProcessError(found["status"], list(command), text)
     load = (load_before, os.getloadavg()[0])
-    return Spent(found["seconds"], found["cpu_seconds"], found["peak_bytes"], load, text)
+    taken = (found["seconds"], found["cpu_seconds"], found["peak_bytes"])
+    return Spent(*taken, load, text, tuple(arrivals))
+
+
+def _read_lines(
+    command: Sequence[str], environment: Mapping[str, str], folder: Path | None
+) -> tuple[list[str], list[float]]:
+    """Lines of a command's stdout as they come, and when they came."""
+    lines, arrivals = [], []
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, cwd=folder) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            arrivals.append(time.perf_counter() - started)
+            lines.append(line.decode("utf-8", "replace"))
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, list(command), "".join(lines))
+    return lines, arrivals
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from llava_edge.bench.whole_file import write_whole
+
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -44,10 +46,7 @@ class Ledger:
         # Read again: another step may have ended meanwhile.
         self._entries = self._read()
         self._entries[name] = {"measured": day, "machine": machine(), **result}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_suffix(".tmp")
-        partial.write_text(json.dumps(self._entries, indent=1, sort_keys=True) + "\n", "utf-8")
-        os.replace(partial, self._path)
+        write_whole(self._path, json.dumps(self._entries, indent=1, sort_keys=True) + "\n")
 
     def _read(self) -> dict[str, Any]:
         if not self._path.exists():

@@ -8,7 +8,6 @@ that file lacks.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from typing import Any
 from PIL import Image
 
 from llava_edge.bench.memory_cases import MemoryCase
+from llava_edge.bench.whole_file import write_whole
 from llava_edge.profiles.model_dims import ModelDims
 
 Report = Callable[[str], None]
@@ -74,7 +74,7 @@ def measure_cases(
             report(f"{case.name}: measuring")
             entry = {"threads": threads, **measure_case(case, work / case.name, threads)}
             kept[case.name] = entry
-            _save(results, kept)
+            write_whole(results, json.dumps(kept, indent=1) + "\n")
         measurements.append(
             Measurement(
                 case,
@@ -157,9 +157,3 @@ def _call(command: list[str]) -> str:
         sys.stderr.write(done.stderr)
         raise subprocess.CalledProcessError(done.returncode, command)
     return done.stdout
-
-
-def _save(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    os.replace(partial, path)

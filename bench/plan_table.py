@@ -1,8 +1,8 @@
 """``python -m llava_edge.bench.plan_table``: the published memory table beside our sums.
 
 Sums are what ``llava-edge plan`` adds up for a GPU with memory to spare: one full stock image, 512
-tokens of text beside it, fp16 cache. Decimal gigabytes, as published. Prints Markdown; nothing is
-measured here.
+tokens of text beside it, fp16 cache; the video models with 32 frames. Decimal gigabytes, as
+published. Prints Markdown; nothing is measured here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ PUBLISHED = {
     "llava-next-110b": (220, 116, 60),
 }
 """Gigabytes for fp16, int8, int4. The published table has one row for both 7B models."""
+UNPUBLISHED = ("llama3-llava-next-8b", "LLaVA-NeXT-Video-7B", "LLaVA-NeXT-Video-34B")
+"""Variants that the published table leaves out."""
 CONTEXT = 2928 + 512
+FRAMES = 32
+VIDEO_CONTEXT = FRAMES * 144 + 512
 GIGABYTE = 1e9
 WEIGHTS = ("decoder_weights", "lm_head", "vision_tower", "projector")
 
@@ -38,7 +42,7 @@ class Row:
 
     variant: str
     precision: str
-    published: int
+    published: int | None
     total: float
     weights: float
     kv_cache: float
@@ -52,10 +56,14 @@ class Row:
 def rows() -> list[Row]:
     """All rows of the table."""
     board = replace(load_profile("a100"), memory_bytes=1 << 40, name="unlimited")
+    sizes: dict[str, tuple[int | None, ...]] = {
+        **PUBLISHED,
+        **dict.fromkeys(UNPUBLISHED, (None,) * len(PRECISIONS)),
+    }
     return [
         _row(board, variant, precision, published)
-        for variant, sizes in PUBLISHED.items()
-        for precision, published in zip(PRECISIONS, sizes, strict=True)
+        for variant, known in sizes.items()
+        for precision, published in zip(PRECISIONS, known, strict=True)
     ]
 
 
@@ -69,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     print("|---|---|---|---|---|---|---|")
     for row in table:
         print(
-            f"| {row.variant} | {row.precision} | {row.published} | {row.total:.1f} | "
+            f"| {row.variant} | {row.precision} | {row.published or ''} | {row.total:.1f} | "
             f"{row.weights:.1f} | {row.kv_cache:.1f} | {row.rest:.1f} |"
         )
     if options.json:
@@ -77,17 +85,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _row(board: HardwareProfile, variant: str, precision: str, published: int) -> Row:
+def _row(board: HardwareProfile, name: str, precision: str, published: int | None) -> Row:
+    variant = find_variant(name)
+    is_video = variant.kind == "video"
     wishes = PlanRequest(
-        variants=(find_variant(variant),),
+        variants=(variant,),
         precision=precision,
         grid="2x2",
-        context_tokens=CONTEXT,
+        context_tokens=VIDEO_CONTEXT if is_video else CONTEXT,
+        num_frames=FRAMES if is_video else 0,
     )
     plan: DeploymentPlan = plan_deployment(board, wishes).plan
     terms = plan.memory.terms
     return Row(
-        variant=variant,
+        variant=name,
         precision=precision,
         published=published,
         total=plan.memory.total_bytes / GIGABYTE,

@@ -31,6 +31,7 @@ from llava_edge.convert.quantization import (
     quantize,
     tile_conversations,
 )
+from llava_edge.convert.random_checkpoint import RANDOM_KEY
 from llava_edge.convert.reference import REFERENCE
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.verification import Verification
@@ -435,6 +436,7 @@ def _manifest(
             "is_trained_grid": not job.planned.grid.beyond_stock,
             "asked_reference": job.request.reference,
             "template_left_out": not job.request.use_template,
+            "random_weights": checkpoint.config.get(RANDOM_KEY) is True,
             **facts,
         },
         files={},

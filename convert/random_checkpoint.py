@@ -34,6 +34,9 @@ from llava_edge.profiles.model_dims import ModelDims
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
+RANDOM_KEY = "llava_edge_random_weights"
+"""Entry of ``config.json`` that says so; whoever measures such a model must be able to tell."""
+
 _BLOCK_ELEMENTS = 1 << 22
 _LOGIT_STD = 2.0
 _EMBEDDING_STD = 0.4
@@ -116,13 +119,14 @@ class _Normal:
 def _config(spec: RandomSpec, tokenizer: Tokenizer) -> dict[str, Any]:
     family = FAMILIES[spec.backbone]
     ids = tokenizer.get_vocab(with_added_tokens=True)
-    return spec.config(
+    config = spec.config(
         image_token_id=ids[IMAGE_TOKEN],
         video_token_id=ids.get(VIDEO_TOKEN),
         bos_token_id=ids[family.bos] if family.bos else None,
         eos_token_id=ids[family.eos],
         pad_token_id=ids[family.pad],
     )
+    return {**config, RANDOM_KEY: True}
 
 
 def _write_texts(

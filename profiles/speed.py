@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from llava_edge.profiles.buffers import CacheType, default_cache_type, kv_cache_bytes
 from llava_edge.profiles.constants import Constants, speed_constants
 from llava_edge.profiles.formats import VisionFormat, default_vision, weight_bytes
-from llava_edge.profiles.hardware import HardwareProfile
+from llava_edge.profiles.hardware import Flavour, HardwareProfile, Int8Isa
 from llava_edge.profiles.model_dims import ModelDims, TextDims
 from llava_edge.profiles.parameters import (
     decoder_matrices,
@@ -105,8 +105,7 @@ def predict_speed(
     decode = None
     if profile.bandwidth is not None:
         context = prompt + ANSWER_TOKENS // 2
-        weights = weight_bytes(dims, precision, flavour, profile.int8_isa, resident=True)
-        streamed = weights.decoder + weights.lm_head + kv_cache_bytes(dims.text, context, kind)
+        streamed = streamed_bytes(dims, precision, flavour, profile.int8_isa, context, kind)
         quantised = flavour == "cuda" and precision == "int4"
         share = shares["bandwidth_int4" if quantised else "bandwidth"]
         seconds = streamed / (profile.bandwidth * share * scale) + shares["step"]
@@ -116,6 +115,20 @@ def predict_speed(
             seconds += one / (float_rate * shares["attention_decode"])
         decode = 1 / seconds
     return Prediction(encode, prefill, decode)
+
+
+def streamed_bytes(
+    dims: ModelDims,
+    precision: str,
+    flavour: Flavour,
+    int8_isa: Int8Isa,
+    context_tokens: int,
+    cache: CacheType | None = None,
+) -> int:
+    """Bytes that one decode step reads: weights of decoder and head, and the cache so far."""
+    weights = weight_bytes(dims, precision, flavour, int8_isa, resident=True)
+    kind = cache or default_cache_type(flavour)
+    return weights.decoder + weights.lm_head + kv_cache_bytes(dims.text, context_tokens, kind)
 
 
 def vision_operations(dims: ModelDims) -> int:

@@ -12,8 +12,9 @@ class Timings:
     """Wall-clock seconds of one request.
 
     ``ttft_seconds`` runs from the start of the work (not of the waiting for other requests) to the
-    first token. ``decode_tokens_per_second`` counts the tokens after the first; None when there is
-    only one.
+    first token. ``packing_seconds`` is putting text and features in the order of the prompt; it is
+    part of neither ``vision_seconds`` nor ``prefill_seconds``. ``decode_tokens_per_second`` counts
+    the tokens after the first; None when there is only one.
     """
 
     preprocess_seconds: float
@@ -22,6 +23,7 @@ class Timings:
     decode_seconds: float
     ttft_seconds: float
     decode_tokens_per_second: float | None
+    packing_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,7 @@ class Answerer:
         encoded = time.perf_counter()
         logits = self._prefill(rest, embeddings, progress)
         prefilled = time.perf_counter()
+        indexing, gathering = embeddings.index_seconds, embeddings.gather_seconds
         # Features are not kept while the answer is made.
         del embeddings
         sampler = Sampler(
@@ -138,11 +139,12 @@ class Answerer:
         waited = result.first_token_at - started
         timings = Timings(
             preprocess_seconds=request.preprocess_seconds,
-            vision_seconds=encoded - started,
-            prefill_seconds=prefilled - encoded,
+            vision_seconds=encoded - started - indexing,
+            prefill_seconds=prefilled - encoded - gathering,
             decode_seconds=result.decode_seconds,
             ttft_seconds=request.preprocess_seconds + waited,
             decode_tokens_per_second=rate,
+            packing_seconds=indexing + gathering,
         )
         assert result.finish_reason is not None
         return Answer(

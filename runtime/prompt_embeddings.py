@@ -6,6 +6,7 @@ fetched chunk by chunk, so a prompt of any length costs one chunk and the featur
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -37,6 +38,10 @@ class PromptEmbeddings:
             device, ``place`` moves them there.
         table: the embedding table.
         video_token_id: the id that marks video positions; None for a model without.
+
+    Attributes:
+        index_seconds: what making this took.
+        gather_seconds: what ``fill`` and ``place`` took so far.
     """
 
     def __init__(
@@ -49,6 +54,8 @@ class PromptEmbeddings:
         table: Rows,
         video_token_id: int | None = None,
     ) -> None:
+        started = time.perf_counter()
+        self.gather_seconds = 0.0
         self._ids = ids
         self._features = features
         self._table = table
@@ -67,6 +74,7 @@ class PromptEmbeddings:
         if video_token_id is not None:
             # Frames have no newline: their rows follow each other as they are.
             self._feature_rows[ids == video_token_id] = np.arange(base, newline_row)
+        self.index_seconds = time.perf_counter() - started
 
     @property
     def features(self) -> Array:
@@ -78,15 +86,22 @@ class PromptEmbeddings:
         """Copy what ``fill`` left out, features on the device, to the rows at ``address``."""
         if not isinstance(self._features, DeviceRows):
             return
+        started = time.perf_counter()
         rows = self._feature_rows[start:stop]
         positions = np.flatnonzero(rows >= 0)
         self._features.place(rows[positions], positions, address)
+        self.gather_seconds += time.perf_counter() - started
 
     def fill(self, start: int, stop: int, out: Array) -> None:
         """Write the embeddings of positions start..stop into ``out`` (stop − start, hidden).
 
         Rows of images are left as they are where features are on the device.
         """
+        started = time.perf_counter()
+        self._fill(start, stop, out)
+        self.gather_seconds += time.perf_counter() - started
+
+    def _fill(self, start: int, stop: int, out: Array) -> None:
         rows = self._feature_rows[start:stop]
         is_image = rows >= 0
         features = None if isinstance(self._features, DeviceRows) else self._features

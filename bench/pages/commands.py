@@ -49,6 +49,7 @@ def ask(
         subprocess.CalledProcessError: it failed, and said why on stderr.
     """
     command = [program("llava-edge"), "bench", *map(str, artifacts.values()), "--json"]
+    command += ["--only", "quality"]
     command += ["--quality", str(questions), "--answers", str(kept), *options]
     found = run_fresh(command).result()["rows"]
     rows = dict(zip(artifacts, found, strict=True))

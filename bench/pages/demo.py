@@ -76,10 +76,10 @@ def _panels(samples: list[Sample], answers: dict[str, list[str]]) -> list[Panel]
 
 
 def _table(rows: Mapping[str, dict[str, Any]]) -> str:
-    lines = ["precision   size MiB   peak MiB   first token ms   tokens/s   right %"]
+    lines = ["precision               size MiB   peak MiB   first token ms   tokens/s   right %"]
     for row in rows.values():
         lines.append(
-            f"{row['precision']:9} {row['artifact_bytes'] / 2**20:10.1f} "
+            f"{row['precision']:21} {row['artifact_bytes'] / 2**20:10.1f} "
             f"{row['peak_memory']['host_bytes'] / 2**20:10.0f} "
             f"{1000 * row['ttft_seconds']:16.0f} {row['decode_tokens_per_second']:10.0f} "
             f"{row['quality']['exact_match']:9.1f}"

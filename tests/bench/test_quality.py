@@ -190,10 +190,13 @@ def test_the_command_asks_everything_and_a_refused_image_is_a_wrong_answer(
     file.write_text("\n".join(map(json.dumps, entries)))
     kept = tmp_path / "answers.jsonl"
     command = [str(artifact), "--quality", str(file), "--max-new-tokens", "3", "--json"]
+    command += ["--only", "quality"]
     assert cli.main([*command, "--answers", str(kept)]) == 0
     output = capsys.readouterr()
     (row,) = json.loads(output.out.splitlines()[-1])["rows"]
-    assert row["precision"] == "fp16"
+    assert row["precision"] == "fp16 (computes fp32)"
+    assert row["weights"] == "random"
+    assert "cases" not in row, "nothing but quality was asked for"
     assert row["quality"]["questions"] == 4
     assert row["quality"]["exact_match"] == pytest.approx(33.333)
     assert row["quality"]["kinds"] == {"refused": 0.0, "right": 100.0, "wrong": 0.0}
@@ -209,14 +212,14 @@ def test_the_command_asks_everything_and_a_refused_image_is_a_wrong_answer(
         cli.main([*command, "--answers", str(tmp_path / "none" / "answers.jsonl")])
     with pytest.raises(LlavaEdgeError, match="nowhere"):
         cli.main([str(artifact), str(tmp_path / "nowhere"), *command[1:]])
-    two = [str(artifact), *command, "--limit", "1", "--grid", "base"]
+    two = [f"{artifact}/.", *command, "--limit", "1", "--grid", "base"]
     capsys.readouterr()
     assert cli.main(two) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert [row["quality"]["questions"] for row in rows] == [1, 1]
     refused = tmp_path / "refused.jsonl"
     refused.write_text(json.dumps(entries[2]))
-    assert cli.main([str(artifact), "--quality", str(refused)]) == 1
+    assert cli.main([str(artifact), "--quality", str(refused), "--only", "quality"]) == 1
     with LlavaEdge.load(artifact) as model:
         questions = read_quality_questions(file, limit=1)
         result = measure_quality(model, questions, grid="base", max_new_tokens=3)

@@ -1,0 +1,51 @@
+"""Artifact facts: what a row of the bench says of an artifact before anything is run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llava_edge.profiles.parameters import total_parameters
+from llava_edge.runtime.artifact import Artifact
+from llava_edge.runtime.certificate import Certificate
+from llava_edge.runtime.manifest import Manifest
+
+
+def artifact_facts(folder: str, artifact: Artifact) -> dict[str, Any]:
+    """What a row says of an artifact before anything is run."""
+    manifest = artifact.manifest
+    return {
+        "artifact": folder,
+        "variant": manifest.variant,
+        "precision": precision_label(manifest),
+        "vision_precision": manifest.precision.vision_tower,
+        "weights": weights_label(manifest),
+        "parameters": total_parameters(manifest.model),
+        "artifact_bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "verified": artifact.verified,
+    }
+
+
+def precision_label(manifest: Manifest) -> str:
+    """Of the language model; says so where fp16 weights are computed in float32."""
+    stored = manifest.precision.language_model
+    wider = stored == "fp16" and manifest.precision.computes == "float32"
+    return "fp16 (computes fp32)" if wider else stored
+
+
+def weights_label(manifest: Manifest) -> str:
+    """``random``, ``from CHECKPOINT``, or ``not said`` for artifacts of before it was noted."""
+    random = manifest.conversion.get("random_weights")
+    if random is None:
+        return "not said"
+    return "random" if random else f"from {manifest.source.id}"
+
+
+def certified_quality(certificate: Certificate | None) -> dict[str, Any] | None:
+    """What the certificate says was lost against the checkpoint; None where it says nothing."""
+    if certificate is None:
+        return None
+    rows = [row for row in certificate.stages if row.name == "quantization_loss"]
+    if not rows:
+        return None
+    found = {row.metric: row.value for row in rows}
+    return {"verdict": certificate.verdict, "mode": certificate.mode, **found}

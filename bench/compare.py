@@ -1,0 +1,255 @@
+"""``llava-edge bench --compare OLD NEW``: is the new build slower, and how sure is that?
+
+Every round of both files gives one value of each figure: the mean, over all cases, of the logarithm
+of its times. Two samples of such values are compared by Welch's t. A difference is called slower
+or faster where it exceeds both what chance explains, at one in a thousand for all figures of the
+files together, and ``LEAST``. It must do so twice: as it is, and over the yardstick, a fixed piece
+of work that each round times as well, so that a machine that is slower today is not taken for a
+slower build. Anything else is "no difference shown", which says what could have been shown, not
+that there is none.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llava_edge.bench.bench_table import seconds
+from llava_edge.bench.student_t import compare_means
+from llava_edge.profiles.errors import RequestError
+
+Verdict = Literal["slower", "faster", "larger", "smaller", "no difference shown"]
+
+CHANCE = 0.001
+LEAST = 0.05
+LEAST_BYTES, LEAST_SHARE = 4 << 20, 0.02
+"""Peaks of one artifact differ by less from process to process."""
+
+_MACHINE = ("processor", "cores", "memory_bytes", "usable_cores")
+_TIMES: Mapping[str, Callable[[Mapping[str, Any]], Sequence[float]]] = {
+    "first token": lambda case: case["ttft_seconds"]["rounds"],
+    "time a token": lambda case: [
+        1 / max(rate, 1e-9) for rate in case["decode_tokens_per_second"]["rounds"]
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One figure of one artifact in both files.
+
+    Attributes:
+        artifact: name.
+        figure: what is compared; less is better.
+        old: geometric mean over cases and rounds, in ``unit``.
+        new: the same of the other file.
+        unit: ``s`` or ``bytes``.
+        change: share by which the new one is larger.
+        showable: the smallest change that these rounds could have shown; None where a single
+            round shows none.
+        verdict: see above.
+    """
+
+    artifact: str
+    figure: str
+    old: float
+    new: float
+    unit: str
+    change: float
+    showable: float | None
+    verdict: Verdict
+
+    @property
+    def is_worse(self) -> bool:
+        """Slower or larger."""
+        return self.verdict in ("slower", "larger")
+
+
+def read_bench(path: Path) -> dict[str, Any]:
+    """A file that ``bench --out`` wrote.
+
+    Raises:
+        RequestError: it is none.
+    """
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"--compare {path} cannot be read: {error}") from error
+    rows = document.get("rows") if isinstance(document, dict) else None
+    if not isinstance(rows, list) or not isinstance(document.get("machine"), dict):
+        raise RequestError(f"--compare {path} is no result of llava-edge bench --out.")
+    if not any("cases" in row for row in rows if isinstance(row, dict)):
+        raise RequestError(
+            f"--compare {path} holds no times. Measure again without --only quality."
+        )
+    found: dict[str, Any] = document
+    return found
+
+
+def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Finding]:
+    """Compare what both documents hold.
+
+    Raises:
+        RequestError: they are of different machines, or share no artifact.
+    """
+    _same_machine(old["machine"], new["machine"])
+    before, after = _by_name(old), _by_name(new)
+    names = [name for name in before if name in after]
+    if not names:
+        raise RequestError(
+            f"The files share no artifact: {', '.join(before)} and {', '.join(after)}. "
+            "Artifacts are matched by the name of their folder, precision and device."
+        )
+    pairs = [(name, before[name], after[name]) for name in names]
+    chance = CHANCE / (len(pairs) * (len(_TIMES) + 1))
+    return [
+        finding
+        for name, was, now in pairs
+        for finding in (*_times(name, was, now, chance), _memory(name, was, now))
+    ]
+
+
+def machine_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> float:
+    """By which share the yardstick took longer in the new file."""
+    before, now = (
+        statistics.median(
+            value
+            for row in document["rows"]
+            if "cases" in row
+            for value in row["yardstick_seconds"]["rounds"]
+        )
+        for document in (old, new)
+    )
+    return float(now / before - 1)
+
+
+def findings_table(findings: Sequence[Finding]) -> str:
+    """For people."""
+    lines = []
+    for each in findings:
+        old, new = (_shown(value, each.unit) for value in (each.old, each.new))
+        sure = (
+            "a single round shows nothing"
+            if each.showable is None
+            else (f"{each.showable:.0%} could be shown")
+        )
+        lines.append(
+            f"{each.artifact}, {each.figure}: {old} before, {new} now ({each.change:+.1%}; "
+            f"{sure}): {each.verdict}"
+        )
+    return "\n".join(lines)
+
+
+def _same_machine(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    differing = [
+        f"{key} {old.get(key)!r} and {new.get(key)!r}"
+        for key in _MACHINE
+        if old.get(key) != new.get(key)
+    ]
+    if differing:
+        raise RequestError(
+            f"The files were measured on different machines ({'; '.join(differing)}), so nothing "
+            "follows for the build. Measure both on one machine."
+        )
+
+
+def _by_name(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    rows = [row for row in document["rows"] if "cases" in row]
+    short = [_key(row, Path(row["artifact"]).name) for row in rows]
+    if len(set(short)) < len(rows):
+        short = [_key(row, row["artifact"]) for row in rows]
+    return dict(zip(short, rows, strict=True))
+
+
+def _key(row: Mapping[str, Any], name: str) -> str:
+    return f"{name} ({row['precision']}, {row['device']})"
+
+
+def _times(
+    name: str, old: Mapping[str, Any], new: Mapping[str, Any], chance: float
+) -> list[Finding]:
+    pairs = _common_cases(old, new)
+    yard = [[math.log(v) for v in row["yardstick_seconds"]["rounds"]] for row in (old, new)]
+    found = []
+    for figure, times in _TIMES.items():
+        if pairs:
+            was = _log_means([times(case) for case, _ in pairs])
+            now = _log_means([times(case) for _, case in pairs])
+            found.append(_judge(name, figure, (was, now), yard, chance))
+    loads = [[math.log(value) for value in row["load_seconds"]["rounds"]] for row in (old, new)]
+    found.append(_judge(name, "loading", loads, yard, chance))
+    return found
+
+
+def _common_cases(
+    old: Mapping[str, Any], new: Mapping[str, Any]
+) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Cases of both, as long as they ask the same."""
+    after = {case["name"]: case for case in new["cases"]}
+    same = ("image_tokens", "answer_tokens", "num_images", "tiles_per_image")
+    return [
+        (case, after[case["name"]])
+        for case in old["cases"]
+        if case["name"] in after and all(case[k] == after[case["name"]][k] for k in same)
+    ]
+
+
+def _log_means(by_case: Sequence[Sequence[float]]) -> list[float]:
+    """One value a round: the mean of the logarithms over cases."""
+    return [
+        statistics.fmean(math.log(max(value, 1e-9)) for value in values)
+        for values in zip(*by_case, strict=True)
+    ]
+
+
+def _judge(
+    name: str,
+    figure: str,
+    logs: Sequence[Sequence[float]],
+    yard: Sequence[Sequence[float]],
+    chance: float,
+) -> Finding:
+    """Logarithms by round, before and now, beside those of the yardstick."""
+    old, new = logs
+    difference = compare_means(old, new, chance)
+    was, now = (
+        [value - unit for value, unit in zip(*pair, strict=True)]
+        for pair in zip(logs, yard, strict=True)
+    )
+    both = (difference, compare_means(was, now, chance))
+    verdict: Verdict = "no difference shown"
+    if all(each.mean > max(each.margin, math.log1p(LEAST)) for each in both):
+        verdict = "slower"
+    if all(-each.mean > max(each.margin, math.log1p(LEAST)) for each in both):
+        verdict = "faster"
+    margin = max(each.margin for each in both)
+    return Finding(
+        artifact=name,
+        figure=figure,
+        old=math.exp(statistics.fmean(old)),
+        new=math.exp(statistics.fmean(new)),
+        unit="s",
+        change=math.expm1(difference.mean),
+        showable=max(LEAST, math.expm1(margin)) if math.isfinite(margin) else None,
+        verdict=verdict,
+    )
+
+
+def _memory(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Finding:
+    was, now = (row["peak_memory"]["host_bytes"] for row in (old, new))
+    least = max(LEAST_BYTES, LEAST_SHARE * was)
+    verdict: Verdict = "no difference shown"
+    if abs(now - was) > least:
+        verdict = "larger" if now > was else "smaller"
+    return Finding(name, "peak host memory", was, now, "bytes", now / was - 1, least / was, verdict)
+
+
+def _shown(value: float, unit: str) -> str:
+    if unit == "bytes":
+        return f"{value / 2**20:,.0f} MiB"
+    return seconds(value)

@@ -1,0 +1,85 @@
+"""Quality of an artifact, asked in a process of its own, so that its peak memory is its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any
+
+from llava_edge.bench.loading import nothing_reused
+from llava_edge.bench.quality_questions import QualityQuestion
+from llava_edge.bench.quality_run import QualityResult, measure_quality
+from llava_edge.profiles.errors import EngineError
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.host_memory import peak_host_bytes
+from llava_edge.runtime.progress import ProgressLine
+
+
+@dataclass(frozen=True)
+class QualityTask:
+    """What every artifact is asked, and how; ``loading`` are options of ``LlavaEdge.load``."""
+
+    questions: tuple[QualityQuestion, ...]
+    grid: str | None
+    max_new_tokens: int
+    loading: dict[str, Any]
+
+
+def measure_alone(artifact: str, task: QualityTask) -> tuple[dict[str, Any], QualityResult]:
+    """Ask one artifact everything.
+
+    Returns:
+        Device, peak memory and medians of times, as keys of a row; and the result.
+
+    Raises:
+        EngineError: the process ended without a word.
+        LlavaEdgeError: as ``LlavaEdge.load``.
+    """
+    # Spawned, as a forked child would count this process's memory in its own peak.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as alone:
+        try:
+            return alone.submit(_measure, artifact, task).result()
+        except BrokenProcessPool as error:
+            raise EngineError(
+                f"the process that ran {artifact} ended without a word, as when memory runs out. "
+                "Close other programs, or ask with a lower --grid."
+            ) from error
+        except KeyboardInterrupt:
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+
+
+def kept_answers(
+    artifact: str, questions: Sequence[QualityQuestion], result: QualityResult
+) -> list[dict[str, Any]]:
+    """Questions and what was said, one entry each, for ``--answers``."""
+    return [
+        {
+            "artifact": artifact,
+            "question": question.question,
+            "answers": list(question.answers),
+            "kind": question.kind,
+            "prediction": prediction,
+        }
+        for question, prediction in zip(questions, result.predictions, strict=True)
+    ]
+
+
+def _measure(artifact: str, task: QualityTask) -> tuple[dict[str, Any], QualityResult]:
+    progress = ProgressLine()
+    options = {**task.loading, **nothing_reused()}
+    with LlavaEdge.load(artifact, progress=progress, **options) as model:
+        result = measure_quality(model, task.questions, task.grid, task.max_new_tokens, progress)
+        progress.clear()
+        row = {
+            "device": model.device,
+            "peak_memory": {"host_bytes": peak_host_bytes(), "device_bytes": None},
+            "ttft_seconds": result.ttft_seconds,
+            "decode_tokens_per_second": result.decode_tokens_per_second,
+        }
+        return row, result

@@ -1,0 +1,41 @@
+"""write_whole: a text file that is there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from llava_edge.profiles.errors import OutputExistsError, RequestError
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write, replacing what is there.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(text, "utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_writable(path: Path | None, option: str, *, force: bool) -> None:
+    """Ask before hours of work whether its result can be written.
+
+    Raises:
+        OutputExistsError: the file exists and ``force`` is off.
+        RequestError: it is a folder, or lies in one that cannot be written.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise RequestError(f"{option} {path} is a folder. Name a file.")
+    if path.exists() and not force:
+        raise OutputExistsError(f"{path} exists. Choose another name for {option}, or --force.")
+    folder = next((each for each in path.absolute().parents if each.exists()), path.parent)
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise RequestError(f"{option} {path} cannot be written: {folder} does not allow it.")

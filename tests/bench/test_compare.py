@@ -1,0 +1,134 @@
+"""Verdicts over synthetic results: a slower build is found, an unchanged one is left in peace."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_edge.bench import cli
+from llava_edge.bench.compare import compare, machine_change, read_bench
+from llava_edge.bench.student_t import compare_means, t_quantile
+from llava_edge.profiles.errors import RequestError
+from tests.bench.bench_documents import document
+
+
+def _worse(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [f"{each.artifact} {each.figure}" for each in compare(old, new) if each.is_worse]
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.05, 0.2])
+def test_an_unchanged_build_is_not_flagged_over_many_reruns(noise: float) -> None:
+    old = document(0, noise=noise)
+    for seed in range(1, 41):
+        assert _worse(old, document(seed, noise=noise)) == []
+
+
+@pytest.mark.parametrize(("noise", "slower"), [(0.01, 1.1), (0.03, 1.3), (0.05, 1.6)])
+def test_a_slower_build_is_flagged_every_time(noise: float, slower: float) -> None:
+    old = document(0, noise=noise)
+    for seed in range(1, 21):
+        new = document(seed, noise=noise, slower=slower)
+        assert _worse(old, new), seed
+        assert _worse(new, old) == [], "a faster build is not worse"
+
+
+def test_every_figure_of_a_much_slower_build_is_named() -> None:
+    findings = compare(document(0), document(1, slower=2.0))
+    slower = {each.figure for each in findings if each.verdict == "slower"}
+    assert slower == {"first token", "time a token", "loading"}
+    assert {each.verdict for each in findings if each.figure == "peak host memory"} == {
+        "no difference shown"
+    }
+    first = next(each for each in findings if each.figure == "first token")
+    assert first.change == pytest.approx(1.0, abs=0.15)
+
+
+def test_a_slower_machine_is_not_a_slower_build() -> None:
+    old = document(0)
+    for seed in range(1, 21):
+        new = document(seed, machine_slower=1.6)
+        assert _worse(old, new) == []
+        assert machine_change(old, new) == pytest.approx(0.6, abs=0.1)
+    # The yardstick excuses no more than the machine's own part.
+    assert _worse(old, document(99, machine_slower=1.6, slower=1.6))
+
+
+def test_memory_has_no_spread_worth_the_name() -> None:
+    old = document(0)
+    findings = compare(old, document(1, more_bytes=12 << 20))
+    larger = [each for each in findings if each.verdict == "larger"]
+    assert [each.figure for each in larger] == ["peak host memory"] * 3
+    assert all(each.is_worse for each in larger)
+    assert _worse(old, document(1, more_bytes=1 << 20)) == []
+
+
+def test_a_single_round_shows_nothing() -> None:
+    findings = compare(document(0, rounds=1), document(1, rounds=1, slower=3.0))
+    times = [each for each in findings if each.unit == "s"]
+    assert {each.verdict for each in times} == {"no difference shown"}
+    assert all(each.showable is None for each in times)
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    other = document(1)
+    other["machine"]["processor"] = "Another"
+    with pytest.raises(RequestError, match="different machines"):
+        compare(document(0), other)
+    with pytest.raises(RequestError, match="share no artifact"):
+        compare(document(0), document(1, precisions=("nf4",)))
+    file = tmp_path / "x.json"
+    for content, message in (("{", "cannot be read"), ("[]", "no result"), ("{}", "no result")):
+        file.write_text(content)
+        with pytest.raises(RequestError, match=message):
+            read_bench(file)
+    untimed = document(0)
+    for row in untimed["rows"]:
+        del row["cases"]
+    file.write_text(json.dumps(untimed))
+    with pytest.raises(RequestError, match="holds no times"):
+        read_bench(file)
+
+
+def test_cases_that_ask_something_else_are_left_out() -> None:
+    old, new = document(0, noise=0.01), document(1, noise=0.01)
+    for row in new["rows"]:
+        # As after another conversion: more tokens an image, so more time, and no fault of a build.
+        case = row["cases"][-1]
+        case["image_tokens"] *= 2
+        case["ttft_seconds"]["rounds"] = [3 * each for each in case["ttft_seconds"]["rounds"]]
+    assert _worse(old, new) == []
+
+
+def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {}
+    for name, made in (
+        ("old", document(0)),
+        ("same", document(1)),
+        ("slow", document(2, slower=2)),
+    ):
+        files[name] = str(tmp_path / f"{name}.json")
+        Path(files[name]).write_text(json.dumps(made))
+    assert cli.main(["--compare", files["old"], files["same"]]) == 0
+    assert cli.main(["--compare", files["old"], files["slow"], "--json"]) == 1
+    printed = capsys.readouterr()
+    result = json.loads(printed.out.splitlines()[-1])
+    assert result["verdict"] == "worse"
+    assert "slower" in printed.err
+    assert cli.main(["--compare", files["slow"], files["old"]]) == 0
+
+
+@pytest.mark.parametrize(
+    ("probability", "freedom", "expected"),
+    # Tables of Student's t.
+    [(0.975, 8, 2.306), (0.9995, 8, 5.041), (0.975, 1, 12.706), (0.95, 30, 1.697)],
+)
+def test_quantiles_of_t(probability: float, freedom: float, expected: float) -> None:
+    assert t_quantile(probability, freedom) == pytest.approx(expected, abs=6e-4)
+
+
+def test_welch_by_hand() -> None:
+    # Means 2 and 5, variances 1 and 1, three values each: error sqrt(2/3), four degrees.
+    difference = compare_means([1, 2, 3], [4, 5, 6], 0.05)
+    assert difference.mean == 3
+    assert difference.margin == pytest.approx(2.776 * (2 / 3) ** 0.5, abs=1e-3)

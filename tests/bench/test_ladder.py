@@ -1,0 +1,58 @@
+"""The ladder: what it counts as measured already, and that its titles are true."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_edge.bench import ladder
+from llava_edge.bench.ledger import Ledger, machine
+from llava_edge.bench.machine_card import commit
+from llava_edge.convert.random_spec import preset
+from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.parameters import total_parameters
+from tests.bench.bench_documents import document
+
+
+def _entry(rung: ladder.Rung) -> dict[str, Any]:
+    made = document(0)
+    made["machine"]["commit"] = commit()
+    return {"rung": rung.digest, "machine": machine(), "bench": made}
+
+
+def test_only_this_machine_commit_and_form_count_as_measured() -> None:
+    rung = ladder.RUNGS[1]
+    assert ladder.is_current(_entry(rung), rung)
+    assert not ladder.is_current(None, rung)
+    assert not ladder.is_current({**_entry(rung), "rung": "another"}, rung)
+    assert not ladder.is_current({**_entry(rung), "machine": {"processor": "another"}}, rung)
+    other = _entry(rung)
+    other["bench"]["machine"]["commit"] = "feedfeedfeed"
+    assert not ladder.is_current(other, rung)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("mid", 140), ("large", 1400)])
+def test_titles_state_the_size(name: str, millions: int) -> None:
+    rung = next(rung for rung in ladder.RUNGS if rung.name == name)
+    dims = ModelDims.from_config(preset("tiny", **rung.sizes).config(5))
+    assert total_parameters(dims) / 1e6 == pytest.approx(millions, rel=0.05)
+
+
+def test_what_is_measured_is_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+
+    def measure(rung: ladder.Rung, options: Any) -> dict[str, Any]:
+        measured.append(rung.name)
+        return {name: value for name, value in _entry(rung).items() if name != "machine"}
+
+    monkeypatch.setattr(ladder, "_measure", measure)
+    command = ["--work", str(tmp_path), "--results", str(tmp_path / "bench.json")]
+    assert ladder.main([*command, "--only", "pages"]) == 0
+    assert ladder.main(command) == 0
+    assert measured == ["pages", "mid", "large"], "pages was there already"
+    assert ladder.main([*command, "--again", "--only", "mid"]) == 0
+    assert measured[3:] == ["mid"]
+    assert (tmp_path / "report.html").exists()
+    assert set(Ledger(tmp_path / "bench.json").entries) == {"pages", "mid", "large"}
