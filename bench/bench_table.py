@@ -127,21 +127,23 @@ def _speed(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{head}\n{columns(cells)}"
 
 
+def case_cells(row: Mapping[str, Any], case: Mapping[str, Any]) -> list[str]:
+    """Artifact, prompt, its tokens and tiles, time to first token and rate, as text."""
+    return [
+        row_name(row),
+        case["name"],
+        f"{case['prompt_tokens']:,}",
+        str(case["num_images"] * case["tiles_per_image"]),
+        ranged(case["ttft_seconds"]),
+        ranged(case["decode_tokens_per_second"], lambda rate: f"{rate:,.1f}"),
+    ]
+
+
 def _cases(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = [["artifact", "prompt", "tokens", "tiles", "first token", "tok/s", "rounds"]]
     for row in rows:
         for case in row["cases"]:
-            cells.append(
-                [
-                    row_name(row),
-                    case["name"],
-                    f"{case['prompt_tokens']:,}",
-                    str(case["num_images"] * case["tiles_per_image"]),
-                    ranged(case["ttft_seconds"]),
-                    ranged(case["decode_tokens_per_second"], lambda rate: f"{rate:,.1f}"),
-                    str(len(case["repeats"])),
-                ]
-            )
+            cells.append([*case_cells(row, case), str(len(case["repeats"]))])
     return columns(cells)
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 from llava_edge.bench.fresh_process import Spent, program, run_fresh
 from llava_edge.bench.memory_measure import fill_tokenizer
+from llava_edge.bench.random_models import CLIP_L, write_random
 
 Report = Callable[[str], None]
 
@@ -30,10 +29,7 @@ MISTRAL_7B: Mapping[str, int | float | str] = {
     "vocab_size": 32064,
     "max_positions": 32768,
     "rope_theta": 1e6,
-    "vision_hidden_size": 1024,
-    "vision_intermediate_size": 4096,
-    "vision_layers": 24,
-    "vision_heads": 16,
+    **CLIP_L,
 }
 """llava-v1.6-mistral-7b, but for the number of layers."""
 
@@ -143,9 +139,7 @@ def write_checkpoint(
     # The tokenizer is filled aside, so that a folder under its own name is complete.
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    changes = [f"--set={name}={value}" for name, value in sizes.items()]
-    writer = [sys.executable, "-m", "llava_edge.convert.random_cli", "tiny", str(unfinished)]
-    subprocess.run([*writer, *changes, "--seed", str(seed)], check=True)
+    write_random(unfinished, sizes, ["--seed", str(seed)])
     fill_tokenizer(unfinished / "tokenizer.json", int(sizes["vocab_size"]))
     unfinished.rename(folder)
 

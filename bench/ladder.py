@@ -30,6 +30,7 @@ from llava_edge.bench.machine_card import commit
 from llava_edge.bench.pages.checkpoint import SHIPPED
 from llava_edge.bench.pages.commands import write_calibration
 from llava_edge.bench.pages.draw import FILE, write_questions
+from llava_edge.bench.random_models import CLIP_L, DECODER_1B, write_random
 from llava_edge.bench.report import ladder_page
 from llava_edge.bench.whole_file import write_whole
 
@@ -75,10 +76,8 @@ RUNGS = (
         "large",
         "Random weights, 1.4 B parameters",
         {
-            **{"backbone": "mistral", "hidden_size": 2048, "intermediate_size": 8192},
-            **{"layers": 16, "heads": 32, "kv_heads": 8, "vocab_size": 32064},
-            **{"vision_hidden_size": 1024, "vision_intermediate_size": 4096},
-            **{"vision_layers": 24, "vision_heads": 16},
+            **DECODER_1B,
+            **CLIP_L,
         },
         ("--profile", "cpu-16gb", "--context", "4096", "--quantizer", "rtn", "--verify", "none"),
     ),
@@ -163,9 +162,7 @@ def _checkpoint(rung: Rung, folder: Path) -> Path:
         return SHIPPED
     checkpoint = folder / "checkpoint"
     if not checkpoint.exists():
-        changes = [f"--set={name}={value}" for name, value in rung.sizes.items()]
-        writer = [sys.executable, "-m", "llava_edge.convert.random_cli", "tiny", str(checkpoint)]
-        run_fresh([*writer, *changes])
+        write_random(checkpoint, rung.sizes)
     return checkpoint
 
 

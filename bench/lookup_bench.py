@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from llava_edge.bench.fresh_process import program, run_fresh
 from llava_edge.bench.pages.checkpoint import SHIPPED
 from llava_edge.bench.pages.commands import PROFILE
 from llava_edge.bench.pages.sample import Sample, held_out_sample
+from llava_edge.bench.random_models import DECODER_1B, write_random
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.decode_steps import DraftedSteps, PlainSteps
@@ -41,15 +41,6 @@ from llava_edge.runtime.prompt_lookup import PromptLookup
 from llava_edge.runtime.sampling import Sampler, SamplingOptions
 from llava_edge.runtime.session import Array, Session, SessionOptions
 
-_LARGE: Mapping[str, object] = {
-    "backbone": "mistral",
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "layers": 16,
-    "heads": 32,
-    "kv_heads": 8,
-    "vocab_size": 32064,
-}
 _SMALL: Mapping[str, object] = {"layers": 2, "hidden_size": 256, "intermediate_size": 512}
 _CONTEXT, _PASSAGE, _SEED = 4096, 48, 0
 _CHECKED = (1, 2, 3, 5, 8, 11, 17, 33)
@@ -64,10 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         for precision, artifact in trained.items():
             rows += _ask(precision, artifact, options)
         checkpoint = Path(work) / "checkpoint"
-        sizes = _SMALL if options.small else _LARGE
-        changes = [f"--set={name}={value}" for name, value in sizes.items()]
-        writer = [sys.executable, "-m", "llava_edge.convert.random_cli", "tiny", str(checkpoint)]
-        subprocess.run([*writer, *changes], check=True)
+        sizes = _SMALL if options.small else DECODER_1B
+        write_random(checkpoint, sizes)
         for precision in options.precisions:
             context = ["--context", str(_CONTEXT)]
             random = _convert(checkpoint, Path(work) / "random", [precision], context)

@@ -6,6 +6,7 @@ import random
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from llava_edge.bench.random_models import CLIP_L
 from llava_edge.profiles.anyres import AnyRes, grid_pinpoints
 from llava_edge.profiles.memory import Workload
 from llava_edge.profiles.model_dims import ModelDims
@@ -16,10 +17,7 @@ TEXT_TOKENS = 512
 _CLIP_L = {
     "image_size": 336,
     "patch_size": 14,
-    "vision_hidden_size": 1024,
-    "vision_intermediate_size": 4096,
-    "vision_layers": 24,
-    "vision_heads": 16,
+    **CLIP_L,
 }
 _GRIDS = ("1x2", "2x2", "2x3", "3x3")
 _LARGE_GRIDS = ("base", "1x2", "2x2")

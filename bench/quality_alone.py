@@ -9,7 +9,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
-from llava_edge.bench.loading import nothing_reused
 from llava_edge.bench.quality_questions import QualityQuestion
 from llava_edge.bench.quality_run import QualityResult, measure_quality
 from llava_edge.profiles.errors import EngineError
@@ -72,8 +71,7 @@ def kept_answers(
 
 def _measure(artifact: str, task: QualityTask) -> tuple[dict[str, Any], QualityResult]:
     progress = ProgressLine()
-    options = {**task.loading, **nothing_reused()}
-    with LlavaEdge.load(artifact, progress=progress, **options) as model:
+    with LlavaEdge.load(artifact, progress=progress, prefix_reuse=False, **task.loading) as model:
         result = measure_quality(model, task.questions, task.grid, task.max_new_tokens, progress)
         progress.clear()
         row = {

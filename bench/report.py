@@ -15,8 +15,8 @@ from typing import Any
 from llava_edge.bench.bench_table import (
     MIB,
     busy_note,
+    case_cells,
     machine_line,
-    ranged,
     row_name,
     seconds,
 )
@@ -150,12 +150,7 @@ def _cases_table(rows: Rows) -> str:
         for case in row["cases"]:
             body.append(
                 [
-                    row_name(row),
-                    case["name"],
-                    f"{case['prompt_tokens']:,}",
-                    str(case["num_images"] * case["tiles_per_image"]),
-                    ranged(case["ttft_seconds"]),
-                    ranged(case["decode_tokens_per_second"], lambda rate: f"{rate:,.1f}"),
+                    *case_cells(row, case),
                     seconds(case["end_to_end_seconds"]["median"]),
                     *(seconds(case["stages"][stage]["median"]) for stage in shown),
                 ]

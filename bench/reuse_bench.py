@@ -23,21 +23,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from llava_edge.bench.random_models import CLIP_L, DECODER_1B, write_random
 from llava_edge.runtime import Answer, LlavaEdge
 
-_FULL: Mapping[str, object] = {
-    "backbone": "mistral",
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "layers": 16,
-    "heads": 32,
-    "kv_heads": 8,
-    "vocab_size": 32064,
-    "vision_hidden_size": 1024,
-    "vision_intermediate_size": 4096,
-    "vision_layers": 24,
-    "vision_heads": 16,
-}
 _SMALL = {"hidden_size": 128, "intermediate_size": 256, "layers": 2, "heads": 4, "kv_heads": 4}
 _SMALL |= {"vision_hidden_size": 64, "vision_intermediate_size": 128, "vision_layers": 3}
 _SMALL |= {"vision_heads": 4}
@@ -48,7 +36,7 @@ _FIRST, _SECOND = "What is shown in this picture?", "How many people are in it, 
 def main(argv: list[str] | None = None) -> int:
     """Run the measurement and return the exit code."""
     options = _parser().parse_args(argv)
-    sizes = {**_FULL, **(_SMALL if options.small else {})}
+    sizes = {**DECODER_1B, **CLIP_L, **(_SMALL if options.small else {})}
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         artifact = _artifact(Path(work), sizes, options.precision)
         rounds = _measure(artifact, options)
@@ -81,9 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 def _artifact(folder: Path, sizes: Mapping[str, object], precision: str) -> Path:
     """Through the commands, as a user would: bench knows nothing of convert."""
     checkpoint, artifact = folder / "checkpoint", folder / "artifact"
-    changes = [f"--set={name}={value}" for name, value in sizes.items()]
-    writer = [sys.executable, "-m", "llava_edge.convert.random_cli", "tiny", str(checkpoint)]
-    subprocess.run([*writer, *changes], check=True)
+    write_random(checkpoint, sizes)
     program = Path(sys.executable).with_name("llava-edge")
     convert = [str(program), "convert", str(checkpoint), str(artifact), "--profile", "cpu-32gb"]
     convert += ["--precision", precision, "--verify", "none", "--context", "4096"]

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge.bench.loading import nothing_reused
 from llava_edge.bench.speed_cases import SpeedCase, draw_picture, speed_cases
 from llava_edge.profiles.errors import LlavaEdgeError
 from llava_edge.runtime import LlavaEdge
@@ -63,7 +62,7 @@ def _run(options: argparse.Namespace) -> None:
         allow_slow=options.allow_slow,
         engine=options.engine,
         trust_engines=options.trust_engines,
-        **nothing_reused(),
+        prefix_reuse=False,
     ) as model:
         check_verified_here(model)
         loaded = time.perf_counter()

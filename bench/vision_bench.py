@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from llava_edge.bench.random_models import CLIP_L, write_random
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.instructions import needs_wide_sums
 from llava_edge.runtime.session import Array, Session, SessionOptions
@@ -35,10 +36,7 @@ _FULL: Mapping[str, object] = {
     "layers": 1,
     "heads": 32,
     "kv_heads": 8,
-    "vision_hidden_size": 1024,
-    "vision_intermediate_size": 4096,
-    "vision_layers": 24,
-    "vision_heads": 16,
+    **CLIP_L,
 }
 _PRECISIONS = ("fp16", "int8")
 
@@ -83,9 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 def _artifacts(folder: Path, sizes: Mapping[str, object], *, outliers: bool) -> dict[str, Path]:
     """Through the commands, as a user would: bench knows nothing of convert."""
     checkpoint = folder / "checkpoint"
-    changes = [f"--set={name}={value}" for name, value in sizes.items()]
-    writer = [sys.executable, "-m", "llava_edge.convert.random_cli", "tiny", str(checkpoint)]
-    subprocess.run([*writer, *changes, *["--outliers"] * outliers], check=True)
+    write_random(checkpoint, sizes, ["--outliers"] * outliers)
     program = Path(sys.executable).with_name("llava-edge")
     found = {}
     for precision in _PRECISIONS:

@@ -227,7 +227,10 @@ def write_int8_vision(
     folder: Path,
     save: Save,
 ) -> tuple[Any, dict[str, Any]]:
-    """Write the graph with as few layers in float as keep the features within their bound.
+    """Write the graph with layers in float until the features keep their bound.
+
+    From the layer that is thought to cost most downwards, so where an estimate is wrong there may
+    be more of them than are needed.
 
     Args:
         checkpoint: the model.
