@@ -15,7 +15,7 @@ class Replay:
     Attributes:
         request: ids, geometry and pixels.
         features: (rows, hidden) in the flavour's type: the patches of all tiles of all images, one
-            tile behind the other, without the newline row.
+            tile behind the other, then the pooled ones of all frames, without the newline row.
     """
 
     request: Request
