@@ -81,6 +81,24 @@ def pixel_value_bytes(vision: VisionDims, num_tiles: int) -> int:
     return num_tiles * 3 * vision.image_size**2 * PIXEL_BYTES
 
 
+def image_decoding_bytes(num_pixels: int, *, webp: bool = False) -> int:
+    """An image file of that many pixels while it is decoded and becomes RGB.
+
+    Measured (VmHWM, Pillow 13, 3000 x 3000 pixels): 4 bytes a pixel for a plain JPEG, 7 turned, 7
+    for RGBA, 9 progressive (its coefficients), 8 for a TIFF, 15 for a WebP.
+    """
+    return num_pixels * (15 if webp else 10)
+
+
+def video_decoding_bytes(num_pixels: int) -> int:
+    """A video with frames of that many pixels while it is decoded.
+
+    The decoder keeps the frames that others refer to: with five of them 17 (MPEG-4) to 26 (HEVC at
+    4K) bytes a pixel, and PyAV itself takes 14 MiB (VmHWM, PyAV 18.1).
+    """
+    return 30 * num_pixels + (16 << 20)
+
+
 def image_feature_shape(dims: ModelDims, num_tiles: int, num_frames: int = 0) -> tuple[int, int]:
     """Shape of the projected features of tiles, of frames behind them, and of the newline row."""
     rows = num_tiles * dims.vision.num_patches + num_frames * video_tokens_per_frame(dims.vision)

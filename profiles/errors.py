@@ -15,6 +15,7 @@
     ├── ArtifactError         exit 1   an artifact is damaged, unsafe or of another kind
     ├── EngineError           exit 1   the inference engine failed
     ├── OutOfMemoryError      exit 1   memory ran out where the plan said it would not
+    ├── DeadlineError         exit 1   the time that was given is over
     └── DependencyError       exit 1   an optional package is missing
 
 A message holds four things: what was asked, what was found, the rule, the next step.
@@ -87,6 +88,10 @@ class EngineError(LlavaEdgeError):
 
 class OutOfMemoryError(LlavaEdgeError):
     """Memory ran out; the message says how much was asked and how much there was."""
+
+
+class DeadlineError(LlavaEdgeError):
+    """The time that a request was given is over, and there is no token yet."""
 
 
 class DependencyError(LlavaEdgeError):

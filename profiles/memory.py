@@ -18,6 +18,7 @@ from llava_edge.profiles.buffers import (
     MAX_DRAFT_TOKENS,
     CacheType,
     default_cache_type,
+    image_decoding_bytes,
     image_feature_bytes,
     kv_cache_bytes,
     logits_bytes,
@@ -26,6 +27,7 @@ from llava_edge.profiles.buffers import (
     prompt_embedding_bytes,
     rope_table_bytes,
     tiles_per_batch,
+    video_decoding_bytes,
     video_feature_bytes,
 )
 from llava_edge.profiles.constants import Constants, memory_constants
@@ -45,8 +47,6 @@ PHASES = ("load", "encode", "prefill", "decode")
 
 PLANNED_VIDEO_PIXELS = 4096 * 2304
 """Pixels of a video's frame, the most that the runtime's limits take."""
-
-_VIDEO_BYTES = 30 * PLANNED_VIDEO_PIXELS + (16 << 20)
 
 _STEP_TOKENS = 1 + MAX_DRAFT_TOKENS
 """Positions of the largest decode step: a token and its draft."""
@@ -409,21 +409,17 @@ def _encode_host(dims: ModelDims, work: Workload) -> MemoryTerms:
 def _image_decoding(vision: VisionDims, work: Workload) -> int:
     """The largest image as it is decoded and cut into tiles.
 
-    A pixel takes four bytes in Pillow, and again four where an image is turned or loses its alpha
-    channel. A progressive JPEG holds its coefficients meanwhile, two bytes for each of three
-    colours. Measured on 3000 x 3000 pixels (VmHWM, Pillow 13): 4 bytes a pixel for a plain JPEG, 7
-    turned, 7 for RGBA, 9 progressive, 8 for a TIFF; 15 for a WebP, which may thus have two thirds
-    of the pixels planned for. Cutting takes the image laid out on its tiles (4 bytes a pixel, 3 as
-    an array and as the bytes it comes from, 3 on the canvas) and, between both passes of resizing,
-    rows already at their width.
-
-    A video's decoder keeps the frames that others refer to: with five of them 17 (MPEG-4) to 26
-    (HEVC at 4K) bytes a pixel, and PyAV itself takes 14 MiB (VmHWM, PyAV 18.1).
+    Decoding is ``image_decoding_bytes``; a WebP may have two thirds of the pixels planned for.
+    Cutting takes the image laid out on its tiles (4 bytes a pixel, 3 as an array and as the bytes
+    it comes from, 3 on the canvas) and, between both passes of resizing, rows already at their
+    width.
     """
     canvas = max(1, work.tiles_per_image - 1) * vision.image_size**2
     between = 4 * math.isqrt(canvas * work.image_pixels)
-    image = max(10 * work.image_pixels, 4 * work.image_pixels + between + 13 * canvas)
-    return max(image, _VIDEO_BYTES if work.num_frames else 0)
+    image = max(
+        image_decoding_bytes(work.image_pixels), 4 * work.image_pixels + between + 13 * canvas
+    )
+    return max(image, video_decoding_bytes(PLANNED_VIDEO_PIXELS) if work.num_frames else 0)
 
 
 def _vision_activations(

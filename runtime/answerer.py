@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from llava_edge.profiles.errors import OutOfMemoryError
+from llava_edge.runtime.allocation import allocate, require_free
 from llava_edge.runtime.answer import Answer, PeakMemory, Timings
 from llava_edge.runtime.cache_contents import CacheContents
 from llava_edge.runtime.decode_steps import DraftedSteps, PlainSteps
@@ -18,7 +21,9 @@ from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.generate import LoopResult, generate_tokens
 from llava_edge.runtime.host_memory import peak_host_bytes
+from llava_edge.runtime.lowering import Lowering
 from llava_edge.runtime.manifest import TokenIds
+from llava_edge.runtime.planned_memory import RequestMemory
 from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.prompt_embedder import PromptEmbedder
 from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
@@ -28,8 +33,10 @@ from llava_edge.runtime.request import Request
 from llava_edge.runtime.sampling import Sampler, SamplingOptions
 from llava_edge.runtime.session import Array, DeviceKind
 from llava_edge.runtime.stream import Pieces
+from llava_edge.runtime.time_budget import Pace, TimeBudget
 from llava_edge.runtime.tokenizer import Tokenizer
 from llava_edge.runtime.tower import Tower
+from llava_edge.runtime.watch import CancelledError, TooSlowError, Watch
 
 
 class Answerer:
@@ -44,7 +51,9 @@ class Answerer:
         tokenizer: ids to text.
         tokens: ids that end an answer or are no words.
         dtype: float32 (cpu flavour) or float16 (cuda flavour) of embeddings.
+        memory: what a request takes.
         prefix_reuse: go on behind what a request shares with what the cache holds.
+        degraded: what was given up when the artifact was loaded.
     """
 
     def __init__(
@@ -57,7 +66,9 @@ class Answerer:
         tokenizer: Tokenizer,
         tokens: TokenIds,
         dtype: type[np.float32] | type[np.float16],
+        memory: RequestMemory,
         prefix_reuse: bool,
+        degraded: tuple[str, ...] = (),
     ) -> None:
         self._tower = tower
         self._device = device
@@ -67,47 +78,69 @@ class Answerer:
         self._tokenizer = tokenizer
         self._tokens = tokens
         self._dtype = dtype
+        self._memory = memory
         self._prefix_reuse = prefix_reuse
+        self._degraded = degraded
+        self._pace = Pace()
         self._places = tuple(i for i in (tokens.image, tokens.video) if i is not None)
         self._contents = CacheContents(self._places)
 
     def pieces(
         self,
-        request: Request,
+        lowering: Lowering,
         sampling: SamplingOptions,
         max_new_tokens: int,
         prompt_lookup_num_tokens: int,
         progress: ReportProgress,
         is_cancelled: Callable[[], bool],
+        budget: TimeBudget,
     ) -> Pieces:
         """Answer.
 
         Args:
-            request: with pixels; it fits the context.
+            lowering: the request, with pixels, and what it may give up; it fits the context.
             sampling: how tokens are chosen.
             max_new_tokens: at least 1.
             prompt_lookup_num_tokens: longest draft; 0 drafts nothing.
             progress: told about tiles and prompt chunks.
-            is_cancelled: asked at each token; the answer then ends without an ``Answer``.
+            is_cancelled: asked at each tile, chunk and token; the answer then ends without an
+                ``Answer``.
+            budget: time for all of it.
 
         Returns:
             A generator of text whose value is the answer.
+
+        Raises:
+            OutOfMemoryError: memory runs out, and nothing is left to be given up.
+            DeadlineError: the time is up before the first token.
         """
         started = time.perf_counter()
-        reused = 0
-        if self._prefix_reuse:
-            reused = self._contents.reusable(request, self._decoder.length)
-        self._decoder.rewind(reused)
-        self._contents.hold(request)
-        # Tiles and frames of media that the cache holds are not even encoded.
-        rest = request.behind(reused)
-        embeddings = self._embedder.embed(rest, progress)
-        encoded = time.perf_counter()
-        logits = self._prefill(rest, embeddings, progress)
-        prefilled = time.perf_counter()
-        indexing, gathering = embeddings.index_seconds, embeddings.gather_seconds
-        # Features are not kept while the answer is made.
-        del embeddings
+        shortened: tuple[str, ...] = ()
+        while True:
+            try:
+                self._decoder.restore()
+                begun = self._begin(lowering, progress, is_cancelled, budget)
+                break
+            except CancelledError:
+                return None
+            except (TooSlowError, OutOfMemoryError, MemoryError) as error:
+                room = lowering.request.num_tokens + max_new_tokens
+                may_shorten = not isinstance(error, TooSlowError) and room < self._decoder.capacity
+                if not lowering.can_lower and not may_shorten:
+                    if isinstance(error, MemoryError):
+                        raise OutOfMemoryError(
+                            "memory ran out in the middle of a request"
+                        ) from error
+                    raise
+                reason = str(error) or "memory ran out"
+            # Behind the handler: an error holds the frames it came through, and their arrays.
+            if lowering.can_lower:
+                lowering.lower(reason)
+            else:
+                before = self._decoder.capacity
+                self._decoder.shorten(room)
+                shortened = (f"context {before} lowered to {room}: {reason}",)
+        request, logits, reused = lowering.request, begun.logits, begun.reused
         sampler = Sampler(
             sampling,
             self._table.vocab_size,
@@ -121,7 +154,9 @@ class Answerer:
         decoder = self._tokenizer.stream()
         token_ids: list[int] = []
         text: list[str] = []
-        for token in generate_tokens(steps, logits, sampler, stop_ids, max_new_tokens, result):
+        for token in generate_tokens(
+            steps, logits, sampler, stop_ids, max_new_tokens, result, lambda: budget.is_over
+        ):
             if is_cancelled():
                 return None
             self._contents.append(token)
@@ -138,13 +173,13 @@ class Answerer:
             rate = (result.num_tokens - 1) / max(result.decode_seconds, 1e-9)
         waited = result.first_token_at - started
         timings = Timings(
-            preprocess_seconds=request.preprocess_seconds,
-            vision_seconds=encoded - started - indexing,
-            prefill_seconds=prefilled - encoded - gathering,
+            preprocess_seconds=lowering.preprocess_seconds,
+            vision_seconds=begun.vision_seconds,
+            prefill_seconds=begun.prefill_seconds,
             decode_seconds=result.decode_seconds,
-            ttft_seconds=request.preprocess_seconds + waited,
+            ttft_seconds=lowering.preprocess_seconds + waited,
             decode_tokens_per_second=rate,
-            packing_seconds=indexing + gathering,
+            packing_seconds=begun.packing_seconds,
         )
         assert result.finish_reason is not None
         return Answer(
@@ -154,6 +189,7 @@ class Answerer:
             image_tokens=request.image_tokens,
             video_tokens=request.video_tokens,
             reused_tokens=reused,
+            degraded=(*self._degraded, *lowering.degraded, *shortened),
             finish_reason=result.finish_reason,
             timings=timings,
             peak_memory=PeakMemory(host_bytes=peak_host_bytes(), device_bytes=None),
@@ -172,6 +208,7 @@ class Answerer:
         Nothing is reused, before or after: this is what certificates are made with.
         """
         self._contents.clear()
+        self._decoder.restore()
         self._decoder.rewind(0)
         embeddings = self._embedder.embed(request, no_progress)
         on_logits(0, self._prefill(request, embeddings, no_progress))
@@ -181,7 +218,7 @@ class Answerer:
         return Replay(request, embeddings.features[:-1])
 
     def _steps(self, request: Request, most: int) -> PlainSteps:
-        rows = np.empty((1 + most, self._table.hidden_size), self._dtype)
+        rows = allocate((1 + most, self._table.hidden_size), self._dtype, "embeddings of a draft")
 
         def embed(tokens: Sequence[int]) -> Array:
             return self._table.rows(np.array(tokens), out=rows[: len(tokens)])
@@ -190,6 +227,55 @@ class Answerer:
             return PlainSteps(self._decoder, embed)
         lookup = PromptLookup(request.ids.tolist(), self._places)
         return DraftedSteps(self._decoder, embed, lookup, most)
+
+    def _begin(
+        self,
+        lowering: Lowering,
+        progress: ReportProgress,
+        is_cancelled: Callable[[], bool],
+        budget: TimeBudget,
+    ) -> _Begun:
+        """Everything before the first token is chosen."""
+        request = lowering.request
+        reused = 0
+        if self._prefix_reuse:
+            reused = self._contents.reusable(request, self._decoder.length)
+        self._decoder.rewind(reused)
+        self._contents.hold(request)
+        # Tiles and frames of media that the cache holds are not even encoded.
+        rest = request.behind(reused)
+        work = f"a request of {rest.num_tiles} tiles and {rest.num_tokens} tokens"
+        needed = self._memory.host_bytes(
+            sum(map(len, rest.pixel_values)), sum(map(len, rest.frame_pixels)), rest.num_tokens
+        )
+        require_free(needed, work)
+        watch = Watch(
+            budget,
+            self._pace,
+            rest.num_tiles,
+            rest.num_tokens,
+            progress,
+            is_cancelled,
+            may_lower=lowering.can_lower,
+        )
+        watch.require_time(work)
+        started = time.perf_counter()
+        embeddings = self._embedder.embed(rest, watch)
+        encoded = time.perf_counter()
+        logits = self._prefill(rest, embeddings, watch)
+        prefilled = time.perf_counter()
+        indexing, gathering = embeddings.index_seconds, embeddings.gather_seconds
+        begun = _Begun(
+            logits=logits,
+            reused=reused,
+            vision_seconds=encoded - started - indexing,
+            prefill_seconds=prefilled - encoded - gathering,
+            packing_seconds=indexing + gathering,
+        )
+        self._pace.report(
+            rest.num_tiles, begun.vision_seconds, rest.num_tokens, begun.prefill_seconds
+        )
+        return begun
 
     def _prefill(
         self, request: Request, embeddings: PromptEmbeddings, progress: ReportProgress
@@ -204,3 +290,14 @@ class Answerer:
         logits: Array = self._decoder.prefill(total, fill, place=embeddings.place)[0]
         progress("prompt", total, total)
         return logits
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """Logits (vocab,) of a prompt's last position, and what it took to get there."""
+
+    logits: Array
+    reused: int
+    vision_seconds: float
+    prefill_seconds: float
+    packing_seconds: float

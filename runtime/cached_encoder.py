@@ -10,6 +10,7 @@ import numpy as np
 
 from llava_edge.profiles.errors import EngineError, RequestError
 from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.feature_cache import FeatureCache, FeatureKey
 from llava_edge.runtime.prepared_image import digest_tiles
 from llava_edge.runtime.prompt_embedder import DeviceEncoder, TileEncoder
@@ -56,7 +57,9 @@ class CachedEncoder:
         if len(indices) == len(pixel_values):
             self._encoder.encode(pixel_values, out)
         elif indices:
-            features = np.empty((len(indices), *out.shape[1:]), out.dtype)
+            features = allocate(
+                (len(indices), *out.shape[1:]), out.dtype, "features of tiles not seen before"
+            )
             self._encoder.encode(pixel_values[indices], features)
             out[indices] = features
 

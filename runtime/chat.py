@@ -22,12 +22,14 @@ from llava_edge.runtime.arguments import require_count
 from llava_edge.runtime.clip import VideoSource
 from llava_edge.runtime.frame_choice import FrameChoice
 from llava_edge.runtime.images import ImageSource
+from llava_edge.runtime.lowering import Lowering, Step
 from llava_edge.runtime.prepared_image import PreparedImage
 from llava_edge.runtime.prepared_video import PreparedVideo
 from llava_edge.runtime.prompt import Message, Piece, Role, Text, compose, user_message
 from llava_edge.runtime.request import Request, VideoInput
 from llava_edge.runtime.request_builder import RequestBuilder
 from llava_edge.runtime.stream import AnswerStream, Pieces
+from llava_edge.runtime.time_budget import TimeBudget
 
 WithinTurn = Callable[[Pieces], Pieces]
 """Wraps the work on an answer; runs where no other request can come between."""
@@ -40,7 +42,7 @@ ChatVideo = VideoSource | PreparedVideo
 """A video, or one that ``Chat.prepare_video`` of this very conversation has cut."""
 
 StartAnswer = Callable[..., AnswerStream]
-"""``start(request, within_turn, **options)``: the options of ``LlavaEdge.stream``."""
+"""``start(lowering, within_turn, budget=…, **options)``: the options of ``LlavaEdge.stream``."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Chat:
         self,
         requests: RequestBuilder,
         start: StartAnswer,
-        context_tokens: int,
+        context_tokens: Callable[[], int],
         *,
         system: str | None = None,
         image_marks: bool = True,
@@ -97,6 +99,7 @@ class Chat:
         self._start = start
         self._context_tokens = context_tokens
         self._image_marks = image_marks
+        self._grid = grid
         # What the template or the artifact has no place for is refused now, not at the first turn.
         self._pieces([ChatMessage("user", "?")])
         self._processor = requests.processor(grid)
@@ -145,6 +148,8 @@ class Chat:
         *,
         num_frames: int | None = None,
         frame_choice: FrameChoice = "reference",
+        max_image_tokens: int | None = None,
+        deadline_seconds: float | None = None,
         **options: Any,
     ) -> AnswerStream:
         """Say something and have the answer piece by piece.
@@ -159,6 +164,9 @@ class Chat:
             video: shown with this message.
             num_frames: as in ``LlavaEdge.stream``; of a video that is cut already, not asked.
             frame_choice: as ``num_frames``.
+            max_image_tokens: as in ``LlavaEdge.stream``, for the images of this message.
+            deadline_seconds: as in ``LlavaEdge.stream``. Where time or memory does not suffice,
+                all images of the conversation are seen as thumbnails for this answer.
             options: those of ``LlavaEdge.stream`` but ``raw``, ``image_marks`` and ``grid``.
 
         Raises:
@@ -170,12 +178,17 @@ class Chat:
             RequestError: an option is out of range; while iterating, the conversation went on
                 since this stream was made.
         """
+        budget = TimeBudget(deadline_seconds)
         started = time.perf_counter()
         before = list(self.messages)
+        capped = ""
+        if max_image_tokens is not None:
+            images, capped = self._capped(images, max_image_tokens)
         message = self._message(text, images, video, num_frames, frame_choice)
         request = self._request([*before, message])
         self._check_length(request, before)
         request = replace(request, preprocess_seconds=time.perf_counter() - started)
+        lowering = Lowering(lambda: request, lambda: self._steps([*before, message]), capped)
 
         def within_turn(pieces: Pieces) -> Pieces:
             if self.messages != before:
@@ -189,7 +202,7 @@ class Chat:
                 self.messages += [message, said]
             return answer
 
-        return self._start(request, within_turn, **options)
+        return self._start(lowering, within_turn, budget=budget, **options)
 
     def count_tokens(
         self,
@@ -275,8 +288,34 @@ class Chat:
         videos = [message.video for message in messages if message.video is not None]
         return self._requests.assemble(pieces, images, videos)
 
+    def _capped(
+        self, images: Sequence[ChatImage], max_image_tokens: int
+    ) -> tuple[list[PreparedImage], str]:
+        """A message's images within a bound on tokens; those that are cut already stay so."""
+        cut = sum(i.layout.num_image_tokens for i in images if isinstance(i, PreparedImage))
+        sources = [image for image in images if not isinstance(image, PreparedImage)]
+        opened, grid, lowered = self._requests.capped(sources, self._grid, max_image_tokens - cut)
+        processor = self._requests.processor(grid)
+        fresh = (self._requests.prepare(image, processor) for image in opened)
+        return [i if isinstance(i, PreparedImage) else next(fresh) for i in images], lowered
+
+    def _steps(self, messages: Sequence[ChatMessage]) -> list[Step]:
+        """The same with thumbnails of all images; of images that are cut, no other grid is left."""
+        anyres = self._requests.processor("base").anyres
+
+        def thumbnail(image: PreparedImage) -> PreparedImage:
+            layout = anyres.layout(image.layout.image_height, image.layout.image_width)
+            return PreparedImage(layout, image.pixel_values[:1], image.tile_digests[:1])
+
+        def make() -> Request:
+            seen = [replace(m, images=tuple(map(thumbnail, m.images))) for m in messages]
+            return self._request(seen)
+
+        frames = max((len(m.video.frame_digests) for m in messages if m.video), default=0)
+        return [Step("images lowered to their thumbnails", 1, frames, make)]
+
     def _check_length(self, request: Request, before: Sequence[ChatMessage]) -> None:
-        total, room = request.num_tokens, self._context_tokens
+        total, room = request.num_tokens, self._context_tokens()
         if total < room:
             return
         earlier = self._request(before, generation_prompt=False).num_tokens if before else 0

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, NoReturn, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from llava_edge.profiles.buffers import video_decoding_bytes
 from llava_edge.profiles.errors import (
     DependencyError,
     ImageError,
@@ -28,6 +29,7 @@ from llava_edge.profiles.errors import (
     OutOfMemoryError,
     VideoError,
 )
+from llava_edge.runtime.allocation import require_free
 from llava_edge.runtime.images import ImageSource, open_image
 from llava_edge.runtime.limits import Limits
 
@@ -162,6 +164,7 @@ class FileClip:
     def frames(self, numbers: Sequence[int]) -> Iterator[Pixels]:
         """See ``Clip``; everything up to the last frame is decoded."""
         left = list(numbers)
+        require_free(video_decoding_bytes(self._size[0] * self._size[1]), self._label)
         with self._stream() as (container, stream):
             decoded = 0
             for frame in self._guarded(lambda: container.decode(stream)):

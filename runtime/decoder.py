@@ -14,6 +14,7 @@ import numpy as np
 
 from llava_edge.profiles.errors import PromptError
 from llava_edge.profiles.model_dims import TextDims
+from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.kv_cache import KVCache
 from llava_edge.runtime.session import Array, Buffer, Session
 
@@ -51,9 +52,10 @@ class Decoder:
         self._chunk_tokens = chunk_tokens
         self._session = session
         self._dtype = dtype
+        self._text = text
         self._hidden = text.hidden_size
         self.step_seconds = 0.0
-        self.cache = KVCache(text, capacity, dtype, device)
+        self._cache: KVCache | None = None
         # Lengths: total minus one on the device, the total itself in host memory. The total may
         # be any bound up to the capacity, so it is set once (which is what graph capture needs).
         self._last = Buffer((1,), np.int32, device)
@@ -61,9 +63,9 @@ class Decoder:
         self._keep = Buffer.over(np.array(1, np.int64))
         self._logits = Buffer((1, 1, text.vocab_size), np.float32, device)
         self._row = Buffer((1, 1, text.hidden_size), dtype, device)
-        self._step = self._bind()
-        self._step.input("inputs_embeds", self._row)
-        self._prefill = self._bind()
+        self._step: Any = None
+        self._prefill: Any = None
+        self.restore()
         self._on_trial = 0
         self._widest = (self._row, self._logits)
         self._several: dict[int, _Rows] = {}
@@ -123,7 +125,7 @@ class Decoder:
                 f"logits of {logits_to_keep} positions asked, the last chunk has "
                 f"{num_tokens - last_start}"
             )
-        chunk = np.empty((1, size, self._hidden), self._dtype)
+        chunk = allocate((1, size, self._hidden), self._dtype, "embeddings of a part of the prompt")
         for start in range(0, num_tokens, size):
             stop = min(start + size, num_tokens)
             rows = chunk[:, : stop - start]
@@ -213,6 +215,41 @@ class Decoder:
         """Forget all but the first ``length`` positions."""
         self._on_trial = 0
         self.cache.rewind(length)
+
+    def shorten(self, capacity: int) -> None:
+        """Give up what the cache holds, and all positions behind ``capacity`` for good.
+
+        Raises:
+            OutOfMemoryError: not even memory for the rest is there; ``restore`` asks again.
+        """
+        if not 0 < capacity < self.capacity:
+            raise ValueError(f"{capacity} positions asked of {self.capacity}")
+        self.capacity = capacity
+        self._on_trial = 0
+        # Whatever is bound keeps the old cache alive.
+        self._several.clear()
+        self._step = self._prefill = self._cache = None
+        self.restore()
+
+    def restore(self) -> None:
+        """Take memory for the cache, where ``shorten`` found none; else do nothing.
+
+        Raises:
+            OutOfMemoryError: there still is none.
+        """
+        if self._cache is not None:
+            return
+        self._cache = KVCache(self._text, self.capacity, self._dtype, self._session.device)
+        self._total.write(np.array(self.capacity, np.int32))
+        self._step = self._bind()
+        self._step.input("inputs_embeds", self._row)
+        self._prefill = self._bind()
+
+    @property
+    def cache(self) -> KVCache:
+        """Keys and values."""
+        assert self._cache is not None
+        return self._cache
 
     def _rows(self, count: int) -> _Rows:
         """What runs that many positions: bound once, in memory for the most that were asked."""

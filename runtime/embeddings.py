@@ -16,6 +16,7 @@ import numpy as np
 
 from llava_edge.profiles.errors import ArtifactError, PromptError, shorten
 from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.regular_file import open_regular, read_at
 from llava_edge.runtime.sealed_json import parse_strict
 
@@ -89,7 +90,7 @@ class EmbeddingTable:
         if ids.ndim != 1 or not (ids.size == 0 or np.issubdtype(ids.dtype, np.integer)):
             raise ValueError(f"ids must be a list of integers, got {ids.dtype} {ids.shape}")
         if out is None:
-            out = np.empty((ids.size, self.hidden_size), dtype)
+            out = allocate((ids.size, self.hidden_size), dtype, "embeddings of text")
         elif out.shape != (ids.size, self.hidden_size) or out.dtype not in (np.float32, np.float16):
             raise ValueError(
                 f"out must be float32 or float16 [{ids.size}, {self.hidden_size}], "
@@ -115,7 +116,7 @@ class EmbeddingTable:
 
     def _distinct_rows(self, ids: Array) -> Array:
         """Rows of ascending distinct ids; neighbours come with one read."""
-        table = np.empty((ids.size, self.hidden_size), _HALF)
+        table = allocate((ids.size, self.hidden_size), _HALF, "embeddings of text as stored")
         runs = np.split(np.arange(ids.size), np.flatnonzero(np.diff(ids) != 1) + 1)
         for run in runs:
             first, count = int(run[0]), len(run)

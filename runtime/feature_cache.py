@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+from llava_edge.profiles.errors import OutOfMemoryError
+from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.session import Array
 
 FeatureKey = tuple[bytes, int]
@@ -38,7 +40,12 @@ class FeatureCache:
             _, dropped = self._features.popitem(last=False)
             self.nbytes -= dropped.nbytes
             del dropped
-        copied = features.copy()
+        try:
+            copied = allocate(features.shape, features.dtype, "features to be kept")
+        except OutOfMemoryError:
+            # What is not kept is computed again; the request goes on.
+            return
+        copied[...] = features
         copied.flags.writeable = False
         self._features[key] = copied
         self.nbytes += copied.nbytes

@@ -6,7 +6,7 @@ Knows token ids only; text is the stream decoder's matter.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,7 @@ from llava_edge.runtime.decode_steps import Steps
 from llava_edge.runtime.sampling import Sampler
 from llava_edge.runtime.session import Array
 
-FinishReason = Literal["stop", "length", "context"]
+FinishReason = Literal["stop", "length", "context", "deadline"]
 
 
 @dataclass
@@ -22,8 +22,8 @@ class LoopResult:
     """Filled while the loop runs.
 
     ``finish_reason``: ``stop`` a stop token came; ``length`` the number asked for was reached;
-    ``context`` the cache is full; None while tokens still come. It is set before the last token
-    is yielded. ``decode_seconds`` counts from the first token to the last.
+    ``context`` the cache is full; ``deadline`` the time is up; None while tokens still come. It is
+    set before the last token is yielded. ``decode_seconds`` counts from the first to the last.
     """
 
     finish_reason: FinishReason | None = None
@@ -39,6 +39,7 @@ def generate_tokens(
     stop_ids: frozenset[int],
     max_new_tokens: int,
     result: LoopResult,
+    is_late: Callable[[], bool] = lambda: False,
 ) -> Iterator[int]:
     """Yield token ids, the stop token included.
 
@@ -49,6 +50,7 @@ def generate_tokens(
         stop_ids: ids that end the answer.
         max_new_tokens: at least 1.
         result: filled as the loop goes, also when the consumer stops early.
+        is_late: asked at each token; the answer ends with it.
     """
     while True:
         token = sampler.choose(logits)
@@ -63,6 +65,8 @@ def generate_tokens(
             result.finish_reason = "length"
         elif steps.is_full:
             result.finish_reason = "context"
+        elif is_late():
+            result.finish_reason = "deadline"
         else:
             yield token
             logits = steps.step(token, max_new_tokens - result.num_tokens - 1)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from llava_edge.profiles.anyres import AnyRes, TileLayout
 from llava_edge.profiles.errors import ImageError
+from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.images import convert_to_rgb
 from llava_edge.runtime.manifest import ImageProcessing
 
@@ -74,14 +75,17 @@ class ImageProcessor:
         image = convert_to_rgb(image)
         layout = self.anyres.layout(image.height, image.width)
         tile = self.anyres.tile_size
-        pixel_values = np.empty((layout.num_tiles, 3, tile, tile), np.float32)
+        pixel_values = allocate((layout.num_tiles, 3, tile, tile), np.float32, "an image's tiles")
         if self._crops:
             self._normalize(_center(image, tile), pixel_values[0])
             return ImageTiles(pixel_values, layout)
         # The thumbnail does not keep the aspect ratio.
         self._normalize(_resized(image, tile, tile), pixel_values[0])
         if layout.rows:
-            canvas = np.zeros((layout.rows * tile, layout.columns * tile, 3), np.uint8)
+            canvas = allocate(
+                (layout.rows * tile, layout.columns * tile, 3), np.uint8, "an image on its grid"
+            )
+            canvas.fill(0)
             top, left = layout.pad_top, layout.pad_left
             height, width = layout.resized_height, layout.resized_width
             canvas[top : top + height, left : left + width] = _resized(image, height, width)

@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from llava_edge.profiles.buffers import image_decoding_bytes
 from llava_edge.profiles.errors import ImageError, OutOfMemoryError, RequestError
+from llava_edge.runtime.allocation import allocate, require_free
 from llava_edge.runtime.image_header import read_image_header
 from llava_edge.runtime.limits import Limits
 
@@ -53,6 +55,8 @@ def open_image(source: ImageSource, limits: Limits | None = None) -> Image.Image
         label = f"image of mode {source.mode}"
         _check_size(label, source.height, source.width, 1, limits)
         image = source
+        if image.mode != "RGB":
+            require_free(image_decoding_bytes(image.height * image.width), label)
         return _decoded(label, lambda: convert_to_rgb(image))
     if isinstance(source, np.ndarray):
         return _from_array(source, limits)
@@ -126,6 +130,8 @@ def _from_file(label: str, data: bytes, limits: Limits) -> Image.Image:
             f"{label} is stored in pieces of {header.tile_height}x{header.tile_width} pixels; at "
             f"most {limits.max_image_pixels} pixels are taken"
         )
+    pixels = header.height * header.width
+    require_free(image_decoding_bytes(pixels, webp=header.format == "WEBP"), label)
 
     def decode() -> Image.Image:
         image: Image.Image = Image.open(io.BytesIO(data), formats=(header.format,))
@@ -158,7 +164,7 @@ def _from_array(array: NDArray[Any], limits: Limits) -> Image.Image:
         return _decoded(label, lambda: Image.fromarray(np.ascontiguousarray(array)))
 
     def blend() -> Image.Image:
-        rgb = np.empty((height, width, 3), np.uint8)
+        rgb = allocate((height, width, 3), np.uint8, label)
         for start in range(0, height, _ROWS_AT_ONCE):
             rows = array[start : start + _ROWS_AT_ONCE]
             # Doubles and this order of operations, because the reference rounds them.
@@ -205,7 +211,7 @@ def _check_size(label: str, height: int, width: int, frames: int, limits: Limits
 def _decoded(label: str, decode: Callable[[], T]) -> T:
     try:
         return decode()
-    except RequestError:
+    except (RequestError, OutOfMemoryError):
         raise
     except MemoryError as error:
         raise OutOfMemoryError(f"{label}: memory ran out while it was decoded") from error

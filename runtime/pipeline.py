@@ -19,7 +19,8 @@ from PIL.Image import Image
 
 from llava_edge.profiles.buffers import MAX_DRAFT_TOKENS, prefill_chunk_tokens, tiles_per_batch
 from llava_edge.profiles.engines import EngineName
-from llava_edge.profiles.errors import PromptError, RequestError
+from llava_edge.profiles.errors import PromptError
+from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.answerer import Answerer
 from llava_edge.runtime.arguments import require_count
@@ -35,7 +36,10 @@ from llava_edge.runtime.images import ImageSource
 from llava_edge.runtime.instructions import needs_wide_sums
 from llava_edge.runtime.interface_check import check_interfaces
 from llava_edge.runtime.limits import Limits
-from llava_edge.runtime.placement import Device, check_host_memory, choose_device
+from llava_edge.runtime.load_fit import LoadFit, fit_at_load
+from llava_edge.runtime.lowering import Lowering
+from llava_edge.runtime.placement import Device, choose_device
+from llava_edge.runtime.planned_memory import RequestMemory
 from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.prompt_embedder import PromptEmbedder
 from llava_edge.runtime.replay import Replay
@@ -44,6 +48,7 @@ from llava_edge.runtime.request_builder import RequestBuilder
 from llava_edge.runtime.sampling import SamplingOptions
 from llava_edge.runtime.session import Array, DeviceKind, Session, SessionOptions
 from llava_edge.runtime.stream import AnswerStream, Pieces, StreamHandle
+from llava_edge.runtime.time_budget import TimeBudget
 from llava_edge.runtime.tokenizer import Tokenizer
 from llava_edge.runtime.tower import AskedEngine, open_tower
 from llava_edge.runtime.turnstile import Turnstile
@@ -60,7 +65,7 @@ class LlavaEdge:
         artifact: what was opened.
         device: where the decoder runs.
         engine: what runs the vision tower.
-        context_tokens: positions of the cache.
+        degraded: what was given up to fit the memory that was free at load; empty if nothing.
     """
 
     def __init__(
@@ -68,7 +73,7 @@ class LlavaEdge:
         artifact: Artifact,
         device: DeviceKind,
         threads: int,
-        context_tokens: int,
+        fit: LoadFit,
         limits: Limits,
         progress: ReportProgress,
         engine: AskedEngine = "auto",
@@ -80,7 +85,8 @@ class LlavaEdge:
         flavour = manifest.flavour
         self.artifact = artifact
         self.device = device
-        self.context_tokens = context_tokens
+        self.degraded = fit.degraded
+        self._loaded_context = fit.context_tokens
         self._dims = manifest.model
         self._tokens = manifest.tokens
         dtype: type[np.float32] | type[np.float16] = np.float32 if flavour == "cpu" else np.float16
@@ -116,8 +122,8 @@ class LlavaEdge:
             batch,
             self._tokens.video,
         )
-        chunk = prefill_chunk_tokens(manifest.prefill_chunk, context_tokens)
-        self._decoder = Decoder(decoder, self._dims.text, context_tokens, chunk, dtype)
+        chunk = prefill_chunk_tokens(manifest.prefill_chunk, fit.context_tokens)
+        self._decoder = Decoder(decoder, self._dims.text, fit.context_tokens, chunk, dtype)
         self._answerer = Answerer(
             self._tower,
             device,
@@ -127,7 +133,9 @@ class LlavaEdge:
             self._tokenizer,
             self._tokens,
             dtype,
+            RequestMemory(manifest, device, batch),
             prefix_reuse,
+            fit.degraded,
         )
 
     @classmethod
@@ -158,6 +166,8 @@ class LlavaEdge:
                 cuda; a cuda artifact runs on the CPU only with ``allow_slow``.
             threads: of the CPU provider; 0 lets it take every physical core.
             context_tokens: positions of the cache, at most the artifact's; fewer take less memory.
+                Left out, it is the artifact's, or as many as fit the memory that is free now and
+                at least one image of the largest grid with some text; ``degraded`` then says so.
             require_verified: refuse an artifact without its certificate.
             allow_slow: see ``device``.
             engine: what runs the vision tower. ``auto`` takes the first that works of TensorRT,
@@ -229,20 +239,12 @@ class LlavaEdge:
         check_interfaces(artifact)
         manifest = artifact.manifest
         chosen = choose_device(device, manifest.flavour, allow_slow)
-        context = manifest.context_tokens if context_tokens is None else context_tokens
-        require_count("context_tokens", context, 1)
-        if context > manifest.context_tokens:
-            raise RequestError(
-                f"a context of {context} tokens was asked; the artifact was made for 1 to "
-                f"{manifest.context_tokens}. Convert again with --context for a longer one."
-            )
-        if chosen == "cpu":
-            check_host_memory(artifact, context, vision_cache_bytes)
+        fit = fit_at_load(artifact, chosen, context_tokens, vision_cache_bytes)
         return cls(
             artifact,
             chosen,
             threads,
-            context,
+            fit,
             limits or Limits(),
             progress,
             engine,
@@ -273,7 +275,9 @@ class LlavaEdge:
         raw: bool = False,
         image_marks: bool = True,
         grid: str | None = None,
+        max_image_tokens: int | None = None,
         max_new_tokens: int = 256,
+        deadline_seconds: float | None = None,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -297,7 +301,12 @@ class LlavaEdge:
             raw: the prompt is finished; no template is applied and every image needs its mark.
             image_marks: whether ``<image>`` in the prompt is a mark or plain text.
             grid: lower the AnyRes grid, for instance ``base`` or ``1x2``.
+            max_image_tokens: lower the grid until all images together take no more.
             max_new_tokens: at most so many tokens.
+            deadline_seconds: time for the answer, from this call on, waiting for other requests
+                included. Where it will not do, judged by how long earlier requests took, the grid
+                is lowered first; when it is over, the answer ends (``finish_reason``
+                ``deadline``).
             temperature: 0 is greedy; see ``SamplingOptions`` for the rest.
             top_k: see ``SamplingOptions``.
             top_p: see ``SamplingOptions``.
@@ -317,14 +326,27 @@ class LlavaEdge:
             VideoError: the video is refused.
             DependencyError: a video is to be decoded and PyAV is not installed.
             PromptError: the prompt is empty, too long, or its marks do not match the images.
-            RequestError: a sampling option or the grid is out of range.
+            RequestError: a sampling option or the grid is out of range, or images take more than
+                ``max_image_tokens`` on the lowest grid.
+            OutOfMemoryError: memory does not suffice, with the lowest grid and the context cut to
+                this request; while iterating as well.
+            DeadlineError: while iterating, the time was over before the first token.
         """
+        budget = TimeBudget(deadline_seconds)
+        requests, capped = self._requests, ""
+        if max_image_tokens is not None:
+            images, grid, capped = requests.capped(images, grid, max_image_tokens)
         options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
         clip = None if video is None else VideoInput(video, num_frames, frame_choice)
-        request = self._requests.build(prompt, images, options, video=clip)
-        self._check_length(request)
+        lowering = Lowering(
+            lambda: requests.build(prompt, images, options, video=clip),
+            lambda: requests.steps(prompt, images, options, clip),
+            capped,
+        )
+        self._check_length(lowering.request)
         return self._start(
-            request,
+            lowering,
+            budget=budget,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -352,7 +374,7 @@ class LlavaEdge:
         return Chat(
             self._requests,
             self._start,
-            self.context_tokens,
+            lambda: self.context_tokens,
             system=system,
             image_marks=image_marks,
             grid=grid,
@@ -417,7 +439,8 @@ class LlavaEdge:
         Returns:
             float32 (1 + len(token_ids), vocab).
         """
-        rows = np.empty((1 + len(token_ids), self._dims.text.vocab_size), np.float32)
+        shape = (1 + len(token_ids), self._dims.text.vocab_size)
+        rows = allocate(shape, np.float32, "logits of every token")
         options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
         self.replay(prompt, images, token_ids, rows.__setitem__, options, video)
         return rows
@@ -450,6 +473,12 @@ class LlavaEdge:
         self._check_length(request)
         with self._turnstile.turn():
             return self._answerer.replay(request, token_ids, on_logits)
+
+    @property
+    def context_tokens(self) -> int:
+        """Positions of the cache; fewer than at load once a request had to cut it."""
+        decoder: Decoder | None = self.__dict__.get("_decoder")
+        return self._loaded_context if decoder is None else decoder.capacity
 
     @property
     def decode_run_seconds(self) -> float:
@@ -485,9 +514,10 @@ class LlavaEdge:
 
     def _start(
         self,
-        request: Request,
+        lowering: Lowering,
         within_turn: WithinTurn | None = None,
         *,
+        budget: TimeBudget | None = None,
         max_new_tokens: int = 256,
         prompt_lookup_num_tokens: int = 0,
         progress: ReportProgress = no_progress,
@@ -500,12 +530,13 @@ class LlavaEdge:
         def run(handle: StreamHandle) -> Pieces:
             with self._turnstile.turn(handle.close):
                 pieces = self._answerer.pieces(
-                    request,
+                    lowering,
                     choosing,
                     max_new_tokens,
                     prompt_lookup_num_tokens,
                     progress,
                     handle.is_cancelled,
+                    budget or TimeBudget(),
                 )
                 return (yield from pieces if within_turn is None else within_turn(pieces))
 

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal, get_args
 
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError, RequestError
-from llava_edge.profiles.formats import PRECISIONS, VisionFormat
-from llava_edge.profiles.memory import Machine, MemoryTerms, Workload, estimate_memory
+from llava_edge.profiles.memory import MemoryTerms
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.host_memory import available_host_bytes
 from llava_edge.runtime.manifest import Flavour, Manifest
+from llava_edge.runtime.planned_memory import certain_phases
 from llava_edge.runtime.session import DeviceKind, available_devices
 
 Device = Literal["auto", "cpu", "cuda"]
-
-_NOT_CERTAIN = (
-    "pixel_values",
-    "image_decoding",
-    "vision_activations",
-    "image_features",
-    "prompt_embeddings",
-    "prefill_activations",
-    "attention_workspace",
-    "engine_workspace",
-    "driver_context",
-    "process",
-    "allocator_slack",
-)
 
 
 def choose_device(asked: Device, flavour: Flavour, allow_slow: bool) -> DeviceKind:
@@ -74,7 +59,7 @@ def check_host_memory(artifact: Artifact, context_tokens: int, vision_cache_byte
     Raises:
         OutOfMemoryError: it exceeds what is free now.
     """
-    load, decode = _certain_phases(artifact.manifest, context_tokens)
+    load, decode = certain_phases(artifact.manifest, context_tokens)
     # Nothing is in the vision cache yet while weights are loaded.
     needed = max(load.total, decode.total + vision_cache_bytes)
     free = available_host_bytes()
@@ -99,22 +84,6 @@ def check_host_memory(artifact: Artifact, context_tokens: int, vision_cache_byte
 def certain_host_terms(manifest: Manifest, context_tokens: int) -> MemoryTerms:
     """Terms of the memory model that loading takes whatever is asked afterwards.
 
-    What this process has already, allowances for the allocator and everything that belongs to a
-    request are left out. A cuda artifact that runs on the CPU is counted as on its device.
+    See ``certain_phases``; the larger of its phases.
     """
-    return max(_certain_phases(manifest, context_tokens), key=lambda terms: terms.total)
-
-
-def _certain_phases(manifest: Manifest, context_tokens: int) -> tuple[MemoryTerms, MemoryTerms]:
-    """While weights are loaded, and while an answer is made."""
-    machine = Machine(manifest.flavour)
-    work = Workload(context_tokens, num_images=0, image_pixels=0)
-    stored = manifest.precision.language_model
-    precision = stored if stored in PRECISIONS else "fp16"
-    tower = manifest.precision.vision_tower
-    # Layers that an int8 tower has in float are left out: only what is certain is counted.
-    vision = VisionFormat("int8" if tower == "int8" else "fp16")
-    estimate = estimate_memory(manifest.model, precision, work, machine, vision=vision)
-    phases = estimate.device or estimate.host
-    nothing = dict.fromkeys(_NOT_CERTAIN, 0)
-    return replace(phases["load"], **nothing), replace(phases["decode"], **nothing)
+    return max(certain_phases(manifest, context_tokens), key=lambda terms: terms.total)

@@ -13,6 +13,7 @@ import numpy as np
 
 from llava_edge.profiles.buffers import image_feature_shape, video_tokens_per_frame
 from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.device_rows import DeviceRows
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.progress import ReportProgress, no_progress
@@ -138,7 +139,7 @@ class PromptEmbedder:
             rows = encoder.new_rows(shape)
             rows.write(shape[0] - 1, last)
             return rows, lambda pixels, first: encoder.encode_rows(pixels, rows, first)
-        features = np.empty(shape, self._dtype)
+        features = allocate(shape, self._dtype, "features of the request's tiles")
         features[-1] = last
 
         def encode(pixels: Array, first: int) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from llava_edge.profiles.anyres import TileLayout
+from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.device_rows import DeviceRows
 from llava_edge.runtime.image_features import packing_index
 from llava_edge.runtime.session import Array
@@ -116,5 +117,5 @@ class PromptEmbeddings:
             return
         if features is not None:
             out[is_image] = features[rows[is_image]]
-        wanted = np.empty((int(text.sum()), out.shape[1]), out.dtype)
+        wanted = allocate((int(text.sum()), out.shape[1]), out.dtype, "embeddings of text")
         out[text] = self._table.rows(ids[text], out=wanted)

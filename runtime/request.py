@@ -89,6 +89,11 @@ class Request:
         return sum(layout.num_image_tokens for layout in self.layouts)
 
     @property
+    def num_tiles(self) -> int:
+        """Tiles of all images and frames of all videos that have pixels here."""
+        return sum(map(len, self.pixel_values)) + sum(map(len, self.frame_pixels))
+
+    @property
     def video_tokens(self) -> int:
         """Tokens that stand for videos."""
         return sum(self.video_counts)

@@ -11,20 +11,22 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL.Image import Image
 
-from llava_edge.profiles.anyres import lower_pinpoints
+from llava_edge.profiles.anyres import GRID_NAMES, lower_pinpoints
 from llava_edge.profiles.buffers import video_tokens_per_frame
-from llava_edge.profiles.errors import PromptError, VideoError
+from llava_edge.profiles.errors import PromptError, RequestError, VideoError
 from llava_edge.runtime.arguments import require_count
 from llava_edge.runtime.clip import Clip, open_clip
 from llava_edge.runtime.frame_choice import choose_frames
 from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.images import ImageSource, open_image
 from llava_edge.runtime.limits import Limits
+from llava_edge.runtime.lowering import Step
 from llava_edge.runtime.manifest import Manifest, PromptFormat, VideoProcessing
 from llava_edge.runtime.prepared_image import PreparedImage, digest_tiles
 from llava_edge.runtime.prepared_video import PreparedVideo
@@ -95,6 +97,83 @@ class RequestBuilder:
         ids = self._expand(pieces, [layout.num_image_tokens for layout in layouts], counts)
         return Request(ids, layouts, (), time.perf_counter() - start, video_counts=counts)
 
+    def steps(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource],
+        options: PromptOptions,
+        video: VideoInput | None,
+    ) -> list[Step]:
+        """Ways to ask the same with fewer tiles, then with fewer frames, each less than the last.
+
+        Takes the arguments of ``build``.
+        """
+        steps: list[Step] = []
+
+        def add(what: str, tiles: int, frames: int) -> None:
+            less = partial(self.build, prompt, images, options, video=video)
+            steps.append(Step(what, tiles, frames, less))
+
+        frames = 0 if video is None else self._most_frames(video)
+        for grid, processor in self.lower_grids(options.grid) if images else ():
+            options = replace(options, grid=grid)
+            add(f"grid lowered to {grid}", processor.anyres.max_tiles, frames)
+        tiles = 1 if images else 0
+        while video is not None and frames > 1:
+            frames //= 2
+            video = replace(video, num_frames=frames)
+            add(f"frames lowered to {frames}", tiles, frames)
+        return steps
+
+    def lower_grids(self, grid: str | None) -> list[tuple[str, ImageProcessor]]:
+        """Grids below one, largest first, with what cuts images on them."""
+        lower: list[tuple[str, ImageProcessor]] = []
+        most = self.processor(grid).anyres.max_tiles
+        for name in reversed(GRID_NAMES):
+            try:
+                processor = self.processor(name)
+            except RequestError:
+                # Larger than the artifact's, or it shares no candidate with the artifact's.
+                continue
+            if processor.anyres.max_tiles < most:
+                most = processor.anyres.max_tiles
+                lower.append((name, processor))
+        return lower
+
+    def capped(
+        self, images: Sequence[ImageSource], grid: str | None, max_image_tokens: int
+    ) -> tuple[list[Image], str | None, str]:
+        """The largest grid on which images take no more tokens than a bound.
+
+        Args:
+            images: as in ``build``.
+            grid: not above this one.
+            max_image_tokens: of all images together.
+
+        Returns:
+            The images, opened; the grid; what was lowered and why, empty if nothing.
+
+        Raises:
+            ImageError: an image is refused.
+            PromptError: what is given is no list of images.
+            RequestError: the grid is unknown, or not even thumbnails are within the bound.
+        """
+        require_count("max_image_tokens", max_image_tokens, 1)
+        self.check_images(images)
+        opened = [open_image(source, self._limits) for source in images]
+        least = 0
+        for name, processor in [(grid, self.processor(grid)), *self.lower_grids(grid)]:
+            layouts = [processor.anyres.layout(image.height, image.width) for image in opened]
+            least = sum(layout.num_image_tokens for layout in layouts)
+            if least <= max_image_tokens:
+                why = f"grid lowered to {name}: max_image_tokens is {max_image_tokens}"
+                return opened, name, "" if name == grid else why
+        raise RequestError(
+            f"at most {max_image_tokens} tokens for images were asked (max_image_tokens); "
+            f"{len(opened)} images take {least} on the lowest grid. Raise the bound or give fewer "
+            "images."
+        )
+
     def prompt_format(self) -> PromptFormat:
         """Segments of the model's chat template.
 
@@ -145,6 +224,10 @@ class RequestBuilder:
         with open_clip(video.source, self._limits) as clip:
             wanted = min(most, clip.total) if video.num_frames is None else video.num_frames
             yield clip, choose_frames(clip.total, wanted, video.frame_choice)
+
+    def _most_frames(self, video: VideoInput) -> int:
+        most = self._video_processing().max_frames
+        return most if video.num_frames is None else min(most, video.num_frames)
 
     def _video_processing(self) -> VideoProcessing:
         processing = self._manifest.video_processing

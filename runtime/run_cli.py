@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         "repetition_penalty": options.repetition_penalty,
         "seed": options.seed,
         "prompt_lookup_num_tokens": options.prompt_lookup,
+        "max_image_tokens": options.max_image_tokens,
+        "deadline_seconds": options.deadline,
     }
     frames: dict[str, Any] = {
         "num_frames": options.frames,
@@ -132,7 +134,7 @@ def _described(answer: Answer) -> str:
         + (f", then {rate:.1f} tokens/s" if rate is not None else "")
         + (f", {answer.accepted_tokens} looked up" if answer.draft_tokens else "")
         + f"; peak memory {answer.peak_memory.host_bytes / 2**20:.0f} MiB; {answer.engine} on "
-        f"{answer.device}"
+        f"{answer.device}" + "".join(f"\n{given_up}" for given_up in answer.degraded)
     )
 
 
@@ -178,6 +180,18 @@ def _parser() -> argparse.ArgumentParser:
         "--no-image-marks", action="store_true", help="take <image> in the prompt as plain text"
     )
     parser.add_argument("--grid", help="lower the AnyRes grid, for instance base or 1x2")
+    parser.add_argument(
+        "--max-image-tokens",
+        type=int,
+        metavar="N",
+        help="lower the grid until a question's images take no more",
+    )
+    parser.add_argument(
+        "--deadline",
+        type=float,
+        metavar="SECONDS",
+        help="time for an answer; lowers the grid where it will not do, then ends the answer",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-k", type=int, default=0)

@@ -17,7 +17,8 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime as ort
 
-from llava_edge.profiles.errors import EngineError, OutOfMemoryError
+from llava_edge.profiles.errors import EngineError, LlavaEdgeError, OutOfMemoryError
+from llava_edge.runtime.allocation import allocate
 
 Array = np.ndarray[Any, np.dtype[Any]]
 DeviceKind = Literal["cpu", "cuda"]
@@ -58,14 +59,16 @@ class Buffer:
         self.dtype = np.dtype(dtype)
         self.device = device
         self.array: Array | None = None
-        with _mapped_errors(f"allocating {self.dtype.name}{list(self.shape)} on {device}"):
+        what = f"a buffer {self.dtype.name}{list(self.shape)}"
+        zeros = allocate(self.shape, self.dtype, what)
+        # Written once here: memory that is only promised is taken back by killing.
+        zeros.fill(0)
+        with _mapped_errors(f"allocating {what} on {device}"):
             if device == "cpu":
-                # Written once here: memory that is only promised is taken back by killing.
-                self.array = np.empty(self.shape, self.dtype)
-                self.array.fill(0)
-                self.value = ort.OrtValue.ortvalue_from_numpy(self.array)
+                self.array = zeros
+                self.value = ort.OrtValue.ortvalue_from_numpy(zeros)
             else:
-                self.value = _on_device(np.zeros(self.shape, self.dtype), device)
+                self.value = _on_device(zeros, device)
 
     @classmethod
     def over(cls, array: Array) -> Buffer:
@@ -92,7 +95,8 @@ class Buffer:
         if self.array is not None:
             self.array[...] = array
         elif self.whole is not None:
-            rows = np.zeros(self.whole.shape, self.dtype)
+            rows = allocate(self.whole.shape, self.dtype, "rows for the device")
+            rows[:, self.shape[1] :] = 0
             rows[:, : self.shape[1]] = array
             self.whole.write(rows)
         else:
@@ -286,6 +290,8 @@ def _preload_cuda() -> None:
 def _mapped_errors(act: str) -> Iterator[None]:
     try:
         yield
+    except LlavaEdgeError:
+        raise
     except Exception as error:
         raise _map_error(error, act) from error
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.frame_resize import resize_middle
 from llava_edge.runtime.image_processor import shorter_side_to
 from llava_edge.runtime.manifest import VideoProcessing
@@ -43,7 +44,7 @@ class VideoProcessor:
             ImageError: frames are so long that next to nothing of them would be seen.
         """
         side = self._side
-        pixels = np.empty((count, 3, side, side), np.float32)
+        pixels = allocate((count, 3, side, side), np.float32, "a video's frames")
         for place, frame in enumerate(frames):
             height, width = shorter_side_to(side, *frame.shape[:2])
             middle = resize_middle(frame, height, width, side)

@@ -20,11 +20,13 @@ from llava_edge.profiles.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge, answerer
 from llava_edge.runtime.answer import Answer
+from llava_edge.runtime.lowering import Lowering
 from llava_edge.runtime.progress import no_progress
 from llava_edge.runtime.request import PromptOptions
 from llava_edge.runtime.sampling import SamplingOptions
 from llava_edge.runtime.session import Array
 from llava_edge.runtime.stream import Pieces
+from llava_edge.runtime.time_budget import TimeBudget
 
 PRECISIONS = ("fp16", "int8", "int4")
 NUM_TOKENS = 6
@@ -140,7 +142,13 @@ def test_a_prompt_that_goes_on_behind_an_answer_reuses_it(pair: Pair) -> None:
         pair.seen.clear()
         with model._turnstile.turn():
             pieces = model._answerer.pieces(
-                longer, SamplingOptions(), NUM_TOKENS, 0, no_progress, lambda: False
+                Lowering(lambda: longer),
+                SamplingOptions(),
+                NUM_TOKENS,
+                0,
+                no_progress,
+                lambda: False,
+                TimeBudget(),
             )
             answer = _value(pieces)
         logits.append((answer.reused_tokens, np.array(pair.seen)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -131,16 +133,23 @@ def test_a_random_model_chooses_what_is_best_or_as_good(
 def test_sampling_draws_the_same_tokens(
     random_model: LlavaEdge, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"temperature": 0.7, "repetition_penalty": 1.2, "seed": 4, "max_new_tokens": 40}
-    plain = random_model.generate(QUESTION, **options)
-    plant(monkeypatch, plain.token_ids)
+    options = {"temperature": 0.7, "repetition_penalty": 1.2, "max_new_tokens": 40}
+    same, accepted = [], 0
+    for seed in range(3 if precision == "fp16" else 9):
+        plain = random_model.generate(QUESTION, seed=seed, **options)
+        with monkeypatch.context() as patch:
+            plant(patch, plain.token_ids)
+            answer = random_model.generate(
+                QUESTION, prompt_lookup_num_tokens=LOOKUP, seed=seed, **options
+            )
+        pairs = zip(answer.token_ids, plain.token_ids, strict=True)
+        same.append(len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))))
+        accepted += answer.accepted_tokens
 
-    answer = random_model.generate(QUESTION, prompt_lookup_num_tokens=LOOKUP, **options)
-
-    # Where activations are rounded, a draw beside the edge of two tokens may fall on either side.
-    same = 40 if precision == "fp16" else 10
-    assert answer.token_ids[:same] == plain.token_ids[:same]
-    assert answer.accepted_tokens > 5
+    # Where activations are rounded, a draw beside the edge of two tokens may fall on either side,
+    # and from there on the answers differ; of two unrelated ones not even the first is the same.
+    assert statistics.median(same) >= (40 if precision == "fp16" else 10)
+    assert accepted > 5 * len(same)
 
 
 @pytest.mark.parametrize("room", [1, 2, 5, 20])

@@ -21,6 +21,7 @@ from PIL import Image
 from llava_edge.profiles.errors import EngineError
 from llava_edge.runtime import LlavaEdge, answerer
 from llava_edge.runtime.decoder import Decoder
+from llava_edge.runtime.lowering import Lowering
 from llava_edge.runtime.prompt_lookup import PromptLookup
 from llava_edge.runtime.request import PromptOptions, Request, VideoInput
 from llava_edge.runtime.session import Array
@@ -105,7 +106,7 @@ class Pair:
     def check(self, asked: Asked, request: Request) -> tuple[int, ...]:
         """Answer, compare, and return the tokens of the model with neither."""
         options = {"max_new_tokens": NUM_TOKENS}
-        with self.plain._start(request, **options) as stream:
+        with self.plain._start(Lowering(lambda: request), **options) as stream:
             list(stream)
         expected = stream.answer.token_ids
         # Random weights copy nothing from a prompt; so drafts come from what will be said.
@@ -121,7 +122,9 @@ class Pair:
             )
             if asked.end in ("try_steps", "step"):
                 fail(patch, asked.end)
-            stream = self.ours._start(request, prompt_lookup_num_tokens=asked.most, **options)
+            stream = self.ours._start(
+                Lowering(lambda: request), prompt_lookup_num_tokens=asked.most, **options
+            )
             with contextlib.suppress(EngineError), stream:
                 if asked.end == "close":
                     for _ in range(4):

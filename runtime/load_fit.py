@@ -1,0 +1,132 @@
+"""LoadFit: the context an artifact is loaded with, chosen by the memory that is free now.
+
+The plan was made for a board that has nothing else to do. Where less is free, a shorter context
+still answers most questions, with the same words; only where not even that fits is loading refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from llava_edge.profiles.buffers import MIN_TEXT_TOKENS, video_tokens_per_frame
+from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.memory import MemoryTerms, Workload
+from llava_edge.profiles.nvml import read_gpus
+from llava_edge.runtime.arguments import require_count
+from llava_edge.runtime.artifact import Artifact
+from llava_edge.runtime.host_memory import available_host_bytes
+from llava_edge.runtime.image_processor import ImageProcessor
+from llava_edge.runtime.manifest import Manifest
+from llava_edge.runtime.placement import check_host_memory
+from llava_edge.runtime.planned_memory import planned_memory
+from llava_edge.runtime.session import DeviceKind
+
+
+@dataclass(frozen=True)
+class LoadFit:
+    """What was chosen.
+
+    Attributes:
+        context_tokens: positions of the cache.
+        degraded: what was given up and why; empty if nothing.
+    """
+
+    context_tokens: int
+    degraded: tuple[str, ...] = ()
+
+
+def fit_at_load(
+    artifact: Artifact, device: DeviceKind, asked: int | None, vision_cache_bytes: int = 0
+) -> LoadFit:
+    """The context to load with.
+
+    Args:
+        artifact: opened.
+        device: where the decoder will run.
+        asked: positions, taken as they are; None for the artifact's or, where its whole plan does
+            not fit what is free, as many as do and at least ``least_context``.
+        vision_cache_bytes: what the vision cache may grow to.
+
+    Raises:
+        RequestError: what was asked is out of range.
+        OutOfMemoryError: not even what loading certainly takes is free.
+    """
+    manifest = artifact.manifest
+    planned = manifest.context_tokens
+    if asked is not None:
+        require_count("context_tokens", asked, 1)
+        if asked > planned:
+            raise RequestError(
+                f"a context of {asked} tokens was asked; the artifact was made for 1 to "
+                f"{planned}. Convert again with --context for a longer one."
+            )
+        fit = LoadFit(asked)
+    else:
+        fit = _fitting(manifest, device, vision_cache_bytes)
+    if device == "cpu":
+        check_host_memory(artifact, fit.context_tokens, vision_cache_bytes)
+    return fit
+
+
+def least_context(manifest: Manifest) -> int:
+    """One full image of the grid, or one full video, and some text; see ``MIN_TEXT_TOKENS``."""
+    media = ImageProcessor(manifest.image_processing).anyres.max_image_tokens
+    if manifest.video_processing is not None:
+        frames = manifest.video_processing.max_frames
+        media = max(media, frames * video_tokens_per_frame(manifest.model.vision))
+    return min(manifest.context_tokens, media + MIN_TEXT_TOKENS)
+
+
+def _fitting(manifest: Manifest, device: DeviceKind, vision_cache_bytes: int) -> LoadFit:
+    host = available_host_bytes()
+    gpus = read_gpus().gpus[:1] if device == "cuda" else ()
+
+    def lacks(context: int) -> str:
+        estimate = planned_memory(manifest, _workload(manifest, context))
+        needed = vision_cache_bytes + _beside_process(estimate.host_peak)
+        for gpu in gpus:
+            if gpu.free_bytes is None:
+                # One memory for both.
+                needed += estimate.device_bytes
+            elif estimate.device_bytes > gpu.free_bytes:
+                return _sentence(estimate.device_bytes, gpu.free_bytes, "on the GPU")
+        if device == "cpu" and estimate.device:
+            # Made for a GPU and run on the CPU: what would lie there lies here.
+            needed += replace(estimate.device_peak, driver_context=0).total
+        return "" if host is None or needed <= host else _sentence(needed, host, "in host memory")
+
+    planned, least = manifest.context_tokens, least_context(manifest)
+    lacking = lacks(planned)
+    if not lacking or least == planned:
+        return LoadFit(planned)
+    fits, too_long = least, planned
+    if not lacks(least):
+        # Memory grows with the context: the longest that fits lies between.
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            fits, too_long = (fits, middle) if lacks(middle) else (middle, too_long)
+    return LoadFit(fits, (f"context lowered from {planned} to {fits} tokens: {lacking}",))
+
+
+def _workload(manifest: Manifest, context: int) -> Workload:
+    """The largest request of the artifact's plan."""
+    anyres = ImageProcessor(manifest.image_processing).anyres
+    video = manifest.video_processing
+    return Workload(
+        context,
+        tiles_per_image=anyres.max_tiles,
+        num_frames=0 if video is None else video.max_frames,
+        chunk_tokens=manifest.prefill_chunk,
+    )
+
+
+def _beside_process(terms: MemoryTerms) -> int:
+    """This process is there already, and the system's answer counts it as taken."""
+    return replace(terms, process=0).total
+
+
+def _sentence(needed: int, free: int, where: str) -> str:
+    return (
+        f"its largest request takes up to {needed / 2**30:.2f} GiB {where}, "
+        f"{free / 2**30:.2f} GiB are free"
+    )
