@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llava_edge.profiles.buffers import MIN_TEXT_TOKENS
+from llava_edge.profiles.errors import OutOfMemoryError, RequestError
+from llava_edge.profiles.memory import Workload
+from llava_edge.profiles.nvml import Gpu, GpuReport
+from llava_edge.runtime import LlavaEdge, load_fit, placement
+from llava_edge.runtime.artifact import Artifact, open_artifact
+from llava_edge.runtime.load_fit import fit_at_load, least_context
+from llava_edge.runtime.planned_memory import planned_memory
+
+
+@pytest.fixture(scope="module")
+def artifact(make_checkpoint: Callable[..., Path], make_artifact: Callable[..., Path]) -> Artifact:
+    return open_artifact(make_artifact(make_checkpoint("odd"), context_tokens=2048))
+
+
+def needed(artifact: Artifact, context: int) -> int:
+    """Host bytes of the largest request, without this process."""
+    work = Workload(context, tiles_per_image=5)
+    peak = planned_memory(artifact.manifest, work).host_peak
+    return replace(peak, process=0).total
+
+
+def free(patch: pytest.MonkeyPatch, nbytes: int | None) -> None:
+    for module in (load_fit, placement):
+        patch.setattr(module, "available_host_bytes", lambda: nbytes)
+
+
+def test_the_plan_is_taken_where_it_fits(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free(monkeypatch, needed(artifact, 2048))
+    fit = fit_at_load(artifact, "cpu", None)
+    assert (fit.context_tokens, fit.degraded) == (2048, ())
+
+    free(monkeypatch, None)
+    assert fit_at_load(artifact, "cpu", None).context_tokens == 2048
+
+
+def test_one_byte_less_and_the_longest_context_that_fits_is_taken(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free(monkeypatch, needed(artifact, 2048) - 1)
+    assert fit_at_load(artifact, "cpu", None).context_tokens == 2047
+
+    free(monkeypatch, needed(artifact, 1500))
+    fit = fit_at_load(artifact, "cpu", None)
+    assert fit.context_tokens == 1500
+    assert len(fit.degraded) == 1
+    assert fit.degraded[0].startswith("context lowered from 2048 to 1500 tokens: its largest")
+
+
+def test_the_vision_cache_counts(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    free(monkeypatch, needed(artifact, 1500) + (1 << 20))
+
+    assert fit_at_load(artifact, "cpu", None, 1 << 20).context_tokens == 1500
+
+
+def test_a_context_has_room_for_an_image_and_text(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least = least_context(artifact.manifest)
+    assert least == 135 + MIN_TEXT_TOKENS
+
+    # Requests then still give way one by one, so loading goes on below what the plan wants.
+    free(monkeypatch, needed(artifact, least) - (1 << 20))
+    assert fit_at_load(artifact, "cpu", None).context_tokens == least
+
+
+def test_a_context_that_was_asked_for_is_not_touched(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free(monkeypatch, needed(artifact, 1500))
+    fit = fit_at_load(artifact, "cpu", 1900)
+    assert (fit.context_tokens, fit.degraded) == (1900, ())
+
+    free(monkeypatch, 1 << 16)
+    with pytest.raises(OutOfMemoryError, match="context of 1900 tokens"):
+        fit_at_load(artifact, "cpu", 1900)
+
+
+@pytest.mark.parametrize("asked", [0, -1, 2049, "many"])
+def test_an_impossible_context_is_refused(artifact: Artifact, asked: object) -> None:
+    with pytest.raises(RequestError, match=r"context"):
+        fit_at_load(artifact, "cpu", asked)  # type: ignore[arg-type]
+
+
+def test_a_gpu_that_others_use_as_well(
+    make_checkpoint: Callable[..., Path],
+    make_artifact: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = make_artifact(make_checkpoint("odd"), profile="a100", context_tokens=2048)
+    opened = open_artifact(made)
+    work = Workload(1000, tiles_per_image=5, chunk_tokens=opened.manifest.prefill_chunk)
+    estimate = planned_memory(opened.manifest, work)
+
+    def with_gpu(device_free: int | None, host_free: int) -> int:
+        gpu = Gpu("a GPU", None, device_free, "8.0")
+        monkeypatch.setattr(load_fit, "read_gpus", lambda: GpuReport((gpu,)))
+        free(monkeypatch, host_free)
+        return fit_at_load(opened, "cuda", None).context_tokens
+
+    host = replace(estimate.host_peak, process=0).total
+    assert with_gpu(1 << 40, 1 << 40) == 2048
+    assert with_gpu(estimate.device_bytes, 1 << 40) == 1000
+    # One memory for both, as on a Jetson.
+    assert with_gpu(None, estimate.device_bytes + host) == 1000
+
+
+def test_the_loaded_model_and_its_answers_say_so(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LlavaEdge.load(artifact.folder, threads=1) as whole:
+        expected = whole.generate("Hello there", max_new_tokens=4)
+    free(monkeypatch, needed(artifact, 1500))
+
+    with LlavaEdge.load(artifact.folder, threads=1) as model:
+        answer = model.generate("Hello there", max_new_tokens=4)
+        assert model.context_tokens == 1500
+
+    assert model.degraded == answer.degraded
+    assert "lowered from 2048 to 1500" in model.degraded[0]
+    assert answer.token_ids == expected.token_ids
