@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,33 @@ def test_a_trial_that_does_not_fit_or_fails_leaves_the_length(
     # A step still gives one row of logits.
     assert decoder.step(rows[CONTEXT - 3]).shape == (graph[1].vocab_size,)
     assert decoder.try_steps(rows[CONTEXT - 2 : CONTEXT]).shape == (2, graph[1].vocab_size)
+
+
+def test_a_shortened_decoder_is_one_made_so_and_keeps_nothing_of_before(
+    graph: tuple[Path, TextDims],
+) -> None:
+    rows, others = embeddings(graph[1], 30), embeddings(graph[1], 30, seed=1)
+    decoder = make_decoder(graph, 64)
+    decoder.prefill(20, filler(rows))
+    expected = decoder.try_steps(rows[20:24]).copy()
+    decoder.rewind(0)
+    decoder.prefill(20, filler(others))
+    old = weakref.ref(decoder.cache._buffers["0.key"])
+
+    decoder.shorten(26)
+
+    assert old() is None
+    assert (decoder.capacity, decoder.length) == (26, 0)
+    decoder.prefill(20, filler(rows))
+    np.testing.assert_array_equal(decoder.try_steps(rows[20:24]), expected)
+    decoder.rewind(20)
+    for row in rows[20:26]:
+        decoder.step(row)
+    with pytest.raises(PromptError, match="context of 26 tokens is full"):
+        decoder.step(rows[26])
+    for wrong in (0, 26, 40):
+        with pytest.raises(ValueError, match="of 26"):
+            decoder.shorten(wrong)
 
 
 def test_an_empty_prompt_and_a_forward_rewind_are_refused(graph: tuple[Path, TextDims]) -> None:

@@ -142,6 +142,21 @@ def test_what_cannot_give_way_is_out_of_memory_and_the_next_request_is_answered(
     assert model.generate("Hello", max_new_tokens=TOKENS).token_ids == plain
 
 
+def test_a_cache_that_found_no_room_is_taken_by_the_next_request(
+    model: LlavaEdge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = model.generate("Hello", max_new_tokens=TOKENS)
+    with monkeypatch.context() as patch:
+        failing = Failing(patch, lambda _: True)
+        for _ in range(2):
+            with pytest.raises(OutOfMemoryError, match="MiB are free"):
+                model.generate("Hello", max_new_tokens=TOKENS)
+        assert any("a buffer" in what for what in failing.asked)
+
+    assert model.context_tokens == plain.prompt_tokens + TOKENS
+    assert model.generate("Hello", max_new_tokens=TOKENS).token_ids == plain.token_ids
+
+
 @pytest.mark.parametrize("lasting", [False, True])
 def test_memory_that_fails_anywhere_is_an_answer_and_the_next_request_is_normal(
     artifact: Path, wide: Image.Image, monkeypatch: pytest.MonkeyPatch, lasting: bool
