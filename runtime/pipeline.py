@@ -5,7 +5,9 @@
     model = LlavaEdge.load("artifact")
     print(model.generate("What is the total?", images=["receipt.jpg"]).text)
 
-One object may be used by many threads; requests queue. No network, no torch.
+One object may be used by many threads; requests queue, first come first served. It belongs to the
+process that loaded it: in a child of ``fork()`` every use is refused, so load there, or start
+processes with multiprocessing's method ``spawn``. No network, no torch.
 """
 
 from __future__ import annotations
@@ -319,6 +321,7 @@ class LlavaEdge:
             PromptError: the prompt is empty, too long, or its marks do not match the images.
             RequestError: a sampling option or the grid is out of range.
         """
+        self._turnstile.require_own_process()
         options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
         clip = None if video is None else VideoInput(video, num_frames, frame_choice)
         request = self._requests.build(prompt, images, options, video=clip)
@@ -370,6 +373,7 @@ class LlavaEdge:
         grid: str | None = None,
     ) -> int:
         """Exactly how many tokens a prompt takes, images and video included, before running it."""
+        self._turnstile.require_own_process()
         options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
         clip = None if video is None else VideoInput(video, num_frames)
         built = self._requests.build(prompt, images, options, video=clip, with_pixels=False)
@@ -457,7 +461,14 @@ class LlavaEdge:
         return self._decoder.step_seconds
 
     def close(self) -> None:
-        """Stop the request in progress, let go of sessions, cache and files; idempotent."""
+        """Stop the request in progress, let go of sessions, cache and files; idempotent.
+
+        Requests that wait are refused. The one in progress ends at its next token.
+
+        Raises:
+            EngineError: called from inside a request, as in its ``progress``; that one was told to
+                stop, and no other gets in.
+        """
         with self._turnstile.closing():
             self._table.close()
             tower = self.__dict__.pop("_tower", None)
@@ -493,12 +504,15 @@ class LlavaEdge:
         progress: ReportProgress = no_progress,
         **sampling: Any,
     ) -> AnswerStream:
+        self._turnstile.require_own_process()
         choosing = SamplingOptions(**sampling)
         require_count("max_new_tokens", max_new_tokens, 1)
         require_count("prompt_lookup_num_tokens", prompt_lookup_num_tokens, 0, MAX_DRAFT_TOKENS)
 
         def run(handle: StreamHandle) -> Pieces:
-            with self._turnstile.turn(handle.close):
+            with self._turnstile.turn(handle.close, handle.thread):
+                if handle.is_cancelled():
+                    return None
                 pieces = self._answerer.pieces(
                     request,
                     choosing,
