@@ -12,6 +12,8 @@ from __future__ import annotations
 import io
 import os
 import stat
+import threading
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
@@ -21,6 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llava_edge.profiles.errors import ImageError, OutOfMemoryError, RequestError
 from llava_edge.runtime.image_header import read_image_header
+from llava_edge.runtime.libtiff import quiet_libtiff
 from llava_edge.runtime.limits import Limits
 
 ImageSource: TypeAlias = (
@@ -30,6 +33,16 @@ ImageSource: TypeAlias = (
 T = TypeVar("T")
 
 _ROWS_AT_ONCE = 256
+_QUIET = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """In a child of ``fork()``, where whoever held the lock may not exist."""
+    global _QUIET
+    _QUIET = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def open_image(source: ImageSource, limits: Limits | None = None) -> Image.Image:
@@ -127,6 +140,9 @@ def _from_file(label: str, data: bytes, limits: Limits) -> Image.Image:
             f"most {limits.max_image_pixels} pixels are taken"
         )
 
+    if header.format == "TIFF":
+        quiet_libtiff()
+
     def decode() -> Image.Image:
         image: Image.Image = Image.open(io.BytesIO(data), formats=(header.format,))
         # The library's word counts in the end: it is what memory is reserved by.
@@ -204,7 +220,12 @@ def _check_size(label: str, height: int, width: int, frames: int, limits: Limits
 
 def _decoded(label: str, decode: Callable[[], T]) -> T:
     try:
-        return decode()
+        with _QUIET, warnings.catch_warnings():
+            # Of damage that it can live with Pillow warns, which would be whoever sends files
+            # writing into an application's log. One thread at a time: the list of filters is the
+            # whole process's.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            return decode()
     except RequestError:
         raise
     except MemoryError as error:

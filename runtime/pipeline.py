@@ -24,7 +24,7 @@ from llava_edge.profiles.engines import EngineName
 from llava_edge.profiles.errors import PromptError, RequestError
 from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.answerer import Answerer
-from llava_edge.runtime.arguments import require_count
+from llava_edge.runtime.arguments import require_callable, require_count
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.cached_encoder import cached_encoder
 from llava_edge.runtime.chat import Chat, WithinTurn
@@ -228,6 +228,7 @@ class LlavaEdge:
         """
         require_count("threads", threads, 0, MAX_THREADS)
         require_count("vision_cache_bytes", vision_cache_bytes, 0)
+        require_callable("progress", progress)
         check_interfaces(artifact)
         manifest = artifact.manifest
         chosen = choose_device(device, manifest.flavour, allow_slow)
@@ -505,6 +506,7 @@ class LlavaEdge:
         **sampling: Any,
     ) -> AnswerStream:
         self._turnstile.require_own_process()
+        require_callable("progress", progress)
         choosing = SamplingOptions(**sampling)
         require_count("max_new_tokens", max_new_tokens, 1)
         require_count("prompt_lookup_num_tokens", prompt_lookup_num_tokens, 0, MAX_DRAFT_TOKENS)

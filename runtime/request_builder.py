@@ -18,7 +18,7 @@ from PIL.Image import Image
 
 from llava_edge.profiles.anyres import lower_pinpoints
 from llava_edge.profiles.buffers import video_tokens_per_frame
-from llava_edge.profiles.errors import PromptError, VideoError
+from llava_edge.profiles.errors import PromptError, RequestError, VideoError
 from llava_edge.runtime.arguments import require_count
 from llava_edge.runtime.clip import Clip, open_clip
 from llava_edge.runtime.frame_choice import choose_frames
@@ -37,9 +37,15 @@ from llava_edge.runtime.video_processor import VideoProcessor
 
 
 class RequestBuilder:
-    """Makes requests for one artifact."""
+    """Makes requests for one artifact.
+
+    Raises:
+        RequestError: the limits are none.
+    """
 
     def __init__(self, manifest: Manifest, tokenizer: Tokenizer, limits: Limits) -> None:
+        if not isinstance(limits, Limits):
+            raise RequestError(f"limits is {limits!r:.60}; it must be a Limits object")
         self._manifest = manifest
         self._tokenizer = tokenizer
         self._limits = limits

@@ -153,14 +153,15 @@ class SessionOptions:
     Attributes:
         device: where it runs.
         threads: 0 lets ONNX Runtime take every physical core.
-        log_level: ONNX Runtime's; 3 is errors only.
+        log_level: ONNX Runtime's; 4 is fatal errors only. Others come as exceptions, and would be
+            written on stderr as well.
         wide_sums: int8 products are summed in 32 bits, see ``needs_wide_sums``.
         optimise: let ONNX Runtime change the graph; off where every node is to be seen.
     """
 
     device: DeviceKind = "cpu"
     threads: int = 0
-    log_level: int = 3
+    log_level: int = 4
     wide_sums: bool = False
     optimise: bool = True
 
@@ -213,6 +214,7 @@ class Session:
         # The arena keeps what it once took. A prompt's activations are given back after the run;
         # measured on a full-size tower, the arena's peak is 0.4 GiB below plain allocation's.
         self._shrinking = ort.RunOptions()
+        self._shrinking.log_severity_level = options.log_level
         if options.device == "cpu":
             key = "memory.enable_memory_arena_shrinkage"
             self._shrinking.add_run_config_entry(key, "cpu:0")

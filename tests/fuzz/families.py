@@ -1,7 +1,7 @@
 """Families of fuzzed inputs: how one is made from a number, and what is done with it.
 
-The input of a number is the same whenever and wherever it is made, so a number is all that is needed
-to have it again.
+The input of a number is the same whenever and wherever it is made, so a number is all that is
+needed to have it again.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Bench:
         return FAMILIES[family](self, random, number)
 
     def most_bytes(self, case: Case) -> int:
-        """What a request may add to a loaded model, by the plan, with the same slack as elsewhere."""
+        """What a request may add to a loaded model, by the plan, with the slack of elsewhere."""
         manifest = self.model("video", SMALL).artifact.manifest
         pixels = max(case.limits.max_image_pixels, case.limits.max_video_pixels)
         work = Workload(
@@ -251,7 +251,9 @@ def _options(bench: Bench, random: Random, number: int) -> Case:
             name = random.choice(sorted(Limits.__dataclass_fields__))
             return Limits(**{name: strange})
         if act == 6:
-            return model.chat().send("Hello", **given)
+            shared = ("raw", "image_marks", "grid")
+            rest = {name: value for name, value in given.items() if name not in shared}
+            return model.chat().send("Hello", **rest)
         return model.generate("Hello", [image_inputs.picture()], **given)
 
     return Case(label, ask, repr((act, given)).encode("utf-8", "replace"), None, 0, SMALL)

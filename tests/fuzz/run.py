@@ -231,12 +231,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for family, counter in found.outcomes.items():
         listed = ", ".join(f"{count} {name}" for name, count in counter.most_common())
         print(f"{family:12} {counter.total():5}: {listed}")
-    print(
-        f"{found.count} inputs in {time.monotonic() - started:.0f} s; faults: {len(found.faults)}; slowest "
-        f"{found.slowest['seconds']:.2f} s ({found.slowest['family']}:{found.slowest['number']}); most "
-        f"memory {found.largest['bytes'] >> 20} of {found.largest['most'] >> 20} MiB "
-        f"({found.largest['family']}:{found.largest['number']})"
-    )
+    slow, large = found.slowest, found.largest
+    print(f"{found.count} inputs in {time.monotonic() - started:.0f} s")
+    print(f"slowest {slow['seconds']:.2f} s ({slow['family']}:{slow['number']})")
+    taken = f"{large['bytes'] >> 20} of {large['most'] >> 20} MiB"
+    print(f"nearest to the plan's memory {taken} ({large['family']}:{large['number']})")
+    print(f"faults: {len(found.faults)}")
     return 1 if found.faults else 0
 
 

@@ -142,7 +142,7 @@ def quality_lines(random: Random) -> bytes:
             text = random.choice(("[" * depth, '{"a":' * depth, "[" * depth + "]" * depth))
         elif act == 4:
             number = random.choice(("NaN", "Infinity", "-1e999", "1" * 5000, "0x1", "1e5"))
-            text = '{"question": "a", "answers": %s, "image": %s}' % (number, number)
+            text = f'{{"question": "a", "answers": {number}, "image": {number}}}'
         raw = text.encode("utf-8", "surrogatepass")
         lines.append(mutated(random, raw, [raw]) if act == 5 else raw)
     joined = random.choice((b"\n", b"\n", b"\r\n", b"\n\n", b"\xe2\x80\xa8", b"\0")).join(lines)

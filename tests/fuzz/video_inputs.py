@@ -1,4 +1,4 @@
-"""Videos to fuzz with: valid files of each container and codec, damage to them, and lists of frames."""
+"""Videos to fuzz with: valid files of each container, damage to them, and lists of frames."""
 
 from __future__ import annotations
 
