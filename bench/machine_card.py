@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from llava_edge.bench.ledger import machine
 from llava_edge.profiles.constants import speed_constants
 from llava_edge.profiles.detect import MachineFacts, detect_profile, read_machine
 from llava_edge.profiles.errors import ProfileError
 from llava_edge.profiles.hardware import HardwareProfile
-from llava_edge.runtime.session import ENGINE_VERSION, DeviceKind
+from llava_edge.runtime.session import ENGINE_VERSION, DeviceKind, available_providers
 
 _READ_BYTES = 128 << 20
 """For each core; together far more than its caches hold."""
@@ -59,7 +58,7 @@ def machine_card(facts: MachineFacts, rates: Rates | None) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "onnxruntime": ENGINE_VERSION,
-        "providers": list(onnxruntime.get_available_providers()),
+        "providers": list(available_providers()),
         "gpus": [
             {"name": gpu.name, "memory_bytes": gpu.total_bytes, "compute": gpu.compute_capability}
             for gpu in facts.gpus.gpus

@@ -32,3 +32,23 @@ def require_number(name: str, value: object) -> None:
     """
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise RequestError(f"{name} is {value!r:.60}; it must be a number")
+
+
+def require_flag(name: str, value: object) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        RequestError: names the argument and the value.
+    """
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} is {value!r:.60}; it must be True or False")
+
+
+def require_callable(name: str, value: object) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+        RequestError: names the argument and the value.
+    """
+    if not callable(value):
+        raise RequestError(f"{name} is {value!r:.60}; it must be a function")

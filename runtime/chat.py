@@ -18,7 +18,7 @@ from typing import Any
 
 from llava_edge.profiles.errors import PromptError, RequestError
 from llava_edge.runtime.answer import Answer
-from llava_edge.runtime.arguments import require_count
+from llava_edge.runtime.arguments import require_count, require_flag
 from llava_edge.runtime.clip import VideoSource
 from llava_edge.runtime.frame_choice import FrameChoice
 from llava_edge.runtime.images import ImageSource
@@ -93,6 +93,7 @@ class Chat:
         image_marks: bool = True,
         grid: str | None = None,
     ) -> None:
+        require_flag("image_marks", image_marks)
         self.messages: list[ChatMessage] = []
         self.system = system
         self._requests = requests
@@ -261,6 +262,10 @@ class Chat:
     def _pieces(
         self, messages: Sequence[ChatMessage], *, generation_prompt: bool = True
     ) -> tuple[Piece, ...]:
+        for text in (self.system, *(message.text for message in messages)):
+            # Both may have been set since by whoever holds the conversation.
+            if text is not None:
+                self._requests.check_text(text)
         said = [
             user_message(
                 message.text,

@@ -271,6 +271,12 @@ class FileClip:
             if not container.streams.video:
                 raise VideoError(f"{self._label} holds no video, only other streams")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise VideoError(
+                    f"{self._label} holds a video that FFmpeg has no decoder for; allowed codecs "
+                    f"are {', '.join(self._limits.video_codecs)}. Convert it, or give frames as a "
+                    "list."
+                )
             # FFmpeg itself refuses a picture that grows behind the header's back.
             stream.codec_context.options = {"max_pixels": str(self._limits.max_video_pixels)}
             yield container, stream
@@ -309,9 +315,11 @@ def _opened(label: str, path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             f"{label} cannot be read: {reason}. Videos are files on this machine; nothing is "
             "fetched."
         ) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        # Before a file object is made of it, which refuses a folder in words of its own.
+        os.close(descriptor)
+        raise VideoError(f"{label} is no regular file; give a video file")
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise VideoError(f"{label} is no regular file; give a video file")
         yield file
 
 

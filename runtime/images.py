@@ -12,6 +12,8 @@ from __future__ import annotations
 import io
 import os
 import stat
+import threading
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
@@ -23,6 +25,7 @@ from llava_edge.profiles.buffers import image_decoding_bytes
 from llava_edge.profiles.errors import ImageError, OutOfMemoryError, RequestError
 from llava_edge.runtime.allocation import allocate, require_free
 from llava_edge.runtime.image_header import read_image_header
+from llava_edge.runtime.libtiff import quiet_libtiff
 from llava_edge.runtime.limits import Limits
 
 ImageSource: TypeAlias = (
@@ -32,6 +35,16 @@ ImageSource: TypeAlias = (
 T = TypeVar("T")
 
 _ROWS_AT_ONCE = 256
+_QUIET = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """In a child of ``fork()``, where whoever held the lock may not exist."""
+    global _QUIET
+    _QUIET = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def open_image(source: ImageSource, limits: Limits | None = None) -> Image.Image:
@@ -133,6 +146,9 @@ def _from_file(label: str, data: bytes, limits: Limits) -> Image.Image:
     pixels = header.height * header.width
     require_free(image_decoding_bytes(pixels, webp=header.format == "WEBP"), label)
 
+    if header.format == "TIFF":
+        quiet_libtiff()
+
     def decode() -> Image.Image:
         image: Image.Image = Image.open(io.BytesIO(data), formats=(header.format,))
         # The library's word counts in the end: it is what memory is reserved by.
@@ -210,7 +226,12 @@ def _check_size(label: str, height: int, width: int, frames: int, limits: Limits
 
 def _decoded(label: str, decode: Callable[[], T]) -> T:
     try:
-        return decode()
+        with _QUIET, warnings.catch_warnings():
+            # Of damage that it can live with Pillow warns, which would be whoever sends files
+            # writing into an application's log. One thread at a time: the list of filters is the
+            # whole process's.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            return decode()
     except (RequestError, OutOfMemoryError):
         raise
     except MemoryError as error:

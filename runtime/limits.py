@@ -61,17 +61,24 @@ class Limits:
 
     def __post_init__(self) -> None:
         faults = [
-            f"{field.name} is {value!r}; it must be a whole number of at least 1"
+            f"{field.name} is {value!r:.60}; it must be a whole number of at least 1"
             for field in fields(self)
             if field.name.startswith("max_")
-            and (not isinstance(value := getattr(self, field.name), int) or value < 1)
+            and (
+                not isinstance(value := getattr(self, field.name), int)
+                or isinstance(value, bool)
+                or value < 1
+            )
         ]
         for name, known in (
             ("image_formats", READABLE_FORMATS),
             ("video_formats", VIDEO_FORMATS),
             ("video_codecs", VIDEO_CODECS),
         ):
-            if unknown := sorted(set(getattr(self, name)) - set(known)):
+            given = getattr(self, name)
+            if not isinstance(given, tuple) or not all(isinstance(item, str) for item in given):
+                faults.append(f"{name} is {given!r:.60}; it must be a tuple of names")
+            elif unknown := sorted(set(given) - set(known)):
                 faults.append(f"{name} holds {', '.join(unknown)}; readable are {', '.join(known)}")
         if faults:
             raise RequestError("limits: " + "; ".join(faults))

@@ -5,7 +5,9 @@
     model = LlavaEdge.load("artifact")
     print(model.generate("What is the total?", images=["receipt.jpg"]).text)
 
-One object may be used by many threads; requests queue. No network, no torch.
+One object may be used by many threads; requests queue, first come first served. It belongs to the
+process that loaded it: in a child of ``fork()`` every use is refused, so load there, or start
+processes with multiprocessing's method ``spawn``. No network, no torch.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from llava_edge.profiles.errors import PromptError
 from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.answerer import Answerer
-from llava_edge.runtime.arguments import require_count
+from llava_edge.runtime.arguments import require_callable, require_count
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.cached_encoder import cached_encoder
 from llava_edge.runtime.chat import Chat, WithinTurn
@@ -236,6 +238,7 @@ class LlavaEdge:
         """
         require_count("threads", threads, 0, MAX_THREADS)
         require_count("vision_cache_bytes", vision_cache_bytes, 0)
+        require_callable("progress", progress)
         check_interfaces(artifact)
         manifest = artifact.manifest
         chosen = choose_device(device, manifest.flavour, allow_slow)
@@ -332,6 +335,7 @@ class LlavaEdge:
                 this request; while iterating as well.
             DeadlineError: while iterating, the time was over before the first token.
         """
+        self._turnstile.require_own_process()
         budget = TimeBudget(deadline_seconds)
         requests, capped = self._requests, ""
         if max_image_tokens is not None:
@@ -392,6 +396,7 @@ class LlavaEdge:
         grid: str | None = None,
     ) -> int:
         """Exactly how many tokens a prompt takes, images and video included, before running it."""
+        self._turnstile.require_own_process()
         options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
         clip = None if video is None else VideoInput(video, num_frames)
         built = self._requests.build(prompt, images, options, video=clip, with_pixels=False)
@@ -486,7 +491,14 @@ class LlavaEdge:
         return self._decoder.step_seconds
 
     def close(self) -> None:
-        """Stop the request in progress, let go of sessions, cache and files; idempotent."""
+        """Stop the request in progress, let go of sessions, cache and files; idempotent.
+
+        Requests that wait are refused. The one in progress ends at its next token.
+
+        Raises:
+            EngineError: called from inside a request, as in its ``progress``; that one was told to
+                stop, and no other gets in.
+        """
         with self._turnstile.closing():
             self._table.close()
             tower = self.__dict__.pop("_tower", None)
@@ -523,12 +535,17 @@ class LlavaEdge:
         progress: ReportProgress = no_progress,
         **sampling: Any,
     ) -> AnswerStream:
+        self._turnstile.require_own_process()
+        require_callable("progress", progress)
         choosing = SamplingOptions(**sampling)
         require_count("max_new_tokens", max_new_tokens, 1)
         require_count("prompt_lookup_num_tokens", prompt_lookup_num_tokens, 0, MAX_DRAFT_TOKENS)
+        time = budget or TimeBudget()
 
         def run(handle: StreamHandle) -> Pieces:
-            with self._turnstile.turn(handle.close):
+            with self._turnstile.turn(handle.close, handle.thread, time.remaining):
+                if handle.is_cancelled():
+                    return None
                 pieces = self._answerer.pieces(
                     lowering,
                     choosing,
@@ -536,7 +553,7 @@ class LlavaEdge:
                     prompt_lookup_num_tokens,
                     progress,
                     handle.is_cancelled,
-                    budget or TimeBudget(),
+                    time,
                 )
                 return (yield from pieces if within_turn is None else within_turn(pieces))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from llava_edge.profiles.anyres import TileLayout
+from llava_edge.runtime.arguments import require_flag
 from llava_edge.runtime.clip import VideoSource
 from llava_edge.runtime.frame_choice import FrameChoice
 from llava_edge.runtime.session import Array
@@ -15,11 +16,19 @@ from llava_edge.runtime.session import Array
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """How prompt and images are read; see ``LlavaEdge.stream``."""
+    """How prompt and images are read; see ``LlavaEdge.stream``.
+
+    Raises:
+        RequestError: a switch is neither True nor False.
+    """
 
     raw: bool = False
     image_marks: bool = True
     grid: str | None = None
+
+    def __post_init__(self) -> None:
+        require_flag("raw", self.raw)
+        require_flag("image_marks", self.image_marks)
 
 
 @dataclass(frozen=True)

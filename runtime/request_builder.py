@@ -39,9 +39,15 @@ from llava_edge.runtime.video_processor import VideoProcessor
 
 
 class RequestBuilder:
-    """Makes requests for one artifact."""
+    """Makes requests for one artifact.
+
+    Raises:
+        RequestError: the limits are none.
+    """
 
     def __init__(self, manifest: Manifest, tokenizer: Tokenizer, limits: Limits) -> None:
+        if not isinstance(limits, Limits):
+            raise RequestError(f"limits is {limits!r:.60}; it must be a Limits object")
         self._manifest = manifest
         self._tokenizer = tokenizer
         self._limits = limits

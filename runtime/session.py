@@ -5,8 +5,11 @@ A buffer is bound once and changed in place; on the CPU it shares its memory wit
 
 from __future__ import annotations
 
+import ctypes
+import os
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -15,10 +18,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
+# ONNX Runtime 1.29 and later, as pip installs it on Linux, holds a client that reports to its maker
+# over the network: a thread, a database in the user's cache folder, a file in the folder for
+# temporary ones, and a process that never ends after fork(). It looks at this when it is imported.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import onnxruntime as ort
 
 from llava_edge.profiles.errors import EngineError, LlavaEdgeError, OutOfMemoryError
 from llava_edge.runtime.allocation import allocate
+
+# Where an application imported it before us, the above came too late for the thread; this does not
+# for the reports.
+ort.disable_telemetry_events()
 
 Array = np.ndarray[Any, np.dtype[Any]]
 DeviceKind = Literal["cpu", "cuda"]
@@ -36,9 +48,14 @@ def provider_name(device: DeviceKind) -> str:
     return _PROVIDERS[device]
 
 
+def available_providers() -> tuple[str, ...]:
+    """Providers that the installed ONNX Runtime was built with, in its own names and order."""
+    return tuple(ort.get_available_providers())
+
+
 def available_devices() -> tuple[DeviceKind, ...]:
     """Kinds of device that the installed ONNX Runtime can use, best first."""
-    providers = ort.get_available_providers()
+    providers = available_providers()
     kinds: tuple[DeviceKind, ...] = ("cuda", "cpu")
     return tuple(kind for kind in kinds if _PROVIDERS[kind] in providers)
 
@@ -140,14 +157,15 @@ class SessionOptions:
     Attributes:
         device: where it runs.
         threads: 0 lets ONNX Runtime take every physical core.
-        log_level: ONNX Runtime's; 3 is errors only.
+        log_level: ONNX Runtime's; 4 is fatal errors only. Others come as exceptions, and would be
+            written on stderr as well.
         wide_sums: int8 products are summed in 32 bits, see ``needs_wide_sums``.
         optimise: let ONNX Runtime change the graph; off where every node is to be seen.
     """
 
     device: DeviceKind = "cpu"
     threads: int = 0
-    log_level: int = 3
+    log_level: int = 4
     wide_sums: bool = False
     optimise: bool = True
 
@@ -187,6 +205,7 @@ class Session:
             _preload_cuda()
         with _mapped_errors(f"opening {name}"):
             self._session = ort.InferenceSession(model, settings, providers=[provider])
+        _OPEN.add(self)
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         # ONNX Runtime goes on with the CPU where a provider's libraries do not load.
         if provider not in self.providers:
@@ -199,6 +218,7 @@ class Session:
         # The arena keeps what it once took. A prompt's activations are given back after the run;
         # measured on a full-size tower, the arena's peak is 0.4 GiB below plain allocation's.
         self._shrinking = ort.RunOptions()
+        self._shrinking.log_severity_level = options.log_level
         if options.device == "cpu":
             key = "memory.enable_memory_arena_shrinkage"
             self._shrinking.add_run_config_entry(key, "cpu:0")
@@ -231,6 +251,24 @@ class Session:
             raise _map_error(error, "running the graph") from error
         finally:
             self.run_seconds += time.perf_counter() - start
+
+
+_OPEN: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _keep_in_child() -> None:
+    """Let no session end in a child of ``fork()``.
+
+    Its end would wait for threads that only the parent has; seen are a child that never exits, and
+    one that dies of a segmentation fault. The memory is the parent's and costs the child nothing.
+    """
+    for session in list(_OPEN):
+        held = getattr(session, "_session", None)
+        if held is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
+
+
+os.register_at_fork(after_in_child=_keep_in_child)
 
 
 class Binding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Generator
@@ -18,6 +19,15 @@ class StreamHandle:
     def __init__(self, stream: AnswerStream) -> None:
         self._stream = weakref.ref(stream)
         self._cancelled = threading.Event()
+        self._thread = threading.get_ident()
+
+    def goes_on(self) -> None:
+        """The thread that calls works on it from here on."""
+        self._thread = threading.get_ident()
+
+    def thread(self) -> int:
+        """Which thread worked on it last."""
+        return self._thread
 
     def cancel(self) -> None:
         """Ask the work to stop at the next token."""
@@ -38,7 +48,7 @@ class AnswerStream:
     """Iterate for text, then read ``answer``.
 
     Closing it, from any thread, or dropping it stops the work at the next token and lets the next
-    request run.
+    request run. One thread after another may iterate it, but not two at once.
 
     Args:
         start: makes the generator of pieces, given a handle on this stream.
@@ -47,6 +57,8 @@ class AnswerStream:
     def __init__(self, start: Callable[[StreamHandle], Pieces]) -> None:
         self._handle = StreamHandle(self)
         self._pieces = start(self._handle)
+        self._pid = os.getpid()
+        self._iterating = threading.Lock()
         self._answer: Answer | None = None
         self._failure: BaseException | None = None
 
@@ -54,6 +66,17 @@ class AnswerStream:
         return self
 
     def __next__(self) -> str:
+        if os.getpid() != self._pid:
+            raise EngineError(
+                f"the stream was begun in process {self._pid} and goes on there; this is "
+                f"{os.getpid()}, a copy of it by fork(). Load the model here and ask again."
+            )
+        if not self._iterating.acquire(blocking=False):
+            raise EngineError(
+                "the next piece of this stream is being made already; iterate it in one "
+                "thread at a time"
+            )
+        self._handle.goes_on()
         try:
             return next(self._pieces)
         except StopIteration as end:
@@ -64,6 +87,8 @@ class AnswerStream:
         except BaseException as error:
             self._failure = error
             raise
+        finally:
+            self._iterating.release()
 
     @property
     def answer(self) -> Answer:

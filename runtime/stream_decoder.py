@@ -9,6 +9,8 @@ import re
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
 
+from llava_edge.runtime.tokenizer_backend import decode
+
 
 class StreamDecoder:
     """Turns ids into text as they come; all text together is ``Tokenizer.decode`` of all ids.
@@ -57,7 +59,7 @@ class StreamDecoder:
         return text
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._backend.decode(ids, skip_special_tokens=True)) if ids else ""
+        return decode(self._backend, ids) if ids else ""
 
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")

@@ -29,6 +29,7 @@ from llava_edge.profiles.errors import ArtifactError, PromptError
 from llava_edge.runtime.manifest import PromptFormat, TokenIds
 from llava_edge.runtime.prompt import Piece
 from llava_edge.runtime.stream_decoder import StreamDecoder
+from llava_edge.runtime.tokenizer_backend import decode, encode, mapped_errors, open_backend
 
 
 class Tokenizer:
@@ -59,12 +60,7 @@ class Tokenizer:
         Raises:
             ArtifactError: the file cannot be read, or does not hold the manifest's tokens.
         """
-        try:
-            backend = Backend.from_str(path.read_text("utf-8"))
-        except Exception as error:  # The library raises bare Exception.
-            raise ArtifactError(
-                f"{path} is no tokenizer: {error}. Copy or convert the artifact again."
-            ) from error
+        backend = open_backend(path)
         backend.no_truncation()
         backend.no_padding()
         added = backend.get_added_tokens_decoder()
@@ -123,7 +119,7 @@ class Tokenizer:
     @cached_property
     def adds_bos(self) -> bool:
         """Whether the tokenizer itself puts the bos token first."""
-        ids = self._backend.encode("", add_special_tokens=True).ids
+        ids = encode(self._backend, "", add_special_tokens=True).ids
         return bool(ids) and ids[0] == self._tokens.bos
 
     def encode_pieces(self, pieces: Sequence[Piece]) -> list[int]:
@@ -142,15 +138,15 @@ class Tokenizer:
                 )
         runs = [(p.kind, self._marks.get(p.kind, p.text)) for p in merged]
         add_special = self._adds_special(runs)
-        encoding = self._backend.encode(
-            "".join(text for _, text in runs), add_special_tokens=add_special
+        encoding = encode(
+            self._backend, "".join(text for _, text in runs), add_special_tokens=add_special
         )
         if self._clean(encoding, runs, sealed=False):
             return list(encoding.ids)
         sealed = self._seal(runs)
         hidden = [(k, t if k == "text" else sealed.hide(t)) for k, t in runs]
-        encoding = sealed.backend.encode(
-            "".join(text for _, text in hidden), add_special_tokens=add_special
+        encoding = encode(
+            sealed.backend, "".join(text for _, text in hidden), add_special_tokens=add_special
         )
         if not self._clean(encoding, hidden, sealed=True):
             raise PromptError(
@@ -186,7 +182,7 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids without control tokens."""
         plain = [i for i in ids if i not in self._control]
-        return str(self._backend.decode(plain, skip_special_tokens=True))
+        return decode(self._backend, plain)
 
     def stream(self) -> StreamDecoder:
         """A decoder for one answer that arrives id by id."""
@@ -260,13 +256,8 @@ class _Sealed:
         names = {i: name for i in control if (name := backend.id_to_token(i)) is not None}
         document = json.loads(backend.to_str())
         _rename(document, {name: secret + name for name in names.values()})
-        try:
+        with mapped_errors("tokenizer.json cannot be sealed against control tokens in text"):
             sealed = Backend.from_str(json.dumps(document, ensure_ascii=False))
-        except Exception as error:  # The library raises bare Exception.
-            raise ArtifactError(
-                f"tokenizer.json cannot be sealed against control tokens in text: {error}. "
-                "Convert the checkpoint again."
-            ) from error
         moved = [n for i, n in names.items() if sealed.token_to_id(secret + n) != i]
         if moved:
             raise ArtifactError(
@@ -322,7 +313,7 @@ def _trim(text: str, start: int, end: int) -> tuple[int, int]:
 
 def _unk_id(backend: Backend) -> int | None:
     """Id of what the model does not know; unigram models name it nowhere, so one is asked for."""
-    ids = backend.encode("\U0010fffd", add_special_tokens=False).ids
+    ids = encode(backend, "\U0010fffd", add_special_tokens=False).ids
     unk = ids[-1] if ids else None
     added = backend.get_added_tokens_decoder()
     return unk if unk in added else None

@@ -1,0 +1,73 @@
+"""Calls of the tokenizers library, whose panics and bare exceptions become errors of ours.
+
+The library is written in Rust. Where it cannot go on it panics, and that arrives as an exception
+below ``BaseException`` which cannot be imported by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tokenizers import Encoding
+from tokenizers import Tokenizer as Backend
+
+from llava_edge.profiles.errors import ArtifactError, LlavaEdgeError
+from llava_edge.runtime.regular_file import read_bounded
+from llava_edge.runtime.sealed_json import parse_strict
+from llava_edge.runtime.tokenizer_check import tokenizer_faults
+
+MAX_BYTES = 64 << 20
+"""Largest ``tokenizer.json``; those of vocabularies of 262,144 have 33 MB."""
+
+
+def open_backend(path: Path) -> Backend:
+    """Read, judge and open a ``tokenizer.json``.
+
+    Raises:
+        ArtifactError: it is no plain file, too large, or holds what is not let through.
+    """
+    data = read_bounded(path, MAX_BYTES)
+    if faults := tokenizer_faults(parse_strict(data, str(path))):
+        listed = "; ".join(faults[:8])
+        raise ArtifactError(
+            f"{path} is no tokenizer that is opened: {listed}. Copy or convert the artifact again."
+        )
+    with mapped_errors(f"{path} is no tokenizer"):
+        return Backend.from_str(data.decode("utf-8"))
+
+
+def encode(backend: Backend, text: str, *, add_special_tokens: bool) -> Encoding:
+    """Encode a text.
+
+    Raises:
+        ArtifactError: the tokenizer fails at it.
+    """
+    with mapped_errors("the artifact's tokenizer fails at this prompt"):
+        return backend.encode(text, add_special_tokens=add_special_tokens)
+
+
+def decode(backend: Backend, ids: Sequence[int]) -> str:
+    """Text of ids, without special tokens.
+
+    Raises:
+        ArtifactError: the tokenizer fails at them.
+    """
+    with mapped_errors("the artifact's tokenizer fails at this answer"):
+        return str(backend.decode(list(ids), skip_special_tokens=True))
+
+
+@contextmanager
+def mapped_errors(what: str) -> Iterator[None]:
+    """Errors of the library as ``ArtifactError``; ``what`` begins the message."""
+    try:
+        yield
+    except LlavaEdgeError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ArtifactError(
+            f"{what}: {str(error)[:300]}. Copy or convert the artifact again."
+        ) from error

@@ -1,0 +1,272 @@
+"""Who waits gets in, in order; whatever ends a request lets the next one in."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from llava_edge.profiles.errors import EngineError
+from llava_edge.runtime import turnstile as turnstile_module
+from llava_edge.runtime.stream import AnswerStream, Pieces, StreamHandle
+from llava_edge.runtime.turnstile import Turnstile
+
+
+def started(act: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    return thread
+
+
+def ended(*threads: threading.Thread) -> bool:
+    for thread in threads:
+        thread.join(30)
+    return not any(thread.is_alive() for thread in threads)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    for _ in range(3000):
+        if holds():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come to that")
+
+
+def endless(turnstile: Turnstile) -> AnswerStream:
+    """A stream that holds the turnstile for as long as somebody iterates it."""
+
+    def pieces(handle: StreamHandle) -> Pieces:
+        with turnstile.turn(handle.close, handle.thread):
+            while not handle.is_cancelled():
+                yield "piece"
+        return None
+
+    return AnswerStream(pieces)
+
+
+def test_who_came_first_gets_in_first() -> None:
+    turnstile, order = Turnstile(), []
+
+    def take(number: int) -> None:
+        with turnstile.turn():
+            order.append(number)
+
+    threads = []
+    with turnstile.turn():
+        for number in range(40):
+            threads.append(started(lambda number=number: take(number)))
+            wait_until(lambda: len(turnstile._waiting) == len(threads))
+
+    assert ended(*threads)
+    assert order == list(range(40))
+
+
+def test_who_comes_again_and_again_does_not_keep_others_out() -> None:
+    turnstile, taken = Turnstile(), {"greedy": 0, "modest": 0}
+    stop = threading.Event()
+
+    def take(name: str) -> None:
+        while not stop.is_set():
+            with turnstile.turn():
+                taken[name] += 1
+                time.sleep(0.001)
+
+    threads = [started(lambda name=name: take(name)) for name in taken]
+    wait_until(lambda: taken["greedy"] + taken["modest"] >= 200)
+    stop.set()
+
+    assert ended(*threads)
+    assert abs(taken["greedy"] - taken["modest"]) <= 40
+
+
+def test_an_error_inside_lets_the_next_one_in() -> None:
+    turnstile = Turnstile()
+    with pytest.raises(ZeroDivisionError), turnstile.turn():
+        raise ZeroDivisionError
+
+    with turnstile.turn():
+        pass
+
+
+def test_closing_stops_the_holder_and_sends_away_who_waits() -> None:
+    turnstile, said = Turnstile(), []
+    stream = endless(turnstile)
+    began = threading.Event()
+
+    def consume() -> None:
+        for _ in stream:
+            began.set()
+            time.sleep(0.001)
+
+    def ask() -> None:
+        try:
+            with turnstile.turn():
+                said.append("got in")
+        except EngineError as error:
+            said.append(str(error))
+
+    consumer = started(consume)
+    assert began.wait(30)
+    waiting = [started(ask) for _ in range(5)]
+    wait_until(lambda: len(turnstile._waiting) == 5)
+    with turnstile.closing():
+        inside = turnstile._holder
+
+    assert ended(consumer, *waiting)
+    assert inside is not None
+    assert said == ["the model is closed; load the artifact again"] * 5
+    with pytest.raises(EngineError, match="the model is closed"), turnstile.turn():
+        pass
+
+
+def test_who_waits_is_sent_away_before_the_holder_ends() -> None:
+    turnstile, refused = Turnstile(), threading.Event()
+
+    def ask() -> None:
+        with pytest.raises(EngineError, match="closed"), turnstile.turn():
+            pass
+        refused.set()
+
+    def close() -> None:
+        with turnstile.closing():
+            pass
+
+    with turnstile.turn():
+        asking = started(ask)
+        wait_until(lambda: len(turnstile._waiting) == 1)
+        closing = started(close)
+        assert refused.wait(30)
+
+    assert ended(asking, closing)
+
+
+def test_two_that_close_at_once_do_so_one_after_the_other() -> None:
+    turnstile, inside, most = Turnstile(), [], []
+
+    def close() -> None:
+        with turnstile.closing():
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.05)
+            inside.pop()
+
+    with turnstile.turn():
+        threads = [started(close) for _ in range(4)]
+        wait_until(lambda: len(turnstile._waiting) == 4)
+        assert not most
+
+    assert ended(*threads)
+    assert most == [1, 1, 1, 1]
+
+
+def test_closing_from_inside_a_request_is_refused_and_possible_afterwards() -> None:
+    turnstile = Turnstile()
+    with (
+        turnstile.turn(),
+        pytest.raises(EngineError, match="from inside a request"),
+        turnstile.closing(),
+    ):
+        pass
+
+    with turnstile.closing():
+        pass
+
+
+def test_a_stream_dropped_in_a_cycle_does_not_lock_out_its_own_thread() -> None:
+    turnstile = Turnstile()
+    gc.disable()
+    try:
+        stream = endless(turnstile)
+        next(stream)
+        # An exception that a consumer keeps makes such a cycle of its frames.
+        cycle = [stream]
+        cycle.append(cycle)  # type: ignore[arg-type]
+        del stream, cycle
+
+        with turnstile.turn():
+            pass
+    finally:
+        gc.enable()
+
+
+def test_a_stream_dropped_in_a_cycle_does_not_lock_out_who_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(turnstile_module, "_LOOK_SECONDS", 0.05)
+    turnstile = Turnstile()
+    gc.disable()
+    try:
+
+        def leave_one() -> None:
+            stream = endless(turnstile)
+            next(stream)
+            cycle = [stream]
+            cycle.append(cycle)  # type: ignore[arg-type]
+
+        assert ended(started(leave_one))
+        got_in = threading.Event()
+
+        def ask() -> None:
+            with turnstile.turn():
+                got_in.set()
+
+        assert ended(started(ask))
+        assert got_in.is_set()
+    finally:
+        gc.enable()
+
+
+def test_the_thread_that_goes_on_with_a_stream_owns_it() -> None:
+    turnstile = Turnstile()
+    stream = endless(turnstile)
+    assert ended(started(lambda: [next(stream) for _ in range(2)] and None))
+
+    # That thread has gone, and its number may be another's now; here it is ours.
+    next(stream)
+    with pytest.raises(EngineError, match="still has an open stream"), turnstile.turn():
+        pass
+
+    handed_on = threading.Event()
+
+    def consume() -> None:
+        next(stream)
+        handed_on.set()
+        wait_until(lambda: len(turnstile._waiting) == 1)
+        stream.close()
+
+    consumer = started(consume)
+    assert handed_on.wait(30)
+    with turnstile.turn():
+        pass
+    assert ended(consumer)
+
+
+def test_a_stream_is_iterated_by_one_thread_at_a_time() -> None:
+    inside, go = threading.Event(), threading.Event()
+
+    def pieces(handle: StreamHandle) -> Pieces:
+        inside.set()
+        go.wait(30)
+        yield "piece"
+        return None
+
+    stream = AnswerStream(pieces)
+    found: list[str] = []
+    consumer = started(lambda: found.append(next(stream)))
+    assert inside.wait(30)
+    with pytest.raises(EngineError, match="one thread at a time"):
+        next(stream)
+    go.set()
+
+    assert ended(consumer)
+    assert found == ["piece"]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left() -> Iterator[None]:
+    before = threading.active_count()
+    yield
+    wait_until(lambda: threading.active_count() <= before)
