@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from llava_edge.profiles.errors import EngineError
+from llava_edge.profiles.errors import DeadlineError, EngineError
 from llava_edge.runtime import turnstile as turnstile_module
 from llava_edge.runtime.stream import AnswerStream, Pieces, StreamHandle
 from llava_edge.runtime.turnstile import Turnstile
@@ -80,6 +80,29 @@ def test_who_comes_again_and_again_does_not_keep_others_out() -> None:
 
     assert ended(*threads)
     assert abs(taken["greedy"] - taken["modest"]) <= 40
+
+
+def test_who_waits_too_long_is_told_and_leaves_the_queue() -> None:
+    turnstile, release = Turnstile(), threading.Event()
+
+    def hold() -> None:
+        with turnstile.turn():
+            release.wait(30)
+
+    holder = started(hold)
+    wait_until(lambda: turnstile._holder is not None)
+    began = time.monotonic()
+    for seconds in (0.2, -1.0):
+        with (
+            pytest.raises(DeadlineError, match="while other requests"),
+            turnstile.turn(seconds=seconds),
+        ):
+            raise AssertionError("got in")
+    assert 0.2 <= time.monotonic() - began < 5
+    release.set()
+    assert ended(holder)
+    with turnstile.turn(seconds=0.001):
+        pass
 
 
 def test_an_error_inside_lets_the_next_one_in() -> None:
