@@ -573,7 +573,7 @@ def test_a_video_mark_needs_a_model_with_videos(model: Model) -> None:
 
 def test_files_that_are_no_tokenizer_are_artifact_errors(tmp_path: Path, model: Model) -> None:
     tokens = TokenIds(image=1, video=None, bos=None, stop=(0,), num_text_tokens=1)
-    with pytest.raises(ArtifactError, match="no tokenizer|cannot be opened"):
+    with pytest.raises(ArtifactError, match=r"no tokenizer|cannot be opened"):
         Tokenizer.open(tmp_path / "missing.json", tokens)
     (tmp_path / "bad.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ArtifactError, match="no tokenizer"):
