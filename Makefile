@@ -14,9 +14,10 @@ OUT ?=
 PRECISION ?=
 STEP ?=
 RUNG ?=
+SEED ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo convert test test-gpu gpu-suite test-slow faults test-interop bench bench-convert bench-pages lint typecheck format clean
+.PHONY: help install demo convert test test-gpu gpu-suite test-slow faults fuzz soak test-interop bench bench-convert bench-pages lint typecheck format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +49,12 @@ test-slow: $(READY) ## the slow proofs: sound artifacts of the released geometry
 
 faults: $(READY) ## plant every seeded fault and print which stage finds it, as a table
 	$(BIN)/python -m tests.convert.verify.print_matrix
+
+fuzz: $(READY) ## make fuzz [SEED=n]: 6,650 damaged images, videos, prompts, artifacts …; keeps what it finds in build/fuzz/found
+	$(BIN)/python -m tests.fuzz.run $(if $(SEED),--seed $(SEED))
+
+soak: $(READY) ## 10,000 requests to the small trained model by several threads: memory, files, answers
+	$(BIN)/python -m tests.soak.run $(if $(SEED),--seed $(SEED))
 
 $(INTEROP)/ready:
 	test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)

@@ -189,8 +189,12 @@ class FileClip:
             )
 
     def _told_from_content(self) -> str:
-        self._file.seek(0)
-        head = self._file.read(16)
+        try:
+            self._file.seek(0)
+            # Nothing, where a file of /proc would have to be waited for.
+            head = self._file.read(16) or b""
+        except OSError as error:
+            raise VideoError(f"{self._label} cannot be read: {error.strerror}") from error
         found = None
         if head[4:8] in _MOV_ATOMS:
             found = "MP4"

@@ -111,7 +111,11 @@ def _read_file(label: str, path: str | os.PathLike[str], limits: Limits) -> byte
                 raise ImageError(f"{label} is no regular file; give an image file")
             _check_bytes(label, status.st_size, limits)
             # A file that grows while it is read stays within the limit as well.
-            return file.read(limits.max_image_bytes)
+            data: bytes | None = file.read(limits.max_image_bytes)
+            if data is None:
+                # Some of /proc is said to be regular, and has nothing yet.
+                raise ImageError(f"{label} would have to be waited for; give an image file")
+            return data
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         hint = " Images are files on this machine; nothing is fetched." if _is_url(path) else ""

@@ -140,7 +140,7 @@ def _damage_text(random: Random, data: bytes) -> bytes:
             ("[" * depth, '{"a":' * depth, text[:-2] + ',"z":' + "[" * depth)
         ).encode()
     if act == 1:
-        at = text.index(":", random.randrange(len(text) // 2)) + 1
+        at = text.rfind(":", 0, random.randrange(1, len(text))) + 1
         value = random.choice(
             ("NaN", "-Infinity", "1e999", "9" * 4000, "-" * 9, '"\\ud800"', "0x9")
         )

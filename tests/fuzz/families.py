@@ -7,13 +7,22 @@ needed to have it again.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import Any
+
+import numpy as np
 
 from llava_edge.profiles.memory import Machine, Workload, estimate_memory
 from llava_edge.runtime import LlavaEdge
@@ -288,6 +297,40 @@ def _artifact(damage: str) -> Callable[[Bench, Random, int], Case]:
     return make
 
 
+def _misbehaving(bench: Bench, random: Random, number: int) -> Case:
+    """What a fuzzed runtime must not do, so that the watch over it can be tested."""
+
+    def open_for_good() -> None:
+        os.open("/dev/null", os.O_RDONLY)
+
+    def leave_behind() -> None:
+        with tempfile.NamedTemporaryFile(delete=False):
+            return
+
+    def take_memory() -> None:
+        np.ones(bench.most_bytes(case) + (64 << 20), np.uint8)
+
+    def change_answers() -> None:
+        bench.probe = lambda: ()  # type: ignore[method-assign]
+
+    acts: tuple[Act, ...] = (
+        os.abort,
+        lambda: time.sleep(3600),
+        lambda: os.kill(os.getpid(), signal.SIGKILL),
+        lambda: [][0],
+        lambda: warnings.warn("careful", UserWarning, stacklevel=1),
+        lambda: os.write(2, b"a word"),
+        open_for_good,
+        leave_behind,
+        take_memory,
+        lambda: threading.Thread(target=time.sleep, args=(3600,), daemon=True).start(),
+        lambda: sys.exit(0),
+        change_answers,
+    )
+    case = Case("misbehaving", acts[number], b"evidence", None, 0, SMALL)
+    return case
+
+
 FAMILIES: dict[str, Callable[[Bench, Random, int], Case]] = {
     "image": _image,
     "harmful": _harmful_image,
@@ -296,6 +339,7 @@ FAMILIES: dict[str, Callable[[Bench, Random, int], Case]] = {
     "options": _options,
     "quality": _quality,
     **{damage: _artifact(damage) for damage in artifact_inputs.DAMAGES},
+    "misbehaving": _misbehaving,
 }
 
 COUNTS: dict[str, int] = {

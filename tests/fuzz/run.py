@@ -47,8 +47,9 @@ class Found:
 class Child:
     """A fuzzed process, started again where it ends."""
 
-    def __init__(self, artifacts: Path, work: Path, seed: int) -> None:
+    def __init__(self, artifacts: Path, work: Path, seed: int, deadline: float) -> None:
         self._artifacts, self.work, self._seed = artifacts, work, seed
+        self._deadline = deadline
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, family: str, number: int) -> dict[str, Any]:
@@ -59,13 +60,13 @@ class Child:
         try:
             process.stdin.write(f"{family} {number}\n")
             process.stdin.flush()
-            line = _line(process.stdout, DEADLINE_SECONDS)
+            line = _line(process.stdout, self._deadline)
         except BrokenPipeError:
             line = ""
         if line:
             report: dict[str, Any] = json.loads(line)
             return report
-        fault = f"no answer within {DEADLINE_SECONDS:.0f} s"
+        fault = f"no answer within {self._deadline:.0f} s"
         if line is not None:
             status = process.wait(30)
             fault = f"the process ended with {status}: {self._last_words()}"
@@ -74,7 +75,7 @@ class Child:
             "family": family,
             "number": number,
             "outcome": "hang" if line is None else "crash",
-            "seconds": DEADLINE_SECONDS if line is None else 0.0,
+            "seconds": self._deadline if line is None else 0.0,
             "bytes": 0,
             "most": 0,
             "faults": [fault],
@@ -128,6 +129,7 @@ def fuzz(
     build: Path,
     seed: int = SEED,
     processes: int = 2,
+    deadline: float = DEADLINE_SECONDS,
 ) -> Found:
     """Give inputs to children and gather what they tell.
 
@@ -137,6 +139,7 @@ def fuzz(
         build: folder to work in and to keep what is found.
         seed: of the inputs.
         processes: children at once.
+        deadline: seconds for one input.
     """
     found, lock = Found(), threading.Lock()
     left: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
@@ -144,7 +147,7 @@ def fuzz(
         left.put(entry)
 
     def work(index: int) -> None:
-        child = Child(artifacts, build / f"child-{index}", seed)
+        child = Child(artifacts, build / f"child-{index}", seed, deadline)
         try:
             while True:
                 try:

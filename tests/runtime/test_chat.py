@@ -271,6 +271,20 @@ def test_a_prompt_of_the_chat_counts_as_it_is_run(chat: Chat, picture: Image.Ima
         assert chat.send(text, images).prompt_tokens == count
 
 
+def test_text_that_is_no_text_is_refused_wherever_it_stands(model: LlavaEdge) -> None:
+    # Found by fuzzing: a system text went to the tokenizer unlooked at.
+    with pytest.raises(PromptError, match="lone surrogates"):
+        model.chat("be \ud800 brief")
+    with pytest.raises(PromptError, match="must be a str"):
+        model.chat(5)  # type: ignore[arg-type]
+    chat = model.chat()
+    chat.messages += [ChatMessage("user", "Hi"), ChatMessage("assistant", "\udfff")]
+    with pytest.raises(PromptError, match="lone surrogates"):
+        chat.send("And?")
+    with pytest.raises(RequestError, match="image_marks is 1"):
+        model.chat(image_marks=1)  # type: ignore[arg-type]
+
+
 def test_a_system_text_stands_where_the_template_has_it(
     make_checkpoint: Callable[..., Path], make_artifact: Callable[..., Path]
 ) -> None:

@@ -212,6 +212,24 @@ def test_damaged_files_end_in_an_error_or_in_frames(name: str, seed: int) -> Non
     assert shapes <= {(48, 64, 3)} or len(shapes) == 1
 
 
+def test_a_codec_that_ffmpeg_has_no_decoder_for_is_refused() -> None:
+    # Found by fuzzing: such a stream has no codec context at all.
+    data = encoded(moving(5)).replace(b"avc1", b"zzzz")
+
+    assert "no decoder for; allowed codecs are" in refused(data)
+
+
+def test_a_folder_is_refused_and_closed(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+
+    assert "no regular file" in refused(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_of_the_kernel_is_refused() -> None:
+    assert "cannot be read" in refused("/proc/self/mem")
+
+
 def test_without_pyav_the_install_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
         raise ImportError(name)

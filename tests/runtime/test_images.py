@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
+import subprocess
+import sys
 import tracemalloc
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -320,6 +324,88 @@ def test_a_mode_that_cannot_be_converted_is_refused() -> None:
         open_image(Image.new("La", (3, 3)))
 
 
+def tiff_with(tag: int, kind: int, count: int) -> bytes:
+    """A TIFF whose entry of that tag claims another count of values."""
+    data = encoded("TIFF")
+    old = struct.pack("<HHI", tag, kind, 1)
+    assert data.count(old) == 1
+    return data.replace(old, struct.pack("<HHI", tag, kind, count))
+
+
+@pytest.mark.parametrize("count", [2, 60_000])
+def test_damage_that_pillow_warns_of_is_no_warning_of_ours(count: int) -> None:
+    # Found by fuzzing: whoever sends files could fill an application's log.
+    data = tiff_with(284, 3, count)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning):
+            Image.open(io.BytesIO(data)).convert("RGB")
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        assert open_image(data).size == (30, 40)
+
+    assert heard == []
+
+
+def test_an_image_that_the_caller_opened_is_decoded_without_a_warning() -> None:
+    lazy = Image.open(io.BytesIO(encoded("PNG", picture().quantize(20), transparency=b"\0" * 20)))
+
+    assert open_image(lazy).mode == "RGB"
+
+
+@pytest.mark.parametrize("compression", ["tiff_deflate", "tiff_lzw", "group4"])
+def test_a_damaged_tiff_writes_nothing_on_stderr(
+    compression: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # Found by fuzzing: libtiff itself writes there.
+    mode = "1" if compression == "group4" else "RGB"
+    data = bytearray(encoded("TIFF", picture(mode=mode), compression=compression))
+    data[8:40] = bytes(b ^ 0x5A for b in data[8:40])
+    with contextlib.suppress(ImageError):
+        open_image(bytes(data))
+
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("path", ["/proc/self/mem", "/proc/self/task"])
+def test_files_of_the_kernel_are_refused(path: str) -> None:
+    with pytest.raises(ImageError, match="cannot be read"):
+        open_image(path)
+
+
+def test_a_file_that_has_nothing_yet_is_refused_without_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # /proc/kmsg is such a one: regular by name.
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    monkeypatch.setattr(images, "_open_without_waiting", lambda path, flags: reader)
+    monkeypatch.setattr(images.stat, "S_ISREG", lambda mode: True)
+
+    with pytest.raises(ImageError, match="would have to be waited for"):
+        open_image("kmsg")
+    os.close(writer)
+
+
+def test_the_lock_around_decoders_is_new_in_a_child_of_fork() -> None:
+    code = (
+        "import os, signal, warnings\n"
+        "warnings.simplefilter('ignore')\n"
+        "from PIL import Image\n"
+        "from llava_edge.runtime import images\n"
+        "images._QUIET.acquire()\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    signal.alarm(20)\n"
+        "    images.open_image(Image.new('L', (5, 5)))\n"
+        "    os._exit(0)\n"
+        "print(os.waitpid(child, 0)[1])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "0"
+
+
 SEEDS = [encoded(kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")]
 SEEDS += [animated("GIF", 3), animated("WEBP", 3), encoded("PNG", picture(mode="P"))]
 
@@ -329,8 +415,6 @@ SEEDS += [animated("GIF", 3), animated("WEBP", 3), encoded("PNG", picture(mode="
     data=st.sampled_from(SEEDS),
     places=st.lists(st.tuples(st.integers(0, 5_000), st.integers(0, 255)), min_size=1, max_size=12),
 )
-# Pillow warns of some damage before it goes on or gives up.
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_file_with_changed_bytes_is_opened_or_refused(
     data: bytes, places: list[tuple[int, int]]
 ) -> None:

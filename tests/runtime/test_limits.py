@@ -24,3 +24,23 @@ def test_all_bad_limits_are_named_at_once() -> None:
         Limits(**wrong)
     for part in ("max_images is 0", "max_image_pixels is 1.5", "holds EPS; readable are JPEG"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("image_formats", print),
+        ("image_formats", "PNG"),
+        ("video_codecs", [1]),
+        ("video_formats", (1,)),
+        ("video_formats", None),
+    ],
+)
+def test_lists_of_names_are_tuples_of_texts(name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=rf"{name} is .*; it must be a tuple of names"):
+        Limits(**{name: value})
+
+
+def test_true_is_no_number() -> None:
+    with pytest.raises(RequestError, match="max_images is True"):
+        Limits(max_images=True)

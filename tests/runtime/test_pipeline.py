@@ -251,6 +251,12 @@ def _options():  # type: ignore[no-untyped-def]
         pytest.param(None, 0, {}, PromptError, "must be a str", id="no text"),
         pytest.param("Hi", 0, {"top_p": 2.0}, RequestError, "top_p", id="sampling"),
         pytest.param("Hi", 0, {"grid": "9x9"}, RequestError, "grid", id="unknown grid"),
+        pytest.param("Hi", 0, {"raw": 1}, RequestError, "raw is 1; it must be True", id="raw"),
+        pytest.param("Hi", 0, {"raw": np.zeros(2)}, RequestError, "raw is array", id="raw array"),
+        pytest.param(
+            "Hi", 0, {"image_marks": None}, RequestError, "image_marks is", id="marks None"
+        ),
+        pytest.param("Hi", 0, {"progress": 5}, RequestError, "must be a function", id="progress"),
     ],
 )
 def test_a_wrong_request_is_refused_before_any_work(
@@ -299,6 +305,8 @@ def test_a_context_beyond_the_artifact_is_refused(artifact: Path) -> None:
         ({"context_tokens": True}, "context_tokens is True"),
         ({"device": "gpu"}, "devices are auto, cpu, cuda"),
         ({"device": None}, "devices are auto, cpu, cuda"),
+        ({"limits": 5}, "limits is 5; it must be a Limits object"),
+        ({"progress": "loud"}, "progress is 'loud'; it must be a function"),
     ],
 )
 def test_a_wrong_argument_of_load_is_named(
