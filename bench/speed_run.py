@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,11 @@ class SpeedSettings:
             None for no limit.
         thorough: more cases and longer answers.
         cases: names of those that are asked; None for all.
-        device, threads, allow_slow, engine, trust_engines: as ``LlavaEdge.load`` takes them.
+        device, threads, allow_slow, engine, trust_engines, strict_device: as ``LlavaEdge.load``
+            takes them.
+        contexts: lengths of prompts of text that are asked as well, to see how decoding falls.
+        prefill_chunk: positions computed at once in prefill; None for the artifact's own.
+        cuda: fields of ``CudaOptions`` that differ from their defaults.
     """
 
     rounds: int = 5
@@ -44,13 +48,23 @@ class SpeedSettings:
     allow_slow: bool = False
     engine: str = "auto"
     trust_engines: bool = False
+    strict_device: bool = False
+    contexts: tuple[int, ...] = ()
+    prefill_chunk: int | None = None
+    cuda: Mapping[str, bool | int] = field(default_factory=dict)
 
     def arguments(self) -> list[str]:
         """As ``speed_probe`` takes them."""
-        flags = ("thorough", "allow_slow", "trust_engines")
+        flags = ("thorough", "allow_slow", "trust_engines", "strict_device")
         set_flags = [f"--{name.replace('_', '-')}" for name in flags if getattr(self, name)]
         values = ["--device", self.device, "--threads", str(self.threads), "--engine", self.engine]
         named = [] if self.cases is None else ["--cases", *self.cases]
+        if self.contexts:
+            named += ["--contexts", *map(str, self.contexts)]
+        if self.prefill_chunk is not None:
+            named += ["--prefill-chunk", str(self.prefill_chunk)]
+        if self.cuda:
+            named += ["--cuda", json.dumps(dict(self.cuda))]
         return [*values, *set_flags, *named]
 
 

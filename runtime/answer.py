@@ -44,7 +44,8 @@ class Answer:
     lowered to make the request fit; empty if nothing. ``engine`` ran the vision tower:
     ``tensorrt``, ``tensorrt-rtx`` or ``ort``; ``other_engines`` says of each better one why it did
     not. ``draft_tokens`` were looked up in the prompt and checked, ``accepted_tokens`` of them
-    became part of the answer; both 0 without prompt lookup.
+    became part of the answer; both 0 without prompt lookup. ``off_device`` are nodes of the graphs
+    that ONNX Runtime computed on the CPU although ``device`` is another; see ``strict_device``.
     """
 
     text: str
@@ -62,3 +63,4 @@ class Answer:
     video_tokens: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    off_device: tuple[str, ...] = ()

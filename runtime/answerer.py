@@ -45,6 +45,7 @@ class Answerer:
         tokens: ids that end an answer or are no words.
         dtype: float32 (cpu flavour) or float16 (cuda flavour) of embeddings.
         prefix_reuse: go on behind what a request shares with what the cache holds.
+        off_device: nodes that run elsewhere than on ``device``, for the answer.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Answerer:
         tokens: TokenIds,
         dtype: type[np.float32] | type[np.float16],
         prefix_reuse: bool,
+        off_device: tuple[str, ...] = (),
     ) -> None:
         self._tower = tower
         self._device = device
@@ -68,6 +70,7 @@ class Answerer:
         self._tokens = tokens
         self._dtype = dtype
         self._prefix_reuse = prefix_reuse
+        self._off_device = off_device
         self._places = tuple(i for i in (tokens.image, tokens.video) if i is not None)
         self._contents = CacheContents(self._places)
 
@@ -162,6 +165,7 @@ class Answerer:
             other_engines=dict(self._tower.other_engines),
             draft_tokens=steps.drafted,
             accepted_tokens=steps.accepted,
+            off_device=self._off_device,
         )
 
     def replay(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.cached_encoder import cached_encoder
 from llava_edge.runtime.chat import Chat, WithinTurn
 from llava_edge.runtime.clip import VideoSource
+from llava_edge.runtime.cuda_options import CudaOptions
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.frame_choice import FrameChoice
@@ -61,6 +63,7 @@ class LlavaEdge:
         device: where the decoder runs.
         engine: what runs the vision tower.
         context_tokens: positions of the cache.
+        off_device: see ``Answer``.
     """
 
     def __init__(
@@ -75,6 +78,8 @@ class LlavaEdge:
         trust_engines: bool = False,
         prefix_reuse: bool = True,
         vision_cache_bytes: int = 0,
+        strict_device: bool = False,
+        cuda: CudaOptions | None = None,
     ) -> None:
         manifest = artifact.manifest
         flavour = manifest.flavour
@@ -92,12 +97,25 @@ class LlavaEdge:
         self._table = EmbeddingTable(artifact.path(manifest.embeddings), self._dims)
         map_large_blocks()
         wide_sums = device == "cpu" and needs_wide_sums(manifest.precision)
-        options = SessionOptions(device=device, threads=threads, wide_sums=wide_sums)
+        cuda = cuda or CudaOptions()
+        chunk = prefill_chunk_tokens(manifest.prefill_chunk, context_tokens)
+        options = SessionOptions(
+            device=device,
+            threads=threads,
+            wide_sums=wide_sums,
+            strict=strict_device,
+            cuda=cuda,
+            prompt_tokens=chunk,
+        )
+        off_device: list[str] = []
         # The plan asks the same functions, so what it counted is what is taken here.
         batch = tiles_per_batch(flavour, self._requests.max_tiles)
 
         def open_ort() -> VisionEncoder:
-            session = Session(artifact.path(manifest.vision.file), options)
+            # Tiles come in other numbers each time, which nothing recorded can replay.
+            plain = replace(options, cuda=replace(cuda, graph=False))
+            session = Session(artifact.path(manifest.vision.file), plain)
+            off_device.extend(f"vision: {node}" for node in session.off_device)
             return VisionEncoder(session, self._dims, batch, dtype)
 
         progress("loading", 0, 2)
@@ -105,6 +123,8 @@ class LlavaEdge:
         self.engine: EngineName = self._tower.engine
         progress("loading", 1, 2)
         decoder = Session(artifact.path(manifest.decoder.file), options)
+        off_device.extend(f"decoder: {node}" for node in decoder.off_device)
+        self.off_device = tuple(off_device)
         progress("loading", 2, 2)
         encoder = cached_encoder(self._tower.encoder, self._dims, dtype, vision_cache_bytes)
         embedder = PromptEmbedder(
@@ -116,7 +136,6 @@ class LlavaEdge:
             batch,
             self._tokens.video,
         )
-        chunk = prefill_chunk_tokens(manifest.prefill_chunk, context_tokens)
         self._decoder = Decoder(decoder, self._dims.text, context_tokens, chunk, dtype)
         self._answerer = Answerer(
             self._tower,
@@ -128,6 +147,7 @@ class LlavaEdge:
             self._tokens,
             dtype,
             prefix_reuse,
+            self.off_device,
         )
 
     @classmethod
@@ -144,6 +164,8 @@ class LlavaEdge:
         trust_engines: bool = False,
         prefix_reuse: bool = True,
         vision_cache_bytes: int = 0,
+        strict_device: bool = False,
+        cuda: CudaOptions | None = None,
         limits: Limits | None = None,
         progress: ReportProgress = no_progress,
     ) -> LlavaEdge:
@@ -171,13 +193,17 @@ class LlavaEdge:
                 content) are not encoded again, whatever was asked in between; 0 keeps none.
                 Beside what the plan counts. Not with a TensorRT tower, whose features stay on
                 the device.
+            strict_device: refuse to load where ONNX Runtime would leave a node that computes to
+                the CPU although the artifact runs on cuda. Off, ``Answer.off_device`` names them.
+            cuda: how a GPU is used; says nothing on the CPU.
             limits: bounds on what is accepted as input.
             progress: told about loading.
 
         Raises:
             ArtifactError: the artifact is damaged, unsafe or not verified.
-            EngineError: the device is not there, or does not suit the artifact, or the golden
-                prompts fail on it, or the engine that was named does not work.
+            EngineError: the device is not there, or does not suit the artifact, or would compute
+                only a part of it (``strict_device``), or the golden prompts fail on it, or the
+                engine that was named does not work.
             DependencyError: the engine that was named is not installed.
             OutOfMemoryError: cache and weights do not fit what is free now.
             RequestError: an argument is out of range or of another type.
@@ -194,6 +220,8 @@ class LlavaEdge:
             trust_engines=trust_engines,
             prefix_reuse=prefix_reuse,
             vision_cache_bytes=vision_cache_bytes,
+            strict_device=strict_device,
+            cuda=cuda,
             limits=limits,
             progress=progress,
         )
@@ -217,6 +245,8 @@ class LlavaEdge:
         trust_engines: bool = False,
         prefix_reuse: bool = True,
         vision_cache_bytes: int = 0,
+        strict_device: bool = False,
+        cuda: CudaOptions | None = None,
         limits: Limits | None = None,
         progress: ReportProgress = no_progress,
     ) -> LlavaEdge:
@@ -249,6 +279,8 @@ class LlavaEdge:
             trust_engines,
             prefix_reuse,
             vision_cache_bytes,
+            strict_device,
+            cuda,
         )
 
     def generate(self, prompt: str, images: Sequence[ImageSource] = (), **options: Any) -> Answer:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +18,15 @@ import numpy as np
 import onnxruntime as ort
 
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError
+from llava_edge.runtime.cuda_options import CAPTURE, NO_CAPTURE, CudaOptions
+from llava_edge.runtime.node_placement import nodes_that_compute, refusal
 
 Array = np.ndarray[Any, np.dtype[Any]]
 DeviceKind = Literal["cpu", "cuda"]
 
 _PROVIDERS: dict[DeviceKind, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_RECORD = "session.record_ep_graph_assignment_info"
+_GRAPH_ID = "gpu_graph_id"
 _OUT_OF_MEMORY = ("failed to allocate memory", "out of memory", "bad allocation", "bad_alloc")
 
 
@@ -139,6 +143,10 @@ class SessionOptions:
         log_level: ONNX Runtime's; 3 is errors only.
         wide_sums: int8 products are summed in 32 bits, see ``needs_wide_sums``.
         optimise: let ONNX Runtime change the graph; off where every node is to be seen.
+        strict: a node that computes and is left to the CPU, where another device was asked for,
+            is an error; otherwise see ``Session.off_device``.
+        cuda: what is asked of a GPU; nothing on the CPU.
+        prompt_tokens: positions computed at once in prefill.
     """
 
     device: DeviceKind = "cpu"
@@ -146,13 +154,25 @@ class SessionOptions:
     log_level: int = 3
     wide_sums: bool = False
     optimise: bool = True
+    strict: bool = False
+    cuda: CudaOptions = field(default_factory=CudaOptions)
+    prompt_tokens: int = 512
 
 
 class Session:
-    """One graph, loaded. ``run_seconds`` adds up the time spent inside ONNX Runtime."""
+    """One graph, loaded.
+
+    Attributes:
+        run_seconds: adds up the time spent inside ONNX Runtime.
+        off_device: nodes that compute and that ONNX Runtime put on the CPU although another device
+            was asked for, as ``op_type name``. Nodes of sizes alone belong there and are left out.
+    """
 
     def __init__(self, path: Path, options: SessionOptions) -> None:
         self._open(str(path), path.name, options, {})
+        self.off_device = self._off_device(path) if options.device != "cpu" else ()
+        if self.off_device and options.strict:
+            raise EngineError(refusal(path, options.device, self.off_device))
 
     @classmethod
     def from_bytes(cls, model: bytes, folder: Path, options: SessionOptions) -> Session:
@@ -160,6 +180,7 @@ class Session:
         session = cls.__new__(cls)
         place = {"session.model_external_initializers_file_folder_path": str(folder)}
         session._open(model, f"a graph over the weights of {folder.name}", options, place)
+        session.off_device = ()
         return session
 
     def _open(
@@ -179,10 +200,16 @@ class Session:
         # Patterns that grow with the chunk length are not worth planning for: lengths vary.
         settings.enable_mem_pattern = False
         provider = _PROVIDERS[options.device]
+        asked: dict[str, str] = {}
+        self._captures = options.device == "cuda" and options.cuda.graph
         if options.device == "cuda":
             _preload_cuda()
+            asked = options.cuda.provider_options(captures=self._captures)
+            entries = {_RECORD: "1", **options.cuda.session_entries(options.prompt_tokens)}
+            for key, value in entries.items():
+                settings.add_session_config_entry(key, value)
         with _mapped_errors(f"opening {name}"):
-            self._session = ort.InferenceSession(model, settings, providers=[provider])
+            self._session = ort.InferenceSession(model, settings, providers=[(provider, asked)])
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         # ONNX Runtime goes on with the CPU where a provider's libraries do not load.
         if provider not in self.providers:
@@ -198,6 +225,23 @@ class Session:
         if options.device == "cpu":
             key = "memory.enable_memory_arena_shrinkage"
             self._shrinking.add_run_config_entry(key, "cpu:0")
+        # Everything of other shapes than the one recorded has to be kept out of the recording.
+        self._replaying = ort.RunOptions()
+        if self._captures:
+            self._shrinking.add_run_config_entry(_GRAPH_ID, NO_CAPTURE)
+            self._replaying.add_run_config_entry(_GRAPH_ID, CAPTURE)
+
+    def _off_device(self, path: Path) -> tuple[str, ...]:
+        """What ONNX Runtime itself says of where it put the nodes of this session."""
+        if not hasattr(self._session, "get_provider_graph_assignment_info"):
+            return (f"(ONNX Runtime {ort.__version__} does not say which)",)
+        on_cpu = [
+            (node.op_type, node.name)
+            for part in self._session.get_provider_graph_assignment_info()
+            if part.ep_name == "CPUExecutionProvider" and part.ep_name != self.providers[0]
+            for node in part.get_nodes()
+        ]
+        return nodes_that_compute(path, on_cpu) if on_cpu else ()
 
     def has_input(self, name: str) -> bool:
         """Whether the graph is given a value of that name."""
@@ -218,11 +262,12 @@ class Session:
             found: list[Array] = self._session.run(list(outputs), dict(feeds))
         return found
 
-    def run_bound(self, binding: Any, *, shrink: bool) -> None:
+    def run_bound(self, binding: Any, *, shrink: bool, replay: bool = False) -> None:
         """Run with everything bound; used by Binding alone."""
         start = time.perf_counter()
+        options = self._shrinking if shrink or self._captures else None
         try:
-            self._session.run_with_iobinding(binding, self._shrinking if shrink else None)
+            self._session.run_with_iobinding(binding, self._replaying if replay else options)
         except Exception as error:
             raise _map_error(error, "running the graph") from error
         finally:
@@ -260,17 +305,20 @@ class Binding:
         for name, buffer in buffers.items():
             self.input(name, buffer)
 
-    def run(self, *, shrink: bool = False) -> None:
+    def run(self, *, shrink: bool = False, replay: bool = False) -> None:
         """Run the graph once.
 
         Args:
             shrink: give the memory of activations back afterwards.
+            replay: always these buffers and shapes, and nothing that the graph reads from host
+                memory changes: where the session was opened with CUDA graphs, the first run is
+                recorded and the others replay it.
 
         Raises:
             OutOfMemoryError: the provider could not allocate.
             EngineError: anything else that ONNX Runtime reports.
         """
-        self._session.run_bound(self._binding, shrink=shrink)
+        self._session.run_bound(self._binding, shrink=shrink, replay=replay)
 
 
 @cache
