@@ -13,7 +13,7 @@ import numpy as np
 
 from llava_edge.runtime.answer import Answer, PeakMemory, Timings
 from llava_edge.runtime.cache_contents import CacheContents
-from llava_edge.runtime.decode_steps import DraftedSteps, PlainSteps
+from llava_edge.runtime.decode_steps import BestSteps, DraftedSteps, PlainSteps
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.generate import LoopResult, generate_tokens
@@ -118,7 +118,7 @@ class Answerer:
             request.ids,
             self._places,
         )
-        steps = self._steps(request, prompt_lookup_num_tokens)
+        steps = self._steps(request, prompt_lookup_num_tokens, sampler.needs_few)
         stop_ids = frozenset(self._tokens.stop)
         result = LoopResult()
         decoder = self._tokenizer.stream()
@@ -184,14 +184,15 @@ class Answerer:
             on_logits(index, self._decoder.step(row[0]))
         return Replay(request, embeddings.features[:-1])
 
-    def _steps(self, request: Request, most: int) -> PlainSteps:
+    def _steps(self, request: Request, most: int, needs_few: bool) -> PlainSteps:
         rows = np.empty((1 + most, self._table.hidden_size), self._dtype)
 
         def embed(tokens: Sequence[int]) -> Array:
             return self._table.rows(np.array(tokens), out=rows[: len(tokens)])
 
         if not most:
-            return PlainSteps(self._decoder, embed)
+            few = needs_few and self._decoder.picks_best
+            return (BestSteps if few else PlainSteps)(self._decoder, embed)
         lookup = PromptLookup(request.ids.tolist(), self._places)
         return DraftedSteps(self._decoder, embed, lookup, most)
 

@@ -136,7 +136,11 @@ class LlavaEdge:
             batch,
             self._tokens.video,
         )
-        self._decoder = Decoder(decoder, self._dims.text, context_tokens, chunk, dtype)
+        outputs = {tensor.name: tensor.shape for tensor in manifest.decoder.outputs}
+        picked = outputs.get("best_ids", (0,)) if cuda.best_on_device else (0,)
+        self._decoder = Decoder(
+            decoder, self._dims.text, context_tokens, chunk, dtype, int(picked[-1])
+        )
         self._answerer = Answerer(
             self._tower,
             device,
