@@ -82,6 +82,16 @@ clean: ## remove everything that can be made again, .venv included
 	rm -rf $(VENV) $(INTEROP) build dist *.egg-info artifacts .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# For a machine without the project's environment: PYTHONPATH=build/bare finds packages and commands.
+# The folder holds links into the checkout and the metadata that the command is found by.
+build/bare: $(READY) pyproject.toml
+	mkdir -p $@/llava_edge
+	cd $@/llava_edge && for p in $(PACKAGES); do ln -sfn ../../../$$p $$p; done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77'
+	$(BIN)/python -c "from setuptools.build_meta import prepare_metadata_for_build_wheel as write; write('$@')" >/dev/null
+	rm -rf $@/*.egg-info
+	@touch $@
+
 # mypy does not run import hooks, and the editable install is one: links give it a real folder.
 build/typing:
 	mkdir -p $@/llava_edge

@@ -95,6 +95,7 @@ def _run(options: argparse.Namespace) -> None:
             "engine": model.engine,
             "off_device": list(model.off_device),
             "context_tokens": model.context_tokens,
+            "device_bytes": found[-1]["peak_memory"]["device_bytes"],
             **load,
             "inside": inside,
             "yardstick_seconds": [before, yardstick_seconds()],

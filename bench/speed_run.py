@@ -76,8 +76,9 @@ class SpeedRound:
         found: last line of ``speed_probe``.
         observed_seconds: from its ``begin`` to its ``end``, by this process's clock.
         peak_host_bytes: of the process, by the kernel.
-        device_bytes: by how much the memory in use on the device rose, at looks of half a second;
-            other processes count as well. None without a GPU.
+        device_bytes: what the process held on the device. Where the driver does not know it, by how
+            much the memory in use rose, at looks of half a second; other processes count as well.
+            None without a GPU.
         load: of the machine, before and after.
     """
 
@@ -171,7 +172,7 @@ def measure_round(artifact: str, number: int, settings: SpeedSettings) -> SpeedR
         found=found,
         observed_seconds=_observed(spent),
         peak_host_bytes=spent.peak_bytes,
-        device_bytes=watch.highest if watch is not None and on_gpu else None,
+        device_bytes=(found.get("device_bytes") or watch.highest) if watch and on_gpu else None,
         load=spent.load,
     )
 

@@ -28,7 +28,11 @@ class Timings:
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Largest memory this process has held so far; device bytes are None on the CPU."""
+    """Largest memory this process has held so far.
+
+    ``device_bytes`` are as the driver counts them, its own context included; None on the CPU, and
+    where the driver does not know this process by its number, as in some containers.
+    """
 
     host_bytes: int
     device_bytes: int | None

@@ -6,11 +6,13 @@ text. It knows neither files nor threads; who may use it when is LlavaEdge's mat
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from llava_edge.profiles.nvml import process_bytes
 from llava_edge.runtime.answer import Answer, PeakMemory, Timings
 from llava_edge.runtime.cache_contents import CacheContents
 from llava_edge.runtime.decode_steps import BestSteps, DraftedSteps, PlainSteps
@@ -159,7 +161,11 @@ class Answerer:
             reused_tokens=reused,
             finish_reason=result.finish_reason,
             timings=timings,
-            peak_memory=PeakMemory(host_bytes=peak_host_bytes(), device_bytes=None),
+            # ONNX Runtime keeps what it once took, so what it holds now is the most it held.
+            peak_memory=PeakMemory(
+                host_bytes=peak_host_bytes(),
+                device_bytes=process_bytes(os.getpid()) if self._device == "cuda" else None,
+            ),
             device=self._device,
             engine=self._tower.engine,
             other_engines=dict(self._tower.other_engines),
