@@ -37,6 +37,7 @@ class SpeedSettings:
         contexts: lengths of prompts of text that are asked as well, to see how decoding falls.
         prefill_chunk: positions computed at once in prefill; None for the artifact's own.
         cuda: fields of ``CudaOptions`` that differ from their defaults.
+        timeout_seconds: of a round; None for no limit.
     """
 
     rounds: int = 5
@@ -52,6 +53,7 @@ class SpeedSettings:
     contexts: tuple[int, ...] = ()
     prefill_chunk: int | None = None
     cuda: Mapping[str, bool | int] = field(default_factory=dict)
+    timeout_seconds: float | None = None
 
     def arguments(self) -> list[str]:
         """As ``speed_probe`` takes them."""
@@ -158,12 +160,14 @@ def measure_round(artifact: str, number: int, settings: SpeedSettings) -> SpeedR
 
     Raises:
         EngineError: it failed; says why.
+        subprocess.TimeoutExpired: it took longer than it may.
     """
     watch = DeviceWatch() if settings.device != "cpu" and read_gpus().gpus else None
     probe = [sys.executable, "-m", "llava_edge.bench.speed_probe", artifact]
     command = [*probe, "--round", str(number), *settings.arguments()]
     try:
-        spent = run_fresh(command, look=watch.look if watch else None)
+        look = watch.look if watch else None
+        spent = run_fresh(command, look=look, timeout_seconds=settings.timeout_seconds)
     except subprocess.CalledProcessError as error:
         raise EngineError(_reason(artifact, error)) from error
     found = spent.result()

@@ -22,6 +22,8 @@ class CudaOptions:
         graph: record a decode step as a CUDA graph and replay it.
         best_on_device: where the graph hands out its best logits, only they are copied to the
             host, and all logits only where the sampler needs them.
+        features_on_device: features of a tower in ONNX Runtime stay on the device, as those of a
+            TensorRT tower do; not for models of video, which pool frames.
         weight_only_gemm: ONNX Runtime's weight-only matrix products in place of dequantising; takes
             effect for 4 and 8 bits in blocks of 32.
         memory_limit_bytes: of the memory that each session takes for weights and activations; 0
@@ -31,6 +33,7 @@ class CudaOptions:
 
     graph: bool = False
     best_on_device: bool = True
+    features_on_device: bool = False
     weight_only_gemm: bool = False
     memory_limit_bytes: int = 0
     exact_arena: bool = True
@@ -59,8 +62,10 @@ class CudaOptions:
         Args:
             prompt_tokens: positions computed at once in prefill; kernels are tried out for them.
         """
-        # Weights are then taken in exact pieces instead of through the arena.
-        entries = {"session.use_device_allocator_for_initializers": "1"}
+        entries = {}
+        if not self.memory_limit_bytes:
+            # Weights are then taken in exact pieces, not through the arena, which alone is limited.
+            entries["session.use_device_allocator_for_initializers"] = "1"
         if self.weight_only_gemm:
             entries["ep.cuda.fpa_intb_gemm"] = "1"
             entries["ep.cuda.fpa_intb_profile_m"] = f"1,{max(1, prompt_tokens)}"

@@ -29,6 +29,7 @@ from llava_edge.runtime.cached_encoder import cached_encoder
 from llava_edge.runtime.chat import Chat, WithinTurn
 from llava_edge.runtime.clip import VideoSource
 from llava_edge.runtime.cuda_options import CudaOptions
+from llava_edge.runtime.cuda_runtime import CudaRuntime
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.frame_choice import FrameChoice
@@ -37,6 +38,7 @@ from llava_edge.runtime.images import ImageSource
 from llava_edge.runtime.instructions import needs_wide_sums
 from llava_edge.runtime.interface_check import check_interfaces
 from llava_edge.runtime.limits import Limits
+from llava_edge.runtime.ort_device_vision import OrtDeviceEncoder
 from llava_edge.runtime.placement import Device, check_host_memory, choose_device
 from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.prompt_embedder import PromptEmbedder
@@ -111,11 +113,14 @@ class LlavaEdge:
         # The plan asks the same functions, so what it counted is what is taken here.
         batch = tiles_per_batch(flavour, self._requests.max_tiles)
 
-        def open_ort() -> VisionEncoder:
+        def open_ort() -> VisionEncoder | OrtDeviceEncoder:
             # Tiles come in other numbers each time, which nothing recorded can replay.
             plain = replace(options, cuda=replace(cuda, graph=False))
             session = Session(artifact.path(manifest.vision.file), plain)
             off_device.extend(f"vision: {node}" for node in session.off_device)
+            if device == "cuda" and cuda.features_on_device and not self._dims.takes_video:
+                shape = (self._dims.vision.num_patches, self._dims.text.hidden_size)
+                return OrtDeviceEncoder(session, CudaRuntime.open(), batch, shape)
             return VisionEncoder(session, self._dims, batch, dtype)
 
         progress("loading", 0, 2)

@@ -118,6 +118,12 @@ def test_weight_only_products_are_tried_out_for_steps_and_prompts() -> None:
     assert "ep.cuda.fpa_intb_gemm" not in CudaOptions().session_entries(2048)
 
 
+def test_weights_count_towards_a_limit() -> None:
+    key = "session.use_device_allocator_for_initializers"
+    assert CudaOptions().session_entries(512)[key] == "1"
+    assert key not in CudaOptions(memory_limit_bytes=1 << 30).session_entries(512)
+
+
 def test_a_limit_must_be_a_number_of_bytes() -> None:
     with pytest.raises(RequestError, match="memory_limit_bytes is -1"):
         CudaOptions(memory_limit_bytes=-1)
