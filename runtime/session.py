@@ -209,7 +209,11 @@ class Session:
             for key, value in entries.items():
                 settings.add_session_config_entry(key, value)
         with _mapped_errors(f"opening {name}"):
-            self._session = ort.InferenceSession(model, settings, providers=[(provider, asked)])
+            # Else ONNX Runtime's Python layer takes whatever a GPU fails with, memory that ran out
+            # too, says so on stdout, and opens the graph on the CPU.
+            self._session = ort.InferenceSession(
+                model, settings, providers=[(provider, asked)], enable_fallback=0
+            )
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         # ONNX Runtime goes on with the CPU where a provider's libraries do not load.
         if provider not in self.providers:
@@ -345,4 +349,6 @@ def _map_error(error: Exception, act: str) -> Exception:
             f"memory ran out while {act}: {text[:300]}. Use a smaller context, a lower grid, or "
             "an artifact of lower precision."
         )
-    return EngineError(f"ONNX Runtime {ort.__version__} failed while {act}: {text[:500]}")
+    # What CUDA said stands at the end, behind where in the source it was said.
+    shown = text if len(text) <= 500 else f"{text[:150]} … {text[-350:]}"
+    return EngineError(f"ONNX Runtime {ort.__version__} failed while {act}: {shown}")

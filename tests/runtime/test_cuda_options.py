@@ -71,7 +71,9 @@ def opened_with(
     options: dict[str, str] = {}
     real = onnxruntime.InferenceSession
 
-    def inference_session(model: Any, settings: Any, providers: list[Any]) -> Any:
+    def inference_session(model: Any, settings: Any, providers: list[Any], **more: Any) -> Any:
+        # Python's layer would go on with the CPU, whatever fails.
+        assert more == {"enable_fallback": 0}
         options.update(providers[0][1])
         return real(model, settings, providers=["CPUExecutionProvider"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -33,8 +34,8 @@ def empty_device(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(f"this ONNX Runtime has no {TAKES_NOTHING}")
     real = onnxruntime.InferenceSession
 
-    def without_options(model: object, settings: object, providers: list[tuple[str, object]]):  # type: ignore[no-untyped-def]
-        return real(model, settings, providers=[name for name, _ in providers])
+    def without_options(model: Any, settings: Any, providers: list[Any], **more: Any) -> Any:
+        return real(model, settings, providers=[name for name, _ in providers], **more)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", without_options)
     names = {"cpu": "CPUExecutionProvider", "cuda": TAKES_NOTHING}
