@@ -6,6 +6,8 @@ EXTRAS := cpu,convert,bench,dev,tensorrt,video
 PACKAGES := profiles runtime convert bench
 READY := $(VENV)/ready
 INTEROP := .venv-interop
+GPU_VENV := .venv-gpu
+GPU_EXTRAS := gpu,cuda,convert,bench,dev,tensorrt,video
 
 PROFILE ?= cpu-16gb
 CHECKPOINT ?=
@@ -15,9 +17,11 @@ PRECISION ?=
 STEP ?=
 RUNG ?=
 SEED ?=
+MODELS ?=
+SECONDS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo convert test test-gpu gpu-suite test-slow faults fuzz soak test-interop bench bench-convert bench-pages lint typecheck format clean
+.PHONY: help install demo convert test test-gpu gpu-suite gpu-check gpu-measure test-slow faults fuzz soak test-interop bench bench-convert bench-pages lint typecheck format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,10 +43,16 @@ test: $(READY) ## the test suite without its slow proofs, on all cores
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow and not gpu"
 
 test-gpu: ## what needs an NVIDIA GPU, in .venv-gpu with onnxruntime-gpu
-	$(MAKE) VENV=.venv-gpu EXTRAS=gpu,convert,bench,dev,tensorrt,video gpu-suite
+	$(MAKE) VENV=$(GPU_VENV) EXTRAS=$(GPU_EXTRAS) gpu-suite
 
 gpu-suite: $(READY)
 	$(BIN)/python -m pytest -m gpu
+
+gpu-check: ## answers, memory and speed on an NVIDIA GPU, small models first [MODELS="pages 7b"] [SECONDS=540]
+	$(MAKE) VENV=$(GPU_VENV) EXTRAS=$(GPU_EXTRAS) gpu-measure
+
+gpu-measure: $(READY)
+	$(BIN)/python -m llava_edge.bench.gpu_check $(if $(MODELS),--models $(MODELS)) $(if $(SECONDS),--seconds $(SECONDS))
 
 test-slow: $(READY) ## the slow proofs: sound artifacts of the released geometry, faults at realistic scale
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m slow
@@ -86,8 +96,18 @@ format: $(READY) ## rewrite the sources the way lint wants them
 	$(BIN)/ruff format .
 
 clean: ## remove everything that can be made again, .venv included
-	rm -rf $(VENV) $(INTEROP) build dist *.egg-info artifacts .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(INTEROP) $(GPU_VENV) build dist *.egg-info artifacts .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# For a machine without the project's environment: PYTHONPATH=build/bare finds packages and commands.
+# The folder holds links into the checkout and the metadata that the command is found by.
+build/bare: $(READY) pyproject.toml
+	mkdir -p $@/llava_edge
+	cd $@/llava_edge && for p in $(PACKAGES); do ln -sfn ../../../$$p $$p; done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77'
+	$(BIN)/python -c "from setuptools.build_meta import prepare_metadata_for_build_wheel as write; write('$@')" >/dev/null
+	rm -rf $@/*.egg-info
+	@touch $@
 
 # mypy does not run import hooks, and the editable install is one: links give it a real folder.
 build/typing:

@@ -151,7 +151,7 @@ def _measure_quality(
     rows: dict[str, dict[str, Any]],
     kept: TextIO,
 ) -> None:
-    loading = ("device", "threads", "allow_slow", "engine", "trust_engines")
+    loading = ("device", "threads", "allow_slow", "engine", "trust_engines", "strict_device")
     chosen = {name: getattr(options, name) for name in loading}
     task = QualityTask(questions, options.grid, options.max_new_tokens, chosen)
     for name in opened:
@@ -180,6 +180,7 @@ def _settings(options: argparse.Namespace) -> SpeedSettings:
         allow_slow=options.allow_slow,
         engine=options.engine,
         trust_engines=options.trust_engines,
+        strict_device=options.strict_device,
     )
 
 

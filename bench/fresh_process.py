@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,7 @@ def run_fresh(
     environment: Mapping[str, str] | None = None,
     look: Callable[[float], None] | None = None,
     folder: Path | None = None,
+    timeout_seconds: float | None = None,
 ) -> Spent:
     """Run a command to its end.
 
@@ -57,15 +59,18 @@ def run_fresh(
         environment: added to this process's own.
         look: called every half second with the seconds since the start.
         folder: where it runs; this process's own unless given.
+        timeout_seconds: the command and what it started are ended when it is over.
 
     Raises:
         subprocess.CalledProcessError: the command failed; ``output`` is what it printed.
+        subprocess.TimeoutExpired: it did not end in time.
     """
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name, _looking(look):
         took = Path(name) / "took.json"
         spawn = [sys.executable, str(Path(__file__).with_name("spawn.py")), str(took), *command]
-        lines, arrivals = _read_lines(spawn, {**os.environ, **(environment or {})}, folder)
+        surroundings = {**os.environ, **(environment or {})}
+        lines, arrivals = _read_lines(spawn, surroundings, folder, timeout_seconds)
         found = json.loads(took.read_text("utf-8"))
     text = "".join(lines)
     if found["status"]:
@@ -76,19 +81,65 @@ def run_fresh(
 
 
 def _read_lines(
-    command: Sequence[str], environment: Mapping[str, str], folder: Path | None
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    folder: Path | None,
+    timeout_seconds: float | None,
 ) -> tuple[list[str], list[float]]:
     """Lines of a command's stdout as they come, and when they came."""
     lines, arrivals = [], []
     started = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, cwd=folder) as process:
+    with (
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            env=environment,
+            cwd=folder,
+            # A group of its own, so that what the command started ends with it.
+            start_new_session=timeout_seconds is not None,
+        ) as process,
+        _ended_in_time(process, timeout_seconds) as is_over,
+    ):
         assert process.stdout is not None
         for line in process.stdout:
             arrivals.append(time.perf_counter() - started)
             lines.append(line.decode("utf-8", "replace"))
+    if is_over.is_set():
+        assert timeout_seconds is not None
+        raise subprocess.TimeoutExpired(list(command), timeout_seconds, "".join(lines))
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, list(command), "".join(lines))
     return lines, arrivals
+
+
+@contextlib.contextmanager
+def _ended_in_time(
+    process: subprocess.Popen[bytes], seconds: float | None
+) -> Iterator[threading.Event]:
+    """End a process and its group when the time is over, or when this one is interrupted."""
+    is_over = threading.Event()
+    if seconds is None:
+        yield is_over
+        return
+
+    def end() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    def time_is_over() -> None:
+        is_over.set()
+        end()
+
+    timer = threading.Timer(seconds, time_is_over)
+    timer.start()
+    try:
+        yield is_over
+        process.wait()
+    except BaseException:
+        end()
+        raise
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager
@@ -110,6 +161,11 @@ def _looking(look: Callable[[float], None] | None) -> Iterator[None]:
     finally:
         ended.set()
         watcher.join()
+
+
+def edge_command(*arguments: str) -> list[str]:
+    """``llava-edge``, by this interpreter: also where the project is only on the search path."""
+    return [sys.executable, "-m", "llava_edge.runtime.cli", *arguments]
 
 
 def program(name: str) -> str:

@@ -32,6 +32,7 @@ from llava_edge.bench.pages.sample import Sample, held_out_sample
 from llava_edge.bench.random_models import DECODER_1B, write_random
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact import open_artifact
+from llava_edge.runtime.best_logits import BestLogits
 from llava_edge.runtime.decode_steps import DraftedSteps, PlainSteps
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
@@ -168,7 +169,7 @@ class _Forced(Sampler):
         super().__init__(SamplingOptions(), vocab_size, vocab_size)
         self._answer = iter(answer)
 
-    def choose(self, logits: Array) -> int:
+    def choose(self, logits: Array | BestLogits) -> int:
         super().choose(logits)
         return next(self._answer)
 

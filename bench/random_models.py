@@ -42,6 +42,11 @@ def write_random(folder: Path, sizes: Mapping[str, object], options: Sequence[st
     Raises:
         subprocess.CalledProcessError: it failed, and said why on stderr.
     """
+    run_fresh([*random_command(folder, sizes), *options])
+
+
+def random_command(folder: Path, sizes: Mapping[str, object]) -> list[str]:
+    """The command that writes such a checkpoint."""
     changes = [f"--set={name}={value}" for name, value in sizes.items()]
     writer = [sys.executable, "-m", "llava_edge.convert.random_cli", "tiny", str(folder)]
-    run_fresh([*writer, *changes, *options])
+    return [*writer, *changes]

@@ -81,6 +81,16 @@ def speed_cases(manifest: Manifest, *, thorough: bool = False) -> tuple[SpeedCas
     return tuple(sorted(cases, key=lambda case: _tokens(manifest, case)))
 
 
+def context_cases(manifest: Manifest, lengths: Sequence[int]) -> tuple[SpeedCase, ...]:
+    """Prompts of text of these lengths, as far as the context holds them and an answer of 64."""
+    new_tokens = 64
+    return tuple(
+        SpeedCase(f"{TEXT} {length:,}", 0, None, length, new_tokens)
+        for length in lengths
+        if length + new_tokens + QUESTION_TOKENS <= manifest.context_tokens
+    )
+
+
 def affordable_cases(seconds: Mapping[str, float], budget_seconds: float) -> tuple[str, ...]:
     """Names of as many cases as a budget pays, at least those that a row speaks of.
 

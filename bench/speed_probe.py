@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge.bench.speed_cases import SpeedCase, draw_picture, speed_cases
+from llava_edge.bench.speed_cases import SpeedCase, context_cases, draw_picture, speed_cases
 from llava_edge.profiles.errors import LlavaEdgeError
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.artifact import open_artifact
+from llava_edge.runtime.cuda_options import CudaOptions
 from llava_edge.runtime.host_memory import peak_host_bytes
 from llava_edge.runtime.verified_here import check_verified_here
 
@@ -54,7 +55,9 @@ def _run(options: argparse.Namespace) -> None:
     checked = time.perf_counter()
     tokens = replace(artifact.manifest.tokens, stop=())
     # Without stop tokens an answer has exactly the length that a case asks for.
-    endless = replace(artifact, manifest=replace(artifact.manifest, tokens=tokens))
+    chunk = options.prefill_chunk or artifact.manifest.prefill_chunk
+    manifest = replace(artifact.manifest, tokens=tokens, prefill_chunk=chunk)
+    endless = replace(artifact, manifest=manifest)
     with LlavaEdge.over(
         endless,
         options.device,
@@ -63,6 +66,8 @@ def _run(options: argparse.Namespace) -> None:
         engine=options.engine,
         trust_engines=options.trust_engines,
         prefix_reuse=False,
+        strict_device=options.strict_device,
+        cuda=CudaOptions(**json.loads(options.cuda)),
     ) as model:
         check_verified_here(model)
         loaded = time.perf_counter()
@@ -75,6 +80,7 @@ def _run(options: argparse.Namespace) -> None:
         cases = speed_cases(artifact.manifest, thorough=options.thorough)
         if options.cases:
             cases = tuple(case for case in cases if case.name in options.cases) or cases[-1:]
+        cases += context_cases(artifact.manifest, options.contexts)
         asker = _Asker(model, options.round)
         _warm_up(asker, cases)
         before = yardstick_seconds()
@@ -87,7 +93,9 @@ def _run(options: argparse.Namespace) -> None:
             "round": options.round,
             "device": model.device,
             "engine": model.engine,
+            "off_device": list(model.off_device),
             "context_tokens": model.context_tokens,
+            "device_bytes": found[-1]["peak_memory"]["device_bytes"],
             **load,
             "inside": inside,
             "yardstick_seconds": [before, yardstick_seconds()],
@@ -194,6 +202,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--allow-slow", action="store_true")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--trust-engines", action="store_true")
+    parser.add_argument("--strict-device", action="store_true")
+    parser.add_argument("--contexts", type=int, nargs="*", default=[], help="of text prompts")
+    parser.add_argument("--prefill-chunk", type=int)
+    parser.add_argument("--cuda", default="{}", help="JSON: fields of CudaOptions")
     return parser
 
 

@@ -71,6 +71,7 @@ class SpeedRow:
             **artifact_facts(self.folder, self.artifact),
             "device": device,
             "engine": first["engine"],
+            "off_device": first.get("off_device", []),
             "context_tokens": first["context_tokens"],
             "peak_memory": peak,
             "peak_host_rounds": peaks,

@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,12 @@ class SpeedSettings:
             None for no limit.
         thorough: more cases and longer answers.
         cases: names of those that are asked; None for all.
-        device, threads, allow_slow, engine, trust_engines: as ``LlavaEdge.load`` takes them.
+        device, threads, allow_slow, engine, trust_engines, strict_device: as ``LlavaEdge.load``
+            takes them.
+        contexts: lengths of prompts of text that are asked as well, to see how decoding falls.
+        prefill_chunk: positions computed at once in prefill; None for the artifact's own.
+        cuda: fields of ``CudaOptions`` that differ from their defaults.
+        timeout_seconds: of a round; None for no limit.
     """
 
     rounds: int = 5
@@ -44,13 +49,24 @@ class SpeedSettings:
     allow_slow: bool = False
     engine: str = "auto"
     trust_engines: bool = False
+    strict_device: bool = False
+    contexts: tuple[int, ...] = ()
+    prefill_chunk: int | None = None
+    cuda: Mapping[str, bool | int] = field(default_factory=dict)
+    timeout_seconds: float | None = None
 
     def arguments(self) -> list[str]:
         """As ``speed_probe`` takes them."""
-        flags = ("thorough", "allow_slow", "trust_engines")
+        flags = ("thorough", "allow_slow", "trust_engines", "strict_device")
         set_flags = [f"--{name.replace('_', '-')}" for name in flags if getattr(self, name)]
         values = ["--device", self.device, "--threads", str(self.threads), "--engine", self.engine]
         named = [] if self.cases is None else ["--cases", *self.cases]
+        if self.contexts:
+            named += ["--contexts", *map(str, self.contexts)]
+        if self.prefill_chunk is not None:
+            named += ["--prefill-chunk", str(self.prefill_chunk)]
+        if self.cuda:
+            named += ["--cuda", json.dumps(dict(self.cuda))]
         return [*values, *set_flags, *named]
 
 
@@ -62,8 +78,9 @@ class SpeedRound:
         found: last line of ``speed_probe``.
         observed_seconds: from its ``begin`` to its ``end``, by this process's clock.
         peak_host_bytes: of the process, by the kernel.
-        device_bytes: by how much the memory in use on the device rose, at looks of half a second;
-            other processes count as well. None without a GPU.
+        device_bytes: what the process held on the device. Where the driver does not know it, by how
+            much the memory in use rose, at looks of half a second; other processes count as well.
+            None without a GPU.
         load: of the machine, before and after.
     """
 
@@ -143,12 +160,14 @@ def measure_round(artifact: str, number: int, settings: SpeedSettings) -> SpeedR
 
     Raises:
         EngineError: it failed; says why.
+        subprocess.TimeoutExpired: it took longer than it may.
     """
     watch = DeviceWatch() if settings.device != "cpu" and read_gpus().gpus else None
     probe = [sys.executable, "-m", "llava_edge.bench.speed_probe", artifact]
     command = [*probe, "--round", str(number), *settings.arguments()]
     try:
-        spent = run_fresh(command, look=watch.look if watch else None)
+        look = watch.look if watch else None
+        spent = run_fresh(command, look=look, timeout_seconds=settings.timeout_seconds)
     except subprocess.CalledProcessError as error:
         raise EngineError(_reason(artifact, error)) from error
     found = spent.result()
@@ -157,7 +176,7 @@ def measure_round(artifact: str, number: int, settings: SpeedSettings) -> SpeedR
         found=found,
         observed_seconds=_observed(spent),
         peak_host_bytes=spent.peak_bytes,
-        device_bytes=watch.highest if watch is not None and on_gpu else None,
+        device_bytes=(found.get("device_bytes") or watch.highest) if watch and on_gpu else None,
         load=spent.load,
     )
 

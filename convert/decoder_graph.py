@@ -52,6 +52,7 @@ def build_decoder_graph(
     context_tokens: int,
     *,
     weights: QuantizedLayers | None = None,
+    num_best: int = 0,
 ) -> GraphBuilder:
     """Build the decoder for at most ``context_tokens`` positions.
 
@@ -61,6 +62,8 @@ def build_decoder_graph(
         compute: type of activations and cache.
         context_tokens: positions that the rotary tables cover.
         weights: quantised linear layers; None keeps them in fp16.
+        num_best: so many of the largest logits, by falling value, are handed out as well:
+            ``best_logits`` float32 and ``best_ids`` int64 [1, logits_to_keep, num_best].
 
     Raises:
         RequestError: the weights do not go with the operators asked for them.
@@ -101,10 +104,22 @@ def build_decoder_graph(
     logits = _head(g, text, source, ops, residual, delta, keep)
     # float32 in both flavours: sampling never sees fp16 ties.
     g.output(logits, "logits", "float32", [1, "logits_to_keep", text.vocab_size])
+    if num_best:
+        _best(g, logits, num_best)
     for index, present_value in enumerate(presents):
         name = f"present.{index // 2}.{('key', 'value')[index % 2]}"
         g.output(present_value, name, g.compute_name, cache_shape)
     return g
+
+
+def _best(g: GraphBuilder, logits: ir.Value, count: int) -> None:
+    # TopK and not ArgMax: reductions of the CUDA provider need cuDNN.
+    values, ids = g.ops(
+        "TopK", [logits, g.integers(count)], {"axis": -1, "largest": 1, "sorted": 1}, num_outputs=2
+    )
+    shape: list[int | str] = [1, "logits_to_keep", count]
+    g.output(values, "best_logits", "float32", shape)
+    g.output(ids, "best_ids", "int64", shape)
 
 
 def _linear_ops(text: TextDims, source: TensorSource, weights: QuantizedLayers | None) -> LinearOps:

@@ -23,6 +23,7 @@ from llava_edge.convert.vision_tiles import CalibrationTiles
 from llava_edge.convert.vision_trace import VisionTrace
 from llava_edge.convert.weights import Array
 from llava_edge.convert.write_embeddings import write_embeddings
+from llava_edge.profiles.buffers import BEST_TOKENS
 from llava_edge.runtime.host_memory import map_large_blocks
 from llava_edge.runtime.manifest import Flavour
 from llava_edge.runtime.pooling import POOLING, pooling_index
@@ -124,12 +125,15 @@ class PartBuilders:
 
     def decoder(self, folder: Path, weights: QuantizedLayers | None = None) -> Any:
         """The language model without its embeddings; returns its GraphSpec."""
+        text = self._checkpoint.dims.text
         graph = build_decoder_graph(
-            self._checkpoint.dims.text,
+            text,
             self._checkpoint,
             self._compute,
             self._context_tokens,
             weights=weights,
+            # On the CPU logits are where they are needed.
+            num_best=0 if self._compute == np.float32 else min(BEST_TOKENS, text.vocab_size),
         )
         return self._save(graph, folder, "decoder")
 

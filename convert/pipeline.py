@@ -58,6 +58,7 @@ from llava_edge.runtime.manifest import (
     VideoProcessing,
 )
 from llava_edge.runtime.records import from_json, to_json
+from llava_edge.runtime.versions import tool_versions
 
 Say = Callable[[str], None]
 
@@ -430,7 +431,7 @@ def _manifest(
         context_tokens=plan.context_tokens,
         source=Source(checkpoint.source_id, checkpoint.revision, job.digest, checkpoint.layout),
         reference=REFERENCE,
-        tools={name: version(name) for name in _TOOLS},
+        tools=tool_versions(_TOOLS),
         prefill_chunk=job.request.profile.prefill_chunk,
         conversion={
             "is_trained_grid": not job.planned.grid.beyond_stock,

@@ -18,6 +18,10 @@ _CACHE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "int8": 1}
 LOGIT_BYTES = 4
 """Logits leave the graph in float32 in both flavours: sampling never sees fp16 ties."""
 
+BEST_TOKENS = 64
+"""Logits that a graph for GPUs hands out beside all of them, the largest first: enough for greedy
+answers and for the top-k that people ask for, in 768 bytes a token."""
+
 PIXEL_BYTES = 4
 """The image processor works in float32."""
 

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 _SUCCESS = 0
 _NAME_BYTES = 96
+_MOST_PROCESSES = 256
+_NOT_KNOWN = (1 << 64) - 1
+"""What the driver writes in place of a size that it does not tell."""
 _LIBRARIES = ("libnvidia-ml.so.1", "libnvidia-ml.so")
 
 
@@ -46,6 +50,17 @@ class _Memory(ctypes.Structure):
     )
 
 
+class _Process(ctypes.Structure):
+    """nvmlProcessInfo_t."""
+
+    _fields_ = (
+        ("pid", ctypes.c_uint),
+        ("used", ctypes.c_ulonglong),
+        ("gpu_instance", ctypes.c_uint),
+        ("compute_instance", ctypes.c_uint),
+    )
+
+
 def read_gpus(library: Any = None) -> GpuReport:
     """Ask the driver; ``library`` stands in for the shared library in tests."""
     nvml = library if library is not None else _open()
@@ -61,6 +76,54 @@ def read_gpus(library: Any = None) -> GpuReport:
             nvml.nvmlShutdown()
     except (AttributeError, OSError, ctypes.ArgumentError) as error:
         return GpuReport(problem=f"the management library cannot be used: {error}")
+
+
+def process_bytes(pid: int, library: Any = None) -> int | None:
+    """Device memory that a process holds, over all GPUs, as the driver counts it.
+
+    Args:
+        pid: of the process, as the driver sees it; a container may number otherwise.
+        library: stands in for the shared library in tests.
+
+    Returns:
+        Bytes, the context of the driver included; None where the driver does not list the process,
+        or there is none.
+    """
+    nvml = library if library is not None else _started()
+    if nvml is None:
+        return None
+    try:
+        count = ctypes.c_uint()
+        if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != _SUCCESS:
+            return None
+        held = [_held(nvml, index, pid) for index in range(min(count.value, 64))]
+    except (AttributeError, ctypes.ArgumentError):
+        return None
+    known = [size for size in held if size is not None]
+    return sum(known) if known else None
+
+
+@cache
+def _started() -> Any:
+    """The library, started once for this process: it is asked at every answer."""
+    nvml = _open()
+    try:
+        return nvml if nvml is not None and nvml.nvmlInit_v2() == _SUCCESS else None
+    except AttributeError:
+        return None
+
+
+def _held(nvml: Any, index: int, pid: int) -> int | None:
+    handle = ctypes.c_void_p()
+    if nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle)) != _SUCCESS:
+        return None
+    count = ctypes.c_uint(_MOST_PROCESSES)
+    listed = (_Process * _MOST_PROCESSES)()
+    code = nvml.nvmlDeviceGetComputeRunningProcesses_v3(handle, ctypes.byref(count), listed)
+    if code != _SUCCESS:
+        return None
+    sizes = [int(listed[place].used) for place in range(count.value) if listed[place].pid == pid]
+    return sum(sizes) if sizes and _NOT_KNOWN not in sizes else None
 
 
 def _open() -> Any:

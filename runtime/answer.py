@@ -28,7 +28,11 @@ class Timings:
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Largest memory this process has held so far; device bytes are None on the CPU."""
+    """Largest memory this process has held so far.
+
+    ``device_bytes`` are as the driver counts them, its own context included; None on the CPU, and
+    where the driver does not know this process by its number, as in some containers.
+    """
 
     host_bytes: int
     device_bytes: int | None
@@ -44,7 +48,8 @@ class Answer:
     lowered to make the request fit; empty if nothing. ``engine`` ran the vision tower:
     ``tensorrt``, ``tensorrt-rtx`` or ``ort``; ``other_engines`` says of each better one why it did
     not. ``draft_tokens`` were looked up in the prompt and checked, ``accepted_tokens`` of them
-    became part of the answer; both 0 without prompt lookup.
+    became part of the answer; both 0 without prompt lookup. ``off_device`` are nodes of the graphs
+    that ONNX Runtime computed on the CPU although ``device`` is another; see ``strict_device``.
     """
 
     text: str
@@ -62,3 +67,4 @@ class Answer:
     video_tokens: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    off_device: tuple[str, ...] = ()

@@ -6,6 +6,7 @@ text. It knows neither files nor threads; who may use it when is LlavaEdge's mat
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from llava_edge.profiles.errors import OutOfMemoryError
+from llava_edge.profiles.nvml import process_bytes
 from llava_edge.runtime.allocation import allocate, require_free
 from llava_edge.runtime.answer import Answer, PeakMemory, Timings
 from llava_edge.runtime.cache_contents import CacheContents
-from llava_edge.runtime.decode_steps import DraftedSteps, PlainSteps
+from llava_edge.runtime.decode_steps import BestSteps, DraftedSteps, PlainSteps
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.generate import LoopResult, generate_tokens
@@ -54,6 +56,7 @@ class Answerer:
         memory: what a request takes.
         prefix_reuse: go on behind what a request shares with what the cache holds.
         degraded: what was given up when the artifact was loaded.
+        off_device: nodes that run elsewhere than on ``device``, for the answer.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Answerer:
         memory: RequestMemory,
         prefix_reuse: bool,
         degraded: tuple[str, ...] = (),
+        off_device: tuple[str, ...] = (),
     ) -> None:
         self._tower = tower
         self._device = device
@@ -82,6 +86,7 @@ class Answerer:
         self._prefix_reuse = prefix_reuse
         self._degraded = degraded
         self._pace = Pace()
+        self._off_device = off_device
         self._places = tuple(i for i in (tokens.image, tokens.video) if i is not None)
         self._contents = CacheContents(self._places)
 
@@ -125,7 +130,11 @@ class Answerer:
                 return None
             except (TooSlowError, OutOfMemoryError, MemoryError) as error:
                 room = lowering.request.num_tokens + max_new_tokens
-                may_shorten = not isinstance(error, TooSlowError) and room < self._decoder.capacity
+                may_shorten = (
+                    not isinstance(error, TooSlowError)
+                    and self._decoder.can_shorten
+                    and room < self._decoder.capacity
+                )
                 if not lowering.can_lower and not may_shorten:
                     if isinstance(error, MemoryError):
                         raise OutOfMemoryError(
@@ -148,7 +157,7 @@ class Answerer:
             request.ids,
             self._places,
         )
-        steps = self._steps(request, prompt_lookup_num_tokens)
+        steps = self._steps(request, prompt_lookup_num_tokens, sampler.needs_few)
         stop_ids = frozenset(self._tokens.stop)
         result = LoopResult()
         decoder = self._tokenizer.stream()
@@ -192,12 +201,17 @@ class Answerer:
             degraded=(*self._degraded, *lowering.degraded, *shortened),
             finish_reason=result.finish_reason,
             timings=timings,
-            peak_memory=PeakMemory(host_bytes=peak_host_bytes(), device_bytes=None),
+            # ONNX Runtime keeps what it once took, so what it holds now is the most it held.
+            peak_memory=PeakMemory(
+                host_bytes=peak_host_bytes(),
+                device_bytes=process_bytes(os.getpid()) if self._device == "cuda" else None,
+            ),
             device=self._device,
             engine=self._tower.engine,
             other_engines=dict(self._tower.other_engines),
             draft_tokens=steps.drafted,
             accepted_tokens=steps.accepted,
+            off_device=self._off_device,
         )
 
     def replay(
@@ -217,14 +231,15 @@ class Answerer:
             on_logits(index, self._decoder.step(row[0]))
         return Replay(request, embeddings.features[:-1])
 
-    def _steps(self, request: Request, most: int) -> PlainSteps:
+    def _steps(self, request: Request, most: int, needs_few: bool) -> PlainSteps:
         rows = allocate((1 + most, self._table.hidden_size), self._dtype, "embeddings of a draft")
 
         def embed(tokens: Sequence[int]) -> Array:
             return self._table.rows(np.array(tokens), out=rows[: len(tokens)])
 
         if not most:
-            return PlainSteps(self._decoder, embed)
+            few = needs_few and self._decoder.picks_best
+            return (BestSteps if few else PlainSteps)(self._decoder, embed)
         lookup = PromptLookup(request.ids.tolist(), self._places)
         return DraftedSteps(self._decoder, embed, lookup, most)
 

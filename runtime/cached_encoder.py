@@ -88,6 +88,7 @@ def cached_encoder(
     if isinstance(encoder, DeviceEncoder):
         raise EngineError(
             "a vision cache was asked; it lies in host memory, and the features of a TensorRT "
-            "tower stay on the device. Load with engine='ort', or without vision_cache_bytes."
+            "tower, or of any with features_on_device, stay on the device. Load with engine='ort' "
+            "and without features_on_device, or without vision_cache_bytes."
         )
     return CachedEncoder(encoder, FeatureCache(cache_bytes))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from llava_edge.runtime.best_logits import BestLogits
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.prompt_lookup import DraftPace, PromptLookup
 from llava_edge.runtime.session import Array
@@ -34,7 +35,7 @@ class Steps(Protocol):
     def is_full(self) -> bool:
         """Whether the context has no room for a token."""
 
-    def step(self, token: int, may_follow: int) -> Array:
+    def step(self, token: int, may_follow: int) -> Array | BestLogits:
         """Append a token; float32 (vocab,) logits behind it, valid until the next call.
 
         Args:
@@ -58,9 +59,17 @@ class PlainSteps:
         """Whether the context has no room for a token."""
         return self._decoder.length >= self._decoder.capacity
 
-    def step(self, token: int, may_follow: int) -> Array:
+    def step(self, token: int, may_follow: int) -> Array | BestLogits:
         """Append a token; see ``Steps``."""
         return self._decoder.step(self._embed([token])[0])
+
+
+class BestSteps(PlainSteps):
+    """One run of the decoder a token, of which the best logits come to the host."""
+
+    def step(self, token: int, may_follow: int) -> BestLogits:
+        """Append a token; see ``Steps``."""
+        return self._decoder.step_best(self._embed([token])[0])
 
 
 class DraftedSteps(PlainSteps):
@@ -85,7 +94,7 @@ class DraftedSteps(PlainSteps):
         self._matched = 0
         self._rows: Array | None = None
 
-    def step(self, token: int, may_follow: int) -> Array:
+    def step(self, token: int, may_follow: int) -> Array | BestLogits:
         """Append a token; see ``Steps``."""
         self._lookup.append(token)
         if self._held < len(self._draft):

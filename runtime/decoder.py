@@ -15,6 +15,7 @@ import numpy as np
 from llava_edge.profiles.errors import PromptError
 from llava_edge.profiles.model_dims import TextDims
 from llava_edge.runtime.allocation import allocate
+from llava_edge.runtime.best_logits import BestLogits
 from llava_edge.runtime.kv_cache import KVCache
 from llava_edge.runtime.session import Array, Buffer, Session
 
@@ -34,6 +35,7 @@ class Decoder:
         capacity: positions of the cache.
         chunk_tokens: largest number of positions computed at once in prefill; bounds activations.
         dtype: float32 (cpu flavour) or float16 (cuda flavour) of embeddings and cache.
+        num_best: logits that the graph picks out itself; 0 where it does not.
 
     Attributes:
         step_seconds: time spent inside ONNX Runtime by all decode steps so far, on trial or not.
@@ -46,6 +48,7 @@ class Decoder:
         capacity: int,
         chunk_tokens: int,
         dtype: type[np.float32] | type[np.float16],
+        num_best: int = 0,
     ) -> None:
         device = session.device
         self.capacity = capacity
@@ -63,6 +66,8 @@ class Decoder:
         self._keep = Buffer.over(np.array(1, np.int64))
         self._logits = Buffer((1, 1, text.vocab_size), np.float32, device)
         self._row = Buffer((1, 1, text.hidden_size), dtype, device)
+        self._num_best = num_best
+        self._best: tuple[Buffer, Buffer] | None = None
         self._step: Any = None
         self._prefill: Any = None
         self.restore()
@@ -155,14 +160,35 @@ class Decoder:
             self._keep.write(np.array(1, np.int64))
         return logits
 
+    @property
+    def picks_best(self) -> bool:
+        """Whether ``step_best`` may be asked."""
+        return self._best is not None
+
     def step(self, row: Array) -> Array:
         """Append one position given its embedding (hidden,) and return its logits (vocab,)."""
+        self._append(row)
+        return self._last_logits()
+
+    def step_best(self, row: Array) -> BestLogits:
+        """As ``step``; on another device only the best logits are copied from there."""
+        if self._best is None:
+            raise ValueError("this graph does not pick logits out")
+        self._append(row)
+        values, ids = (buffer.read()[0, 0] for buffer in self._best)
+        return BestLogits(values, ids, self._last_logits)
+
+    def _append(self, row: Array) -> None:
         if self.length >= self.capacity:
             raise PromptError(f"the context of {self.capacity} tokens is full")
         self._row.write(row.reshape(1, 1, -1))
         before = self._session.run_seconds
-        self._run(self._step, 1)
+        # Bound once, and what lies in host memory (how many logits, the capacity) never differs
+        # here: a recorded step holds for all of them. The length lies on the device.
+        self._run(self._step, 1, replay=True)
         self.step_seconds += self._session.run_seconds - before
+
+    def _last_logits(self) -> Array:
         last: Array = self._logits.read()[0, 0]
         return last
 
@@ -243,7 +269,19 @@ class Decoder:
         self._total.write(np.array(self.capacity, np.int32))
         self._step = self._bind()
         self._step.input("inputs_embeds", self._row)
+        if self._num_best:
+            device = self._session.device
+            kinds: tuple[type[np.generic], ...] = (np.float32, np.int64)
+            values, ids = (Buffer((1, 1, self._num_best), kind, device) for kind in kinds)
+            self._step.output("best_logits", values)
+            self._step.output("best_ids", ids)
+            self._best = values, ids
         self._prefill = self._bind()
+
+    @property
+    def can_shorten(self) -> bool:
+        """Whether ``shorten`` may be asked: a recorded CUDA graph keeps the addresses it saw."""
+        return not self._session.captures
 
     @property
     def cache(self) -> KVCache:
@@ -275,11 +313,13 @@ class Decoder:
         buffer.write(rows)
         return buffer
 
-    def _run(self, binding: Any, num_tokens: int, *, shrink: bool = False) -> None:
+    def _run(
+        self, binding: Any, num_tokens: int, *, shrink: bool = False, replay: bool = False
+    ) -> None:
         self._on_trial = 0
         total = self.length + num_tokens
         self._last.write(np.array([total - 1], np.int32))
-        binding.run(shrink=shrink)
+        binding.run(shrink=shrink, replay=replay)
         # Only now: a failed call leaves the old length, and what it wrote is ignored.
         self.cache.length = total
 

@@ -1,4 +1,4 @@
-"""Flags of commands that load an artifact: what runs the vision tower."""
+"""Flags of commands that load an artifact: what runs it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llava_edge.runtime.tower import AskedEngine
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--engine`` and ``--trust-engines``; see ``LlavaEdge.load``."""
+    """Add ``--engine``, ``--trust-engines`` and ``--strict-device``; see ``LlavaEdge.load``."""
     parser.add_argument(
         "--engine",
         choices=get_args(AskedEngine),
@@ -20,4 +20,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--trust-engines",
         action="store_true",
         help="open TensorRT engines that came with the artifact",
+    )
+    parser.add_argument(
+        "--strict-device",
+        action="store_true",
+        help="on cuda: refuse where a part of the model would be computed on the CPU",
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from llava_edge.runtime.best_logits import BestLogits
 from llava_edge.runtime.decode_steps import Steps
 from llava_edge.runtime.sampling import Sampler
 from llava_edge.runtime.session import Array
@@ -34,7 +35,7 @@ class LoopResult:
 
 def generate_tokens(
     steps: Steps,
-    logits: Array,
+    logits: Array | BestLogits,
     sampler: Sampler,
     stop_ids: frozenset[int],
     max_new_tokens: int,

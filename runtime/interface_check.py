@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from llava_edge.profiles.buffers import BEST_TOKENS
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.profiles.model_dims import ModelDims
 from llava_edge.runtime.artifact import Artifact
@@ -20,6 +21,7 @@ Expected = dict[str, tuple[str, tuple[int | None, ...]]]
 
 ROPE_TABLES = ("cos_cache", "sin_cache")
 MAX_LAYERS = 1024
+_BEST = ("best_logits", "best_ids")
 
 
 def check_interfaces(artifact: Artifact) -> None:
@@ -65,6 +67,10 @@ def interface_faults(manifest: Manifest) -> Iterator[str]:
     yield from _faults("decoder inputs", manifest.decoder.inputs, _decoder_inputs(dims, compute))
     logits: Expected = {"logits": ("float32", (1, None, dims.text.vocab_size))}
     outputs = logits | _caches(dims, compute, "present")
+    # Not every artifact has them: the runtime then takes all logits.
+    if any(tensor.name in _BEST for tensor in manifest.decoder.outputs):
+        shape = (1, None, min(BEST_TOKENS, dims.text.vocab_size))
+        outputs |= dict(zip(_BEST, (("float32", shape), ("int64", shape)), strict=True))
     yield from _faults("decoder outputs", manifest.decoder.outputs, outputs)
 
 

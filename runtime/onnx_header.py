@@ -31,6 +31,7 @@ class HeaderLimits:
     text_bytes: int = 1 << 16
     depth: int = 32
     rank: int = 16
+    values: int = 4096
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,17 @@ class ValueHeader:
 
 @dataclass(frozen=True)
 class NodeHeader:
-    """One operator; ``overload`` is empty for everything but overloaded local functions."""
+    """One operator; ``overload`` is empty for everything but overloaded local functions.
+
+    ``inputs`` and ``outputs`` are names of values; an input that is left out has an empty one.
+    """
 
     domain: str
     op_type: str
     name: str
     overload: str = ""
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -212,8 +218,8 @@ _SCHEMA: dict[str, dict[int, _Field]] = {
         16: _METADATA,
     },
     "NodeProto": {
-        1: _many("input", _SKIP_TEXT),
-        2: _many("output", _SKIP_TEXT),
+        1: _many("input", _TEXTS),
+        2: _many("output", _TEXTS),
         3: _one("name", _TEXT),
         4: _one("op_type", _TEXT),
         5: _many("attribute", "AttributeProto"),
@@ -423,6 +429,11 @@ class _Reader:
             self._packed(values.setdefault(name, []), label, at, stop)
         elif kind == _TEXT:
             values[name] = self._text(label, at, stop)
+        elif kind == _TEXTS:
+            texts = values.setdefault(name, [])
+            if len(texts) >= self._limits.values:
+                raise _RefusedError(f"{label} is given more than {self._limits.values} times")
+            texts.append(self._text(label, at, stop))
         elif kind == _SIZE or scalar is not None:
             values[name] = values.get(name, 0) + length
         elif kind != _SKIP_TEXT:
@@ -543,6 +554,8 @@ class _Parts:
                         op_type=owner.get("op_type", ""),
                         name=owner.get("name", ""),
                         overload=owner.get("overload", ""),
+                        inputs=tuple(owner.get("input", ())),
+                        outputs=tuple(owner.get("output", ())),
                     )
                 )
             stack.append(_children(owner))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.cached_encoder import cached_encoder
 from llava_edge.runtime.chat import Chat, WithinTurn
 from llava_edge.runtime.clip import VideoSource
+from llava_edge.runtime.cuda_options import CudaOptions
+from llava_edge.runtime.cuda_runtime import CudaRuntime
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.frame_choice import FrameChoice
@@ -40,6 +43,7 @@ from llava_edge.runtime.interface_check import check_interfaces
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.load_fit import LoadFit, fit_at_load
 from llava_edge.runtime.lowering import Lowering
+from llava_edge.runtime.ort_device_vision import OrtDeviceEncoder
 from llava_edge.runtime.placement import Device, choose_device
 from llava_edge.runtime.planned_memory import RequestMemory
 from llava_edge.runtime.progress import ReportProgress, no_progress
@@ -68,6 +72,7 @@ class LlavaEdge:
         device: where the decoder runs.
         engine: what runs the vision tower.
         degraded: what was given up to fit the memory that was free at load; empty if nothing.
+        off_device: see ``Answer``.
     """
 
     def __init__(
@@ -82,6 +87,8 @@ class LlavaEdge:
         trust_engines: bool = False,
         prefix_reuse: bool = True,
         vision_cache_bytes: int = 0,
+        strict_device: bool = False,
+        cuda: CudaOptions | None = None,
     ) -> None:
         manifest = artifact.manifest
         flavour = manifest.flavour
@@ -100,12 +107,28 @@ class LlavaEdge:
         self._table = EmbeddingTable(artifact.path(manifest.embeddings), self._dims)
         map_large_blocks()
         wide_sums = device == "cpu" and needs_wide_sums(manifest.precision)
-        options = SessionOptions(device=device, threads=threads, wide_sums=wide_sums)
+        cuda = cuda or CudaOptions()
+        chunk = prefill_chunk_tokens(manifest.prefill_chunk, fit.context_tokens)
+        options = SessionOptions(
+            device=device,
+            threads=threads,
+            wide_sums=wide_sums,
+            strict=strict_device,
+            cuda=cuda,
+            prompt_tokens=chunk,
+        )
+        off_device: list[str] = []
         # The plan asks the same functions, so what it counted is what is taken here.
         batch = tiles_per_batch(flavour, self._requests.max_tiles)
 
-        def open_ort() -> VisionEncoder:
-            session = Session(artifact.path(manifest.vision.file), options)
+        def open_ort() -> VisionEncoder | OrtDeviceEncoder:
+            # Tiles come in other numbers each time, which nothing recorded can replay.
+            plain = replace(options, cuda=replace(cuda, graph=False))
+            session = Session(artifact.path(manifest.vision.file), plain)
+            off_device.extend(f"vision: {node}" for node in session.off_device)
+            if device == "cuda" and cuda.features_on_device and not self._dims.takes_video:
+                shape = (self._dims.vision.num_patches, self._dims.text.hidden_size)
+                return OrtDeviceEncoder(session, CudaRuntime.open(), batch, shape)
             return VisionEncoder(session, self._dims, batch, dtype)
 
         progress("loading", 0, 2)
@@ -113,6 +136,8 @@ class LlavaEdge:
         self.engine: EngineName = self._tower.engine
         progress("loading", 1, 2)
         decoder = Session(artifact.path(manifest.decoder.file), options)
+        off_device.extend(f"decoder: {node}" for node in decoder.off_device)
+        self.off_device = tuple(off_device)
         progress("loading", 2, 2)
         encoder = cached_encoder(self._tower.encoder, self._dims, dtype, vision_cache_bytes)
         embedder = PromptEmbedder(
@@ -124,8 +149,11 @@ class LlavaEdge:
             batch,
             self._tokens.video,
         )
-        chunk = prefill_chunk_tokens(manifest.prefill_chunk, fit.context_tokens)
-        self._decoder = Decoder(decoder, self._dims.text, fit.context_tokens, chunk, dtype)
+        outputs = {tensor.name: tensor.shape for tensor in manifest.decoder.outputs}
+        picked = outputs.get("best_ids", (0,)) if cuda.best_on_device else (0,)
+        self._decoder = Decoder(
+            decoder, self._dims.text, fit.context_tokens, chunk, dtype, int(picked[-1])
+        )
         self._answerer = Answerer(
             self._tower,
             device,
@@ -138,6 +166,7 @@ class LlavaEdge:
             RequestMemory(manifest, device, batch),
             prefix_reuse,
             fit.degraded,
+            self.off_device,
         )
 
     @classmethod
@@ -154,6 +183,8 @@ class LlavaEdge:
         trust_engines: bool = False,
         prefix_reuse: bool = True,
         vision_cache_bytes: int = 0,
+        strict_device: bool = False,
+        cuda: CudaOptions | None = None,
         limits: Limits | None = None,
         progress: ReportProgress = no_progress,
     ) -> LlavaEdge:
@@ -183,13 +214,17 @@ class LlavaEdge:
                 content) are not encoded again, whatever was asked in between; 0 keeps none.
                 Beside what the plan counts. Not with a TensorRT tower, whose features stay on
                 the device.
+            strict_device: refuse to load where ONNX Runtime would leave a node that computes to
+                the CPU although the artifact runs on cuda. Off, ``Answer.off_device`` names them.
+            cuda: how a GPU is used; says nothing on the CPU.
             limits: bounds on what is accepted as input.
             progress: told about loading.
 
         Raises:
             ArtifactError: the artifact is damaged, unsafe or not verified.
-            EngineError: the device is not there, or does not suit the artifact, or the golden
-                prompts fail on it, or the engine that was named does not work.
+            EngineError: the device is not there, or does not suit the artifact, or would compute
+                only a part of it (``strict_device``), or the golden prompts fail on it, or the
+                engine that was named does not work.
             DependencyError: the engine that was named is not installed.
             OutOfMemoryError: cache and weights do not fit what is free now.
             RequestError: an argument is out of range or of another type.
@@ -206,6 +241,8 @@ class LlavaEdge:
             trust_engines=trust_engines,
             prefix_reuse=prefix_reuse,
             vision_cache_bytes=vision_cache_bytes,
+            strict_device=strict_device,
+            cuda=cuda,
             limits=limits,
             progress=progress,
         )
@@ -229,6 +266,8 @@ class LlavaEdge:
         trust_engines: bool = False,
         prefix_reuse: bool = True,
         vision_cache_bytes: int = 0,
+        strict_device: bool = False,
+        cuda: CudaOptions | None = None,
         limits: Limits | None = None,
         progress: ReportProgress = no_progress,
     ) -> LlavaEdge:
@@ -254,6 +293,8 @@ class LlavaEdge:
             trust_engines,
             prefix_reuse,
             vision_cache_bytes,
+            strict_device,
+            cuda,
         )
 
     def generate(self, prompt: str, images: Sequence[ImageSource] = (), **options: Any) -> Answer:

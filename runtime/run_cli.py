@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         allow_slow=options.allow_slow,
         engine=options.engine,
         trust_engines=options.trust_engines,
+        strict_device=options.strict_device,
         progress=progress,
     )
     if drawing is not None:
@@ -134,7 +135,14 @@ def _described(answer: Answer) -> str:
         + (f", then {rate:.1f} tokens/s" if rate is not None else "")
         + (f", {answer.accepted_tokens} looked up" if answer.draft_tokens else "")
         + f"; peak memory {answer.peak_memory.host_bytes / 2**20:.0f} MiB; {answer.engine} on "
-        f"{answer.device}" + "".join(f"\n{given_up}" for given_up in answer.degraded)
+        f"{answer.device}"
+        + (
+            f"; on the CPU all the same: {', '.join(answer.off_device[:4])}"
+            + (f" and {more} more" if (more := len(answer.off_device) - 4) > 0 else "")
+            if answer.off_device
+            else ""
+        )
+        + "".join(f"\n{given_up}" for given_up in answer.degraded)
     )
 
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llava_edge.profiles.buffers import BEST_TOKENS
 from llava_edge.profiles.errors import EngineError, RequestError
 from llava_edge.runtime.arguments import require_count, require_number
+from llava_edge.runtime.best_logits import BestLogits
 from llava_edge.runtime.session import Array
 
 MAX_PENALTY = 1000.0
@@ -93,13 +95,27 @@ class Sampler:
         if seen is not None:
             self._seen[seen[seen < vocab_size]] = True
 
-    def choose(self, logits: Array) -> int:
+    @property
+    def needs_few(self) -> bool:
+        """Whether the best few logits decide, ties aside; a penalty may raise any other."""
+        options = self._options
+        few = options.is_greedy or 0 < options.top_k < BEST_TOKENS
+        return few and options.repetition_penalty == 1.0
+
+    def choose(self, logits: Array | BestLogits) -> int:
         """The next token id from float32 (vocab,) logits, which are left unchanged.
+
+        Where the best of them decide, the token is the one that all of them would give.
 
         Raises:
             EngineError: the largest logit is no finite number; the model overflowed.
         """
         options = self._options
+        if isinstance(logits, BestLogits):
+            found = self._choose_of_best(logits) if self.needs_few else None
+            if found is not None:
+                return found
+            logits = logits.read_all()
         if not math.isfinite(float(logits.max())):
             raise EngineError(
                 "the model's logits are not finite numbers: an activation overflowed, or the "
@@ -115,18 +131,26 @@ class Sampler:
 
     def probabilities(self, logits: Array) -> tuple[Array, Array]:
         """Kept token ids by falling logit, and their probabilities (float64, summing to 1)."""
-        options = self._options
         scaled = logits[: self._num_text_tokens].astype(np.float64)
         scaled[self._never] = -np.inf
+        return self._probabilities(np.arange(scaled.size), self._scaled(scaled))
+
+    def _scaled(self, logits: Array) -> Array:
         # The largest becomes 0, so that no temperature, however small, overflows it.
         with np.errstate(over="ignore"):
-            scaled = (scaled - scaled.max()) / options.temperature
-        ids = np.flatnonzero(scaled > -np.inf)
-        if 0 < options.top_k < ids.size:
+            scaled: Array = (logits - logits.max()) / self._options.temperature
+        return scaled
+
+    def _probabilities(self, ids: Array, scaled: Array) -> tuple[Array, Array]:
+        """As ``probabilities``, of tokens with rising ids."""
+        options = self._options
+        kept = scaled > -np.inf
+        if 0 < options.top_k < np.count_nonzero(kept):
             # Ties with the k-th logit stay, as in the reference.
-            ids = np.flatnonzero(scaled >= np.partition(scaled, -options.top_k)[-options.top_k])
-        ids = ids[np.argsort(-scaled[ids], kind="stable")]
-        kept = scaled[ids]
+            kept = scaled >= np.partition(scaled, -options.top_k)[-options.top_k]
+        ids, scaled = ids[kept], scaled[kept]
+        order = np.argsort(-scaled, kind="stable")
+        ids, kept = ids[order], scaled[order]
         weights = np.exp(kept - kept[0])
         weights /= weights.sum()
         if options.top_p < 1.0:
@@ -135,8 +159,30 @@ class Sampler:
             ids, weights = ids[:last], weights[:last] / weights[:last].sum()
         return ids, weights
 
+    def _choose_of_best(self, best: BestLogits) -> int | None:
+        """The token, or None where tokens that are not among the best might be it."""
+        options, values = self._options, best.values
+        if not math.isfinite(float(values[0])):
+            return None
+        if options.is_greedy:
+            first = values == values[0]
+            # Of equal ones the lowest id is taken, which need not be among them.
+            return None if first.all() else int(best.ids[first].min())
+        words = (best.ids < self._num_text_tokens) & ~np.isin(best.ids, self._never)
+        if np.count_nonzero(words) <= options.top_k:
+            return None
+        order = np.argsort(best.ids[words])
+        ids, logits = best.ids[words][order], values[words][order].astype(np.float64)
+        scaled = self._scaled(np.append(logits, np.float64(values[-1])))
+        last, scaled = scaled[-1], scaled[:-1]
+        if last >= np.partition(scaled, -options.top_k)[-options.top_k]:
+            return None
+        return self._drawn(*self._probabilities(ids, scaled))
+
     def _draw(self, logits: Array) -> int:
-        ids, weights = self.probabilities(logits)
+        return self._drawn(*self.probabilities(logits))
+
+    def _drawn(self, ids: Array, weights: Array) -> int:
         index = int(np.searchsorted(np.cumsum(weights), self._generator.random(), side="right"))
         return int(ids[min(index, ids.size - 1)])
 

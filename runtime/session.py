@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,8 @@ import onnxruntime as ort
 
 from llava_edge.profiles.errors import EngineError, LlavaEdgeError, OutOfMemoryError
 from llava_edge.runtime.allocation import allocate
+from llava_edge.runtime.cuda_options import CAPTURE, NO_CAPTURE, CudaOptions
+from llava_edge.runtime.node_placement import nodes_that_compute, refusal
 
 # Where an application imported it before us, the above came too late for the thread; this does not
 # for the reports.
@@ -36,6 +38,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 DeviceKind = Literal["cpu", "cuda"]
 
 _PROVIDERS: dict[DeviceKind, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_RECORD = "session.record_ep_graph_assignment_info"
+_GRAPH_ID = "gpu_graph_id"
 _OUT_OF_MEMORY = ("failed to allocate memory", "out of memory", "bad allocation", "bad_alloc")
 
 
@@ -161,6 +165,10 @@ class SessionOptions:
             written on stderr as well.
         wide_sums: int8 products are summed in 32 bits, see ``needs_wide_sums``.
         optimise: let ONNX Runtime change the graph; off where every node is to be seen.
+        strict: a node that computes and is left to the CPU, where another device was asked for,
+            is an error; otherwise see ``Session.off_device``.
+        cuda: what is asked of a GPU; nothing on the CPU.
+        prompt_tokens: positions computed at once in prefill.
     """
 
     device: DeviceKind = "cpu"
@@ -168,13 +176,25 @@ class SessionOptions:
     log_level: int = 4
     wide_sums: bool = False
     optimise: bool = True
+    strict: bool = False
+    cuda: CudaOptions = field(default_factory=CudaOptions)
+    prompt_tokens: int = 512
 
 
 class Session:
-    """One graph, loaded. ``run_seconds`` adds up the time spent inside ONNX Runtime."""
+    """One graph, loaded.
+
+    Attributes:
+        run_seconds: adds up the time spent inside ONNX Runtime.
+        off_device: nodes that compute and that ONNX Runtime put on the CPU although another device
+            was asked for, as ``op_type name``. Nodes of sizes alone belong there and are left out.
+    """
 
     def __init__(self, path: Path, options: SessionOptions) -> None:
         self._open(str(path), path.name, options, {})
+        self.off_device = self._off_device(path) if options.device != "cpu" else ()
+        if self.off_device and options.strict:
+            raise EngineError(refusal(path, options.device, self.off_device))
 
     @classmethod
     def from_bytes(cls, model: bytes, folder: Path, options: SessionOptions) -> Session:
@@ -182,6 +202,7 @@ class Session:
         session = cls.__new__(cls)
         place = {"session.model_external_initializers_file_folder_path": str(folder)}
         session._open(model, f"a graph over the weights of {folder.name}", options, place)
+        session.off_device = ()
         return session
 
     def _open(
@@ -201,10 +222,20 @@ class Session:
         # Patterns that grow with the chunk length are not worth planning for: lengths vary.
         settings.enable_mem_pattern = False
         provider = _PROVIDERS[options.device]
+        asked: dict[str, str] = {}
+        self.captures = options.device == "cuda" and options.cuda.graph
         if options.device == "cuda":
             _preload_cuda()
+            asked = options.cuda.provider_options(captures=self.captures)
+            entries = {_RECORD: "1", **options.cuda.session_entries(options.prompt_tokens)}
+            for key, value in entries.items():
+                settings.add_session_config_entry(key, value)
         with _mapped_errors(f"opening {name}"):
-            self._session = ort.InferenceSession(model, settings, providers=[provider])
+            # Else ONNX Runtime's Python layer takes whatever a GPU fails with, memory that ran out
+            # too, says so on stdout, and opens the graph on the CPU.
+            self._session = ort.InferenceSession(
+                model, settings, providers=[(provider, asked)], enable_fallback=0
+            )
         _OPEN.add(self)
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         # ONNX Runtime goes on with the CPU where a provider's libraries do not load.
@@ -222,6 +253,23 @@ class Session:
         if options.device == "cpu":
             key = "memory.enable_memory_arena_shrinkage"
             self._shrinking.add_run_config_entry(key, "cpu:0")
+        # Everything of other shapes than the one recorded has to be kept out of the recording.
+        self._replaying = ort.RunOptions()
+        if self.captures:
+            self._shrinking.add_run_config_entry(_GRAPH_ID, NO_CAPTURE)
+            self._replaying.add_run_config_entry(_GRAPH_ID, CAPTURE)
+
+    def _off_device(self, path: Path) -> tuple[str, ...]:
+        """What ONNX Runtime itself says of where it put the nodes of this session."""
+        if not hasattr(self._session, "get_provider_graph_assignment_info"):
+            return (f"(ONNX Runtime {ort.__version__} does not say which)",)
+        on_cpu = [
+            (node.op_type, node.name)
+            for part in self._session.get_provider_graph_assignment_info()
+            if part.ep_name == "CPUExecutionProvider" and part.ep_name != self.providers[0]
+            for node in part.get_nodes()
+        ]
+        return nodes_that_compute(path, on_cpu) if on_cpu else ()
 
     def has_input(self, name: str) -> bool:
         """Whether the graph is given a value of that name."""
@@ -242,11 +290,12 @@ class Session:
             found: list[Array] = self._session.run(list(outputs), dict(feeds))
         return found
 
-    def run_bound(self, binding: Any, *, shrink: bool) -> None:
+    def run_bound(self, binding: Any, *, shrink: bool, replay: bool = False) -> None:
         """Run with everything bound; used by Binding alone."""
         start = time.perf_counter()
+        options = self._shrinking if shrink or self.captures else None
         try:
-            self._session.run_with_iobinding(binding, self._shrinking if shrink else None)
+            self._session.run_with_iobinding(binding, self._replaying if replay else options)
         except Exception as error:
             raise _map_error(error, "running the graph") from error
         finally:
@@ -302,17 +351,20 @@ class Binding:
         for name, buffer in buffers.items():
             self.input(name, buffer)
 
-    def run(self, *, shrink: bool = False) -> None:
+    def run(self, *, shrink: bool = False, replay: bool = False) -> None:
         """Run the graph once.
 
         Args:
             shrink: give the memory of activations back afterwards.
+            replay: always these buffers and shapes, and nothing that the graph reads from host
+                memory changes: where the session was opened with CUDA graphs, the first run is
+                recorded and the others replay it.
 
         Raises:
             OutOfMemoryError: the provider could not allocate.
             EngineError: anything else that ONNX Runtime reports.
         """
-        self._session.run_bound(self._binding, shrink=shrink)
+        self._session.run_bound(self._binding, shrink=shrink, replay=replay)
 
 
 @cache
@@ -341,4 +393,6 @@ def _map_error(error: Exception, act: str) -> Exception:
             f"memory ran out while {act}: {text[:300]}. Use a smaller context, a lower grid, or "
             "an artifact of lower precision."
         )
-    return EngineError(f"ONNX Runtime {ort.__version__} failed while {act}: {text[:500]}")
+    # What CUDA said stands at the end, behind where in the source it was said.
+    shown = text if len(text) <= 500 else f"{text[:150]} … {text[-350:]}"
+    return EngineError(f"ONNX Runtime {ort.__version__} failed while {act}: {shown}")

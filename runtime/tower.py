@@ -32,6 +32,7 @@ from llava_edge.runtime.engine_files import (
     shipped_engines,
 )
 from llava_edge.runtime.manifest import Manifest
+from llava_edge.runtime.ort_device_vision import OrtDeviceEncoder
 from llava_edge.runtime.prompt_embedder import DeviceEncoder, TileEncoder
 from llava_edge.runtime.regular_file import read_bounded
 from llava_edge.runtime.session import DeviceKind
@@ -65,7 +66,7 @@ def open_tower(
     artifact: Artifact,
     device: DeviceKind,
     asked: AskedEngine,
-    open_ort: Callable[[], TileEncoder],
+    open_ort: Callable[[], TileEncoder | OrtDeviceEncoder],
     *,
     trust_engines: bool = False,
 ) -> Tower:
@@ -105,7 +106,10 @@ def open_tower(
             if artifact.manifest.flavour == "cpu"
             else "the artifact runs on the CPU"
         )
-    return Tower(open_ort(), "ort", others)
+    encoder = open_ort()
+    if isinstance(encoder, OrtDeviceEncoder):
+        return Tower(encoder, "ort", others, encoder.close)
+    return Tower(encoder, "ort", others)
 
 
 def _open_engine(

@@ -72,6 +72,7 @@ def test_convert_and_run_give_one_json_object_as_last_line(
         "device",
         "engine",
         "degraded",
+        "off_device",
         "other_engines",
         "reused_tokens",
         "draft_tokens",
@@ -199,18 +200,21 @@ def test_without_a_checkpoint_the_plan_names_one_and_an_unreachable_hub_says_wha
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     out = tmp_path / "artifact"
 
-    started = time.monotonic()
-    done = subprocess.run(
-        [str(PROGRAM), "convert", "--profile", "a100", "--model", "llava-v1.6-mistral-7b"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        cwd=tmp_path,
-    )
+    def timed(*arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
+        started = time.monotonic()
+        command = [str(PROGRAM), "convert", "--profile", "a100", *arguments]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path
+        )
+        return done, time.monotonic() - started
+
+    # A busy machine takes long to begin; that is no part of looking for the hub.
+    refused, beginning = timed(str(tmp_path / "nothing"))
+    assert refused.returncode == 2, refused.stderr
+    done, seconds = timed("--model", "llava-v1.6-mistral-7b")
 
     assert done.returncode == 1, done.stderr
-    assert time.monotonic() - started < 25
+    assert seconds - beginning < 20
     assert "a100 takes llava-v1.6-mistral-7b at fp16" in done.stderr
     assert "CHECKPOINT=" in done.stderr
     assert "Traceback" not in done.stderr

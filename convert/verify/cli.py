@@ -50,6 +50,7 @@ def _on_device(options: argparse.Namespace, artifact: Artifact) -> int:
         allow_slow=options.allow_slow,
         engine=options.engine,
         trust_engines=options.trust_engines,
+        strict_device=options.strict_device,
         progress=progress,
     ) as model:
         stages = tuple(check_on_device(model, progress))

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -46,6 +45,7 @@ from llava_edge.runtime.golden import GoldenProbe
 from llava_edge.runtime.host_memory import map_large_blocks, peak_host_bytes
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.this_machine import describe_host
+from llava_edge.runtime.versions import tool_versions
 
 Report = Callable[[str, int, int], None]
 """``report(stage, done, total)`` in stages."""
@@ -226,7 +226,7 @@ class Verifier:
             flavour=manifest.flavour,
             host=describe_host("cpu"),
             reference=REFERENCE,
-            tools={name: version(name) for name in _TOOLS},
+            tools=tool_versions(_TOOLS),
             stages=tuple(self._stages),
             first_deviation=deviation,
             conversion=_quoted(manifest),
@@ -282,7 +282,7 @@ def unverified(artifact: Artifact) -> Certificate:
         flavour=artifact.manifest.flavour,
         host=describe_host("cpu"),
         reference=REFERENCE,
-        tools={name: version(name) for name in _TOOLS},
+        tools=tool_versions(_TOOLS),
         conversion=_quoted(artifact.manifest),
     )
 

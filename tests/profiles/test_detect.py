@@ -13,7 +13,7 @@ from llava_edge.profiles.detect import (
     read_machine,
 )
 from llava_edge.profiles.errors import ProfileError
-from llava_edge.profiles.nvml import Gpu, GpuReport, read_gpus
+from llava_edge.profiles.nvml import Gpu, GpuReport, process_bytes, read_gpus
 
 GIB = 1 << 30
 KIB_16 = 16 << 20
@@ -238,6 +238,38 @@ class FakeNvml:
     ) -> int:
         major._obj.value, minor._obj.value = 8, 9
         return 0
+
+
+class ProcessNvml(FakeNvml):
+    """Two GPUs; a process is listed on both."""
+
+    def __init__(self, held: dict[int, tuple[int, int]], code: int = 0) -> None:
+        super().__init__()
+        self.held, self.code = held, code
+
+    def nvmlDeviceGetCount_v2(self, count: Any) -> int:  # noqa: N802
+        count._obj.value = 2
+        return 0
+
+    def nvmlDeviceGetComputeRunningProcesses_v3(  # noqa: N802
+        self, handle: Any, count: Any, listed: Any
+    ) -> int:
+        assert len(listed) >= len(self.held)
+        for place, (pid, sizes) in enumerate(self.held.items()):
+            listed[place].pid, listed[place].used = pid, sizes[handle.value - 1]
+        count._obj.value = len(self.held)
+        return self.code
+
+
+def test_memory_of_a_process_is_summed_over_gpus() -> None:
+    untold = (1 << 64) - 1
+    library = ProcessNvml({7: (3 * GIB, 0), 9: (GIB, 2 * GIB), 11: (untold, untold)})
+
+    assert process_bytes(9, library) == 3 * GIB
+    assert process_bytes(8, library) is None, "no such process"
+    assert process_bytes(11, library) is None, "the driver does not tell"
+    assert process_bytes(9, ProcessNvml({9: (1, 1)}, code=3)) is None
+    assert process_bytes(9, object()) is None
 
 
 def test_the_driver_is_asked_and_let_go() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from llava_edge.convert.random_spec import preset
 from llava_edge.profiles.errors import EngineError, PromptError, RequestError
 from llava_edge.profiles.model_dims import TextDims
 from llava_edge.runtime.decoder import Decoder, FillEmbeddings
-from llava_edge.runtime.session import Session, SessionOptions
+from llava_edge.runtime.session import Binding, Session, SessionOptions
 
 CONTEXT = 96
 CHUNK_BOUND = 1e-4
@@ -249,3 +250,97 @@ def test_rope_tables_equal_the_reference_at_far_positions() -> None:
 
     np.testing.assert_array_equal(ours[0], cosine[0, :, :64].numpy())
     np.testing.assert_array_equal(ours[1], sine[0, :, :64].numpy())
+
+
+@pytest.fixture(scope="module")
+def picking(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TextDims]:
+    """The graph of the cuda flavour: float16, and it picks the best logits out."""
+    folder = tmp_path_factory.mktemp("picking")
+    write_random_checkpoint(folder / "checkpoint", preset("odd"), seed=3)
+    checkpoint = open_checkpoint(folder / "checkpoint")
+    text = checkpoint.dims.text
+    build_decoder_graph(text, checkpoint, np.float16, CONTEXT, num_best=NUM_BEST).save(folder)
+    return folder / "model.onnx", text
+
+
+NUM_BEST = 9
+
+
+def picking_decoder(picking: tuple[Path, TextDims]) -> Decoder:
+    session = Session(picking[0], SessionOptions(threads=1))
+    return Decoder(session, picking[1], CONTEXT, 64, np.float16, NUM_BEST)
+
+
+def test_the_graph_picks_the_logits_that_the_host_would(picking: tuple[Path, TextDims]) -> None:
+    rows = embeddings(picking[1], 30).astype(np.float16)
+    decoder = picking_decoder(picking)
+    assert decoder.picks_best
+    decoder.prefill(20, filler(rows))
+
+    for row in rows[20:]:
+        best = decoder.step_best(row)
+        every = best.read_all()
+        order = np.argsort(-every, kind="stable")[:NUM_BEST]
+        np.testing.assert_array_equal(best.ids, order)
+        np.testing.assert_array_equal(best.values, every[order])
+
+
+def test_steps_are_bound_once_and_run_in_the_same_memory(
+    picking: tuple[Path, TextDims], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = embeddings(picking[1], 40).astype(np.float16)
+    decoder = picking_decoder(picking)
+    decoder.prefill(20, filler(rows))
+    bound: list[str] = []
+    runs: list[tuple[int, bool, dict[str, tuple[int, tuple[int, ...]]], bytes]] = []
+    real = Session.run_bound
+
+    def run_bound(self: Session, binding: Any, **how: bool) -> None:
+        held = {name: (b.address, b.shape) for name, b in decoder._step._bound.items()}
+        host = decoder._keep.read().tobytes() + decoder._total.read().tobytes()
+        runs.append((id(binding), how["replay"], held, host))
+        real(self, binding, **how)
+
+    monkeypatch.setattr(Session, "run_bound", run_bound)
+    monkeypatch.setattr(Binding, "input", lambda _, name, __: bound.append(name))
+    monkeypatch.setattr(Binding, "output", lambda _, name, __: bound.append(name))
+    for row in rows[20:30]:
+        decoder.step_best(row)
+    decoder.step(rows[30])
+    decoder.rewind(3)
+    decoder.step_best(rows[31])
+
+    # What a recorded graph holds fast: buffers, shapes, and values in host memory.
+    assert bound == []
+    assert len(runs) == 12
+    assert runs == [runs[0]] * 12
+    assert runs[0][1] is True
+
+
+def test_only_steps_are_replayed(
+    picking: tuple[Path, TextDims], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = embeddings(picking[1], 40).astype(np.float16)
+    decoder = picking_decoder(picking)
+    replayed: list[bool] = []
+    real = Session.run_bound
+
+    def run_bound(self: Session, binding: Any, **how: bool) -> None:
+        replayed.append(how["replay"])
+        real(self, binding, **how)
+
+    monkeypatch.setattr(Session, "run_bound", run_bound)
+    decoder.prefill(20, filler(rows))
+    decoder.try_steps(rows[20:23])
+    decoder.prefill(1, filler(rows[23:24]))
+    decoder.step(rows[24])
+
+    assert replayed == [False, False, False, True]
+
+
+def test_a_graph_that_picks_nothing_out_says_so(graph: tuple[Path, TextDims]) -> None:
+    decoder = make_decoder(graph, 64)
+
+    assert not decoder.picks_best
+    with pytest.raises(ValueError, match="does not pick logits out"):
+        decoder.step_best(embeddings(graph[1], 1)[0])

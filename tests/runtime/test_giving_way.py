@@ -242,7 +242,7 @@ def test_a_failure_between_tokens_ends_the_answer_and_not_the_model(
         stream = model.stream(QUESTION, [wide], max_new_tokens=TOKENS)
         next(stream)
 
-        def out_of_memory(self: Session, binding: Any, *, shrink: bool) -> None:
+        def out_of_memory(self: Session, binding: Any, **how: bool) -> None:
             raise OutOfMemoryError("memory ran out while running the graph")
 
         patch.setattr(Session, "run_bound", out_of_memory)
@@ -344,9 +344,9 @@ def test_a_deadline_ends_an_answer_with_what_there_is(
     whole = model.generate("Hello", max_new_tokens=30)
     run = Session.run_bound
 
-    def slowly(self: Session, binding: Any, *, shrink: bool) -> None:
+    def slowly(self: Session, binding: Any, **how: bool) -> None:
         time.sleep(0.02)
-        run(self, binding, shrink=shrink)
+        run(self, binding, **how)
 
     monkeypatch.setattr(Session, "run_bound", slowly)
     answer = model.generate("Hello", max_new_tokens=30, deadline_seconds=0.3)

@@ -145,9 +145,9 @@ def nodes_and_tensors(model: ModelProto) -> tuple[list[NodeProto], list[TensorPr
 def test_the_reader_finds_the_nodes_and_tensors_that_the_onnx_package_finds() -> None:
     header = parse_onnx_header(RICH, "rich")
     nodes, tensors = nodes_and_tensors(rich_model())
-    assert sorted((n.domain, n.op_type, n.name) for n in header.nodes) == sorted(
-        (n.domain, n.op_type, n.name) for n in nodes
-    )
+    assert sorted(
+        (n.domain, n.op_type, n.name, n.inputs, n.outputs) for n in header.nodes
+    ) == sorted((n.domain, n.op_type, n.name, tuple(n.input), tuple(n.output)) for n in nodes)
     assert sorted((t.name, t.data_type, t.dims, t.external) for t in header.tensors) == sorted(
         (t.name, t.data_type, tuple(t.dims), tuple((e.key, e.value) for e in t.external_data))
         for t in tensors
@@ -293,6 +293,7 @@ def test_dims_are_read_packed_and_one_by_one() -> None:
         (HeaderLimits(fields=100), "more than 100 fields"),
         (HeaderLimits(depth=5), "nested deeper than 5"),
         (HeaderLimits(text_bytes=4), "is text of"),
+        (HeaderLimits(values=0), "given more than 0 times"),
     ],
 )
 def test_each_limit_holds(limits: HeaderLimits, reason: str) -> None:

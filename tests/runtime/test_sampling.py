@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -12,6 +16,7 @@ from transformers import (
 )
 
 from llava_edge.profiles.errors import EngineError, RequestError
+from llava_edge.runtime.best_logits import BestLogits
 from llava_edge.runtime.sampling import Sampler, SamplingOptions
 
 VOCAB = 50
@@ -147,3 +152,60 @@ def test_all_wrong_options_are_named_together() -> None:
 
     for name in ("temperature -1", "top_p 0", "repetition_penalty nan"):
         assert name in str(caught.value)
+
+
+def best_of(row: np.ndarray, count: int, backwards: bool) -> BestLogits:
+    """What a TopK gives; among equal logits any order and any choice is allowed."""
+    ids = np.arange(row.size)
+    order = np.lexsort((-ids if backwards else ids, -row))[:count]
+    return BestLogits(row[order], order, lambda: row)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.integers(-2, 2), min_size=12, max_size=12),
+    st.integers(1, 12),
+    st.booleans(),
+    st.fixed_dictionaries(
+        {
+            "temperature": st.sampled_from([0.0, 0.7, 1.5]),
+            "top_k": st.integers(0, 6),
+            "top_p": st.sampled_from([0.5, 1.0]),
+            "repetition_penalty": st.sampled_from([1.0, 1.3]),
+        }
+    ),
+)
+def test_the_best_logits_give_the_token_that_all_of_them_give(
+    values: list[int], count: int, backwards: bool, asked: dict[str, Any]
+) -> None:
+    # Halves, so that ties come often; the last tokens are padding and one is an image's place.
+    row = np.array(values, np.float32) / 2
+    of_all, of_best = (
+        Sampler(SamplingOptions(**asked, seed=3), 12, 10, np.array([1]), never=[2])
+        for _ in range(2)
+    )
+
+    for _ in range(8):
+        assert of_best.choose(best_of(row, count, backwards)) == of_all.choose(row)
+
+
+@pytest.mark.parametrize("asked", [{}, {"temperature": 1.0, "top_k": 3}])
+def test_all_logits_are_not_read_where_the_best_decide(asked: dict[str, Any]) -> None:
+    sampler = Sampler(SamplingOptions(**asked, seed=1), VOCAB, VOCAB)
+
+    def read_all() -> np.ndarray:
+        raise AssertionError("all logits were read")
+
+    assert sampler.needs_few
+    assert (
+        sampler.choose(BestLogits(best_of(logits(1), 8, False).values, np.arange(8), read_all)) < 8
+    )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_best_logits_that_are_not_finite_are_an_error(value: float) -> None:
+    row = np.array([value, 1.0, 0.0], np.float32)
+    best = BestLogits(row[:2], np.arange(2), lambda: row)
+
+    with pytest.raises(EngineError, match="not finite"):
+        Sampler(SamplingOptions(), 3, 3).choose(best)

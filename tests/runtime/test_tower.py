@@ -22,8 +22,10 @@ from llava_edge.profiles.errors import (
 )
 from llava_edge.runtime import LlavaEdge, cli
 from llava_edge.runtime.artifact import open_artifact
+from llava_edge.runtime.cuda_options import CudaOptions
 from llava_edge.runtime.cuda_runtime import CudaRuntime
 from llava_edge.runtime.progress import no_progress
+from llava_edge.runtime.request import PromptOptions
 from llava_edge.runtime.sealed_json import seal
 from tests.fake_cuda import DOWNLOAD, MOVE, UPLOAD, FakeCudart, FakeTensorRT, install
 
@@ -91,6 +93,40 @@ def test_a_trusted_engine_answers_as_the_graph_does_and_features_stay_on_the_dev
     # The newline's row is all that goes up beside pixels and text; nothing comes down.
     assert (downloaded, uploaded) == (0, 2 * hidden)
     assert gpu.calls[-1] == ("cudaStreamDestroy",)
+
+
+def test_features_of_onnx_runtime_stay_on_the_device_where_asked(
+    shipped: Path, gpu: FakeCudart, picture: Image.Image
+) -> None:
+    images = [picture, picture.rotate(90, expand=True)]
+    with load(shipped, engine="ort") as model:
+        expected = model.generate(QUESTION, images, max_new_tokens=6)
+        logits = model.teacher_forced_logits(QUESTION, images, expected.token_ids)
+    assert gpu.copied(MOVE) == 0
+
+    with load(shipped, engine="ort", cuda=CudaOptions(features_on_device=True)) as model:
+        answer = model.generate(QUESTION, images, max_new_tokens=6)
+        assert gpu.copied(DOWNLOAD) == 0
+        # Once to where the tiles lie together, and again to their places in the prompt.
+        row_bytes = 2 * model.artifact.manifest.model.text.hidden_size
+        patches = model.artifact.manifest.model.vision.num_patches
+        tiles = sum(
+            layout.num_tiles
+            for layout in model._requests.build(QUESTION, images, PromptOptions()).layouts
+        )
+        assert gpu.copied(MOVE) >= tiles * patches * row_bytes + expected.image_tokens * row_bytes
+        found = model.teacher_forced_logits(QUESTION, images, expected.token_ids)
+
+    assert answer.token_ids == expected.token_ids
+    np.testing.assert_array_equal(found, logits)
+    assert ("cudaStreamDestroy",) in gpu.calls
+    with pytest.raises(EngineError, match="without features_on_device"):
+        load(
+            shipped,
+            engine="ort",
+            vision_cache_bytes=1 << 30,
+            cuda=CudaOptions(features_on_device=True),
+        )
 
 
 def test_tiles_go_through_in_batches_that_the_engine_takes(

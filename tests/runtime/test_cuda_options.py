@@ -1,0 +1,152 @@
+"""What is asked of ONNX Runtime for a GPU, and answers that must not depend on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+from PIL import Image
+
+from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.nvml import read_gpus
+from llava_edge.runtime import LlavaEdge, session
+from llava_edge.runtime.cuda_options import CudaOptions
+from llava_edge.runtime.decoder import Decoder
+from llava_edge.runtime.session import Session, SessionOptions
+
+
+@pytest.fixture
+def artifact(make_checkpoint: Callable[..., Path], make_artifact: Callable[..., Path]) -> Path:
+    return make_artifact(make_checkpoint("odd"), profile="a100", context_tokens=1024)
+
+
+@pytest.mark.parametrize(
+    ("asked", "all_logits"),
+    [
+        ({}, False),
+        ({"temperature": 0.8, "top_k": 20, "seed": 1}, False),
+        ({"temperature": 0.8, "top_k": 20, "top_p": 0.7, "seed": 1}, False),
+        ({"temperature": 0.8, "top_p": 0.7, "seed": 1}, True),
+        ({"repetition_penalty": 1.4}, True),
+    ],
+)
+def test_answers_are_the_same_with_the_best_logits_and_with_all(
+    artifact: Path,
+    picture: Image.Image,
+    asked: dict[str, Any],
+    all_logits: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps = {"best": 0, "all": 0}
+    real, real_best = Decoder.step, Decoder.step_best
+
+    def step(self: Decoder, row: Any) -> Any:
+        steps["all"] += 1
+        return real(self, row)
+
+    def step_best(self: Decoder, row: Any) -> Any:
+        steps["best"] += 1
+        return real_best(self, row)
+
+    monkeypatch.setattr(Decoder, "step", step)
+    monkeypatch.setattr(Decoder, "step_best", step_best)
+    found = []
+    for best in (True, False):
+        cuda = CudaOptions(best_on_device=best)
+        with LlavaEdge.load(artifact, "cpu", allow_slow=True, cuda=cuda) as model:
+            found.append(model.generate("What?", [picture], max_new_tokens=24, **asked).token_ids)
+        assert steps["best"] == (0 if all_logits else 23)
+
+    assert found[0] == found[1]
+    assert steps["all"] == (46 if all_logits else 23)
+
+
+def opened_with(
+    artifact: Path, cuda: CudaOptions, monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[str, str], list[str | None]]:
+    """Provider options of a decoder session, and the graph id of two runs that were asked for."""
+    options: dict[str, str] = {}
+    real = onnxruntime.InferenceSession
+
+    def inference_session(model: Any, settings: Any, providers: list[Any], **more: Any) -> Any:
+        # Python's layer would go on with the CPU, whatever fails.
+        assert more == {"enable_fallback": 0}
+        options.update(providers[0][1])
+        return real(model, settings, providers=["CPUExecutionProvider"])
+
+    names = {"cpu": "CPUExecutionProvider", "cuda": "CPUExecutionProvider"}
+    monkeypatch.setattr(session, "_PROVIDERS", names)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", inference_session)
+    given = Session(artifact / "decoder/model.onnx", SessionOptions(device="cuda", cuda=cuda))
+    ids: list[str | None] = []
+
+    class Ran:
+        def run_with_iobinding(self, _: Any, how: Any) -> None:
+            try:
+                ids.append(None if how is None else how.get_run_config_entry("gpu_graph_id"))
+            except RuntimeError:  # ONNX Runtime: there is no such entry
+                ids.append(None)
+
+    given._session = Ran()
+    for replay in (True, False):
+        given.run_bound(None, shrink=False, replay=replay)
+    return options, ids
+
+
+def test_a_step_is_recorded_and_everything_else_kept_out(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, ids = opened_with(artifact, CudaOptions(graph=True), monkeypatch)
+
+    assert options["enable_cuda_graph"] == "1"
+    assert ids == ["1", "-1"]
+
+
+def test_nothing_is_recorded_unless_asked(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, ids = opened_with(artifact, CudaOptions(memory_limit_bytes=77), monkeypatch)
+
+    assert options == {"arena_extend_strategy": "kSameAsRequested", "gpu_mem_limit": "77"}
+    assert ids == [None, None]
+
+
+def test_weight_only_products_are_tried_out_for_steps_and_prompts() -> None:
+    entries = CudaOptions(weight_only_gemm=True).session_entries(2048)
+
+    assert entries["ep.cuda.fpa_intb_gemm"] == "1"
+    assert entries["ep.cuda.fpa_intb_profile_m"] == "1,2048"
+    assert "ep.cuda.fpa_intb_gemm" not in CudaOptions().session_entries(2048)
+
+
+def test_weights_count_towards_a_limit() -> None:
+    key = "session.use_device_allocator_for_initializers"
+    assert CudaOptions().session_entries(512)[key] == "1"
+    assert key not in CudaOptions(memory_limit_bytes=1 << 30).session_entries(512)
+
+
+def test_a_limit_must_be_a_number_of_bytes() -> None:
+    with pytest.raises(RequestError, match="memory_limit_bytes is -1"):
+        CudaOptions(memory_limit_bytes=-1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("best", [True, False])
+def test_a_replayed_graph_answers_as_plain_steps_do(
+    artifact: Path, picture: Image.Image, best: bool
+) -> None:
+    # The driver is asked, not the code under test: what fails where a GPU is has failed.
+    if not read_gpus().gpus:
+        pytest.skip("there is no NVIDIA GPU")
+    found: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}
+    for graph in found:
+        cuda = CudaOptions(graph=graph, best_on_device=best)
+        with LlavaEdge.load(artifact, "cuda", engine="ort", strict_device=True, cuda=cuda) as model:
+            # The second answer replays what the first recorded, behind other prompts.
+            for prompt in ("What?", "And what is on the left of it, if anything?"):
+                answer = model.generate(prompt, [picture], max_new_tokens=48)
+                found[graph].append(answer.token_ids)
+            assert answer.off_device == ()
+
+    assert found[True] == found[False]
