@@ -33,6 +33,7 @@ class SpeedSettings:
         thorough: more cases and longer answers.
         cases: names of those that are asked; None for all.
         device, threads, allow_slow, engine, trust_engines: as ``LlavaEdge.load`` takes them.
+        cache: as ``--cache`` takes it.
     """
 
     rounds: int = 5
@@ -40,6 +41,7 @@ class SpeedSettings:
     thorough: bool = False
     cases: tuple[str, ...] | None = None
     device: str = "auto"
+    cache: str = "auto"
     threads: int = 0
     allow_slow: bool = False
     engine: str = "auto"
@@ -50,6 +52,7 @@ class SpeedSettings:
         flags = ("thorough", "allow_slow", "trust_engines")
         set_flags = [f"--{name.replace('_', '-')}" for name in flags if getattr(self, name)]
         values = ["--device", self.device, "--threads", str(self.threads), "--engine", self.engine]
+        values += ["--cache", self.cache]
         named = [] if self.cases is None else ["--cases", *self.cases]
         return [*values, *set_flags, *named]
 

@@ -33,6 +33,7 @@ class Decoder:
         capacity: positions of the cache.
         chunk_tokens: largest number of positions computed at once in prefill; bounds activations.
         dtype: float32 (cpu flavour) or float16 (cuda flavour) of embeddings and cache.
+        int8_cache: whether the session's graph has an int8 cache instead.
 
     Attributes:
         step_seconds: time spent inside ONNX Runtime by all decode steps so far, on trial or not.
@@ -45,6 +46,8 @@ class Decoder:
         capacity: int,
         chunk_tokens: int,
         dtype: type[np.float32] | type[np.float16],
+        *,
+        int8_cache: bool = False,
     ) -> None:
         device = session.device
         self.capacity = capacity
@@ -53,7 +56,7 @@ class Decoder:
         self._dtype = dtype
         self._hidden = text.hidden_size
         self.step_seconds = 0.0
-        self.cache = KVCache(text, capacity, dtype, device)
+        self.cache = KVCache(text, capacity, np.int8 if int8_cache else dtype, device)
         # Lengths: total minus one on the device, the total itself in host memory. The total may
         # be any bound up to the capacity, so it is set once (which is what graph capture needs).
         self._last = Buffer((1,), np.int32, device)

@@ -1,10 +1,12 @@
-"""Flags of commands that load an artifact: what runs the vision tower."""
+"""Flags of commands that load an artifact: what runs the vision tower, what the cache holds."""
 
 from __future__ import annotations
 
 import argparse
 from typing import get_args
 
+from llava_edge.profiles.buffers import CACHE_FLAGS
+from llava_edge.runtime.placement import AskedCache
 from llava_edge.runtime.tower import AskedEngine
 
 
@@ -21,3 +23,18 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="open TensorRT engines that came with the artifact",
     )
+
+
+def add_cache_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--cache``; ``asked_cache`` says what was asked."""
+    parser.add_argument(
+        "--cache",
+        choices=("auto", *CACHE_FLAGS),
+        default="auto",
+        help="type of the key and value cache; int8 where the artifact was converted with it",
+    )
+
+
+def asked_cache(flag: str) -> AskedCache:
+    """A value of ``--cache`` as ``LlavaEdge.load`` takes it."""
+    return "auto" if flag == "auto" else CACHE_FLAGS[flag]

@@ -17,7 +17,12 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
-from llava_edge.profiles.buffers import MAX_DRAFT_TOKENS, prefill_chunk_tokens, tiles_per_batch
+from llava_edge.profiles.buffers import (
+    MAX_DRAFT_TOKENS,
+    CacheType,
+    prefill_chunk_tokens,
+    tiles_per_batch,
+)
 from llava_edge.profiles.engines import EngineName
 from llava_edge.profiles.errors import PromptError, RequestError
 from llava_edge.runtime.answer import Answer
@@ -35,7 +40,13 @@ from llava_edge.runtime.images import ImageSource
 from llava_edge.runtime.instructions import needs_wide_sums
 from llava_edge.runtime.interface_check import check_interfaces
 from llava_edge.runtime.limits import Limits
-from llava_edge.runtime.placement import Device, check_host_memory, choose_device
+from llava_edge.runtime.placement import (
+    AskedCache,
+    Device,
+    check_host_memory,
+    choose_cache,
+    choose_device,
+)
 from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.prompt_embedder import PromptEmbedder
 from llava_edge.runtime.replay import Replay
@@ -61,6 +72,7 @@ class LlavaEdge:
         device: where the decoder runs.
         engine: what runs the vision tower.
         context_tokens: positions of the cache.
+        cache: type of its keys and values.
     """
 
     def __init__(
@@ -75,12 +87,14 @@ class LlavaEdge:
         trust_engines: bool = False,
         prefix_reuse: bool = True,
         vision_cache_bytes: int = 0,
+        cache: CacheType | None = None,
     ) -> None:
         manifest = artifact.manifest
         flavour = manifest.flavour
         self.artifact = artifact
         self.device = device
         self.context_tokens = context_tokens
+        self.cache: CacheType = cache or manifest.precision.computes
         self._dims = manifest.model
         self._tokens = manifest.tokens
         dtype: type[np.float32] | type[np.float16] = np.float32 if flavour == "cpu" else np.float16
@@ -104,7 +118,7 @@ class LlavaEdge:
         self._tower = open_tower(artifact, device, engine, open_ort, trust_engines=trust_engines)
         self.engine: EngineName = self._tower.engine
         progress("loading", 1, 2)
-        decoder = Session(artifact.path(manifest.decoder.file), options)
+        decoder = Session(artifact.path(manifest.decoders[self.cache].file), options)
         progress("loading", 2, 2)
         encoder = cached_encoder(self._tower.encoder, self._dims, dtype, vision_cache_bytes)
         embedder = PromptEmbedder(
@@ -117,7 +131,14 @@ class LlavaEdge:
             self._tokens.video,
         )
         chunk = prefill_chunk_tokens(manifest.prefill_chunk, context_tokens)
-        self._decoder = Decoder(decoder, self._dims.text, context_tokens, chunk, dtype)
+        self._decoder = Decoder(
+            decoder,
+            self._dims.text,
+            context_tokens,
+            chunk,
+            dtype,
+            int8_cache=self.cache == "int8",
+        )
         self._answerer = Answerer(
             self._tower,
             device,
@@ -138,6 +159,7 @@ class LlavaEdge:
         *,
         threads: int = 0,
         context_tokens: int | None = None,
+        cache: AskedCache = "auto",
         require_verified: bool = False,
         allow_slow: bool = False,
         engine: AskedEngine = "auto",
@@ -158,6 +180,10 @@ class LlavaEdge:
                 cuda; a cuda artifact runs on the CPU only with ``allow_slow``.
             threads: of the CPU provider; 0 lets it take every physical core.
             context_tokens: positions of the cache, at most the artifact's; fewer take less memory.
+            cache: type of its keys and values. ``int8``, where the artifact has a graph for it,
+                takes a quarter of the memory and decodes long contexts faster; a prompt takes
+                longer, and answers may differ by what the certificate says. ``auto`` is the type
+                that the artifact computes in.
             require_verified: refuse an artifact without its certificate.
             allow_slow: see ``device``.
             engine: what runs the vision tower. ``auto`` takes the first that works of TensorRT,
@@ -189,6 +215,7 @@ class LlavaEdge:
             device,
             threads=threads,
             context_tokens=context_tokens,
+            cache=cache,
             allow_slow=allow_slow,
             engine=engine,
             trust_engines=trust_engines,
@@ -212,6 +239,7 @@ class LlavaEdge:
         *,
         threads: int = 0,
         context_tokens: int | None = None,
+        cache: AskedCache = "auto",
         allow_slow: bool = False,
         engine: AskedEngine = "auto",
         trust_engines: bool = False,
@@ -229,6 +257,7 @@ class LlavaEdge:
         check_interfaces(artifact)
         manifest = artifact.manifest
         chosen = choose_device(device, manifest.flavour, allow_slow)
+        kind = choose_cache(cache, manifest)
         context = manifest.context_tokens if context_tokens is None else context_tokens
         require_count("context_tokens", context, 1)
         if context > manifest.context_tokens:
@@ -237,7 +266,7 @@ class LlavaEdge:
                 f"{manifest.context_tokens}. Convert again with --context for a longer one."
             )
         if chosen == "cpu":
-            check_host_memory(artifact, context, vision_cache_bytes)
+            check_host_memory(artifact, context, vision_cache_bytes, kind)
         return cls(
             artifact,
             chosen,
@@ -249,6 +278,7 @@ class LlavaEdge:
             trust_engines,
             prefix_reuse,
             vision_cache_bytes,
+            kind,
         )
 
     def generate(self, prompt: str, images: Sequence[ImageSource] = (), **options: Any) -> Answer:

@@ -63,7 +63,7 @@ class Subject:
         Raises:
             ArtifactError: it does not have the layers that the manifest says.
         """
-        return DecoderGraph(self.artifact.folder, self.artifact.manifest)
+        return DecoderGraph(self.artifact.path(self.artifact.manifest.decoder.file), self.dims)
 
     @property
     def is_whole(self) -> bool:
