@@ -21,7 +21,7 @@ import torch
 
 from llava_edge.convert.activations import ActivationFile
 from llava_edge.convert.calibration import CalibrationSet
-from llava_edge.convert.int8_cache import LARGEST_CODE, CacheScales
+from llava_edge.convert.int8_cache import LARGEST_CODE, CacheScales, scales_digest
 from llava_edge.convert.verify.decoder_slice import DecoderGraph
 from llava_edge.profiles.errors import CheckpointError
 from llava_edge.profiles.model_dims import ModelDims, TextDims
@@ -79,12 +79,14 @@ def calibrate_cache(
     finally:
         shutil.rmtree(place, ignore_errors=True)
     step = np.maximum(largest * np.float32(HEADROOM), _LEAST) / np.float32(LARGEST_CODE)
+    scales = CacheScales(key=step[0], value=step[1])
     facts = {
+        "scales_sha256": scales_digest(scales.key, scales.value),
         "headroom": HEADROOM,
         "calibration": samples.report,
         "idle_channels": int((largest < _LEAST).sum()),
     }
-    return CacheScales(key=step[0], value=step[1]), facts
+    return scales, facts
 
 
 def _largest(

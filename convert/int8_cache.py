@@ -11,6 +11,7 @@ Source: ONNX Runtime 1.32, GroupQueryAttention inputs 12 and 13, ``k_quant_type`
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ CACHE_ATTRIBUTES: dict[str, Any] = {
     "v_quant_type": "PER_CHANNEL",
     "kv_cache_bit_width": 8,
 }
-_CACHES = ("past_key_values.", "present.")
+CACHE_NAMES = ("past_key_values.", "present.")
+"""How the names of caches begin, as inputs and as outputs."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,14 @@ class CacheScales:
 
     key: np.ndarray[Any, np.dtype[np.float32]]
     value: np.ndarray[Any, np.dtype[np.float32]]
+
+
+def scales_digest(*scales: np.ndarray[Any, np.dtype[np.float32]]) -> str:
+    """SHA-256, in hex, of scales of keys and of values."""
+    digest = hashlib.sha256()
+    for array in scales:
+        digest.update(np.ascontiguousarray(array, "<f4").tobytes())
+    return digest.hexdigest()
 
 
 def write_int8_cache_graph(
@@ -73,7 +83,7 @@ def write_int8_cache_graph(
             tensor = numpy_helper.from_array(array[layer].reshape(shape), name)
             graph.initializer.append(tensor)
     for value in (*graph.input, *graph.output):
-        if value.name.startswith(_CACHES):
+        if value.name.startswith(CACHE_NAMES):
             value.type.tensor_type.elem_type = TensorProto.INT8
     target = source.with_name(INT8_CACHE_FILE)
     target.write_bytes(model.SerializeToString())
@@ -86,6 +96,6 @@ def write_int8_cache_graph(
 
 def _with_codes(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     return tuple(
-        replace(tensor, dtype="int8") if tensor.name.startswith(_CACHES) else tensor
+        replace(tensor, dtype="int8") if tensor.name.startswith(CACHE_NAMES) else tensor
         for tensor in tensors
     )

@@ -25,7 +25,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_cache_argument(parser: argparse.ArgumentParser) -> None:
+def add_cache_argument(parser: argparse._ActionsContainer) -> None:
     """Add ``--cache``; ``asked_cache`` says what was asked."""
     parser.add_argument(
         "--cache",
