@@ -6,8 +6,10 @@ Layer by layer, each on what the layer before hands on with a float cache:
   scales and rounded here (``largest_code_gap``), over chunks and steps as they were written;
 - what attention makes of them against attention over ``code * scale``, computed here from the
   layer's own queries (``attention_gap_of_range``), for the last of the prompt and the steps;
-- how well the scales fit: values that are cut off (``clipped_share``) and the error of what is read
-  over the size of what was there (``relative_error``), worst layer.
+- how well the scales fit, worst layer: values that are cut off (``clipped_share``), the largest code
+  of the median channel over the largest code there is (``range_used``: the room that calibration
+  left shows there), and the error of what is read over the size of what was there
+  (``relative_error``).
 
 Then the whole decoder: its logits with an int8 cache beside those with a float one, which is what
 choosing the cache at load costs (``int8_cache_loss``). All else in the graph is the float graph's,
@@ -35,7 +37,13 @@ from llava_edge.runtime.certificate import StageResult, bounded
 from llava_edge.runtime.session import Array
 
 STAGE, LOSS = "int8_cache", CACHE_LOSS
-_METRICS = ("largest_code_gap", "attention_gap_of_range", "clipped_share", "relative_error")
+_METRICS = (
+    "largest_code_gap",
+    "attention_gap_of_range",
+    "clipped_share",
+    "range_used",
+    "relative_error",
+)
 _LEAST_CODE = -128
 
 
@@ -102,6 +110,8 @@ class CacheStage:
             wanted = np.clip(steps, _LEAST_CODE, LARGEST_CODE)
             self._note("largest_code_gap", float(np.abs(wanted - have).max()), where)
             self._note("clipped_share", float((np.abs(steps) > LARGEST_CODE).mean()), where)
+            used = float(np.median(np.abs(steps).max(1))) / LARGEST_CODE
+            self._note("range_used", used, where)
             value = have * scale[:, None]
             read.append(value)
             size = max(float(np.linalg.norm(part)), float(np.finfo(np.float32).tiny))
