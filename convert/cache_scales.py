@@ -34,8 +34,14 @@ from llava_edge.runtime.session import Array, SessionOptions
 NUM_SAMPLES = 8
 """Some 12,000 tokens on stock grids: maxima of channels need fewer than GPTQ's Hessians do."""
 
-HEADROOM = 1.1
-"""The largest code stands for so many times the largest value seen; see DECISIONS.md."""
+HEADROOM = 2.0
+"""The largest code stands for so many times the largest value seen: what is cut off costs far more
+than a coarser step does, see DECISIONS.md."""
+
+QUIET = 2.0
+"""A channel is taken to reach at least so many times what the median channel of its head reached:
+what says nothing on calibration samples may speak on others. Not the loudest channel, which would
+leave few codes to all others where it is far louder than they are."""
 
 _STAGE = "calibrate cache"
 _CHUNK_TOKENS = 512
@@ -78,15 +84,24 @@ def calibrate_cache(
         largest = _largest(graph, dims, precision, samples, place, report)
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    step = np.maximum(largest * np.float32(HEADROOM), _LEAST) / np.float32(LARGEST_CODE)
+    step = _steps(largest)
     scales = CacheScales(key=step[0], value=step[1])
     facts = {
         "scales_sha256": scales_digest(scales.key, scales.value),
         "headroom": HEADROOM,
+        "quiet": QUIET,
         "calibration": samples.report,
         "idle_channels": int((largest < _LEAST).sum()),
     }
     return scales, facts
+
+
+def _steps(largest: Array) -> Array:
+    """Scales of channels, from their largest magnitudes float32 [..., head_dim]."""
+    floor = np.float32(QUIET) * np.median(largest, axis=-1, keepdims=True)
+    reach = np.maximum(np.maximum(largest, floor) * np.float32(HEADROOM), _LEAST)
+    steps: Array = (reach / np.float32(LARGEST_CODE)).astype(np.float32)
+    return steps
 
 
 def _largest(

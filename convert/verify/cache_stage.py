@@ -6,9 +6,9 @@ Layer by layer, each on what the layer before hands on with a float cache:
   scales and rounded here (``largest_code_gap``), over chunks and steps as they were written;
 - what attention makes of them against attention over ``code * scale``, computed here from the
   layer's own queries (``attention_gap_of_range``), for the last of the prompt and the steps;
-- how well the scales fit, worst layer: values that are cut off (``clipped_share``), the largest code
-  of the median channel over the largest code there is (``range_used``: the room that calibration
-  left shows there), and the error of what is read over the size of what was there
+- how well the scales fit, worst layer: values that are cut off (``clipped_share``), the largest
+  code of the median channel over the largest code there is (``range_used``: the room that
+  calibration left shows there), and the error of what is read over the size of what was there
   (``relative_error``).
 
 Then the whole decoder: its logits with an int8 cache beside those with a float one, which is what

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llava_edge.convert import cache_scales, pipeline
-from llava_edge.convert.cache_scales import HEADROOM, NUM_SAMPLES, calibrate_cache
+from llava_edge.convert.cache_scales import HEADROOM, NUM_SAMPLES, QUIET, calibrate_cache
 from llava_edge.convert.calibration import CalibrationSample, CalibrationSet
 from llava_edge.convert.int8_cache import scales_digest
 from llava_edge.convert.pipeline import convert_checkpoint
@@ -70,8 +70,9 @@ def test_a_scale_is_the_largest_value_that_the_float_cache_held(
             for layer in range(text.num_hidden_layers):
                 seen = np.abs(decoder.cache.part(layer, name)).max(1)
                 largest[part, layer] = np.maximum(largest[part, layer], seen)
-    np.testing.assert_allclose(scales.key * 127, HEADROOM * largest[0], rtol=1e-3)
-    np.testing.assert_allclose(scales.value * 127, HEADROOM * largest[1], rtol=1e-3)
+    reach = HEADROOM * np.maximum(largest, QUIET * np.median(largest, -1, keepdims=True))
+    np.testing.assert_allclose(scales.key * 127, reach[0], rtol=1e-3)
+    np.testing.assert_allclose(scales.value * 127, reach[1], rtol=1e-3)
     assert facts["scales_sha256"] == scales_digest(scales.key, scales.value)
     assert facts["calibration"] == {"source": "drawn here"}
     assert not list(tmp_path.iterdir())
@@ -109,6 +110,16 @@ def test_a_channel_that_nothing_moves_has_a_scale_all_the_same(
 
     assert facts["idle_channels"] == 1
     assert scales.value[0, 0, 3] > 0
+
+
+def test_a_quiet_channel_gets_room_by_the_median_of_its_head_and_not_by_the_loudest() -> None:
+    head = np.array([1, 1, 0, 0.5, 60], np.float32)
+    silent = np.zeros(5, np.float32)
+
+    steps = cache_scales._steps(np.stack([head, silent])) * 127 / HEADROOM
+
+    np.testing.assert_allclose(steps[0], [2, 2, 2, 2, 60], rtol=1e-6)
+    assert (steps[1] > 0).all()
 
 
 def test_keys_that_are_not_finite_stop_the_conversion(artifact: Artifact, tmp_path: Path) -> None:
