@@ -64,7 +64,7 @@ MODELS: Mapping[str, Model] = {
     "int4": Model("mistral", precision="int4", changes={"layers": 2}),
     "gptq": Model("mistral", precision="int4", changes={"layers": 2}, alters="act-order"),
     "system": Model("llama", alters="system turn"),
-    "int8 cache": Model("llama", cache="int8"),
+    "int8 cache": Model("llama", cache="int8", alters="quiet values"),
     "video": Model("llama", changes={"model_type": "llava_next_video", "image_size": 56}),
 }
 """What faults are planted in: every bias, gain, class and position embedding is random."""

@@ -39,18 +39,6 @@ def _wide(largest: Array) -> Array:
     return np.full_like(largest, 16 * largest.max())
 
 
-def _before_rotation(patch: _Patch) -> None:
-    """Halves of a head have each other's scales: keys are turned, scales are not."""
-    real = cache_scales._largest
-
-    def largest(*given: Any) -> Array:
-        found = real(*given)
-        found[0, ..., :] = np.roll(found[0], found.shape[-1] // 2 - 1, axis=-1)
-        return found
-
-    patch.setattr(cache_scales, "_largest", largest)
-
-
 def _rewired(copy: Tampered) -> None:
     node = "language_model.layers.1.self_attn.attention"
     copy.swap_inputs(_PART, (node, 12), (node, 13))
@@ -98,7 +86,6 @@ FAULTS = (
         "halved scales", "the scales of layer 1 are half of what they must be", _largest(_halved)
     ),
     _fault("scales too wide", "all scales are 16 times the largest", _largest(_wide)),
-    _fault("scales not turned", "channels of keys have scales of others", _before_rotation),
     _fault(
         "scale inputs swapped",
         "attention of layer 1 takes the scales of values for keys",
