@@ -35,7 +35,11 @@ from llava_edge.bench.whole_file import check_writable, write_whole
 from llava_edge.profiles.detect import read_machine
 from llava_edge.profiles.errors import OutputExistsError, RequestError
 from llava_edge.runtime.artifact import Artifact, open_artifact
-from llava_edge.runtime.engine_arguments import add_engine_arguments
+from llava_edge.runtime.engine_arguments import (
+    add_cache_argument,
+    add_engine_arguments,
+    asked_cache,
+)
 from llava_edge.runtime.progress import ProgressLine
 
 SCHEMA_VERSION = 1
@@ -153,6 +157,7 @@ def _measure_quality(
 ) -> None:
     loading = ("device", "threads", "allow_slow", "engine", "trust_engines", "strict_device")
     chosen = {name: getattr(options, name) for name in loading}
+    chosen["cache"] = asked_cache(options.cache)
     task = QualityTask(questions, options.grid, options.max_new_tokens, chosen)
     for name in opened:
         row, result = measure_alone(name, task)
@@ -176,6 +181,7 @@ def _settings(options: argparse.Namespace) -> SpeedSettings:
         budget_seconds=None if unlimited else _BUDGET_SECONDS,
         thorough=options.thorough,
         device=options.device,
+        cache=options.cache,
         threads=options.threads,
         allow_slow=options.allow_slow,
         engine=options.engine,
@@ -235,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     speed.add_argument("--rounds", type=_count, help="exactly so many; 5, or what 2 minutes allow")
     speed.add_argument("--thorough", action="store_true", help="9 rounds, long prompts and answers")
     speed.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_cache_argument(speed)
     speed.add_argument("--threads", type=int, default=0, help="0: one a physical core")
     speed.add_argument("--allow-slow", action="store_true", help="run a cuda artifact on the CPU")
     add_engine_arguments(parser)

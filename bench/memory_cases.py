@@ -8,6 +8,7 @@ from typing import Any
 
 from llava_edge.bench.random_models import CLIP_L
 from llava_edge.profiles.anyres import AnyRes, grid_pinpoints
+from llava_edge.profiles.buffers import CacheType
 from llava_edge.profiles.memory import Workload
 from llava_edge.profiles.model_dims import ModelDims
 
@@ -38,6 +39,7 @@ class MemoryCase:
         num_images: images in the prompt, all of one size.
         image_height: pixels of each.
         image_width: pixels of each.
+        cache: type of the KV cache; None for the flavour's own.
     """
 
     name: str
@@ -49,9 +51,10 @@ class MemoryCase:
     num_images: int
     image_height: int
     image_width: int
+    cache: CacheType | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, to compare with what a cache was measured on."""
+        """Plain data, to compare with what a file of results was measured on."""
         return asdict(self)
 
     def workload(self, dims: ModelDims) -> Workload:
@@ -66,6 +69,7 @@ class MemoryCase:
             num_images=self.num_images,
             tiles_per_image=layout.num_tiles,
             image_pixels=self.image_height * self.image_width,
+            cache=self.cache,
         )
 
 

@@ -16,7 +16,7 @@ import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +76,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("artifacts/memory"))
     parser.add_argument("--only", action="append", default=[], metavar="CASE")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument(
+        "--int8-cache",
+        action="store_true",
+        help="with an int8 KV cache, and nothing fitted: what ships is to hold for it as well",
+    )
     options = parser.parse_args(argv)
     cases = draw_cases(options.seed)
     if options.only:
         cases = tuple(case for case in cases if case.name in options.only)
     options.work.mkdir(parents=True, exist_ok=True)
-    results = options.work / f"measured-{options.seed}.json"
+    name = f"measured-{options.seed}"
+    if options.int8_cache:
+        cases = tuple(replace(case, cache="int8") for case in cases)
+        name += "-int8-cache"
+    results = options.work / f"{name}.json"
     measurements = measure_cases(cases, options.work, results, _say, options.threads)
-    constants = fit(measurements[::2])
+    fits = not options.int8_cache
+    constants = fit(measurements[::2]) if fits else memory_constants()["cpu"]
     rows = [
-        predict(measurement, constants, is_fitted=index % 2 == 0)
+        predict(measurement, constants, is_fitted=fits and index % 2 == 0)
         for index, measurement in enumerate(measurements)
     ]
     print(table(rows))

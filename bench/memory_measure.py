@@ -22,9 +22,12 @@ from PIL import Image
 
 from llava_edge.bench.memory_cases import MemoryCase
 from llava_edge.bench.whole_file import write_whole
+from llava_edge.profiles.buffers import CACHE_FLAGS
 from llava_edge.profiles.model_dims import ModelDims
 
 Report = Callable[[str], None]
+
+CACHE_NAMES = {cache: flag for flag, cache in CACHE_FLAGS.items()}
 
 
 @dataclass(frozen=True)
@@ -102,12 +105,14 @@ def measure_case(case: MemoryCase, folder: Path, threads: int = 0) -> dict[str, 
         program = str(Path(sys.executable).with_name("llava-edge"))
         convert = [program, "convert", str(checkpoint), str(artifact), "--precision", "fp16"]
         board = ["--profile", "cpu-16gb", "--verify", "none"]
-        _call([*convert, *board, "--grid", case.grid, "--context", str(case.context)])
+        cache = [] if case.cache is None else ["--cache", CACHE_NAMES[case.cache]]
+        size = ["--grid", case.grid, "--context", str(case.context)]
+        _call([*convert, *board, *size, *cache])
         shutil.rmtree(checkpoint)
         images = _write_images(case, folder)
         probe = [sys.executable, "-m", "llava_edge.bench.memory_probe", str(artifact), *images]
         found = _call(
-            [*probe, "--prompt-tokens", str(case.prompt_tokens), "--threads", str(threads)]
+            [*probe, *cache, "--prompt-tokens", str(case.prompt_tokens), "--threads", str(threads)]
         )
         return {"case": case.as_dict(), "config": config, **json.loads(found.splitlines()[-1])}
     finally:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.engine_arguments import add_cache_argument, asked_cache
 
 _SENTENCE = "Describe what is shown in this image, please. "
 
@@ -24,11 +25,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt-tokens", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=4)
     parser.add_argument("--threads", type=int, default=0)
+    add_cache_argument(parser)
     options = parser.parse_args(argv)
     steps = Steps()
     steps("imported", 0, 0)
     with LlavaEdge.load(
-        options.artifact, threads=options.threads, prefix_reuse=False, progress=steps
+        options.artifact,
+        threads=options.threads,
+        cache=asked_cache(options.cache),
+        prefix_reuse=False,
+        progress=steps,
     ) as model:
         steps("loaded", 0, 0)
         prompt = _prompt(model, options.images, options.prompt_tokens)

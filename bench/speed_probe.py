@@ -26,6 +26,7 @@ from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.cuda_options import CudaOptions
+from llava_edge.runtime.engine_arguments import add_cache_argument, asked_cache
 from llava_edge.runtime.host_memory import peak_host_bytes
 from llava_edge.runtime.verified_here import check_verified_here
 
@@ -61,6 +62,7 @@ def _run(options: argparse.Namespace) -> None:
     with LlavaEdge.over(
         endless,
         options.device,
+        cache=asked_cache(options.cache),
         threads=options.threads,
         allow_slow=options.allow_slow,
         engine=options.engine,
@@ -96,6 +98,7 @@ def _run(options: argparse.Namespace) -> None:
             "off_device": list(model.off_device),
             "context_tokens": model.context_tokens,
             "device_bytes": found[-1]["peak_memory"]["device_bytes"],
+            "cache": model.cache,
             **load,
             "inside": inside,
             "yardstick_seconds": [before, yardstick_seconds()],
@@ -198,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--thorough", action="store_true")
     parser.add_argument("--cases", nargs="*", help="names of those to ask; all unless given")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_cache_argument(parser)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--allow-slow", action="store_true")
     parser.add_argument("--engine", default="auto")

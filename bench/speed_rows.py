@@ -16,6 +16,7 @@ from llava_edge.bench.artifact_facts import artifact_facts
 from llava_edge.bench.machine_card import Rates, machine_profile
 from llava_edge.bench.speed_cases import FULL, SpeedCase, image_tokens
 from llava_edge.bench.speed_run import SpeedRound
+from llava_edge.profiles.buffers import CacheType
 from llava_edge.profiles.formats import PRECISIONS, VisionFormat
 from llava_edge.profiles.hardware import HardwareProfile
 from llava_edge.profiles.memory import Machine, MemoryEstimate, Workload, estimate_memory
@@ -73,6 +74,7 @@ class SpeedRow:
             "engine": first["engine"],
             "off_device": first.get("off_device", []),
             "context_tokens": first["context_tokens"],
+            "cache": first["cache"],
             "peak_memory": peak,
             "peak_host_rounds": peaks,
             "predicted_memory": self._predicted(profile, peak),
@@ -127,7 +129,8 @@ class SpeedRow:
             return None
         m = self.artifact.manifest
         precision = m.precision.language_model
-        streamed = streamed_bytes(m.model, precision, m.flavour, profile.int8_isa, context)
+        isa, cache = profile.int8_isa, self.rounds[0].found["cache"]
+        streamed = streamed_bytes(m.model, precision, m.flavour, isa, context, cache)
         return rate * streamed / profile.bandwidth
 
     def _speed(self, case: dict[str, Any], profile: HardwareProfile | None) -> dict[str, Any]:
@@ -147,8 +150,10 @@ class SpeedRow:
         if machine.flavour != manifest.flavour:
             machine = Machine(manifest.flavour)
         cases = self.rounds[0].found["cases"]
-        context = self.rounds[0].found["context_tokens"]
-        estimates = {case["name"]: _estimate(manifest, case, context, machine) for case in cases}
+        context, cache = (self.rounds[0].found[name] for name in ("context_tokens", "cache"))
+        estimates = {
+            case["name"]: _estimate(manifest, case, context, machine, cache) for case in cases
+        }
         # Where loading needs most all cases tie; the largest prompt then stands for them.
         name = max(reversed(estimates), key=lambda n: estimates[n].peak.total)
         estimate = estimates[name]
@@ -247,13 +252,18 @@ def vision_format(manifest: Manifest) -> VisionFormat:
 
 
 def _estimate(
-    manifest: Manifest, case: dict[str, Any], context: int, machine: Machine
+    manifest: Manifest,
+    case: dict[str, Any],
+    context: int,
+    machine: Machine,
+    cache: CacheType | None = None,
 ) -> MemoryEstimate:
     stored = manifest.precision.language_model
     work = Workload(
         context_tokens=context,
         num_images=case["num_images"],
         tiles_per_image=case["tiles_per_image"],
+        cache=cache,
         chunk_tokens=manifest.prefill_chunk,
         image_pixels=case["height"] * case["width"],
     )

@@ -34,6 +34,7 @@ class SpeedSettings:
         cases: names of those that are asked; None for all.
         device, threads, allow_slow, engine, trust_engines, strict_device: as ``LlavaEdge.load``
             takes them.
+        cache: as ``--cache`` takes it.
         contexts: lengths of prompts of text that are asked as well, to see how decoding falls.
         prefill_chunk: positions computed at once in prefill; None for the artifact's own.
         cuda: fields of ``CudaOptions`` that differ from their defaults.
@@ -45,6 +46,7 @@ class SpeedSettings:
     thorough: bool = False
     cases: tuple[str, ...] | None = None
     device: str = "auto"
+    cache: str = "auto"
     threads: int = 0
     allow_slow: bool = False
     engine: str = "auto"
@@ -60,6 +62,7 @@ class SpeedSettings:
         flags = ("thorough", "allow_slow", "trust_engines", "strict_device")
         set_flags = [f"--{name.replace('_', '-')}" for name in flags if getattr(self, name)]
         values = ["--device", self.device, "--threads", str(self.threads), "--engine", self.engine]
+        values += ["--cache", self.cache]
         named = [] if self.cases is None else ["--cases", *self.cases]
         if self.contexts:
             named += ["--contexts", *map(str, self.contexts)]

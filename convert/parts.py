@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from llava_edge.convert.cache_scales import calibrate_cache
+from llava_edge.convert.calibration import CalibrationSet
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.decoder_graph import build_decoder_graph
 from llava_edge.convert.float16_guard import write_guarded_vision
 from llava_edge.convert.graph import GraphBuilder
+from llava_edge.convert.int8_cache import write_int8_cache_graph
 from llava_edge.convert.linear_ops import QuantizedLayers
 from llava_edge.convert.tokenizer_files import prepare_tokenizer
 from llava_edge.convert.vision_graph import build_vision_graph
@@ -25,7 +28,7 @@ from llava_edge.convert.weights import Array
 from llava_edge.convert.write_embeddings import write_embeddings
 from llava_edge.profiles.buffers import BEST_TOKENS
 from llava_edge.runtime.host_memory import map_large_blocks
-from llava_edge.runtime.manifest import Flavour
+from llava_edge.runtime.manifest import Flavour, GraphSpec, Precision
 from llava_edge.runtime.pooling import POOLING, pooling_index
 from llava_edge.runtime.records import to_json
 
@@ -136,6 +139,30 @@ class PartBuilders:
             num_best=0 if self._compute == np.float32 else min(BEST_TOKENS, text.vocab_size),
         )
         return self._save(graph, folder, "decoder")
+
+    def int8_cache(
+        self,
+        folder: Path,
+        decoder: GraphSpec,
+        precision: Precision,
+        samples: CalibrationSet,
+        work: Path,
+    ) -> Any:
+        """The decoder with an int8 KV cache; returns its GraphSpec and what was decided.
+
+        Args:
+            folder: of the artifact.
+            decoder: the float graph, which is there already.
+            precision: of the artifact.
+            samples: that the scales are taken from.
+            work: where hidden states lie meanwhile.
+        """
+        dims = self._checkpoint.dims
+        scales, facts = calibrate_cache(
+            folder / decoder.file, dims, precision, samples, work, self._report
+        )
+        spec = write_int8_cache_graph(folder, decoder, dims.text, scales)
+        return [to_json(spec), facts]
 
     def embeddings(self, folder: Path) -> None:
         """Embedding rows and the newline."""

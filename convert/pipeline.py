@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from llava_edge.convert.cache_scales import NUM_SAMPLES as CACHE_SAMPLES
 from llava_edge.convert.card import write_card
 from llava_edge.convert.chat_template import compile_chat_template
 from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
@@ -28,6 +29,7 @@ from llava_edge.convert.preflight import check_download
 from llava_edge.convert.quantization import (
     BodyFormat,
     LightParts,
+    calibration_samples,
     quantize,
     tile_conversations,
 )
@@ -197,8 +199,29 @@ def _write_parts(job: _Job, writer: ArtifactWriter, report: Report) -> Manifest:
     spec, facts = writer.part("decoder", decoder)
     if job.request.emit_hf:
         writer.part(GPTQ_FOLDER, gptq)
+    decoder_graph = from_json(GraphSpec, spec)
     stated = _facts(vision_facts, facts)
-    return _manifest(job, tokens, vision, from_json(GraphSpec, spec), stated)
+    manifest = _manifest(job, tokens, vision, decoder_graph, stated)
+    if not _has_int8_cache(job):
+        return manifest
+
+    def int8_cache(folder: Path) -> Any:
+        asked = job.request.quantization
+        few = replace(asked, num_samples=min(CACHE_SAMPLES, asked.num_samples))
+        with calibration_samples(job.checkpoint, few, profile, parts) as samples:
+            return build.int8_cache(folder, decoder_graph, manifest.precision, samples, writer.work)
+
+    spec, facts = writer.part("int8_cache", int8_cache)
+    return replace(
+        manifest,
+        decoder_int8_cache=from_json(GraphSpec, spec),
+        conversion={**manifest.conversion, "int8_cache": facts},
+    )
+
+
+def _has_int8_cache(job: _Job) -> bool:
+    """Whether the artifact gets a second decoder graph, with an int8 KV cache."""
+    return job.request.wishes.cache == "int8"
 
 
 def _facts(vision: Mapping[str, Any], decoder: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,6 +255,11 @@ def _looks_at_tiles(job: _Job) -> bool:
     overflow.
     """
     return job.planned.plan.vision_precision == "int8" or job.request.profile.flavour == "cuda"
+
+
+def _looks_at_samples(job: _Job) -> bool:
+    """Whether anything in the artifact depends on calibration samples."""
+    return job.body is not None or _looks_at_tiles(job) or _has_int8_cache(job)
 
 
 def _planned_again(job: _Job, vision: Mapping[str, Any]) -> _Job:
@@ -357,7 +385,8 @@ def _key(job: _Job) -> dict[str, object]:
         "engine": None if job.planned.engine is None else job.planned.engine.key,
         "golden": job.request.verify != "none",
         "quantization": None if job.body is None else _quantization_key(job, job.body),
-        "calibration": _calibration_key(job) if job.body or _looks_at_tiles(job) else None,
+        "calibration": _calibration_key(job) if _looks_at_samples(job) else None,
+        "int8_cache": _has_int8_cache(job),
         "tool": version("llava-edge"),
     }
 

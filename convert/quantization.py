@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -119,8 +120,7 @@ def quantize(
         facts |= {"quantizer": "rtn", "calibration": None}
     else:
         settings = QuantizeSettings(body.bits, body.group_size, "gptq", seed=request.seed)
-        with _calibration_model(checkpoint, profile, parts) as model:
-            samples = _samples(model, request, parts.processing)
+        with calibration_samples(checkpoint, request, profile, parts) as samples:
             store = quantize_language_model(
                 checkpoint, work, settings, samples, _progress(report), source_digest=digest
             )
@@ -136,10 +136,19 @@ def quantize(
     return layers, facts
 
 
-def _calibration_model(
-    checkpoint: Checkpoint, profile: HardwareProfile, parts: LightParts
-) -> CalibrationModel:
-    return CalibrationModel.open(
+@contextmanager
+def calibration_samples(
+    checkpoint: Checkpoint,
+    request: QuantizationRequest,
+    profile: HardwareProfile,
+    parts: LightParts,
+) -> Iterator[CalibrationSet]:
+    """The samples that were asked for, as tokens; they embed themselves as long as this is open.
+
+    Raises:
+        RequestError: no sample can be used.
+    """
+    with CalibrationModel.open(
         parts.folder,
         checkpoint.dims,
         parts.tokens,
@@ -148,13 +157,8 @@ def _calibration_model(
         profile.flavour,
         parts.context_tokens,
         int8_vision=parts.int8_vision,
-    )
-
-
-def _samples(
-    model: CalibrationModel, request: QuantizationRequest, processing: ImageProcessing
-) -> CalibrationSet:
-    return model.prepare(*calibration_conversations(request, processing))
+    ) as model:
+        yield model.prepare(*calibration_conversations(request, parts.processing))
 
 
 def calibration_conversations(

@@ -14,6 +14,9 @@ from llava_edge.profiles.model_dims import ModelDims, TextDims, VisionDims
 
 CacheType = Literal["float32", "float16", "int8"]
 _CACHE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "int8": 1}
+_SCALE_BYTES = 4
+CACHE_FLAGS: dict[str, CacheType] = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
+"""Cache types as commands name them."""
 
 LOGIT_BYTES = 4
 """Logits leave the graph in float32 in both flavours: sampling never sees fp16 ties."""
@@ -42,13 +45,19 @@ def kv_cache_shape(text: TextDims, context_tokens: int) -> tuple[int, int, int, 
     return (1, text.num_key_value_heads, context_tokens, text.head_dim)
 
 
+def cache_scale_shape(text: TextDims) -> tuple[int, int, int, int]:
+    """Shape of the scales of an int8 cache's keys, or values, of one layer: one a channel."""
+    return (1, text.num_key_value_heads, 1, text.head_dim)
+
+
 def kv_cache_bytes(text: TextDims, context_tokens: int, cache: CacheType) -> int:
     """Keys and values of all layers for ``context_tokens`` positions.
 
-    An int8 cache has one float32 scale a layer and part, which the graph carries.
+    An int8 cache has one float32 scale a channel of each layer and part, which the graph carries.
     """
-    elements = math.prod(kv_cache_shape(text, context_tokens))
-    return 2 * text.num_hidden_layers * elements * _CACHE_BYTES[cache]
+    values = math.prod(kv_cache_shape(text, context_tokens)) * _CACHE_BYTES[cache]
+    scales = math.prod(cache_scale_shape(text)) * _SCALE_BYTES if cache == "int8" else 0
+    return 2 * text.num_hidden_layers * (values + scales)
 
 
 def rope_table_bytes(text: TextDims, context_tokens: int, flavour: Flavour) -> int:

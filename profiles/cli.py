@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TextIO, get_args
 
+from llava_edge.profiles.buffers import CACHE_FLAGS
 from llava_edge.profiles.detect import detect_profile
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.formats import VISION_PRECISIONS
@@ -25,8 +26,6 @@ from llava_edge.profiles.planner import (
 from llava_edge.profiles.sizes import format_bytes, parse_bytes
 from llava_edge.profiles.speed import ANSWER_TOKENS, QUESTION_TOKENS
 from llava_edge.profiles.variants import find_variant
-
-_CACHES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,7 +90,9 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     wish.add_argument("--pinpoints", metavar="HxW,…", help="candidates of one's own, in pixels")
     wish.add_argument("--context", type=int, metavar="TOKENS")
     wish.add_argument("--images", type=int, default=1, metavar="N", help="images in one prompt")
-    wish.add_argument("--cache", choices=sorted(_CACHES), help="type of the key and value cache")
+    wish.add_argument(
+        "--cache", choices=sorted(CACHE_FLAGS), help="type of the key and value cache"
+    )
     wish.add_argument(
         "--video",
         nargs="?",
@@ -144,7 +145,7 @@ def build_request(arguments: argparse.Namespace) -> PlanRequest:
         context_tokens=arguments.context,
         num_images=arguments.images,
         num_frames=arguments.video,
-        cache=_CACHES[arguments.cache] if arguments.cache else None,  # type: ignore[arg-type]
+        cache=CACHE_FLAGS[arguments.cache] if arguments.cache else None,
         prefer=arguments.prefer,
         engine=arguments.engine,
     )

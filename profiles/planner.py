@@ -531,6 +531,8 @@ def _check(profile: HardwareProfile, request: PlanRequest) -> None:
     if request.cache == "float16" and profile.flavour == "cpu":
         faults.append("cache float16 does not go with the cpu flavour; use float32 or int8")
     if request.cache == "float32" and profile.flavour == "cuda":
-        faults.append("cache float32 does not go with the cuda flavour; use float16 or int8")
+        faults.append("cache float32 does not go with the cuda flavour; use float16")
+    if request.cache == "int8" and profile.flavour == "cuda":
+        faults.append("cache int8 is for the cpu flavour; use float16")
     if faults:
         raise RequestError(f"This plan cannot be made: {'; '.join(faults)}.")

@@ -44,7 +44,8 @@ _MANIFEST_LIMIT = 8 << 20
 _AGAIN = "Copy the artifact again, or convert again."
 
 READERS: Mapping[int, Callable[[Any], Manifest]] = {
-    1: lambda document: from_json(Manifest, document, MANIFEST),
+    1: lambda document: _without(document, "decoder_int8_cache"),
+    2: lambda document: from_json(Manifest, document, MANIFEST),
 }
 """How each schema version ever released becomes today's Manifest."""
 
@@ -176,6 +177,13 @@ def _reader(document: Any, path: Path) -> Callable[[Any], Manifest]:
     )
 
 
+def _without(document: Any, *later: str) -> Manifest:
+    """A manifest of before some fields were there, which then have today's default."""
+    if unknown := sorted(set(document) & set(later)):
+        raise ArtifactError(f"{MANIFEST} has fields of a later schema_version: {unknown}")
+    return from_json(Manifest, document, MANIFEST)
+
+
 def check_listing(root: Path, manifest: Manifest) -> None:
     """Compare the folder's files and their sizes with the manifest's list.
 
@@ -248,13 +256,13 @@ def _check_digests(root: Path, manifest: Manifest, everything: bool) -> None:
 
 
 def check_graphs(root: Path, manifest: Manifest) -> None:
-    """Judge every graph of the artifact, and compare the two named ones with their GraphSpec.
+    """Judge every graph of the artifact, and compare the named ones with their GraphSpec.
 
     Raises:
         ArtifactError: a graph is malformed, does what graphs may not, or differs from its spec.
     """
     specs: dict[str, list[GraphSpec]] = {}
-    for spec in (manifest.vision, manifest.decoder):
+    for spec in (manifest.vision, *manifest.decoders.values()):
         specs.setdefault(spec.file, []).append(spec)
     for name in manifest.files:
         if not name.endswith(".onnx") or name.startswith(NOT_OPENED):

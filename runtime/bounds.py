@@ -19,6 +19,9 @@ else:
     import tomli as tomllib
 
 ANY = "any"
+GAP = "max_gap_of_range"
+CACHE_LOSS = "int8_cache_loss"
+"""Stage of what an int8 cache costs beside a float one."""
 VISION_INT8 = "vision-int8"
 """Form of artifacts whose tower computes at 8 bits, whatever the language model does."""
 
@@ -42,9 +45,17 @@ class Bound:
 class Bounds:
     """The table, for artifacts of one form."""
 
-    def __init__(self, rows: tuple[Bound, ...], form: str, *, int8_vision: bool = False) -> None:
+    def __init__(
+        self,
+        rows: tuple[Bound, ...],
+        form: str,
+        *,
+        int8_vision: bool = False,
+        int8_cache: bool = False,
+    ) -> None:
         self.form = form
         self.int8_vision = int8_vision
+        self.int8_cache = int8_cache
         self._first = (VISION_INT8,) if int8_vision else ()
         self._rows: Mapping[tuple[str, str, str], Bound] = {
             (row.stage, row.metric, row.form): row for row in rows
@@ -85,11 +96,22 @@ class Bounds:
         """``get(stage, metric).value``."""
         return self.get(stage, metric).value
 
+    def answer_gap(self, stage: str) -> float:
+        """Bound on the gap of a stage of whole answers, with what an int8 cache may add to it."""
+        gap = self.value(stage, GAP)
+        if self.int8_cache and stage in ("prefill_logits", "decode_logits"):
+            gap += self.value(CACHE_LOSS, GAP)
+        return gap
 
-def bounds_for(flavour: Flavour, precision: Precision) -> Bounds:
-    """The bounds of artifacts like this one."""
-    int8_vision = precision.vision_tower == "int8"
-    return Bounds(bound_rows(), form_of(flavour, precision), int8_vision=int8_vision)
+
+def bounds_for(flavour: Flavour, precision: Precision, *, int8_cache: bool = False) -> Bounds:
+    """The bounds of artifacts like this one; of answers with an int8 cache where that is asked."""
+    return Bounds(
+        bound_rows(),
+        form_of(flavour, precision),
+        int8_vision=precision.vision_tower == "int8",
+        int8_cache=int8_cache,
+    )
 
 
 def bound_value(stage: str, metric: str, form: str) -> float:

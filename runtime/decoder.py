@@ -36,6 +36,7 @@ class Decoder:
         chunk_tokens: largest number of positions computed at once in prefill; bounds activations.
         dtype: float32 (cpu flavour) or float16 (cuda flavour) of embeddings and cache.
         num_best: logits that the graph picks out itself; 0 where it does not.
+        int8_cache: whether the session's graph has an int8 cache instead.
 
     Attributes:
         step_seconds: time spent inside ONNX Runtime by all decode steps so far, on trial or not.
@@ -49,6 +50,8 @@ class Decoder:
         chunk_tokens: int,
         dtype: type[np.float32] | type[np.float16],
         num_best: int = 0,
+        *,
+        int8_cache: bool = False,
     ) -> None:
         device = session.device
         self.capacity = capacity
@@ -58,6 +61,7 @@ class Decoder:
         self._text = text
         self._hidden = text.hidden_size
         self.step_seconds = 0.0
+        self._cache_type: type[np.generic] = np.int8 if int8_cache else dtype
         self._cache: KVCache | None = None
         # Lengths: total minus one on the device, the total itself in host memory. The total may
         # be any bound up to the capacity, so it is set once (which is what graph capture needs).
@@ -265,7 +269,7 @@ class Decoder:
         """
         if self._cache is not None:
             return
-        self._cache = KVCache(self._text, self.capacity, self._dtype, self._session.device)
+        self._cache = KVCache(self._text, self.capacity, self._cache_type, self._session.device)
         self._total.write(np.array(self.capacity, np.int32))
         self._step = self._bind()
         self._step.input("inputs_embeds", self._row)

@@ -1,10 +1,12 @@
-"""Flags of commands that load an artifact: what runs it."""
+"""Flags of commands that load an artifact: what runs it, what its cache holds."""
 
 from __future__ import annotations
 
 import argparse
 from typing import get_args
 
+from llava_edge.profiles.buffers import CACHE_FLAGS
+from llava_edge.runtime.placement import AskedCache
 from llava_edge.runtime.tower import AskedEngine
 
 
@@ -26,3 +28,18 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="on cuda: refuse where a part of the model would be computed on the CPU",
     )
+
+
+def add_cache_argument(parser: argparse._ActionsContainer) -> None:
+    """Add ``--cache``; ``asked_cache`` says what was asked."""
+    parser.add_argument(
+        "--cache",
+        choices=("auto", *CACHE_FLAGS),
+        default="auto",
+        help="type of the key and value cache; int8 where the artifact was converted with it",
+    )
+
+
+def asked_cache(flag: str) -> AskedCache:
+    """A value of ``--cache`` as ``LlavaEdge.load`` takes it."""
+    return "auto" if flag == "auto" else CACHE_FLAGS[flag]

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from llava_edge.profiles.buffers import BEST_TOKENS
+from llava_edge.profiles.buffers import BEST_TOKENS, cache_scale_shape
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.model_dims import ModelDims, TextDims
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.manifest import Manifest, TensorSpec
-from llava_edge.runtime.onnx_header import OnnxHeader, read_onnx_header
+from llava_edge.runtime.onnx_header import ELEMENT_TYPES, OnnxHeader, read_onnx_header
 from llava_edge.runtime.pooling import POOLING
 
 Expected = dict[str, tuple[str, tuple[int | None, ...]]]
@@ -31,8 +31,12 @@ def check_interfaces(artifact: Artifact) -> None:
         ArtifactError: a graph is not the one that the manifest's dimensions and context call for.
     """
     manifest = artifact.manifest
-    header = read_onnx_header(artifact.path(manifest.decoder.file))
-    faults = [*interface_faults(manifest), *table_faults(header, manifest.context_tokens)]
+    faults = list(interface_faults(manifest))
+    for cache, spec in manifest.decoders.items():
+        header = read_onnx_header(artifact.path(spec.file))
+        faults += table_faults(header, manifest.context_tokens)
+        if cache == "int8":
+            faults += scale_faults(header, manifest.model.text)
     if faults:
         listed = "\n  - ".join(faults)
         raise ArtifactError(
@@ -50,6 +54,24 @@ def table_faults(header: OnnxHeader, context_tokens: int) -> list[str]:
     ]
 
 
+def scale_faults(header: OnnxHeader, text: TextDims) -> list[str]:
+    """Where a decoder with an int8 cache lacks the scales of a layer."""
+    found = {t.name: (ELEMENT_TYPES.get(t.data_type), t.dims) for t in header.tensors}
+    wanted = ("float32", cache_scale_shape(text))
+    return [
+        f"{name} is {found.get(name)}; an int8 cache calls for {wanted}"
+        for layer in range(text.num_hidden_layers)
+        for name in scale_names(layer)
+        if found.get(name) != wanted
+    ]
+
+
+def scale_names(layer: int) -> tuple[str, str]:
+    """Names of the scales of a layer's keys and values in a decoder with an int8 cache."""
+    prefix = f"language_model.layers.{layer}.self_attn"
+    return f"{prefix}.k_scale", f"{prefix}.v_scale"
+
+
 def interface_faults(manifest: Manifest) -> Iterator[str]:
     """Inputs and outputs that are missing, left over, or of another type or size."""
     dims, compute = manifest.model, manifest.precision.computes
@@ -64,30 +86,32 @@ def interface_faults(manifest: Manifest) -> Iterator[str]:
         features["image_features"] = (compute, (None, None, hidden))
     yield from _faults("vision inputs", manifest.vision.inputs, pixels)
     yield from _faults("vision outputs", manifest.vision.outputs, features)
-    yield from _faults("decoder inputs", manifest.decoder.inputs, _decoder_inputs(dims, compute))
     logits: Expected = {"logits": ("float32", (1, None, dims.text.vocab_size))}
-    outputs = logits | _caches(dims, compute, "present")
-    # Not every artifact has them: the runtime then takes all logits.
-    if any(tensor.name in _BEST for tensor in manifest.decoder.outputs):
-        shape = (1, None, min(BEST_TOKENS, dims.text.vocab_size))
-        outputs |= dict(zip(_BEST, (("float32", shape), ("int64", shape)), strict=True))
-    yield from _faults("decoder outputs", manifest.decoder.outputs, outputs)
+    for cache, spec in manifest.decoders.items():
+        what = "decoder" if cache == compute else f"decoder with {cache} cache:"
+        inputs = _decoder_inputs(dims, compute) | _caches(dims, cache, "past_key_values")
+        yield from _faults(f"{what} inputs", spec.inputs, inputs)
+        outputs = logits | _caches(dims, cache, "present")
+        # Not every artifact has them: the runtime then takes all logits.
+        if any(tensor.name in _BEST for tensor in spec.outputs):
+            shape = (1, None, min(BEST_TOKENS, dims.text.vocab_size))
+            outputs |= dict(zip(_BEST, (("float32", shape), ("int64", shape)), strict=True))
+        yield from _faults(f"{what} outputs", spec.outputs, outputs)
 
 
 def _decoder_inputs(dims: ModelDims, compute: str) -> Expected:
-    lengths: Expected = {
+    return {
         "inputs_embeds": (compute, (1, None, dims.text.hidden_size)),
         "seqlens_k": ("int32", (1,)),
         "total_sequence_length": ("int32", ()),
         "logits_to_keep": ("int64", ()),
     }
-    return lengths | _caches(dims, compute, "past_key_values")
 
 
-def _caches(dims: ModelDims, compute: str, name: str) -> Expected:
+def _caches(dims: ModelDims, dtype: str, name: str) -> Expected:
     shape = (1, dims.text.num_key_value_heads, None, dims.text.head_dim)
     return {
-        f"{name}.{layer}.{part}": (compute, shape)
+        f"{name}.{layer}.{part}": (dtype, shape)
         for layer in range(dims.text.num_hidden_layers)
         for part in ("key", "value")
     }

@@ -1,5 +1,6 @@
 """KVCache: preallocated keys and values of every layer, and how much of them is valid.
 
+They are of the type that the graph computes in, or int8 codes, whose scales stand in the graph.
 Rows at and behind ``length`` are ignored by the kernel, so rewinding is setting a number.
 """
 
@@ -10,7 +11,7 @@ import numpy as np
 from llava_edge.profiles.buffers import kv_cache_shape
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.model_dims import TextDims
-from llava_edge.runtime.session import Binding, Buffer, DeviceKind
+from llava_edge.runtime.session import Array, Binding, Buffer, DeviceKind
 
 
 class KVCache:
@@ -33,6 +34,13 @@ class KVCache:
         for name, buffer in self._buffers.items():
             binding.input(f"past_key_values.{name}", buffer)
             binding.output(f"present.{name}", buffer)
+
+    def part(self, layer: int, name: str) -> Array:
+        """Keys (``key``) or values (``value``) of a layer so far, [kv_heads, length, head_dim].
+
+        For whoever looks at a cache; on the CPU the memory itself.
+        """
+        return self._buffers[f"{layer}.{name}"].read()[0, :, : self.length]
 
     def rewind(self, length: int) -> None:
         """Keep the first ``length`` positions."""

@@ -1,14 +1,16 @@
-"""LoadFit: the context an artifact is loaded with, chosen by the memory that is free now.
+"""LoadFit: the cache an artifact is loaded with, chosen by the memory that is free now.
 
-The plan was made for a board that has nothing else to do. Where less is free, a shorter context
-still answers most questions, with the same words; only where not even that fits is loading refused.
+The plan was made for a board that has nothing else to do. Where less is free, an int8 cache (if the
+artifact has one) keeps the whole context, and a shorter context still answers most questions; only
+where not even that fits is loading refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from llava_edge.profiles.buffers import MIN_TEXT_TOKENS, video_tokens_per_frame
+from llava_edge.profiles.buffers import MIN_TEXT_TOKENS, CacheType, video_tokens_per_frame
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.memory import MemoryTerms, Workload
 from llava_edge.profiles.nvml import read_gpus
@@ -17,7 +19,7 @@ from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.host_memory import available_host_bytes
 from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.manifest import Manifest
-from llava_edge.runtime.placement import check_host_memory
+from llava_edge.runtime.placement import AskedCache, check_host_memory, choose_cache
 from llava_edge.runtime.planned_memory import planned_memory
 from llava_edge.runtime.session import DeviceKind
 
@@ -28,31 +30,43 @@ class LoadFit:
 
     Attributes:
         context_tokens: positions of the cache.
+        cache: type of its keys and values.
         degraded: what was given up and why; empty if nothing.
     """
 
     context_tokens: int
+    cache: CacheType
     degraded: tuple[str, ...] = ()
 
 
 def fit_at_load(
-    artifact: Artifact, device: DeviceKind, asked: int | None, vision_cache_bytes: int = 0
+    artifact: Artifact,
+    device: DeviceKind,
+    asked: int | None = None,
+    vision_cache_bytes: int = 0,
+    cache: AskedCache = "auto",
 ) -> LoadFit:
-    """The context to load with.
+    """Context and type of the cache to load with.
 
     Args:
         artifact: opened.
         device: where the decoder will run.
-        asked: positions, taken as they are; None for the artifact's or, where its whole plan does
-            not fit what is free, as many as do and at least ``least_context``.
+        asked: positions, taken as they are; None for the artifact's or, where its largest request
+            does not fit what is free, as many as do and at least ``least_context``.
         vision_cache_bytes: what the vision cache may grow to.
+        cache: taken as it is; ``auto`` for the type that the artifact computes in or, where the
+            largest request does not fit with it, int8, if the artifact has a graph for it.
 
     Raises:
         RequestError: what was asked is out of range.
+        EngineError: the artifact has no decoder graph with that cache.
         OutOfMemoryError: not even what loading certainly takes is free.
     """
     manifest = artifact.manifest
     planned = manifest.context_tokens
+    kinds = [choose_cache(cache, manifest)]
+    if cache == "auto":
+        kinds += [kind for kind in manifest.decoders if kind not in kinds]
     if asked is not None:
         require_count("context_tokens", asked, 1)
         if asked > planned:
@@ -60,11 +74,9 @@ def fit_at_load(
                 f"a context of {asked} tokens was asked; the artifact was made for 1 to "
                 f"{planned}. Convert again with --context for a longer one."
             )
-        fit = LoadFit(asked)
-    else:
-        fit = _fitting(manifest, device, vision_cache_bytes)
+    fit = _fitting(manifest, device, vision_cache_bytes, kinds, asked)
     if device == "cpu":
-        check_host_memory(artifact, fit.context_tokens, vision_cache_bytes)
+        check_host_memory(artifact, fit.context_tokens, vision_cache_bytes, fit.cache)
     return fit
 
 
@@ -77,12 +89,18 @@ def least_context(manifest: Manifest) -> int:
     return min(manifest.context_tokens, media + MIN_TEXT_TOKENS)
 
 
-def _fitting(manifest: Manifest, device: DeviceKind, vision_cache_bytes: int) -> LoadFit:
+def _fitting(
+    manifest: Manifest,
+    device: DeviceKind,
+    vision_cache_bytes: int,
+    kinds: Sequence[CacheType],
+    asked: int | None,
+) -> LoadFit:
     host = available_host_bytes()
     gpus = read_gpus().gpus[:1] if device == "cuda" else ()
 
-    def lacks(context: int) -> str:
-        estimate = planned_memory(manifest, _workload(manifest, context))
+    def lacks(context: int, kind: CacheType) -> str:
+        estimate = planned_memory(manifest, _workload(manifest, context, kind))
         needed = vision_cache_bytes + _beside_process(estimate.host_peak)
         for gpu in gpus:
             if gpu.free_bytes is None:
@@ -95,20 +113,27 @@ def _fitting(manifest: Manifest, device: DeviceKind, vision_cache_bytes: int) ->
             needed += replace(estimate.device_peak, driver_context=0).total
         return "" if host is None or needed <= host else _sentence(needed, host, "in host memory")
 
-    planned, least = manifest.context_tokens, least_context(manifest)
-    lacking = lacks(planned)
-    if not lacking or least == planned:
-        return LoadFit(planned)
-    fits, too_long = least, planned
-    if not lacks(least):
+    wanted = manifest.context_tokens if asked is None else asked
+    first, last = kinds[0], kinds[-1]
+    why = lacks(wanted, first)
+    if not why:
+        return LoadFit(wanted, first)
+    coarser = () if first == last else (f"cache lowered from {first} to {last}: {why}",)
+    lacking = lacks(wanted, last) if coarser else why
+    least = least_context(manifest)
+    if not lacking or asked is not None or least == wanted:
+        return LoadFit(wanted, last, coarser)
+    fits, too_long = least, wanted
+    if not lacks(least, last):
         # Memory grows with the context: the longest that fits lies between.
         while too_long - fits > 1:
             middle = (fits + too_long) // 2
-            fits, too_long = (fits, middle) if lacks(middle) else (middle, too_long)
-    return LoadFit(fits, (f"context lowered from {planned} to {fits} tokens: {lacking}",))
+            fits, too_long = (fits, middle) if lacks(middle, last) else (middle, too_long)
+    shorter = f"context lowered from {wanted} to {fits} tokens: {lacking}"
+    return LoadFit(fits, last, (*coarser, shorter))
 
 
-def _workload(manifest: Manifest, context: int) -> Workload:
+def _workload(manifest: Manifest, context: int, cache: CacheType) -> Workload:
     """The largest request of the artifact's plan."""
     anyres = ImageProcessor(manifest.image_processing).anyres
     video = manifest.video_processing
@@ -116,6 +141,7 @@ def _workload(manifest: Manifest, context: int) -> Workload:
         context,
         tiles_per_image=anyres.max_tiles,
         num_frames=0 if video is None else video.max_frames,
+        cache=cache,
         chunk_tokens=manifest.prefill_chunk,
     )
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from llava_edge.profiles.buffers import CacheType
 from llava_edge.profiles.model_dims import ModelDims
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2 added ``decoder_int8_cache``."""
 
 Flavour = Literal["cpu", "cuda"]
 Reference = Literal["hf", "original"]
@@ -187,4 +189,14 @@ class Manifest:
     """Positions that the plan counted with for one run of a prompt; the runtime takes no more."""
     video_processing: VideoProcessing | None = None
     """None for a model without videos."""
+    decoder_int8_cache: GraphSpec | None = None
+    """The decoder once more, over the same weights file, with an int8 KV cache; None without it."""
     self_sha256: str = ""
+
+    @property
+    def decoders(self) -> dict[CacheType, GraphSpec]:
+        """The decoder's graphs by the type of their KV cache; the float one comes first."""
+        own: CacheType = self.precision.computes
+        if self.decoder_int8_cache is None:
+            return {own: self.decoder}
+        return {own: self.decoder, "int8": self.decoder_int8_cache}

@@ -33,6 +33,7 @@ NOT_OPENED = ("gptq/", "engines/")
 
 MAX_FILES = 4096
 MAX_NAME_DEPTH = 4
+_DECODERS = {"float32": "decoder", "float16": "decoder", "int8": "decoder_int8_cache"}
 _MAX_SIZE = 1 << 31
 _MAX_REAL = 1e6
 _PART = re.compile(r"[A-Za-z0-9_.+-]{1,200}")
@@ -65,6 +66,7 @@ def manifest_faults(manifest: Manifest) -> list[str]:
         ),
         *_graph("vision", manifest.vision),
         *_graph("decoder", manifest.decoder),
+        *_int8_cache(manifest),
     ]
 
 
@@ -84,7 +86,7 @@ def _files(files: Mapping[str, FileEntry]) -> Iterator[str]:
 def _references(manifest: Manifest) -> Iterator[str]:
     for what, name in (
         ("vision.file", manifest.vision.file),
-        ("decoder.file", manifest.decoder.file),
+        *((f"{_DECODERS[cache]}.file", spec.file) for cache, spec in manifest.decoders.items()),
         ("embeddings", manifest.embeddings),
         ("tokenizer", manifest.tokenizer),
     ):
@@ -102,6 +104,15 @@ def _graph(what: str, spec: GraphSpec) -> Iterator[str]:
             # bool passes for int, and True for 1.
             if not (size is None or isinstance(size, str) or (type(size) is int and size >= 0)):
                 yield f"{what} tensor {tensor.name!r:.80} has a size {size!r:.40}"
+
+
+def _int8_cache(manifest: Manifest) -> Iterator[str]:
+    spec = manifest.decoder_int8_cache
+    if spec is None:
+        return
+    yield from _graph("decoder_int8_cache", spec)
+    if spec.file == manifest.decoder.file:
+        yield f"names {spec.file!r:.120} for both types of cache"
 
 
 def _dims(dims: ModelDims) -> Iterator[str]:

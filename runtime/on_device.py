@@ -15,7 +15,7 @@ import numpy as np
 
 from llava_edge.profiles.errors import ArtifactError, ImageError, PromptError, VideoError
 from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.bounds import Bounds, bounds_for
+from llava_edge.runtime.bounds import GAP, Bounds, bounds_for
 from llava_edge.runtime.certificate import StageResult, bounded, exact
 from llava_edge.runtime.golden import GOLDEN_FILE, GoldenProbe, read_golden
 from llava_edge.runtime.progress import ReportProgress, no_progress
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from llava_edge.runtime.pipeline import LlavaEdge
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-GAP = "max_gap_of_range"
 
 
 def has_golden(artifact: Artifact) -> bool:
@@ -58,7 +56,7 @@ def check_on_device(model: LlavaEdge, progress: ReportProgress = no_progress) ->
             "machine with. Verify it with its checkpoint (llava-edge verify --against), or "
             "convert again with verification."
         )
-    bounds = bounds_for(manifest.flavour, manifest.precision)
+    bounds = bounds_for(manifest.flavour, manifest.precision, int8_cache=model.cache == "int8")
     probes = read_golden(artifact.path(GOLDEN_FILE), manifest)
     seen: list[_Seen] = []
     for index, probe in enumerate(probes):
@@ -175,7 +173,7 @@ def _share(gap: float, spread: float) -> float:
 
 
 def _logit_bound(bounds: Bounds) -> float:
-    return max(bounds.value(stage, GAP) for stage in ("prefill_logits", "decode_logits"))
+    return max(bounds.answer_gap(stage) for stage in ("prefill_logits", "decode_logits"))
 
 
 def _rows(seen: Sequence[_Seen], bounds: Bounds) -> list[StageResult]:
@@ -210,7 +208,7 @@ def _pixel_row(seen: Sequence[_Seen]) -> StageResult:
 
 
 def _gap_row(stage: str, gaps: Iterable[_Gap | None], bounds: Bounds) -> StageResult:
-    bound = bounds.value(stage, GAP)
+    bound = bounds.answer_gap(stage)
     found = [gap for gap in gaps if gap is not None]
     if not found:
         return _unseen(stage, GAP, bound)
@@ -224,7 +222,8 @@ def _token_row(seen: Sequence[_Seen], bounds: Bounds) -> StageResult:
     for each in seen:
         if each.tokens is not None:
             total += each.tokens
-    needs_evidence = not (bounds.compares_layers and total.positions)
+    few_decide = bounds.compares_layers or bounds.int8_cache
+    needs_evidence = not (few_decide and total.positions)
     return total.row("greedy", needs_evidence=needs_evidence)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+from llava_edge.profiles.buffers import CacheType
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError, RequestError
 from llava_edge.profiles.memory import MemoryTerms
 from llava_edge.runtime.artifact import Artifact
@@ -13,6 +14,7 @@ from llava_edge.runtime.planned_memory import certain_phases
 from llava_edge.runtime.session import DeviceKind, available_devices
 
 Device = Literal["auto", "cpu", "cuda"]
+AskedCache = Literal["auto", "float32", "float16", "int8"]
 
 
 def choose_device(asked: Device, flavour: Flavour, allow_slow: bool) -> DeviceKind:
@@ -49,7 +51,36 @@ def choose_device(asked: Device, flavour: Flavour, allow_slow: bool) -> DeviceKi
     return "cpu"
 
 
-def check_host_memory(artifact: Artifact, context_tokens: int, vision_cache_bytes: int = 0) -> None:
+def choose_cache(asked: AskedCache, manifest: Manifest) -> CacheType:
+    """Type of the KV cache; ``auto`` is the type that the artifact computes in.
+
+    Raises:
+        EngineError: the artifact has no decoder graph with that cache.
+        RequestError: there is no cache type of that name.
+    """
+    if asked not in get_args(AskedCache):
+        raise RequestError(
+            f"cache {asked!r:.40} is unknown; types are {', '.join(get_args(AskedCache))}"
+        )
+    if asked == "auto":
+        return manifest.precision.computes
+    if asked in manifest.decoders:
+        return asked
+    advice = "Load without cache (--cache)"
+    if asked == "int8" and manifest.flavour == "cpu":
+        advice += ", or convert again with --cache int8"
+    raise EngineError(
+        f"a cache of {asked} was asked; this artifact of the {manifest.flavour} flavour has "
+        f"{' and '.join(manifest.decoders)}. {advice}."
+    )
+
+
+def check_host_memory(
+    artifact: Artifact,
+    context_tokens: int,
+    vision_cache_bytes: int = 0,
+    cache: CacheType | None = None,
+) -> None:
     """Ask before allocating: a system that promises too much kills, it does not refuse.
 
     Counted is what loading certainly takes, by the same model that plans: weights, the largest of
@@ -59,7 +90,7 @@ def check_host_memory(artifact: Artifact, context_tokens: int, vision_cache_byte
     Raises:
         OutOfMemoryError: it exceeds what is free now.
     """
-    load, decode = certain_phases(artifact.manifest, context_tokens)
+    load, decode = certain_phases(artifact.manifest, context_tokens, cache)
     # Nothing is in the vision cache yet while weights are loaded.
     needed = max(load.total, decode.total + vision_cache_bytes)
     free = available_host_bytes()
@@ -81,9 +112,11 @@ def check_host_memory(artifact: Artifact, context_tokens: int, vision_cache_byte
     )
 
 
-def certain_host_terms(manifest: Manifest, context_tokens: int) -> MemoryTerms:
+def certain_host_terms(
+    manifest: Manifest, context_tokens: int, cache: CacheType | None = None
+) -> MemoryTerms:
     """Terms of the memory model that loading takes whatever is asked afterwards.
 
     See ``certain_phases``; the larger of its phases.
     """
-    return max(certain_phases(manifest, context_tokens), key=lambda terms: terms.total)
+    return max(certain_phases(manifest, context_tokens, cache), key=lambda terms: terms.total)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
+from llava_edge.profiles.buffers import CacheType
 from llava_edge.profiles.constants import Constants, memory_constants
 from llava_edge.profiles.formats import PRECISIONS, VisionFormat
 from llava_edge.profiles.memory import (
@@ -50,13 +51,15 @@ def planned_memory(manifest: Manifest, work: Workload) -> MemoryEstimate:
     return estimate_memory(manifest.model, precision, work, machine, _constants(), vision)
 
 
-def certain_phases(manifest: Manifest, context_tokens: int) -> tuple[MemoryTerms, MemoryTerms]:
+def certain_phases(
+    manifest: Manifest, context_tokens: int, cache: CacheType | None = None
+) -> tuple[MemoryTerms, MemoryTerms]:
     """While weights are loaded and while an answer is made, what is taken whatever is asked.
 
     What this process has already, allowances for the allocator and everything that belongs to a
     request are left out. A cuda artifact that runs on the CPU is counted as on its device.
     """
-    work = Workload(context_tokens, num_images=0, image_pixels=0)
+    work = Workload(context_tokens, num_images=0, image_pixels=0, cache=cache)
     phases = _where_it_runs(planned_memory(manifest, work), "cpu")
     nothing = dict.fromkeys(_NOT_CERTAIN, 0)
     return replace(phases["load"], **nothing), replace(phases["decode"], **nothing)

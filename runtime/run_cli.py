@@ -10,7 +10,11 @@ from typing import Any, TextIO, get_args
 
 from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.chat_loop import ChatLoop, terminal_lines
-from llava_edge.runtime.engine_arguments import add_engine_arguments
+from llava_edge.runtime.engine_arguments import (
+    add_cache_argument,
+    add_engine_arguments,
+    asked_cache,
+)
 from llava_edge.runtime.frame_choice import FrameChoice
 from llava_edge.runtime.pipeline import LlavaEdge
 from llava_edge.runtime.png_file import PngFile
@@ -39,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         device=options.device,
         threads=options.threads,
         context_tokens=options.context,
+        cache=asked_cache(options.cache),
         require_verified=options.require_verified,
         allow_slow=options.allow_slow,
         engine=options.engine,
@@ -215,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--context", type=int, help="positions of the cache; default: the plan's")
+    add_cache_argument(parser)
     parser.add_argument("--threads", type=int, default=0, help="0: one a physical core")
     parser.add_argument("--require-verified", action="store_true")
     parser.add_argument("--allow-slow", action="store_true", help="run a cuda artifact on the CPU")

@@ -47,7 +47,7 @@ def check_verified_here(model: LlavaEdge) -> None:
         )
     if not differences:
         return
-    known = read_result(artifact.manifest_sha256, here)
+    known = read_result(result_key(model), here)
     # A failure is looked at again: that costs seconds, and a wrong no would stay for ever.
     if known is not None and known.verdict != "fail":
         return
@@ -68,6 +68,12 @@ def check_verified_here(model: LlavaEdge) -> None:
         _LOG.warning("%s. %s", message, _run_once(model, here, message))
 
 
+def result_key(model: LlavaEdge) -> str:
+    """What a result speaks of: answers with an int8 cache are held to wider bounds."""
+    digest = model.artifact.manifest_sha256
+    return f"{digest} with int8 cache" if model.cache == "int8" else digest
+
+
 def _uses_int8(manifest: Manifest, here: Host) -> bool:
     """Whether a layer's activations are rounded to int8 here, and multiplied as such."""
     on_cpu = here.provider == "CPUExecutionProvider"
@@ -81,7 +87,7 @@ def _run_once(model: LlavaEdge, here: Host, message: str) -> str:
     complete = all(stage.verdict == "pass" for stage in stages if stage.name == "prompt")
     # A context too small for a prompt says nothing of the machine: not to be remembered.
     if complete:
-        keep_result(model.artifact.manifest_sha256, here, stages)
+        keep_result(result_key(model), here, stages)
     if failed:
         raise EngineError(
             f"{message}, and its golden prompts fail here: {_told(failed)}. Convert on this "

@@ -8,6 +8,7 @@ import numpy as np
 
 from llava_edge.convert.float16_emulation import emulate_float16
 from llava_edge.convert.verify.gaps import GAP, row_gaps, whole_gap
+from llava_edge.convert.verify.losses import Losses
 from llava_edge.convert.verify.reference_answer import ReferenceAnswer
 from llava_edge.convert.verify.subject import Subject
 from llava_edge.runtime.bounds import Bounds
@@ -30,14 +31,14 @@ class AnswerStages:
         tokens: choices compared at forced positions.
         worst: largest gap of each stage, and the probe that had it.
         embedding_faults: positions that differ where they must not.
-        losses: of each probe: divergence, share of other choices, rise of the answer's loss.
+        losses: of each probe.
     """
 
     bounds: Bounds
     tokens: TokenComparison = field(default_factory=lambda: TokenComparison(0, 0, 0))
     worst: dict[str, tuple[float, str]] = field(default_factory=dict)
     embedding_faults: list[str] = field(default_factory=list)
-    losses: list[tuple[float, float, float]] = field(default_factory=list)
+    losses: list[Losses] = field(default_factory=list)
     tile_losses: list[TileCosine] = field(default_factory=list)
     """Features of each probe against the checkpoint's own, where the tower has 8 bits."""
     half_losses: list[tuple[float, str]] = field(default_factory=list)
@@ -77,7 +78,7 @@ class AnswerStages:
         self.at = "prefill_logits"
         logits = subject.logits(rows, positions)
         self._logits(answer, logits)
-        self._losses(answer, logits)
+        self.losses.append(Losses.of(logits, answer.original, answer))
 
     def rows(self) -> list[StageResult]:
         """The stages, in the order of the model."""
@@ -103,20 +104,15 @@ class AnswerStages:
         """What the artifact lost against the checkpoint's own weights, worst probe each."""
         if not self.losses:
             return []
-        kl, other, rise = (float(max(values)) for values in zip(*self.losses, strict=True))
         stage = "quantization_loss"
-        shown = {
-            "kl_divergence": (kl, "nats a position, mean"),
-            "top1_disagreement": (other, "share of positions"),
-            "answer_loss_rise": (rise, "nats a token of the true answer"),
-        }
+        shown = {}
         if self.tile_losses:
             means, worsts = zip(
                 *((t.mean_loss, t.worst_loss) for t in self.tile_losses), strict=True
             )
             shown["tile_cosine_mean_loss"] = (float(max(means)), "1 - cosine of rows, all tiles")
             shown["tile_cosine_worst_loss"] = (float(max(worsts)), "1 - cosine of rows, a tile")
-        return [
+        tiles = [
             bounded(
                 stage,
                 metric,
@@ -127,6 +123,7 @@ class AnswerStages:
             )
             for metric, (value, unit) in shown.items()
         ]
+        return [*Losses.rows(self.losses, stage, self.bounds), *tiles]
 
     def _note(self, stage: str, gap: float, probe: str) -> None:
         worst = self.worst.get(stage)
@@ -164,17 +161,6 @@ class AnswerStages:
             self.failing.append(name)
         self.tokens += compare_choices(logits.argmax(-1), answer.export, bound, name)
 
-    def _losses(self, answer: ReferenceAnswer, logits: Array) -> None:
-        ours, theirs = _log_softmax(logits), _log_softmax(answer.original)
-        kl = float((np.exp(theirs) * (theirs - ours)).sum(-1).mean())
-        other = float((ours.argmax(-1) != theirs.argmax(-1)).mean())
-        # Position p foretells token p + 1: the last of the prompt the first of the answer.
-        first = answer.positions.num_prefill - 1
-        told = np.arange(first, first + answer.num_answer)
-        answer_ids = answer.forced[: answer.num_answer]
-        rise = float((theirs[told, answer_ids] - ours[told, answer_ids]).mean())
-        self.losses.append((kl, other, rise))
-
 
 def _half_loss(subject: Subject, request: Request, theirs: Array) -> float:
     """What float16 costs a probe's tiles; the CPU provider would not show it."""
@@ -191,9 +177,3 @@ def compare_choices(chosen: Array, theirs: Array, bound: float, name: str) -> To
     order = np.argsort(-values, axis=-1, kind="stable")
     top, values = np.take_along_axis(top, order, -1), np.take_along_axis(values, order, -1)
     return TokenComparison.of(chosen, top, values, np.ptp(theirs, axis=-1), bound, name)
-
-
-def _log_softmax(logits: Array) -> Array:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    result: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result

@@ -15,13 +15,18 @@ import sys
 from llava_edge.profiles.errors import DependencyError, RequestError
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.device_results import keep_result
-from llava_edge.runtime.engine_arguments import add_engine_arguments
+from llava_edge.runtime.engine_arguments import (
+    add_cache_argument,
+    add_engine_arguments,
+    asked_cache,
+)
 from llava_edge.runtime.on_device import check_on_device
 from llava_edge.runtime.pipeline import LlavaEdge
 from llava_edge.runtime.progress import ProgressLine
 from llava_edge.runtime.records import to_json
 from llava_edge.runtime.stage_table import stage_table, verdict_line, verification_json
 from llava_edge.runtime.this_machine import describe_host
+from llava_edge.runtime.verified_here import result_key
 
 _AGAINST = "llava_edge.convert.verify.command"
 
@@ -47,6 +52,7 @@ def _on_device(options: argparse.Namespace, artifact: Artifact) -> int:
         artifact,
         options.device,
         threads=options.threads,
+        cache=asked_cache(options.cache),
         allow_slow=options.allow_slow,
         engine=options.engine,
         trust_engines=options.trust_engines,
@@ -55,8 +61,9 @@ def _on_device(options: argparse.Namespace, artifact: Artifact) -> int:
     ) as model:
         stages = tuple(check_on_device(model, progress))
         host = describe_host(model.device, engine=model.engine)
+        key = result_key(model)
     progress.clear()
-    result, path = keep_result(artifact.manifest_sha256, host, stages)
+    result, path = keep_result(key, host, stages)
     print(stage_table(stages), file=sys.stderr)
     print(
         f"{artifact.folder} on {host.machine} ({host.cpu}, {host.provider}, int8 {host.int8_isa}): "
@@ -106,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=0, help="0: one a physical core")
     parser.add_argument("--allow-slow", action="store_true", help="run a cuda artifact on the CPU")
+    add_cache_argument(parser)
     add_engine_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object as last stdout line")
     return parser

@@ -23,7 +23,6 @@ from onnx import TensorProto, helper
 from llava_edge.convert.verify.graph_view import GraphView
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.profiles.model_dims import ModelDims, TextDims
-from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.session import Session, SessionOptions
 
 _INPUT_NORM = "language_model.layers.{}.input_layernorm"
@@ -59,13 +58,17 @@ class DecoderSlice:
 class DecoderGraph:
     """The decoder graph of an artifact, without its weights.
 
+    Args:
+        path: the graph; with a float or an int8 cache.
+        dims: of the model.
+
     Raises:
         ArtifactError: the graph does not have the layers that the manifest says.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._view = GraphView(folder / manifest.decoder.file, "decoder")
-        self._dims: ModelDims = manifest.model
+    def __init__(self, path: Path, dims: ModelDims) -> None:
+        self._view = GraphView(path, "decoder")
+        self._dims = dims
         for layer in range(self._count):
             self._view.place(_INPUT_NORM.format(layer))
         self._view.place(_FINAL_NORM)

@@ -59,6 +59,7 @@ def greedy_tokens(
         threads=threads,
         allow_slow=True,
         context_tokens=context,
+        cache=artifact.manifest.precision.computes,
         prefix_reuse=False,
     ) as model:
         for probe in probes:

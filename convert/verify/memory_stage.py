@@ -41,6 +41,8 @@ def memory_stage(artifact: Artifact, probe: Probe) -> StageResult | None:
             *(sys.executable, "-m", "llava_edge.runtime.cli", "run", str(artifact.folder)),
             *("--prompt", probe.prompt(raw=raw), "--max-new-tokens", str(_NUM_TOKENS), "--json"),
             *(["--raw"] if raw else []),
+            # The plan counted the smaller one, where the artifact has both.
+            *(["--cache", "int8"] if "int8" in manifest.decoders else []),
             *images,
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)

@@ -7,7 +7,7 @@ weights, from which the loss is measured. Where both are the same they are compu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,12 @@ class Positions:
     def total(self) -> int:
         """Prompt and steps."""
         return self.num_prompt + self.num_steps
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """First position and position after the last of every run of the decoder."""
+        for start in range(0, self.num_prompt, self.chunk):
+            yield start, min(start + self.chunk, self.num_prompt)
+        yield from ((place, place + 1) for place in range(self.num_prompt, self.total))
 
     @property
     def kept(self) -> range:

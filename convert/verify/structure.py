@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.verify.cache_structure import cache_faults
 from llava_edge.convert.verify.decoder_attributes import (
     AttentionAttributes,
     DecoderAttributes,
@@ -63,6 +64,9 @@ def structure_stage(artifact: Artifact, checkpoint: Checkpoint) -> StageResult:
             faults.append(f"{label}: {error}")
         else:
             looked_at.append(f"{len(graph.nodes)} nodes of {spec.file}")
+    faults += cache_faults(artifact)
+    if manifest.decoder_int8_cache is not None:
+        looked_at.append(f"{manifest.decoder_int8_cache.file} beside it")
     return exact(STAGE, "faults", faults, f"{', '.join(looked_at)}, manifest.json")
 
 

@@ -9,17 +9,18 @@ from types import TracebackType
 
 import numpy as np
 
-from llava_edge.convert.verify.decoder_slice import DecoderGraph
+from llava_edge.convert.verify.decoder_slice import DecoderGraph, DecoderSlice
 from llava_edge.convert.verify.probes import Probe
 from llava_edge.convert.verify.reference_answer import Positions
 from llava_edge.convert.verify.vision_halves import VisionHalves
-from llava_edge.profiles.buffers import default_cache_type, kv_cache_bytes
+from llava_edge.profiles.buffers import default_cache_type, kv_cache_bytes, kv_cache_shape
 from llava_edge.profiles.formats import PRECISIONS, VisionFormat, weight_bytes
 from llava_edge.profiles.hardware import Int8Isa
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.decoder import Decoder, FillEmbeddings
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.instructions import needs_wide_sums
+from llava_edge.runtime.kv_cache import KVCache
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.prompt_embedder import PromptEmbedder, TileEncoder
 from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
@@ -63,7 +64,17 @@ class Subject:
         Raises:
             ArtifactError: it does not have the layers that the manifest says.
         """
-        return DecoderGraph(self.artifact.folder, self.artifact.manifest)
+        return DecoderGraph(self.artifact.path(self.artifact.manifest.decoder.file), self.dims)
+
+    @cached_property
+    def int8_cache_graph(self) -> DecoderGraph:
+        """The decoder's graph with an int8 cache, where the artifact has one.
+
+        Raises:
+            ArtifactError: it does not have the layers that the manifest says.
+        """
+        spec = self.artifact.manifest.decoders["int8"]
+        return DecoderGraph(self.artifact.path(spec.file), self.dims)
 
     @property
     def is_whole(self) -> bool:
@@ -123,29 +134,79 @@ class Subject:
             fit = max(1, self._memory_bytes // max(1, layer))
         yield from ((first, min(first + fit, count)) for first in range(0, count, fit))
 
-    def logits(self, rows: Array, positions: Positions) -> Array:
+    def logits(self, rows: Array, positions: Positions, *, int8_cache: bool = False) -> Array:
         """Logits at the kept positions, float32 [kept, vocab]: chunks of prompt, then steps."""
         if self.is_whole:
-            cut = self.graph.slice(0, self.dims.text.num_hidden_layers)
-            session = cut.open(self.options)
-            decoder = Decoder(session, cut.text, positions.total, positions.chunk, self.dtype)
+            graph = self.int8_cache_graph if int8_cache else self.graph
+            cut = graph.slice(0, self.dims.text.num_hidden_layers)
+            decoder = self._decoder(cut, positions, int8_cache)
             return _driven(decoder, rows, positions, positions.keep_from, cut.text.vocab_size)
         for first, stop in self.groups():
             # Nothing of a group is left when the next is loaded.
-            rows = self._layers(first, stop, rows, positions)
+            rows, _ = self._layers(first, stop, rows, positions, int8_cache)
         return self.head(rows[positions.keep_from :])
 
-    def _layers(self, first: int, stop: int, rows: Array, positions: Positions) -> Array:
-        """Hidden states behind some layers, float32 [positions, hidden]."""
-        cut = self.graph.slice(first, stop, head=False)
-        session = cut.open(self.options)
-        decoder = Decoder(session, cut.text, positions.total, positions.chunk, self.dtype)
+    def _decoder(self, cut: DecoderSlice, positions: Positions, int8_cache: bool) -> Decoder:
+        return Decoder(
+            cut.open(self.options),
+            cut.text,
+            positions.total,
+            positions.chunk,
+            self.dtype,
+            int8_cache=int8_cache,
+        )
+
+    def _layers(
+        self, first: int, stop: int, rows: Array, positions: Positions, int8_cache: bool = False
+    ) -> tuple[Array, KVCache]:
+        """Hidden states behind some layers, float32 [positions, hidden], and their cache."""
+        graph = self.int8_cache_graph if int8_cache else self.graph
+        cut = graph.slice(first, stop, head=False)
+        decoder = self._decoder(cut, positions, int8_cache)
         given = rows.astype(self.dtype, copy=False)
-        return _driven(decoder, given, positions, 0, cut.text.hidden_size)
+        return _driven(decoder, given, positions, 0, cut.text.hidden_size), decoder.cache
 
     def layer(self, layer: int, rows: Array, positions: Positions) -> Array:
         """One layer by itself: float32 [positions, hidden] in and out."""
-        return self._layers(layer, layer + 1, rows, positions)
+        return self._layers(layer, layer + 1, rows, positions)[0]
+
+    def layer_and_cache(
+        self, layer: int, rows: Array, positions: Positions, *, int8_cache: bool = False
+    ) -> tuple[Array, Array, Array]:
+        """The same, with its keys and values, [kv_heads, positions, head_dim] each."""
+        out, cache = self._layers(layer, layer + 1, rows, positions, int8_cache)
+        return out, cache.part(0, "key"), cache.part(0, "value")
+
+    def attention(self, layer: int, rows: Array, positions: Positions) -> tuple[Array, Array]:
+        """What attention with an int8 cache reads and hands on in one layer, at kept positions.
+
+        Returns:
+            Packed queries, keys and values before the rotary embedding, and the input of
+            ``o_proj``, float32 [kept, …] each.
+        """
+        graph = self.int8_cache_graph
+        values, prefix = graph.layer_values(layer), f"language_model.layers.{layer}.self_attn"
+        names = [values[f"{prefix}.qkv"], values[prefix]]
+        cut = graph.slice(layer, layer + 1, names, head=False)
+        session = cut.open(self.options)
+        shape = kv_cache_shape(cut.text, positions.total)
+        caches = [np.zeros(shape, np.int8) for _ in range(2)]
+        found: tuple[list[Array], list[Array]] = ([], [])
+        for start, stop in positions.runs():
+            feeds = {
+                "inputs_embeds": rows[None, start:stop].astype(self.dtype),
+                "seqlens_k": np.array([stop - 1], np.int32),
+                "total_sequence_length": np.array(positions.total, np.int32),
+                "logits_to_keep": np.array(1, np.int64),
+                "past_key_values.0.key": caches[0],
+                "past_key_values.0.value": caches[1],
+            }
+            outputs = session.run(feeds, [*names, "present.0.key", "present.0.value"])
+            caches = outputs[2:]
+            from_row = max(0, positions.keep_from - start)
+            for kept, output in zip(found, outputs, strict=False):
+                kept.append(output[0, from_row:].astype(np.float32))
+        return np.concatenate(found[0]), np.concatenate(found[1])
 
     def head(self, states: Array) -> Array:
         """Final norm and head by themselves: [rows, hidden] to logits float32 [rows, vocab]."""

@@ -13,6 +13,7 @@ import numpy as np
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.reference import REFERENCE
 from llava_edge.convert.verify.answer_stages import AnswerStages
+from llava_edge.convert.verify.cache_stage import CacheStage
 from llava_edge.convert.verify.deviation import first_decoder_deviation, first_vision_deviation
 from llava_edge.convert.verify.golden_stage import golden_stage
 from llava_edge.convert.verify.golden_writer import golden_probe
@@ -50,7 +51,7 @@ from llava_edge.runtime.versions import tool_versions
 Report = Callable[[str, int, int], None]
 """``report(stage, done, total)`` in stages."""
 
-_MOST_STAGES = 11
+_MOST_STAGES = 12
 """Of a full run that looks for a deviation."""
 QUICK_BYTES = 640 << 20
 """Weights of the decoder in memory at once while ``quick`` runs it."""
@@ -125,6 +126,9 @@ class Verifier:
             self._stage("tile_features", lambda: self._answers(subject, answers))
             if self.bounds.compares_layers:
                 self._stage("layers", lambda: self._layers(subject, layers))
+            caches = CacheStage(self.bounds)
+            if artifact.manifest.decoder_int8_cache is not None:
+                self._stage("int8_cache", lambda: self._caches(subject, caches))
             if any(stage.verdict == "fail" for stage in self._stages):
                 self._tell("deviation")
                 deviation = self._find_deviation(subject, answers)
@@ -151,6 +155,11 @@ class Verifier:
         for probe in self.main:
             layers.measure(subject, self.reference, self.reference.answer(probe))
         return layers.rows()
+
+    def _caches(self, subject: Subject, caches: CacheStage) -> list[StageResult]:
+        for probe in self.main:
+            caches.measure(subject, self.reference.answer(probe))
+        return caches.rows()
 
     def _greedy(
         self, subject: Subject, answers: AnswerStages, layers: LayerStage

@@ -235,6 +235,7 @@ def _found(cases: list[dict[str, Any]], device: str, perf: float = 1.0) -> dict[
         "device": device,
         "engine": "ort",
         "context_tokens": 2048,
+        "cache": "float32",
         "load_seconds": 1.0,
         "inside": {"perf_seconds": perf, "raw_seconds": 1.0},
         "yardstick_seconds": [0.1, 0.1],

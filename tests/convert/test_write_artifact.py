@@ -34,6 +34,7 @@ from llava_edge.profiles.model_dims import ModelDims, TextDims, VisionDims
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.certificate import Certificate
 from llava_edge.runtime.manifest import (
+    SCHEMA_VERSION,
     GraphSpec,
     ImageProcessing,
     Manifest,
@@ -71,7 +72,7 @@ def manifest() -> Manifest:
     x, y = TensorSpec("x", "float32", ("n",)), TensorSpec("y", "float32", ("n",))
     third = (1 / 3, 1 / 3, 1 / 3)
     return Manifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         variant="toy",
         flavour="cpu",
         precision=Precision("fp32", "fp32", "fp32", "fp16", "float32"),

@@ -56,7 +56,10 @@ def test_the_cache_of_a_token_is_the_published_one(name: str, bytes_per_token: i
     text = find_variant(name).dims.text
     assert kv_cache_bytes(text, 1, "float16") == bytes_per_token
     assert kv_cache_bytes(text, 7, "float32") == 14 * bytes_per_token
-    assert kv_cache_bytes(text, 2, "int8") == bytes_per_token
+    # Codes, and a float32 scale a channel, however long the context.
+    codes = kv_cache_bytes(text, 6, "int8") - kv_cache_bytes(text, 4, "int8")
+    assert codes == bytes_per_token
+    assert kv_cache_bytes(text, 2, "int8") - codes == 2 * bytes_per_token
 
 
 def test_buffers_have_the_sizes_of_their_shapes(dims: ModelDims) -> None:

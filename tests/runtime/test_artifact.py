@@ -25,6 +25,7 @@ from llava_edge.runtime import artifact as artifact_module
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.certificate import Certificate, StageResult
 from llava_edge.runtime.manifest import (
+    SCHEMA_VERSION,
     GraphSpec,
     ImageProcessing,
     Manifest,
@@ -62,7 +63,7 @@ def manifest() -> Manifest:
     )
     x, y = TensorSpec("x", "float32", ("n", 4)), TensorSpec("y", "float32", ("n", 4))
     return Manifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         variant="toy",
         flavour="cpu",
         precision=Precision("fp32", "fp32", "fp32", "fp16", "float32"),

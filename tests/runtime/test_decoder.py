@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from llava_edge.convert.checkpoint import open_checkpoint
 from llava_edge.convert.decoder_graph import build_decoder_graph, rope_tables
+from llava_edge.convert.int8_cache import INT8_CACHE_FILE, CacheScales, write_int8_cache_graph
 from llava_edge.convert.random_checkpoint import write_random_checkpoint
 from llava_edge.convert.random_spec import preset
 from llava_edge.profiles.errors import EngineError, PromptError, RequestError
@@ -23,20 +24,30 @@ CHUNK_BOUND = 1e-4
 measured was 3e-6."""
 
 
-@pytest.fixture(scope="module")
-def graph(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TextDims]:
+@pytest.fixture(scope="module", params=["float32", "int8"])
+def graph(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[Path, TextDims]:
     folder = tmp_path_factory.mktemp("decoder")
     write_random_checkpoint(folder / "checkpoint", preset("odd"), seed=3)
     checkpoint = open_checkpoint(folder / "checkpoint")
     text = checkpoint.dims.text
-    build_decoder_graph(text, checkpoint, np.float32, CONTEXT).save(folder)
-    return folder / "model.onnx", text
+    build = build_decoder_graph(text, checkpoint, np.float32, CONTEXT)
+    build.save(folder)
+    spec = build.spec("model.onnx")
+    if request.param == "int8":
+        # Keys and values of these embeddings lie within about 3.
+        shape = (text.num_hidden_layers, text.num_key_value_heads, text.head_dim)
+        scales = np.full(shape, 4 / 127, np.float32)
+        spec = write_int8_cache_graph(folder, spec, text, CacheScales(scales, scales))
+    return folder / spec.file, text
 
 
 def make_decoder(graph: tuple[Path, TextDims], chunk_tokens: int) -> Decoder:
     path, text = graph
     session = Session(path, SessionOptions(threads=1))
-    return Decoder(session, text, CONTEXT, chunk_tokens, np.float32)
+    int8_cache = path.name == INT8_CACHE_FILE
+    return Decoder(session, text, CONTEXT, chunk_tokens, np.float32, int8_cache=int8_cache)
 
 
 def embeddings(text: TextDims, num_tokens: int, seed: int = 0) -> NDArray[np.float32]:

@@ -22,6 +22,7 @@ from llava_edge.runtime.golden import (
     read_golden,
 )
 from llava_edge.runtime.manifest import (
+    SCHEMA_VERSION,
     GraphSpec,
     ImageProcessing,
     Manifest,
@@ -45,7 +46,7 @@ def manifest() -> Manifest:
     )  # fmt: skip
     graph = GraphSpec("model.onnx", (), ())
     return Manifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         variant="toy",
         flavour="cpu",
         precision=Precision("fp16", "fp16", "fp16", "fp16", "float32"),

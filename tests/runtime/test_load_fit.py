@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from llava_edge.profiles.buffers import MIN_TEXT_TOKENS
+from llava_edge.profiles.buffers import MIN_TEXT_TOKENS, CacheType
 from llava_edge.profiles.errors import OutOfMemoryError, RequestError
 from llava_edge.profiles.memory import Workload
 from llava_edge.profiles.nvml import Gpu, GpuReport
 from llava_edge.runtime import LlavaEdge, load_fit, placement
 from llava_edge.runtime.artifact import Artifact, open_artifact
-from llava_edge.runtime.load_fit import fit_at_load, least_context
+from llava_edge.runtime.load_fit import LoadFit, fit_at_load, least_context
 from llava_edge.runtime.planned_memory import planned_memory
 
 
@@ -26,6 +26,58 @@ def needed(artifact: Artifact, context: int) -> int:
     work = Workload(context, tiles_per_image=5)
     peak = planned_memory(artifact.manifest, work).host_peak
     return replace(peak, process=0).total
+
+
+@pytest.fixture(scope="module")
+def with_int8(make_checkpoint: Callable[..., Path], make_artifact: Callable[..., Path]) -> Artifact:
+    made = make_artifact(make_checkpoint("odd"), context_tokens=2048, cache="int8")
+    return open_artifact(made)
+
+
+def needed_with(artifact: Artifact, context: int, cache: CacheType) -> int:
+    work = Workload(context, tiles_per_image=5, cache=cache)
+    return replace(planned_memory(artifact.manifest, work).host_peak, process=0).total
+
+
+def test_an_int8_cache_keeps_the_context_where_a_float_one_does_not_fit(
+    with_int8: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    floats, int8 = (needed_with(with_int8, 2048, kind) for kind in ("float32", "int8"))
+    assert int8 < floats
+
+    free(monkeypatch, floats)
+    assert fit_at_load(with_int8, "cpu") == LoadFit(2048, "float32")
+
+    free(monkeypatch, floats - 1)
+    fit = fit_at_load(with_int8, "cpu")
+    assert (fit.context_tokens, fit.cache) == (2048, "int8")
+    assert fit.degraded[0].startswith("cache lowered from float32 to int8: its largest request")
+    # The same for a context that was named; a cache that was named stays, and the context gives.
+    assert fit_at_load(with_int8, "cpu", 2047).cache == "float32"
+    assert fit_at_load(with_int8, "cpu", 2048).cache == "int8"
+    named = fit_at_load(with_int8, "cpu", cache="float32")
+    assert (named.context_tokens, named.cache) == (2047, "float32")
+
+    free(monkeypatch, needed_with(with_int8, 1500, "int8"))
+    fit = fit_at_load(with_int8, "cpu")
+    assert (fit.context_tokens, fit.cache, len(fit.degraded)) == (1500, "int8", 2)
+    assert "context lowered from 2048 to 1500" in fit.degraded[1]
+
+
+def test_a_model_that_took_an_int8_cache_by_itself_says_so(
+    with_int8: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LlavaEdge.load(with_int8.folder, threads=1, cache="int8") as asked:
+        expected = asked.generate("Hello there", max_new_tokens=4)
+    assert (asked.cache, expected.degraded) == ("int8", ())
+    free(monkeypatch, needed_with(with_int8, 2048, "float32") - 1)
+
+    with LlavaEdge.load(with_int8.folder, threads=1) as model:
+        answer = model.generate("Hello there", max_new_tokens=4)
+
+    assert (model.cache, model.context_tokens) == ("int8", 2048)
+    assert answer.token_ids == expected.token_ids
+    assert "cache lowered from float32 to int8" in answer.degraded[0]
 
 
 def free(patch: pytest.MonkeyPatch, nbytes: int | None) -> None:

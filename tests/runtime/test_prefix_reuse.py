@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge, answerer
 from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.lowering import Lowering
+from llava_edge.runtime.placement import AskedCache
 from llava_edge.runtime.progress import no_progress
 from llava_edge.runtime.request import PromptOptions
 from llava_edge.runtime.sampling import SamplingOptions
@@ -28,7 +30,13 @@ from llava_edge.runtime.session import Array
 from llava_edge.runtime.stream import Pieces
 from llava_edge.runtime.time_budget import TimeBudget
 
-PRECISIONS = ("fp16", "int8", "int4")
+FORMS: dict[str, tuple[str, Literal["int8"] | None]] = {
+    "fp16": ("fp16", None),
+    "int8": ("int8", None),
+    "int4": ("int4", None),
+    "int8 cache": ("fp16", "int8"),
+}
+"""Precision, and type of the cache where it is not the flavour's own."""
 NUM_TOKENS = 6
 GAP = 1e-5
 """Of the range of the logits: float32 sums in another order."""
@@ -51,9 +59,11 @@ IMAGES = (noise(1), noise(2), one_corner_changed(noise(1)), noise(3, 60, 90))
 class Pair:
     """A model that reuses and one that does not, of one artifact, with what they chose from."""
 
-    def __init__(self, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.reusing = LlavaEdge.load(artifact, threads=1)
-        self.plain = LlavaEdge.load(artifact, threads=1, prefix_reuse=False)
+    def __init__(
+        self, artifact: Path, monkeypatch: pytest.MonkeyPatch, cache: AskedCache = "auto"
+    ) -> None:
+        self.reusing = LlavaEdge.load(artifact, threads=1, cache=cache)
+        self.plain = LlavaEdge.load(artifact, threads=1, cache=cache, prefix_reuse=False)
         self.seen: list[Array] = []
         real = answerer.Sampler.choose
 
@@ -79,26 +89,27 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
         yield context
 
 
-@pytest.fixture(scope="module", params=PRECISIONS)
+@pytest.fixture(scope="module", params=FORMS)
 def pair(
     request: pytest.FixtureRequest,
     make_checkpoint: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
     patch: pytest.MonkeyPatch,
 ) -> Iterator[Pair]:
+    precision, cache = FORMS[request.param]
     conversion = convert_checkpoint(
         ConvertRequest(
             checkpoint=str(make_checkpoint("odd", backbone="mistral")),
             out=tmp_path_factory.mktemp("reuse") / "artifact",
             profile=load_profile("cpu-16gb"),
-            wishes=PlanRequest(precision=request.param),
+            wishes=PlanRequest(precision=precision, cache=cache),
             quantization=QuantizationRequest(quantizer="rtn"),
             verify="none",
         ),
         no_progress,
         print,
     )
-    both = Pair(conversion.folder, patch)
+    both = Pair(conversion.folder, patch, cache or "auto")
     yield both
     both.close()
 

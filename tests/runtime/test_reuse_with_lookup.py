@@ -22,6 +22,7 @@ from llava_edge.profiles.errors import EngineError
 from llava_edge.runtime import LlavaEdge, answerer
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.lowering import Lowering
+from llava_edge.runtime.placement import AskedCache
 from llava_edge.runtime.prompt_lookup import PromptLookup
 from llava_edge.runtime.request import PromptOptions, Request, VideoInput
 from llava_edge.runtime.session import Array
@@ -86,9 +87,9 @@ HISTORY = st.lists(
 class Pair:
     """A model with reuse and lookup, and one with neither."""
 
-    def __init__(self, artifact: Path) -> None:
-        self.ours = LlavaEdge.load(artifact, threads=1)
-        self.plain = LlavaEdge.load(artifact, threads=1, prefix_reuse=False)
+    def __init__(self, artifact: Path, cache: AskedCache) -> None:
+        self.ours = LlavaEdge.load(artifact, threads=1, cache=cache)
+        self.plain = LlavaEdge.load(artifact, threads=1, cache=cache, prefix_reuse=False)
         self.seen: Counter[str] = Counter()
 
     def request(self, asked: Asked, before: Request | None, answer: tuple[int, ...]) -> Request:
@@ -176,14 +177,16 @@ def fail(patch: pytest.MonkeyPatch, name: str) -> None:
     patch.setattr(Decoder, name, broken)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["float32", "int8"])
 def pair(
-    make_checkpoint: Callable[..., Path], make_artifact: Callable[..., Path]
+    request: pytest.FixtureRequest,
+    make_checkpoint: Callable[..., Path],
+    make_artifact: Callable[..., Path],
 ) -> Iterator[Pair]:
     checkpoint = make_checkpoint(
         "odd", model_type="llava_next_video", backbone="mistral", image_size=56
     )
-    both = Pair(make_artifact(checkpoint, num_frames=8))
+    both = Pair(make_artifact(checkpoint, num_frames=8, cache="int8"), request.param)
     yield both
     both.close()
 

@@ -15,9 +15,8 @@ from llava_edge.profiles.errors import DependencyError
 from llava_edge.profiles.nvml import read_gpus
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.bounds import bounds_for
+from llava_edge.runtime.bounds import GAP, bounds_for
 from llava_edge.runtime.cuda_runtime import CudaRuntime
-from llava_edge.runtime.on_device import GAP
 from llava_edge.runtime.progress import no_progress
 from llava_edge.runtime.session import Buffer
 from llava_edge.runtime.tensorrt_engine import open_library

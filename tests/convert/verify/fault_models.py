@@ -46,6 +46,8 @@ class Model:
     changes: Mapping[str, Any] = field(default_factory=dict)
     vision: Literal["fp16", "int8"] | None = None
     """Precision of the tower; None for what the plan takes."""
+    cache: Literal["int8"] | None = None
+    """``int8`` for a second decoder graph with such a cache."""
     alters: str = ""
     """Key of ``checkpoint_changes.CHANGES``: what is done to the checkpoint afterwards."""
 
@@ -62,6 +64,7 @@ MODELS: Mapping[str, Model] = {
     "int4": Model("mistral", precision="int4", changes={"layers": 2}),
     "gptq": Model("mistral", precision="int4", changes={"layers": 2}, alters="act-order"),
     "system": Model("llama", alters="system turn"),
+    "int8 cache": Model("llama", cache="int8", alters="quiet values"),
     "video": Model("llama", changes={"model_type": "llava_next_video", "image_size": 56}),
 }
 """What faults are planted in: every bias, gain, class and position embedding is random."""
@@ -147,6 +150,7 @@ class Made:
                 vision_precision=model.vision,
                 context_tokens=model.context_tokens,
                 grid=model.grid,
+                cache=model.cache,
             ),
             quantization=QuantizationRequest(quantizer="rtn"),
             verify="none",

@@ -9,6 +9,7 @@ from llava_edge.convert import decoder_graph
 from llava_edge.profiles.model_dims import TextDims
 from llava_edge.runtime.decoder import Decoder
 from tests.convert.verify import (
+    faults_cache,
     faults_decoder,
     faults_images,
     faults_quantized,
@@ -26,6 +27,7 @@ FAULTS: tuple[Fault, ...] = (
     *faults_quantized.FAULTS,
     *faults_runtime.FAULTS,
     *faults_video.FAULTS,
+    *faults_cache.FAULTS,
 )
 
 
@@ -41,8 +43,8 @@ def _rope_shifted(patch: pytest.MonkeyPatch) -> None:
 def _garbage_behind(patch: pytest.MonkeyPatch) -> None:
     real = Decoder.__init__
 
-    def init(self: Decoder, *arguments: object) -> None:
-        real(self, *arguments)  # type: ignore[arg-type]
+    def init(self: Decoder, *arguments: object, **options: object) -> None:
+        real(self, *arguments, **options)  # type: ignore[arg-type]
         for buffer in self.cache._buffers.values():
             buffer.write(np.full(buffer.shape, 7.0, self._dtype))
 

@@ -63,9 +63,15 @@ def _stale_row(patch: _Patch) -> None:
     real = Decoder.__init__
 
     def init(
-        self: Decoder, session: Any, text: Any, capacity: int, chunk_tokens: int, dtype: Any
+        self: Decoder,
+        session: Any,
+        text: Any,
+        capacity: int,
+        chunk_tokens: int,
+        dtype: Any,
+        **options: Any,
     ) -> None:
-        real(self, session, text, capacity + 1, chunk_tokens, dtype)
+        real(self, session, text, capacity + 1, chunk_tokens, dtype, **options)
         for buffer in self.cache._buffers.values():
             buffer.write(np.full(buffer.shape, 0.5, dtype))
         self.cache.length = 1

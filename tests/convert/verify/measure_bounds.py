@@ -1,6 +1,7 @@
 """Measure every bounded row on sound artifacts, for the table of bounds.
 
     python -m tests.convert.verify.measure_bounds [--first 0] [--seeds 10] [--jobs 2] [--realistic]
+        [--int8-cache]
 
 Bounds were set on the seeds from 0 to 4, later ones tell whether they hold. Prints the largest
 value of each row by form, beside its bound and the room between them.
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--realistic", action="store_true")
+    parser.add_argument("--int8-cache", action="store_true", help="the cpu flavour, with one")
     options = parser.parse_args(arguments)
     seeds = range(options.first, options.first + options.seeds)
     work: list[tuple[str, Model]] = []
@@ -40,6 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         models = clean_models(seed)
         if options.realistic:
             models = {name: replace(m, seed=seed) for name, m in REALISTIC_MODELS.items()}
+        if options.int8_cache:
+            models = {
+                name: replace(m, cache="int8") for name, m in models.items() if m.board != "a100"
+            }
         work += [(f"{name}, seed {seed}", model) for name, model in models.items()]
     largest: dict[Row, tuple[float, float, str]] = {}
     context = multiprocessing.get_context("spawn")

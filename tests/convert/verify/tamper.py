@@ -25,7 +25,7 @@ from onnx import helper, numpy_helper
 from llava_edge.runtime.sealed_json import seal
 
 Array = NDArray[Any]
-Part = Literal["vision", "decoder"]
+Part = Literal["vision", "decoder", "decoder_int8_cache"]
 Change = Callable[[Array], Array]
 
 _TYPES = {1: "<f4", 2: "u1", 3: "i1", 7: "<i8", 10: "<f2"}
