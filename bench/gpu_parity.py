@@ -18,7 +18,6 @@ from llava_edge.bench.gpu_models import GPU_MODELS, GpuModel
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.bounds import GAP, bounds_for
 from llava_edge.runtime.cuda_options import CudaOptions
-
 from llava_edge.runtime.session import Array
 
 _SHOWN = 4
