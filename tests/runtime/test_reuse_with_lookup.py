@@ -7,6 +7,7 @@ what was said to lie there.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -98,7 +99,11 @@ class Pair:
         if asked.kept is not None and before is not None:
             words = prompt.replace("<image> ", "").replace("<video> ", "") or "one"
             tail = self.ours._requests.build(words, [], PromptOptions(raw=True)).ids[1:]
-            ids = np.concatenate((before.ids, np.array(answer[: asked.kept], np.int64), tail))
+            # Random weights may answer with the id of a place, which stands for no picture there.
+            tokens = self.ours.artifact.manifest.tokens
+            places = (tokens.image, tokens.video)
+            said = list(itertools.takewhile(lambda i: i not in places, answer[: asked.kept]))
+            ids = np.concatenate((before.ids, np.array(said, np.int64), tail))
             return replace(before, ids=ids)
         images = [IMAGES[asked.image]] if "<image>" in prompt else []
         video = VideoInput(VIDEOS[asked.video]) if "<video>" in prompt else None
