@@ -326,7 +326,7 @@ def format_pinpoints(pinpoints: Pinpoints) -> str:
 
 
 def _grid_tiles(name: str) -> tuple[tuple[int, int], ...]:
-    if name not in _ADDED:
+    if not isinstance(name, str) or name not in _ADDED:
         raise RequestError(
             f"grid {name!r:.40} is unknown; named grids are {', '.join(GRID_NAMES)}. "
             "Other candidates are given as --pinpoints HxW,…"

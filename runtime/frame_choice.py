@@ -28,7 +28,7 @@ def choose_frames(total: int, wanted: int, choice: FrameChoice = "reference") ->
         VideoError: there are fewer frames than wanted.
         RequestError: there is no such rule.
     """
-    if choice not in get_args(FrameChoice):
+    if not isinstance(choice, str) or choice not in get_args(FrameChoice):
         raise RequestError(
             f"frame choice {choice!r:.40} is unknown; there are {', '.join(get_args(FrameChoice))}"
         )

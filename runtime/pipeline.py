@@ -31,7 +31,7 @@ from llava_edge.profiles.errors import PromptError
 from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.answerer import Answerer
-from llava_edge.runtime.arguments import require_callable, require_count
+from llava_edge.runtime.arguments import require_callable, require_count, require_flag
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.cached_encoder import cached_encoder
 from llava_edge.runtime.chat import Chat, WithinTurn
@@ -250,6 +250,7 @@ class LlavaEdge:
             RequestError: an argument is out of range or of another type.
         """
         require_count("threads", threads, 0, MAX_THREADS)
+        require_flag("require_verified", require_verified)
         opened = open_artifact(artifact, require_verified=require_verified)
         model = cls.over(
             opened,
@@ -300,6 +301,10 @@ class LlavaEdge:
         require_count("threads", threads, 0, MAX_THREADS)
         require_count("vision_cache_bytes", vision_cache_bytes, 0)
         require_callable("progress", progress)
+        # "no" is true as well, and would let engines be opened that nobody trusts.
+        require_flag("trust_engines", trust_engines)
+        require_flag("allow_slow", allow_slow)
+        require_flag("prefix_reuse", prefix_reuse)
         check_interfaces(artifact)
         manifest = artifact.manifest
         chosen = choose_device(device, manifest.flavour, allow_slow)

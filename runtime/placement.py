@@ -24,7 +24,7 @@ def choose_device(asked: Device, flavour: Flavour, allow_slow: bool) -> DeviceKi
         EngineError: the device is not there, or does not suit the flavour.
         RequestError: there is no device of that name.
     """
-    if asked not in get_args(Device):
+    if not isinstance(asked, str) or asked not in get_args(Device):
         raise RequestError(
             f"device {asked!r:.40} is unknown; devices are {', '.join(get_args(Device))}"
         )

@@ -37,6 +37,8 @@ from llava_edge.runtime.tile_picture import draw_tiles, stacked
 from llava_edge.runtime.tokenizer import Tokenizer
 from llava_edge.runtime.video_processor import VideoProcessor
 
+_LONG_CHARACTERS = 32_768
+
 
 class RequestBuilder:
     """Makes requests for one artifact.
@@ -320,6 +322,15 @@ class RequestBuilder:
             raise PromptError(
                 f"the prompt has {len(prompt)} characters; at most "
                 f"{self._limits.max_prompt_characters} are accepted"
+            )
+        most = self._manifest.context_tokens
+        # Shorter ones are encoded whole, and refused with exact numbers.
+        if len(prompt) <= _LONG_CHARACTERS:
+            return
+        if (least := self._tokenizer.least_tokens(prompt, most)) > most:
+            raise PromptError(
+                f"the prompt has {len(prompt)} characters, which take {least} tokens or more; the "
+                f"context holds at most {most}. Shorten the text, or convert with a larger context."
             )
 
     def check_images(self, images: Sequence[object], num_before: int = 0) -> None:

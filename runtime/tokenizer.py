@@ -31,6 +31,11 @@ from llava_edge.runtime.prompt import Piece
 from llava_edge.runtime.stream_decoder import StreamDecoder
 from llava_edge.runtime.tokenizer_backend import decode, encode, mapped_errors, open_backend
 
+_SLICE = 16_384
+"""Characters that are looked at at once."""
+_SEAM = 64
+"""Tokens that another cut of the text could save there, and far more than that."""
+
 
 class Tokenizer:
     """``tokenizer.json`` with the ids that matter by name. Safe to share between threads."""
@@ -154,6 +159,20 @@ class Tokenizer:
                 "A prompt's text must not steer the model's turns: remove them."
             )
         return list(encoding.ids)
+
+    def least_tokens(self, text: str, enough: int) -> int:
+        """Tokens that a text takes at least, counted until there are more than ``enough``.
+
+        Encoding takes some 200 bytes a token, so a long text is looked at slice by slice before it
+        is encoded whole. Between slices a few tokens may come together; that many are left out.
+        """
+        least = 0
+        for start in range(0, len(text), _SLICE):
+            part = encode(self._backend, text[start : start + _SLICE], add_special_tokens=False)
+            least += max(0, len(part.ids) - _SEAM)
+            if least > enough:
+                break
+        return least
 
     def expand_media(
         self, ids: Sequence[int], image_counts: Sequence[int], video_counts: Sequence[int] = ()

@@ -84,7 +84,7 @@ def open_tower(
         RequestError: there is no engine of that name.
         LlavaEdgeError: the engine that was asked for does not work here; says why.
     """
-    if asked not in get_args(AskedEngine):
+    if not isinstance(asked, str) or asked not in get_args(AskedEngine):
         raise RequestError(
             f"engine {asked!r:.40} is unknown; engines are {', '.join(get_args(AskedEngine))}"
         )

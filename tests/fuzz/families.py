@@ -223,15 +223,15 @@ def _prompt(bench: Bench, random: Random, number: int) -> Case:
             return model.count_tokens(text, images, image_marks=options.get("image_marks", True))
         return model.generate(text, images, **options)
 
-    # A prompt of a million characters takes its tokens' offsets as well.
-    return Case("prompt", ask, text.encode("utf-8", "surrogatepass"), None, 400 * len(text), SMALL)
+    # The text itself, some copies of it, and where each of its characters came from.
+    return Case("prompt", ask, text.encode("utf-8", "surrogatepass"), None, 64 * len(text), SMALL)
 
 
 def _options(bench: Bench, random: Random, number: int) -> Case:
     given = text_inputs.options(random)
     model = bench.model("image", SMALL)
     strange = text_inputs.strange_value(random)
-    act = random.randrange(8)
+    act = random.randrange(9)
     label = f"options: {act} {_told(given)}"
 
     def ask() -> object:
@@ -244,14 +244,9 @@ def _options(bench: Bench, random: Random, number: int) -> Case:
         if act == 3:
             return model.chat(strange)
         if act == 4:
-            names = (
-                "threads",
-                "context_tokens",
-                "vision_cache_bytes",
-                "device",
-                "engine",
-                "limits",
-            )
+            names = ["threads", "context_tokens", "vision_cache_bytes", "device", "engine"]
+            names += ["require_verified", "trust_engines", "prefix_reuse", "allow_slow"]
+            names += ["limits", "progress"]
             name = random.choice(names)
             value = strange if random.random() < 0.7 else random.choice((1, 64, 10**6, "cpu", None))
             with LlavaEdge.load(bench.artifacts / "image", **{name: value}) as loaded:
@@ -259,6 +254,11 @@ def _options(bench: Bench, random: Random, number: int) -> Case:
         if act == 5:
             name = random.choice(sorted(Limits.__dataclass_fields__))
             return Limits(**{name: strange})
+        if act == 7:
+            name = random.choice(("num_frames", "frame_choice"))
+            frames = [image_inputs.picture()] * 3
+            seeing = bench.model("video", SMALL)
+            return seeing.generate("Hello", video=frames, max_new_tokens=1, **{name: strange})
         if act == 6:
             shared = ("raw", "image_marks", "grid")
             rest = {name: value for name, value in given.items() if name not in shared}

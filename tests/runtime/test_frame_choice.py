@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -50,3 +52,9 @@ def test_the_original_sees_first_and_last(total: int, share: float) -> None:
 def test_another_rule_is_refused() -> None:
     with pytest.raises(RequestError, match="'middle' is unknown; there are reference, original"):
         choose_frames(10, 2, "middle")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("choice", ["first", None, ["reference"], np.zeros(2)])
+def test_a_rule_that_there_is_not_is_refused(choice: Any) -> None:
+    with pytest.raises(RequestError, match=r"frame choice .* is unknown"):
+        choose_frames(5, 2, choice)

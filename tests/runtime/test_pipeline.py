@@ -243,6 +243,14 @@ def _options():  # type: ignore[no-untyped-def]
         pytest.param(
             "word " * 3000, 0, {}, PromptError, r"takes \d+ tokens .* the context holds", id="long"
         ),
+        pytest.param(
+            "word " * 200_000,
+            0,
+            {},
+            PromptError,
+            r"take \d+ tokens or more; the context",
+            id="huge",
+        ),
         pytest.param("Hi", 0, {"max_new_tokens": 0}, RequestError, "at least 1", id="no tokens"),
         pytest.param("Hi", 0, {"max_new_tokens": 1.5}, RequestError, "whole number", id="half"),
         pytest.param("Hi", 0, {"temperature": "hot"}, RequestError, "a number", id="word"),
@@ -251,6 +259,7 @@ def _options():  # type: ignore[no-untyped-def]
         pytest.param(None, 0, {}, PromptError, "must be a str", id="no text"),
         pytest.param("Hi", 0, {"top_p": 2.0}, RequestError, "top_p", id="sampling"),
         pytest.param("Hi", 0, {"grid": "9x9"}, RequestError, "grid", id="unknown grid"),
+        pytest.param("Hi", 0, {"grid": ["1x2"]}, RequestError, "grid", id="grid in a list"),
         pytest.param("Hi", 0, {"raw": 1}, RequestError, "raw is 1; it must be True", id="raw"),
         pytest.param("Hi", 0, {"raw": np.zeros(2)}, RequestError, "raw is array", id="raw array"),
         pytest.param(
@@ -305,6 +314,12 @@ def test_a_context_beyond_the_artifact_is_refused(artifact: Path) -> None:
         ({"context_tokens": True}, "context_tokens is True"),
         ({"device": "gpu"}, "devices are auto, cpu, cuda"),
         ({"device": None}, "devices are auto, cpu, cuda"),
+        ({"device": np.zeros(2)}, "devices are auto, cpu, cuda"),
+        ({"engine": np.zeros(2)}, "engines are auto"),
+        ({"trust_engines": "no"}, "trust_engines is 'no'; it must be True or False"),
+        ({"require_verified": 1}, "require_verified is 1"),
+        ({"prefix_reuse": None}, "prefix_reuse is None"),
+        ({"allow_slow": 0}, "allow_slow is 0"),
         ({"limits": 5}, "limits is 5; it must be a Limits object"),
         ({"progress": "loud"}, "progress is 'loud'; it must be a function"),
     ],

@@ -584,3 +584,30 @@ def test_files_that_are_no_tokenizer_are_artifact_errors(tmp_path: Path, model: 
     odd = replace(model.prompt_format, special_tokens=("<|nothing|>",))
     with pytest.raises(ArtifactError, match=r"image id 7.*video id 9.*stop id.*nothing"):
         Tokenizer.open(good, wrong, odd)
+
+
+def test_a_long_text_takes_at_least_what_its_slices_do(model: Model) -> None:
+    # Found by fuzzing: a million characters took 745 MiB before they were found to be too many.
+    tokenizer = model.tokenizer
+    for unit in ("two cats on a table ", "█", "\U0001f600", " ", "a"):
+        text = unit * (40_000 // len(unit))
+        exact = len(tokenizer.encode_pieces((Piece("text", text),)))
+        least = tokenizer.least_tokens(text, 10**9)
+        assert least <= exact
+        assert least >= 0.9 * exact - 3 * 64
+    assert 5 < tokenizer.least_tokens("█" * 10**6, 5) < 16_384 * 4
+
+
+def test_of_a_long_text_only_as_much_is_encoded_as_is_needed(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def counted(backend: Backend, text: str, *, add_special_tokens: bool) -> Any:
+        asked.append(len(text))
+        return backend.encode(text, add_special_tokens=add_special_tokens)
+
+    monkeypatch.setattr("llava_edge.runtime.tokenizer.encode", counted)
+    model.tokenizer.least_tokens("cats and dogs " * 100_000, 5_000)
+
+    assert sum(asked) < 100_000
