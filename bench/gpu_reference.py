@@ -79,7 +79,8 @@ class Reference:
 
     def measure(self, case: Mapping[str, Any], number: int) -> dict[str, Any]:
         """One case: time to the first token and the rate behind it, medians of repeats."""
-        seconds, rates = [], []
+        seconds: list[float] = []
+        rates: list[float] = []
         for repeat in range(_REPEATS + 1):
             if repeat > 1 and sum(seconds) > _ENOUGH_SECONDS:
                 break
