@@ -40,7 +40,11 @@ DeviceKind = Literal["cpu", "cuda"]
 _PROVIDERS: dict[DeviceKind, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _RECORD = "session.record_ep_graph_assignment_info"
 _GRAPH_ID = "gpu_graph_id"
-_OUT_OF_MEMORY = ("failed to allocate memory", "out of memory", "bad allocation", "bad_alloc")
+_OUT_OF_MEMORY = (
+    *("failed to allocate memory", "out of memory", "bad allocation", "bad_alloc"),
+    # What an arena says of its limit.
+    "available memory of",
+)
 
 
 ENGINE_VERSION: str = ort.__version__

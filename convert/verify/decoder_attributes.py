@@ -70,6 +70,7 @@ def read_decoder(walk: GraphWalk) -> DecoderAttributes:
     delta: str | None
     is_whole = False
     try:
+        _best(walk)
         head = _head(walk)
         norm, residual, delta = _final_norm(walk, head.hidden)
         while delta is not None:
@@ -81,6 +82,17 @@ def read_decoder(walk: GraphWalk) -> DecoderAttributes:
     except WiringError as error:
         walk.faults.append(str(error))
     return DecoderAttributes(tuple(reversed(layers)), norm, head, is_whole)
+
+
+def _best(walk: GraphWalk) -> None:
+    """Where the graph picks its best logits out, they are the largest of those it hands out."""
+    if not any(walk.graph.producer(name) for name in ("best_logits", "best_ids")):
+        return
+    node = walk.made_by("best_logits", "TopK")
+    walk.expect(node, "what it orders", node.input[0], "logits")
+    walk.expect(node, "what it hands out", list(node.output), ["best_logits", "best_ids"])
+    for name, want in (("axis", -1), ("largest", 1), ("sorted", 1)):
+        walk.expect(node, name, attribute(node, name, want), want)
 
 
 def _head(walk: GraphWalk) -> LinearAttributes:

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.errors import OutOfMemoryError, RequestError
 from llava_edge.profiles.nvml import read_gpus
 from llava_edge.runtime import LlavaEdge, session
 from llava_edge.runtime.cuda_options import CudaOptions
@@ -150,3 +150,29 @@ def test_a_replayed_graph_answers_as_plain_steps_do(
             assert answer.off_device == ()
 
     assert found[True] == found[False]
+
+
+@pytest.mark.gpu
+def test_features_left_on_the_device_lead_to_the_same_answer(
+    artifact: Path, picture: Image.Image
+) -> None:
+    if not read_gpus().gpus:
+        pytest.skip("there is no NVIDIA GPU")
+    found = []
+    for stay in (False, True):
+        cuda = CudaOptions(features_on_device=stay)
+        with LlavaEdge.load(artifact, "cuda", engine="ort", cuda=cuda) as model:
+            found.append(model.generate("What?", [picture, picture], max_new_tokens=24))
+
+    assert found[0].token_ids == found[1].token_ids
+    # The context of the driver alone takes hundreds of MiB.
+    assert all(answer.peak_memory.device_bytes for answer in found)
+
+
+@pytest.mark.gpu
+def test_a_limit_that_is_too_low_is_memory_that_ran_out(artifact: Path) -> None:
+    if not read_gpus().gpus:
+        pytest.skip("there is no NVIDIA GPU")
+
+    with pytest.raises(OutOfMemoryError):
+        LlavaEdge.load(artifact, "cuda", engine="ort", cuda=CudaOptions(memory_limit_bytes=1 << 12))

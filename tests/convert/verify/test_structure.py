@@ -455,6 +455,21 @@ QUANTIZED: dict[str, tuple[str, Fault, str]] = {
         attributes("decoder", "language_model.norm", epsilon=1e-3),
         "language_model.norm: epsilon",
     ),
+    "smallest logits for the best": (
+        "fp16 cuda",
+        attributes("decoder", "TopK_0", largest=0),
+        "node TopK_0: largest is 0, must be 1",
+    ),
+    "best logits by id": (
+        "int4 cuda",
+        attributes("decoder", "TopK_0", sorted=0),
+        "node TopK_0: sorted is 0, must be 1",
+    ),
+    "best of other numbers": (
+        "fp16 cuda",
+        lambda copy: copy.rewire("decoder", "TopK_0", 0, "lm_head"),
+        "node TopK_0: what it orders is lm_head, must be logits",
+    ),
     "rope base in fp16": ("fp16 cuda", tables(theta=1e6), "differ from the rotary embedding"),
 }
 
