@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,50 +22,36 @@ from PIL.Image import Image
 from llava_edge.profiles.buffers import (
     MAX_DRAFT_TOKENS,
     CacheType,
-    prefill_chunk_tokens,
-    tiles_per_batch,
 )
 from llava_edge.profiles.engines import EngineName
 from llava_edge.profiles.errors import PromptError
 from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.answer import Answer
-from llava_edge.runtime.answerer import Answerer
 from llava_edge.runtime.arguments import require_callable, require_count, require_flag
 from llava_edge.runtime.artifact import Artifact, open_artifact
-from llava_edge.runtime.cached_encoder import cached_encoder
 from llava_edge.runtime.chat import Chat, WithinTurn
 from llava_edge.runtime.clip import VideoSource
 from llava_edge.runtime.cuda_options import CudaOptions
-from llava_edge.runtime.cuda_runtime import CudaRuntime
 from llava_edge.runtime.decoder import Decoder
-from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.frame_choice import FrameChoice
-from llava_edge.runtime.host_memory import map_large_blocks
 from llava_edge.runtime.images import ImageSource
-from llava_edge.runtime.instructions import needs_wide_sums
 from llava_edge.runtime.interface_check import check_interfaces
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.load_fit import LoadFit, fit_at_load
+from llava_edge.runtime.load_options import LoadOptions
+from llava_edge.runtime.loaded_parts import open_parts
 from llava_edge.runtime.lowering import Lowering
-from llava_edge.runtime.ort_device_vision import OrtDeviceEncoder
 from llava_edge.runtime.placement import AskedCache, Device, choose_device
-from llava_edge.runtime.planned_memory import RequestMemory
 from llava_edge.runtime.progress import ReportProgress, no_progress
-from llava_edge.runtime.prompt_embedder import PromptEmbedder
 from llava_edge.runtime.replay import Replay
 from llava_edge.runtime.request import PromptOptions, Request, VideoInput
-from llava_edge.runtime.request_builder import RequestBuilder
 from llava_edge.runtime.sampling import SamplingOptions
-from llava_edge.runtime.session import Array, DeviceKind, Session, SessionOptions
+from llava_edge.runtime.session import Array, DeviceKind
 from llava_edge.runtime.stream import AnswerStream, Pieces, StreamHandle
 from llava_edge.runtime.time_budget import TimeBudget
-from llava_edge.runtime.tokenizer import Tokenizer
-from llava_edge.runtime.tower import AskedEngine, open_tower
+from llava_edge.runtime.tower import AskedEngine
 from llava_edge.runtime.turnstile import Turnstile
 from llava_edge.runtime.verified_here import check_verified_here
-from llava_edge.runtime.vision import VisionEncoder
-
-MAX_THREADS = 1024
 
 
 class LlavaEdge:
@@ -85,103 +70,27 @@ class LlavaEdge:
         self,
         artifact: Artifact,
         device: DeviceKind,
-        threads: int,
         fit: LoadFit,
-        limits: Limits,
+        options: LoadOptions,
         progress: ReportProgress,
-        engine: AskedEngine = "auto",
-        trust_engines: bool = False,
-        prefix_reuse: bool = True,
-        vision_cache_bytes: int = 0,
-        strict_device: bool = False,
-        cuda: CudaOptions | None = None,
     ) -> None:
-        manifest = artifact.manifest
-        flavour = manifest.flavour
+        parts = open_parts(artifact, device, fit, options, progress)
         self.artifact = artifact
         self.device = device
+        self.engine: EngineName = parts.tower.engine
         self.cache: CacheType = fit.cache
         self.degraded = fit.degraded
+        self.off_device = parts.off_device
         self._loaded_context = fit.context_tokens
-        self._dims = manifest.model
-        self._tokens = manifest.tokens
-        dtype: type[np.float32] | type[np.float16] = np.float32 if flavour == "cpu" else np.float16
+        self._dims = artifact.manifest.model
+        self._tokens = artifact.manifest.tokens
         self._turnstile = Turnstile()
-        self._tokenizer = Tokenizer.open(
-            artifact.path(manifest.tokenizer), manifest.tokens, manifest.prompt
-        )
-        self._requests = RequestBuilder(manifest, self._tokenizer, limits)
-        self._table = EmbeddingTable(artifact.path(manifest.embeddings), self._dims)
-        map_large_blocks()
-        wide_sums = device == "cpu" and needs_wide_sums(manifest.precision)
-        cuda = cuda or CudaOptions()
-        chunk = prefill_chunk_tokens(manifest.prefill_chunk, fit.context_tokens)
-        options = SessionOptions(
-            device=device,
-            threads=threads,
-            wide_sums=wide_sums,
-            strict=strict_device,
-            cuda=cuda,
-            prompt_tokens=chunk,
-        )
-        off_device: list[str] = []
-        # The plan asks the same functions, so what it counted is what is taken here.
-        batch = tiles_per_batch(flavour, self._requests.max_tiles)
-
-        def open_ort() -> VisionEncoder | OrtDeviceEncoder:
-            # Tiles come in other numbers each time, which nothing recorded can replay.
-            plain = replace(options, cuda=replace(cuda, graph=False))
-            session = Session(artifact.path(manifest.vision.file), plain)
-            off_device.extend(f"vision: {node}" for node in session.off_device)
-            if device == "cuda" and cuda.features_on_device and not self._dims.takes_video:
-                shape = (self._dims.vision.num_patches, self._dims.text.hidden_size)
-                return OrtDeviceEncoder(session, CudaRuntime.open(), batch, shape)
-            return VisionEncoder(session, self._dims, batch, dtype)
-
-        progress("loading", 0, 2)
-        self._tower = open_tower(artifact, device, engine, open_ort, trust_engines=trust_engines)
-        self.engine: EngineName = self._tower.engine
-        progress("loading", 1, 2)
-        graph = manifest.decoders[self.cache]
-        decoder = Session(artifact.path(graph.file), options)
-        off_device.extend(f"decoder: {node}" for node in decoder.off_device)
-        self.off_device = tuple(off_device)
-        progress("loading", 2, 2)
-        encoder = cached_encoder(self._tower.encoder, self._dims, dtype, vision_cache_bytes)
-        embedder = PromptEmbedder(
-            self._dims,
-            self._tokens.image,
-            self._table,
-            encoder,
-            dtype,
-            batch,
-            self._tokens.video,
-        )
-        outputs = {tensor.name: tensor.shape for tensor in graph.outputs}
-        picked = outputs.get("best_ids", (0,)) if cuda.best_on_device else (0,)
-        self._decoder = Decoder(
-            decoder,
-            self._dims.text,
-            fit.context_tokens,
-            chunk,
-            dtype,
-            int(picked[-1]),
-            int8_cache=self.cache == "int8",
-        )
-        self._answerer = Answerer(
-            self._tower,
-            device,
-            embedder,
-            self._decoder,
-            self._table,
-            self._tokenizer,
-            self._tokens,
-            dtype,
-            RequestMemory(manifest, device, batch),
-            prefix_reuse,
-            fit.degraded,
-            self.off_device,
-        )
+        self._tokenizer = parts.tokenizer
+        self._requests = parts.requests
+        self._table = parts.table
+        self._tower = parts.tower
+        self._decoder = parts.decoder
+        self._answerer = parts.answerer
 
     @classmethod
     def load(
@@ -249,25 +158,24 @@ class LlavaEdge:
             OutOfMemoryError: cache and weights do not fit what is free now.
             RequestError: an argument is out of range or of another type.
         """
-        require_count("threads", threads, 0, MAX_THREADS)
         require_flag("require_verified", require_verified)
+        options: dict[str, Any] = {
+            "threads": threads,
+            "context_tokens": context_tokens,
+            "cache": cache,
+            "allow_slow": allow_slow,
+            "engine": engine,
+            "trust_engines": trust_engines,
+            "prefix_reuse": prefix_reuse,
+            "vision_cache_bytes": vision_cache_bytes,
+            "strict_device": strict_device,
+            "cuda": cuda or CudaOptions(),
+            "limits": limits or Limits(),
+        }
+        # Before anything is opened: what is asked wrongly costs no time.
+        LoadOptions(**options)
         opened = open_artifact(artifact, require_verified=require_verified)
-        model = cls.over(
-            opened,
-            device,
-            threads=threads,
-            context_tokens=context_tokens,
-            cache=cache,
-            allow_slow=allow_slow,
-            engine=engine,
-            trust_engines=trust_engines,
-            prefix_reuse=prefix_reuse,
-            vision_cache_bytes=vision_cache_bytes,
-            strict_device=strict_device,
-            cuda=cuda,
-            limits=limits,
-            progress=progress,
-        )
+        model = cls.over(opened, device, progress=progress, **options)
         try:
             check_verified_here(model)
         except BaseException:
@@ -281,48 +189,26 @@ class LlavaEdge:
         artifact: Artifact,
         device: Device = "auto",
         *,
-        threads: int = 0,
-        context_tokens: int | None = None,
-        cache: AskedCache = "auto",
-        allow_slow: bool = False,
-        engine: AskedEngine = "auto",
-        trust_engines: bool = False,
-        prefix_reuse: bool = True,
-        vision_cache_bytes: int = 0,
-        strict_device: bool = False,
-        cuda: CudaOptions | None = None,
-        limits: Limits | None = None,
         progress: ReportProgress = no_progress,
+        **options: Any,
     ) -> LlavaEdge:
         """Load an artifact that is open already, whatever it was verified on: for verifying.
 
-        Args and errors are those of ``load``.
+        Args:
+            artifact: opened.
+            device: as in ``load``.
+            progress: told about loading.
+            options: fields of ``LoadOptions``, as in ``load``.
+
+        Raises:
+            LlavaEdgeError: as ``load``.
         """
-        require_count("threads", threads, 0, MAX_THREADS)
-        require_count("vision_cache_bytes", vision_cache_bytes, 0)
+        how = LoadOptions(**options)
         require_callable("progress", progress)
-        # "no" is true as well, and would let engines be opened that nobody trusts.
-        require_flag("trust_engines", trust_engines)
-        require_flag("allow_slow", allow_slow)
-        require_flag("prefix_reuse", prefix_reuse)
         check_interfaces(artifact)
-        manifest = artifact.manifest
-        chosen = choose_device(device, manifest.flavour, allow_slow)
-        fit = fit_at_load(artifact, chosen, context_tokens, vision_cache_bytes, cache)
-        return cls(
-            artifact,
-            chosen,
-            threads,
-            fit,
-            limits or Limits(),
-            progress,
-            engine,
-            trust_engines,
-            prefix_reuse,
-            vision_cache_bytes,
-            strict_device,
-            cuda,
-        )
+        chosen = choose_device(device, artifact.manifest.flavour, how.allow_slow)
+        fit = fit_at_load(artifact, chosen, how.context_tokens, how.vision_cache_bytes, how.cache)
+        return cls(artifact, chosen, fit, how, progress)
 
     def generate(self, prompt: str, images: Sequence[ImageSource] = (), **options: Any) -> Answer:
         """Answer a question; takes the options of ``stream``.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -362,3 +363,20 @@ def test_memory_is_asked_before_it_is_taken(
 
     with pytest.raises(OutOfMemoryError, match=r"0\.00 GiB are free"):
         LlavaEdge.load(artifact)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"threads": -1},
+        {"threads": True},
+        {"vision_cache_bytes": -1},
+        {"trust_engines": "no"},
+        {"strict_device": 1},
+        {"cuda": {"graph": True}},
+        {"limits": {"max_images": 1}},
+    ],
+)
+def test_options_of_loading_have_their_types(artifact: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=next(iter(wrong))):
+        LlavaEdge.load(artifact, **wrong)

@@ -1,0 +1,47 @@
+"""LoadOptions: how an artifact is loaded, checked for types; ``LlavaEdge.load`` explains them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llava_edge.profiles.errors import RequestError
+from llava_edge.runtime.arguments import require_count, require_flag
+from llava_edge.runtime.cuda_options import CudaOptions
+from llava_edge.runtime.limits import Limits
+from llava_edge.runtime.placement import AskedCache
+from llava_edge.runtime.tower import AskedEngine
+
+MAX_THREADS = 1024
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Options of ``LlavaEdge.load`` that say how to load, not what or where.
+
+    Raises:
+        RequestError: one is out of range or of another type.
+    """
+
+    threads: int = 0
+    context_tokens: int | None = None
+    cache: AskedCache = "auto"
+    allow_slow: bool = False
+    engine: AskedEngine = "auto"
+    trust_engines: bool = False
+    prefix_reuse: bool = True
+    vision_cache_bytes: int = 0
+    strict_device: bool = False
+    cuda: CudaOptions = field(default_factory=CudaOptions)
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        require_count("threads", self.threads, 0, MAX_THREADS)
+        require_count("vision_cache_bytes", self.vision_cache_bytes, 0)
+        # "no" is true as well, and would let engines be opened that nobody trusts.
+        for name in ("allow_slow", "trust_engines", "prefix_reuse", "strict_device"):
+            require_flag(name, getattr(self, name))
+        for name, kind in (("cuda", CudaOptions), ("limits", Limits)):
+            if not isinstance(value := getattr(self, name), kind):
+                raise RequestError(
+                    f"{name} is a {type(value).__name__}; it must be a {kind.__name__}"
+                )

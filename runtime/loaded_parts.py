@@ -1,0 +1,141 @@
+"""LoadedParts: everything behind a loaded artifact, opened and put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from llava_edge.profiles.buffers import prefill_chunk_tokens, tiles_per_batch
+from llava_edge.runtime.answerer import Answerer
+from llava_edge.runtime.artifact import Artifact
+from llava_edge.runtime.cached_encoder import cached_encoder
+from llava_edge.runtime.cuda_runtime import CudaRuntime
+from llava_edge.runtime.decoder import Decoder
+from llava_edge.runtime.embeddings import EmbeddingTable
+from llava_edge.runtime.host_memory import map_large_blocks
+from llava_edge.runtime.instructions import needs_wide_sums
+from llava_edge.runtime.load_fit import LoadFit
+from llava_edge.runtime.load_options import LoadOptions
+from llava_edge.runtime.ort_device_vision import OrtDeviceEncoder
+from llava_edge.runtime.planned_memory import RequestMemory
+from llava_edge.runtime.progress import ReportProgress
+from llava_edge.runtime.prompt_embedder import PromptEmbedder
+from llava_edge.runtime.request_builder import RequestBuilder
+from llava_edge.runtime.session import DeviceKind, Session, SessionOptions
+from llava_edge.runtime.tokenizer import Tokenizer
+from llava_edge.runtime.tower import Tower, open_tower
+from llava_edge.runtime.vision import VisionEncoder
+
+
+@dataclass(frozen=True)
+class LoadedParts:
+    """What one artifact needs to answer.
+
+    Attributes:
+        tokenizer: text to ids and back.
+        requests: makes requests.
+        table: embedding rows, from a file that stays open.
+        tower: tower and projector.
+        decoder: language model and its cache.
+        answerer: the way of a request through all of them.
+        off_device: nodes that run elsewhere than asked; see ``Answer``.
+    """
+
+    tokenizer: Tokenizer
+    requests: RequestBuilder
+    table: EmbeddingTable
+    tower: Tower
+    decoder: Decoder
+    answerer: Answerer
+    off_device: tuple[str, ...]
+
+
+def open_parts(
+    artifact: Artifact,
+    device: DeviceKind,
+    fit: LoadFit,
+    options: LoadOptions,
+    progress: ReportProgress,
+) -> LoadedParts:
+    """Open files and graphs of an artifact that is checked.
+
+    Args:
+        artifact: opened.
+        device: where the decoder runs.
+        fit: context and type of the cache.
+        options: checked.
+        progress: told about loading.
+
+    Raises:
+        LlavaEdgeError: as ``LlavaEdge.load``.
+    """
+    manifest = artifact.manifest
+    dims, tokens = manifest.model, manifest.tokens
+    dtype: type[np.float32] | type[np.float16]
+    dtype = np.float32 if manifest.flavour == "cpu" else np.float16
+    tokenizer = Tokenizer.open(artifact.path(manifest.tokenizer), tokens, manifest.prompt)
+    requests = RequestBuilder(manifest, tokenizer, options.limits)
+    table = EmbeddingTable(artifact.path(manifest.embeddings), dims)
+    map_large_blocks()
+    chunk = prefill_chunk_tokens(manifest.prefill_chunk, fit.context_tokens)
+    cuda = options.cuda
+    settings = SessionOptions(
+        device=device,
+        threads=options.threads,
+        wide_sums=device == "cpu" and needs_wide_sums(manifest.precision),
+        strict=options.strict_device,
+        cuda=cuda,
+        prompt_tokens=chunk,
+    )
+    off_device: list[str] = []
+    # The plan asks the same functions, so what it counted is what is taken here.
+    batch = tiles_per_batch(manifest.flavour, requests.max_tiles)
+
+    def open_ort() -> VisionEncoder | OrtDeviceEncoder:
+        # Tiles come in other numbers each time, which nothing recorded can replay.
+        plain = replace(settings, cuda=replace(cuda, graph=False))
+        session = Session(artifact.path(manifest.vision.file), plain)
+        off_device.extend(f"vision: {node}" for node in session.off_device)
+        if device == "cuda" and cuda.features_on_device and not dims.takes_video:
+            shape = (dims.vision.num_patches, dims.text.hidden_size)
+            return OrtDeviceEncoder(session, CudaRuntime.open(), batch, shape)
+        return VisionEncoder(session, dims, batch, dtype)
+
+    progress("loading", 0, 2)
+    tower = open_tower(
+        artifact, device, options.engine, open_ort, trust_engines=options.trust_engines
+    )
+    progress("loading", 1, 2)
+    graph = manifest.decoders[fit.cache]
+    session = Session(artifact.path(graph.file), settings)
+    off_device.extend(f"decoder: {node}" for node in session.off_device)
+    progress("loading", 2, 2)
+    encoder = cached_encoder(tower.encoder, dims, dtype, options.vision_cache_bytes)
+    embedder = PromptEmbedder(dims, tokens.image, table, encoder, dtype, batch, tokens.video)
+    outputs = {tensor.name: tensor.shape for tensor in graph.outputs}
+    picked = outputs.get("best_ids", (0,)) if cuda.best_on_device else (0,)
+    decoder = Decoder(
+        session,
+        dims.text,
+        fit.context_tokens,
+        chunk,
+        dtype,
+        int(picked[-1]),
+        int8_cache=fit.cache == "int8",
+    )
+    answerer = Answerer(
+        tower,
+        device,
+        embedder,
+        decoder,
+        table,
+        tokenizer,
+        tokens,
+        dtype,
+        RequestMemory(manifest, device, batch),
+        options.prefix_reuse,
+        fit.degraded,
+        tuple(off_device),
+    )
+    return LoadedParts(tokenizer, requests, table, tower, decoder, answerer, tuple(off_device))
