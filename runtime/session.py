@@ -200,7 +200,10 @@ class Session:
         if options.device == "cuda":
             _preload_cuda()
         with _mapped_errors(f"opening {name}"):
-            self._session = ort.InferenceSession(model, settings, providers=[provider])
+            # Its second try with the CPU provider is announced on stdout; here it is an error.
+            self._session = ort.InferenceSession(
+                model, settings, providers=[provider], enable_fallback=0
+            )
         _OPEN.add(self)
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         # ONNX Runtime goes on with the CPU where a provider's libraries do not load.
