@@ -253,7 +253,6 @@ class Session:
         # The arena keeps what it once took. A prompt's activations are given back after the run;
         # measured on a full-size tower, the arena's peak is 0.4 GiB below plain allocation's.
         self._shrinking = ort.RunOptions()
-        self._shrinking.log_severity_level = options.log_level
         if options.device == "cpu":
             key = "memory.enable_memory_arena_shrinkage"
             self._shrinking.add_run_config_entry(key, "cpu:0")

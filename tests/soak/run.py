@@ -156,7 +156,8 @@ def pages_questions(count: int = 24) -> Questions:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run on the small trained model; 1 where something grew, failed or changed."""
-    from llava_edge.bench.pages.checkpoint import SHIPPED
+    # What draws and asks does without torch, whose memory would stand beside the runtime's.
+    from llava_edge.bench.pages import sample as pages
     from llava_edge.bench.pages.commands import convert
 
     parser = argparse.ArgumentParser(prog="python -m tests.soak.run")
@@ -168,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     artifact = build / "pages"
     if not artifact.exists():
         build.mkdir(parents=True, exist_ok=True)
-        convert(SHIPPED, artifact, "fp16")
+        convert(Path(pages.__file__).with_name("llava-next-pages"), artifact, "fp16")
     print(f"seed {given.seed}: {given.requests} requests by {given.threads} threads", flush=True)
     with LlavaEdge.load(artifact, threads=1, vision_cache_bytes=4 * MIB) as model:
         first = sample(0)
