@@ -42,6 +42,4 @@ class LoadOptions:
             require_flag(name, getattr(self, name))
         for name, kind in (("cuda", CudaOptions), ("limits", Limits)):
             if not isinstance(value := getattr(self, name), kind):
-                raise RequestError(
-                    f"{name} is a {type(value).__name__}; it must be a {kind.__name__}"
-                )
+                raise RequestError(f"{name} is {value!r:.60}; it must be a {kind.__name__} object")
