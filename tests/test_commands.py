@@ -77,7 +77,6 @@ def test_convert_and_run_give_one_json_object_as_last_line(
         "reused_tokens",
         "draft_tokens",
         "accepted_tokens",
-        "off_device",
     }
     assert len(answered["token_ids"]) == 3
     assert answered["text"] in output.err
