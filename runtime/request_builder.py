@@ -314,14 +314,14 @@ class RequestBuilder:
         """
         if not isinstance(prompt, str):
             raise PromptError(f"the prompt is a {type(prompt).__name__}; it must be a str")
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise PromptError(
-                "the prompt holds bytes that are no text (lone surrogates); give it as UTF-8"
-            )
         if len(prompt) > self._limits.max_prompt_characters:
             raise PromptError(
                 f"the prompt has {len(prompt)} characters; at most "
                 f"{self._limits.max_prompt_characters} are accepted"
+            )
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise PromptError(
+                "the prompt holds bytes that are no text (lone surrogates); give it as UTF-8"
             )
         most = self._manifest.context_tokens
         # Shorter ones are encoded whole, and refused with exact numbers.

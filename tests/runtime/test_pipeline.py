@@ -244,6 +244,8 @@ def _options():  # type: ignore[no-untyped-def]
         pytest.param(
             "word " * 3000, 0, {}, PromptError, r"takes \d+ tokens .* the context holds", id="long"
         ),
+        # What is too long is not looked at character by character first.
+        pytest.param("\ud800" * 2**21, 0, {}, PromptError, "2097152 characters; at", id="longest"),
         pytest.param(
             "word " * 200_000,
             0,
