@@ -187,6 +187,17 @@ def test_what_a_machine_lacks_is_said_before_anything_runs(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_package_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_needs.missing("cpu") == []
+    asked = ['torch>=2.6; extra == "convert"', "numpy>=1.26", 'av>=14; extra == "video"']
+    there = {"torch": "2.11.0+cu130", "numpy": "1.9"}
+    monkeypatch.setattr(gpu_needs, "requires", lambda _: asked)
+    monkeypatch.setattr(gpu_needs, "version", there.__getitem__)
+    assert gpu_needs.missing("cpu") == ["numpy 1.26 or newer (1.9 is there)"]
+    there |= {"torch": "2.5.9", "numpy": "1.26.0"}
+    assert gpu_needs.missing("cpu") == ["torch 2.6 or newer (2.5.9 is there)"]
+
+
 def test_every_package_that_is_imported_is_asked_for() -> None:
     folders = Path(gpu_check.__file__).parents[1]
     own = {"llava_edge", *sys.stdlib_module_names}
