@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 import os
@@ -365,6 +366,25 @@ def test_the_reference_is_asked_prompts_of_the_same_length(tiny: tuple[Path, Pat
         assert found["prompt_tokens"] == tokens
         assert found["ttft_seconds"] > 0
         assert found["decode_tokens_per_second"] > 0
+
+
+def test_memory_of_the_reference_counts_what_the_driver_took_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llava_edge.bench import gpu_reference
+
+    class Nothing:
+        measure = staticmethod(lambda case, number: {"name": case["name"]})
+
+    cases = tmp_path / "cases.json"
+    cases.write_text('[{"name": "text"}]')
+    monkeypatch.setattr(gpu_reference.torch.cuda, "mem_get_info", lambda: (60, 100))
+    listed: list[int | None] = [None, 30]
+    monkeypatch.setattr(gpu_reference, "process_bytes", lambda _: listed.pop(0))
+    options = argparse.Namespace(cases=cases, round=0, device="cuda")
+    made: Any = Nothing()
+    found = [gpu_reference._time(made, options)["peak_memory"]["device_bytes"] for _ in range(2)]
+    assert found == [40, 30]
 
 
 def test_bandwidth_counts_what_is_read_and_what_is_written(
