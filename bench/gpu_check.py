@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge.bench.gpu_models import GPU_MODELS, PRECISIONS
+from llava_edge.bench.gpu_needs import missing
 from llava_edge.bench.gpu_place import GpuPlace
 from llava_edge.bench.gpu_steps import CARD, GpuStep, gpu_steps
 from llava_edge.bench.gpu_table import gpu_tables
@@ -45,18 +46,23 @@ def main(argv: list[str] | None = None) -> int:
         if step.name == CARD or all(part in step.name for part in options.only)
     ]
     if not options.tables:
+        if lacking := missing(options.device):
+            said = f"cannot measure here, missing: {', '.join(lacking)}"
+            _say(said)
+            print(json.dumps({"error": {"type": "DependencyError", "message": said}}))
+            return 2
         place = GpuPlace(work, options.device, options.board, time.monotonic() + options.seconds)
         Runner(place, ledger, again=options.again, keep=options.keep).run(steps)
     entries = {step.name: ledger.get(step.name) for step in steps}
     print(gpu_tables(models, options.precisions, ledger.entries), file=sys.stderr)
     failed = [name for name, entry in entries.items() if entry and "error" in entry]
-    missing = [name for name, entry in entries.items() if entry is None]
+    unmeasured = [name for name, entry in entries.items() if entry is None]
     for name in failed:
         _say(f"failed: {name}: {ledger.entries[name]['error']}")
-    if missing:
-        _say(f"not measured yet, run again: {', '.join(missing)}")
-    print(json.dumps({"failed": failed, "missing": missing, "entries": dict(ledger.entries)}))
-    return 1 if failed or missing else 0
+    if unmeasured:
+        _say(f"not measured yet, run again: {', '.join(unmeasured)}")
+    print(json.dumps({"failed": failed, "missing": unmeasured, "entries": dict(ledger.entries)}))
+    return 1 if failed or unmeasured else 0
 
 
 class Runner:
@@ -79,13 +85,18 @@ class Runner:
     def run(self, steps: Sequence[GpuStep]) -> None:
         """Run steps in order until the time is over; those that failed before come last."""
         todo = [step for step in steps if self._again or not self._is_done(step)]
-        fresh = [step for step in todo if not self._has_failed(step)]
+        # The device first, also where it failed: nothing goes without it.
+        fresh = [step for step in todo if step.name == CARD or not self._has_failed(step)]
         order = [*fresh, *(step for step in todo if step not in fresh)]
         for index, step in enumerate(order):
             if self._place.seconds_left < _LEAST_SECONDS:
                 _say(f"the time is over; {len(order) - index} steps are left")
                 return
             self._measure(step)
+            if step.name == CARD and self._has_failed(step):
+                # Whatever follows would make its models first and then fail by the same.
+                _say(f"the device does not work; {len(order) - index - 1} steps are left")
+                return
             if not self._keep:
                 self._drop(step, order[index + 1 :])
 

@@ -181,15 +181,26 @@ def _answers(reference: Reference, options: argparse.Namespace) -> dict[str, Any
 def _time(reference: Reference, options: argparse.Namespace) -> dict[str, Any]:
     cases = json.loads(options.cases.read_text("utf-8"))
     rows = [reference.measure(case, options.round) for case in cases]
-    reserved = torch.cuda.max_memory_reserved() if options.device == "cuda" else None
     return {
         "device": options.device,
         "cases": rows,
         "peak_memory": {
             "host_bytes": peak_host_bytes(),
-            "device_bytes": process_bytes(os.getpid()) or reserved,
+            "device_bytes": process_bytes(os.getpid()) or _in_use(options.device),
         },
     }
+
+
+def _in_use(device: str) -> int | None:
+    """Where the driver does not list this process, as in some containers: all that is in use.
+
+    As for artifacts, whose fallback is the same but for what was in use before. torch gives nothing
+    back to the driver, so it is the most that was held; the driver's context counts.
+    """
+    if device == "cpu":
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,7 +5,8 @@ at any size and without a download. Scales are chosen so that signals keep their
 block and logits spread by about two, which leaves arg-max margins far above rounding.
 
 Weights are drawn, rounded to float16 and written block by block: a model of 14 GB needs a few tens
-of MiB of memory. Each tensor has a generator of its own, so order and sharding change nothing.
+of MiB of memory for each core that draws. Each tensor has a generator of its own, so order,
+sharding and the number of cores change nothing.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ RANDOM_KEY = "llava_edge_random_weights"
 """Entry of ``config.json`` that says so; whoever measures such a model must be able to tell."""
 
 _BLOCK_ELEMENTS = 1 << 22
+_MOST_THREADS = 16
 _LOGIT_STD = 2.0
 _EMBEDDING_STD = 0.4
 _ATTENTION_STD = 1.4
@@ -221,12 +223,20 @@ def _write_weights(folder: Path, dims: ModelDims, seed: int, max_shard_bytes: in
     for number, shard in enumerate(shards, start=1):
         single = len(shards) == 1
         file = "model" if single else f"model-{number:05}-of-{len(shards):05}"
-        write_safetensors(folder / f"{file}.safetensors", shard, blocks, {"format": "pt"})
+        place = folder / f"{file}.safetensors"
+        write_safetensors(place, shard, blocks, {"format": "pt"}, threads=_threads())
         weight_map |= {name: f"{file}.safetensors" for name, _, _ in shard}
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, "utf-8")
+
+
+def _threads() -> int:
+    """Drawing takes far longer than writing, and numpy lets go of the interpreter meanwhile."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return min(_MOST_THREADS, cores)
 
 
 def _split(tensors: Sequence[_Stored], max_bytes: int) -> list[list[_Stored]]:

@@ -141,7 +141,7 @@ def round_to_nearest(
             squared += float(codes.mul_(found).sub_(part).square_().sum())
         return squared
 
-    squared = sum(map_rows(weight.shape, work))
+    squared = sum(map_rows(weight.shape, work, small=True))
     report = QuantizationReport(mse=squared / weight.numel())
     return QuantizedWeight(qweight, scales, bits, group_size, report)
 

@@ -17,19 +17,26 @@ T = TypeVar("T")
 
 _ELEMENTS_AT_A_TIME = 1 << 23
 _FEWEST_ROWS = 256
-# Each worker holds a few float64 copies of its chunk.
+# Each worker holds a few float64 copies of its chunk: more of them take chunks as much smaller.
 _MOST_WORKERS = 4
+_MOST_SMALL = 16
 
 
-def map_rows(shape: Sequence[int], work: Callable[[slice], T]) -> list[T]:
+def map_rows(shape: Sequence[int], work: Callable[[slice], T], *, small: bool = False) -> list[T]:
     """Call ``work`` with slices that cover all rows of a matrix [rows, columns]; results in order.
 
     While it runs, torch in this process uses one thread an operation.
+
+    Args:
+        shape: of the matrix.
+        work: on some of its rows.
+        small: it is as quick on few rows as on many, so that all cores may share a matrix.
     """
     num_rows, num_columns = shape
-    step = max(_FEWEST_ROWS, _ELEMENTS_AT_A_TIME // num_columns)
+    most = _MOST_SMALL if small else _MOST_WORKERS
+    step = max(_FEWEST_ROWS, _ELEMENTS_AT_A_TIME * _MOST_WORKERS // most // num_columns)
     chunks = [slice(first, min(first + step, num_rows)) for first in range(0, num_rows, step)]
-    workers = min(torch.get_num_threads(), len(chunks), _MOST_WORKERS)
+    workers = min(torch.get_num_threads(), len(chunks), most)
     with _one_torch_thread():
         if workers == 1:
             return [work(rows) for rows in chunks]

@@ -15,6 +15,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -159,14 +160,17 @@ def write_safetensors(
     tensors: Sequence[tuple[str, str, tuple[int, ...]]],
     blocks: Callable[[str], Iterable[NDArray[Any]]],
     metadata: Mapping[str, str] | None = None,
+    threads: int = 1,
 ) -> None:
-    """Write a safetensors file without holding more than one block in memory.
+    """Write a safetensors file without holding more than one block a thread in memory.
 
     Args:
         file: path of the new file.
         tensors: (name, safetensors type, shape) in the order in which they are stored.
         blocks: gives the values of a tensor, in order, as arrays of the matching numpy type.
         metadata: string pairs stored under ``__metadata__``.
+        threads: so many tensors are asked for and written at once, each where it belongs; for
+            blocks whose making costs more than their writing.
 
     Raises:
         ValueError: the blocks of a tensor do not add up to its shape.
@@ -180,17 +184,45 @@ def write_safetensors(
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     # Data that starts on a multiple of 8 can be mapped by readers that want aligned tensors.
     raw += b" " * (-len(raw) % 8)
-    with open(file, "wb") as stream:
-        stream.write(len(raw).to_bytes(8, "little"))
-        stream.write(raw)
-        for name, dtype, shape in tensors:
-            written = 0
+    head = len(raw).to_bytes(8, "little") + raw
+    with open(file, "wb", buffering=0) as stream:
+        descriptor = stream.fileno()
+        _write_at(descriptor, head, 0)
+
+        def write(tensor: tuple[str, str, tuple[int, ...]]) -> None:
+            name, dtype, shape = tensor
+            first, end = (len(head) + offset for offset in header[name]["data_offsets"])
+            place = first
             for block in blocks(name):
                 data = np.ascontiguousarray(block, dtype=_NUMPY[dtype]).reshape(-1).view(np.uint8)
-                stream.write(data.data)
-                written += data.nbytes
-            if written != math.prod(shape) * DTYPE_BYTES[dtype]:
-                raise ValueError(f"{name}: {written} bytes were given for shape {shape} {dtype}")
+                if place + data.nbytes > end:
+                    place += data.nbytes
+                    break
+                _write_at(descriptor, data.data, place)
+                place += data.nbytes
+            if place != end:
+                found = f"{place - first} bytes" + (" or more" if place > end else "")
+                raise ValueError(f"{name}: {found} were given for shape {shape} {dtype}")
+
+        if threads == 1:
+            for tensor in tensors:
+                write(tensor)
+            return
+        with ThreadPoolExecutor(threads, "tensors") as pool:
+            try:
+                for _ in pool.map(write, tensors):
+                    pass
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _write_at(descriptor: int, data: bytes | memoryview, place: int) -> None:
+    """All of it: one call of the system may take less than it is given."""
+    rest = memoryview(data)
+    while rest:
+        done = os.pwrite(descriptor, rest, place)
+        rest, place = rest[done:], place + done
 
 
 def _read_header_bytes(file: Path, prefix: bytes, size: int) -> int:

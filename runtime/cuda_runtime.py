@@ -7,12 +7,11 @@ library of the process. The runtime comes with ONNX Runtime's CUDA packages; not
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError
+from llava_edge.runtime.cuda_libraries import nvidia_folders
 from llava_edge.runtime.session import Array
 
 _NAMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so")
@@ -153,7 +152,5 @@ class CudaRuntime:
 def _candidates() -> Iterator[str]:
     """Names for the loader, then files of pip's packages."""
     yield from _NAMES
-    spec = importlib.util.find_spec("nvidia")
-    for place in (spec.submodule_search_locations or ()) if spec is not None else ():
-        for folder in _FOLDERS:
-            yield from (str(path) for path in sorted(Path(place, folder).glob("libcudart.so*")))
+    for folder in nvidia_folders(_FOLDERS):
+        yield from (str(path) for path in sorted(folder.glob("libcudart.so*")))

@@ -27,6 +27,7 @@ import onnxruntime as ort
 
 from llava_edge.profiles.errors import EngineError, LlavaEdgeError, OutOfMemoryError
 from llava_edge.runtime.allocation import allocate
+from llava_edge.runtime.cuda_libraries import nvidia_folders
 from llava_edge.runtime.cuda_options import CAPTURE, NO_CAPTURE, CudaOptions
 from llava_edge.runtime.node_placement import nodes_that_compute, refusal
 
@@ -40,6 +41,8 @@ DeviceKind = Literal["cpu", "cuda"]
 _PROVIDERS: dict[DeviceKind, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _RECORD = "session.record_ep_graph_assignment_info"
 _GRAPH_ID = "gpu_graph_id"
+_WARNINGS, _ERRORS = 2, 3
+"""ONNX Runtime's levels of what it writes to stderr."""
 _OUT_OF_MEMORY = (
     *("failed to allocate memory", "out of memory", "bad allocation", "bad_alloc"),
     # What an arena says of its limit.
@@ -93,6 +96,8 @@ class Buffer:
                 self.array = zeros
                 self.value = ort.OrtValue.ortvalue_from_numpy(zeros)
             else:
+                _preload_cuda()
+                _take_exact_memory()
                 self.value = _on_device(zeros, device)
 
     @classmethod
@@ -152,6 +157,26 @@ class Buffer:
     def nbytes(self) -> int:
         """Bytes held on the device."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+@cache
+def _take_exact_memory() -> None:
+    """Let buffers on a GPU take what they ask for.
+
+    ONNX Runtime's Python layer has an arena of its own for them, one a process. No option of a
+    session reaches it, and it doubles: a cache of 8.1 GiB would take 16. What is said to it holds
+    when it is said before the first buffer. Source: ``GetCudaAllocator`` in ONNX Runtime's
+    ``onnxruntime_pybind_mlvalue.cc``; the call is in 1.31.1, marked as deprecated.
+    """
+    layer = ort.capi.onnxruntime_pybind11_state
+    if not hasattr(layer, "set_arena_extend_strategy"):
+        return
+    # It warns of its end; an application's own level cannot be asked for, so this is the default.
+    ort.set_default_logger_severity(_ERRORS)
+    try:
+        layer.set_arena_extend_strategy(layer.ArenaExtendStrategy.kSameAsRequested)
+    finally:
+        ort.set_default_logger_severity(_WARNINGS)
 
 
 def _on_device(array: Array, device: DeviceKind) -> Any:
@@ -372,11 +397,18 @@ class Binding:
 
 @cache
 def _preload_cuda() -> None:
-    """Let the loader find CUDA libraries that pip installed; the graphs need no cuDNN."""
-    if hasattr(ort, "preload_dlls"):
-        # It reports on stdout, which belongs to answers.
-        with redirect_stdout(sys.stderr):
-            ort.preload_dlls(cudnn=False)
+    """Let the loader find CUDA libraries that pip installed; the graphs need no cuDNN.
+
+    ONNX Runtime looks beside its own folder alone; the libraries may be of another one on the
+    search path, such as that of the environment below this one.
+    """
+    if not hasattr(ort, "preload_dlls"):
+        return
+    major = (getattr(ort, "cuda_version", None) or "").partition(".")[0]
+    folders = [str(folder) for folder in nvidia_folders([f"cu{major}/lib"])] if major else []
+    # It reports on stdout, which belongs to answers.
+    with redirect_stdout(sys.stderr):
+        ort.preload_dlls(cudnn=False, directory=folders[0] if folders else None)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import json
 import os
 import subprocess
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_edge.bench import gpu_check, gpu_steps
+from llava_edge.bench import gpu_check, gpu_needs, gpu_steps
 from llava_edge.bench.fresh_process import edge_command, run_fresh
 from llava_edge.bench.gpu_card import copy_rate
 from llava_edge.bench.gpu_check import Runner
@@ -30,6 +32,7 @@ from llava_edge.bench.speed_run import SpeedSettings
 from llava_edge.convert.random_spec import preset
 from llava_edge.profiles.errors import EngineError, RequestError
 from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.nvml import GpuReport
 from llava_edge.profiles.parameters import total_parameters
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.cuda_options import CudaOptions
@@ -154,6 +157,62 @@ def test_what_is_done_is_skipped_and_what_failed_comes_last(
     ran.clear()
     runner(again=True)[0].run([changed])
     assert ran == ["good"]
+
+
+def test_nothing_is_made_for_a_device_that_does_not_work(
+    runner: Callable[..., tuple[Runner, Ledger]],
+) -> None:
+    ran: list[str] = []
+    steps = [step(CARD, ran, EngineError("no libcublasLt.so.13")), step("large", ran)]
+    runner()[0].run(steps)
+    runner()[0].run(steps)
+    assert ran == [CARD, CARD], "and it is tried again before anything else"
+
+    ran.clear()
+    runner()[0].run([step(CARD, ran), step("large", ran)])
+    assert ran == [CARD, "large"]
+
+
+def test_what_a_machine_lacks_is_said_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_needs, "find_spec", lambda name: None if "onnx" in name else object())
+    monkeypatch.setattr(gpu_needs, "available_devices", lambda: ("cpu",))
+    monkeypatch.setattr(gpu_needs, "read_gpus", GpuReport)
+
+    assert gpu_check.main(["--work", str(tmp_path), "--results", str(tmp_path / "r")]) == 2
+
+    said = json.loads(capsys.readouterr().out)["error"]["message"]
+    for part in ("package onnx, ", "package onnx_ir, ", "CUDA provider", "NVIDIA GPU"):
+        assert part in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_package_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_needs.missing("cpu") == []
+    asked = ['torch>=2.6; extra == "convert"', "numpy>=1.26", 'av>=14; extra == "video"']
+    there = {"torch": "2.11.0+cu130", "numpy": "1.9"}
+    monkeypatch.setattr(gpu_needs, "requires", lambda _: asked)
+    monkeypatch.setattr(gpu_needs, "version", there.__getitem__)
+    assert gpu_needs.missing("cpu") == ["numpy 1.26 or newer (1.9 is there)"]
+    there |= {"torch": "2.5.9", "numpy": "1.26.0"}
+    assert gpu_needs.missing("cpu") == ["torch 2.6 or newer (2.5.9 is there)"]
+
+
+def test_every_package_that_is_imported_is_asked_for() -> None:
+    folders = Path(gpu_check.__file__).parents[1]
+    own = {"llava_edge", *sys.stdlib_module_names}
+    # Of other commands: files of configuration before Python 3.11, a peer, videos.
+    own |= {"tomli", "gptqmodel", "onnxruntime"}
+    found = set()
+    for half in ("profiles", "runtime", "convert", "bench"):
+        for source in (folders / half).rglob("*.py"):
+            for node in ast.walk(ast.parse(source.read_text("utf-8"))):
+                if isinstance(node, ast.Import):
+                    found |= {alias.name.partition(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module:
+                    found.add(node.module.partition(".")[0])
+    assert found - own == {*gpu_needs.PACKAGES}
 
 
 def test_no_step_is_begun_or_noted_when_the_time_is_over(
@@ -307,6 +366,25 @@ def test_the_reference_is_asked_prompts_of_the_same_length(tiny: tuple[Path, Pat
         assert found["prompt_tokens"] == tokens
         assert found["ttft_seconds"] > 0
         assert found["decode_tokens_per_second"] > 0
+
+
+def test_memory_of_the_reference_counts_what_the_driver_took_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llava_edge.bench import gpu_reference
+
+    class Nothing:
+        measure = staticmethod(lambda case, number: {"name": case["name"]})
+
+    cases = tmp_path / "cases.json"
+    cases.write_text('[{"name": "text"}]')
+    monkeypatch.setattr(gpu_reference.torch.cuda, "mem_get_info", lambda: (60, 100))
+    listed: list[int | None] = [None, 30]
+    monkeypatch.setattr(gpu_reference, "process_bytes", lambda _: listed.pop(0))
+    options = argparse.Namespace(cases=cases, round=0, device="cuda")
+    made: Any = Nothing()
+    found = [gpu_reference._time(made, options)["peak_memory"]["device_bytes"] for _ in range(2)]
+    assert found == [40, 30]
 
 
 def test_bandwidth_counts_what_is_read_and_what_is_written(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -25,6 +26,16 @@ def test_slices_cover_all_rows_in_order() -> None:
 
 def test_wide_rows_still_come_256_at_a_time() -> None:
     assert map_rows((300, 2**20), lambda rows: (rows.start, rows.stop)) == [(0, 256), (256, 300)]
+
+
+def test_small_chunks_employ_more_cores_in_the_same_memory() -> None:
+    torch.set_num_threads(16)
+    meet = threading.Barrier(16, timeout=20)
+
+    # 2^21 elements at a time: 2^9 rows of 2^12.
+    slices = map_rows((2**13, 2**12), lambda rows: (meet.wait(), rows)[1], small=True)
+
+    assert slices == [slice(first, first + 2**9) for first in range(0, 2**13, 2**9)]
 
 
 @pytest.mark.parametrize("num_rows", [300, 100], ids=["on-threads", "in-place"])

@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
@@ -107,9 +109,34 @@ def test_what_is_written_in_blocks_the_library_reads_back(tmp_path: Path) -> Non
     assert read_header(file)["a"].offset % 8 == 0
 
 
-def test_writing_fewer_values_than_the_shape_has_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="4 bytes were given for shape"):
-        write_safetensors(tmp_path / "a", [("a", "F16", (3,))], lambda _: [np.zeros(2, np.float16)])
+def test_tensors_written_at_once_lie_where_they_would_one_by_one(tmp_path: Path) -> None:
+    listed = [(str(n), "F16", (n, 3)) for n in range(1, 9)]
+    both = threading.Barrier(2, timeout=20)
+
+    def blocks(name: str) -> Iterator[NDArray[np.float16]]:
+        for row in range(int(name)):
+            yield np.full(3, int(name) + row / 16, np.float16)
+
+    def together(name: str) -> Iterator[NDArray[np.float16]]:
+        if name in "12":
+            both.wait()
+        yield from blocks(name)
+
+    write_safetensors(tmp_path / "1", listed, blocks)
+    write_safetensors(tmp_path / "2", listed, together, threads=2)
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_writing_other_values_than_the_shape_has_is_an_error(tmp_path: Path, threads: int) -> None:
+    listed = [("a", "F16", (3,)), ("b", "F16", (3,))]
+    for values, said in ((2, "4 bytes were"), (4, "8 bytes or more were")):
+
+        def blocks(name: str, count: int = values) -> list[NDArray[np.float16]]:
+            return [np.zeros(count if name == "a" else 3, np.float16)]
+
+        with pytest.raises(ValueError, match=f"^a: {said} given for shape"):
+            write_safetensors(tmp_path / "a", listed, blocks, threads=threads)
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Path], str]] = {

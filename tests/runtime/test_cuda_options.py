@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 from PIL import Image
@@ -118,6 +120,45 @@ def test_weight_only_products_are_tried_out_for_steps_and_prompts() -> None:
     assert entries["ep.cuda.fpa_intb_gemm"] == "1"
     assert entries["ep.cuda.fpa_intb_profile_m"] == "1,2048"
     assert "ep.cuda.fpa_intb_gemm" not in CudaOptions().session_entries(2048)
+
+
+def test_buffers_take_what_they_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    layer = SimpleNamespace(
+        ArenaExtendStrategy=SimpleNamespace(kSameAsRequested="exactly"),
+        set_arena_extend_strategy=asked.append,
+    )
+    monkeypatch.setattr(onnxruntime.capi, "onnxruntime_pybind11_state", layer)
+    monkeypatch.setattr(session, "_on_device", lambda array, _: asked.append(array.shape))
+    monkeypatch.setattr(session, "_preload_cuda", lambda: None)
+    session._take_exact_memory.cache_clear()
+
+    session.Buffer((2, 3), np.float16, "cuda")
+    session.Buffer((4,), np.float16, "cuda")
+    assert asked == ["exactly", (2, 3), (4,)], "once, and before the first"
+
+    session._take_exact_memory.cache_clear()
+    del layer.set_arena_extend_strategy
+    session.Buffer((5,), np.float16, "cuda")
+    assert asked[3:] == [(5,)], "other builds have no such arena"
+    session._take_exact_memory.cache_clear()
+
+
+def test_libraries_of_another_folder_are_found_before_the_first_buffer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[Any] = []
+    folder = tmp_path / "nvidia/cu13/lib"
+    folder.mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(onnxruntime, "cuda_version", "13.0", raising=False)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda **asked: said.append(asked))
+    monkeypatch.setattr(session, "_on_device", lambda array, _: said.append(array.shape))
+    session._preload_cuda.cache_clear()
+    session.Buffer((2, 3), np.float16, "cuda")
+    session._preload_cuda.cache_clear()
+
+    assert said == [{"cudnn": False, "directory": str(folder)}, (2, 3)]
 
 
 def test_weights_count_towards_a_limit() -> None:
