@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_edge.profiles.errors import DeadlineError, OutOfMemoryError, RequestError
+from llava_edge.profiles.errors import DeadlineError, OutOfMemoryError, PromptError, RequestError
 from llava_edge.runtime import LlavaEdge, allocation
 from llava_edge.runtime.allocation import RESERVE_BYTES
 from llava_edge.runtime.session import Array, Session
@@ -303,10 +303,36 @@ def test_a_bound_on_image_tokens_in_a_conversation(model: LlavaEdge, wide: Image
     cut = answer.image_tokens - model.generate("?", [wide], max_new_tokens=1).image_tokens
     chat.reset()
 
+    bound = size + cut
     images = [chat.prepare(Image.new("RGB", (1, 1))), wide]
-    answer = chat.send("?", images, max_image_tokens=size + cut, max_new_tokens=1)
-    assert answer.image_tokens == size + cut
-    assert answer.degraded == (f"grid lowered to 1x2: max_image_tokens is {size}",)
+    answer = chat.send("?", images, max_image_tokens=bound, max_new_tokens=1)
+    assert answer.image_tokens == bound
+    assert answer.degraded == (f"grid lowered to 1x2: max_image_tokens is {bound}",)
+
+
+def test_images_that_are_cut_already_become_thumbnails(
+    model: LlavaEdge, wide: Image.Image
+) -> None:
+    base = model.generate("?", [wide, wide], grid="base", max_new_tokens=TOKENS)
+    chat = model.chat()
+    images = [chat.prepare(wide), wide]
+    for bound in (base.image_tokens, base.image_tokens + 1):
+        answer = chat.send("?", images, max_image_tokens=bound, max_new_tokens=TOKENS)
+        assert answer.token_ids == base.token_ids
+        why = f"images lowered to their thumbnails: max_image_tokens is {bound}"
+        assert answer.degraded == (why,)
+        chat.undo()
+
+    least = base.image_tokens
+    with pytest.raises(RequestError, match=rf"at most {least - 1} tokens .* 2 images take {least}"):
+        chat.send("?", images, max_image_tokens=least - 1)
+    assert chat.messages == []
+    for wrong in (0, "5", True):
+        with pytest.raises(RequestError, match=f"max_image_tokens is {wrong!r}"):
+            chat.send("?", images, max_image_tokens=wrong)
+    for no_list in (wide, None, b"x"):
+        with pytest.raises(PromptError, match="must be a list of images"):
+            chat.send("?", no_list, max_image_tokens=least)  # type: ignore[arg-type]
 
 
 class Slow:
