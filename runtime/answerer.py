@@ -264,14 +264,16 @@ class Answerer:
             sum(map(len, rest.pixel_values)), sum(map(len, rest.frame_pixels)), rest.num_tokens
         )
         require_free(needed, work)
+        num_tiles = self._embedder.num_to_encode(rest)
         watch = Watch(
             budget,
             self._pace,
-            rest.num_tiles,
+            num_tiles,
             rest.num_tokens,
             progress,
             is_cancelled,
-            may_lower=lowering.can_lower,
+            # Less of a picture that the KV cache holds would be more to compute.
+            may_lower=lowering.can_lower and bool(rest.placed),
         )
         watch.require_time(work)
         started = time.perf_counter()
@@ -287,9 +289,7 @@ class Answerer:
             prefill_seconds=prefilled - encoded - gathering,
             packing_seconds=indexing + gathering,
         )
-        self._pace.report(
-            rest.num_tiles, begun.vision_seconds, rest.num_tokens, begun.prefill_seconds
-        )
+        self._pace.report(num_tiles, begun.vision_seconds, rest.num_tokens, begun.prefill_seconds)
         return begun
 
     def _prefill(

@@ -27,7 +27,7 @@ class PreparedImage:
     tile_digests: tuple[bytes, ...]
 
     def thumbnail(self, base: AnyRes) -> PreparedImage:
-        """The same image on the grid ``base``: its first tile. No other grid is left of a cut one."""
+        """The same image on the grid ``base``: its first tile; cut, no other grid is left."""
         layout = base.layout(self.layout.image_height, self.layout.image_width)
         return PreparedImage(layout, self.pixel_values[:1], self.tile_digests[:1])
 

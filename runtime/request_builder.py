@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 from PIL.Image import Image
@@ -148,12 +149,25 @@ class RequestBuilder:
                 lower.append((name, processor))
         return lower
 
+    @overload
+    def capped(
+        self, images: Sequence[ImageSource], grid: str | None, max_image_tokens: int
+    ) -> tuple[list[Image], str | None, str]: ...
+
+    @overload
     def capped(
         self,
         images: Sequence[ImageSource | PreparedImage],
         grid: str | None,
         max_image_tokens: int,
-    ) -> tuple[list[Image | PreparedImage], str | None, str]:
+    ) -> tuple[list[Image | PreparedImage], str | None, str]: ...
+
+    def capped(
+        self,
+        images: Sequence[ImageSource | PreparedImage],
+        grid: str | None,
+        max_image_tokens: int,
+    ) -> tuple[list[Any], str | None, str]:
         """The largest grid on which images take no more tokens than a bound.
 
         Args:

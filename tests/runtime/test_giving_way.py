@@ -310,9 +310,7 @@ def test_a_bound_on_image_tokens_in_a_conversation(model: LlavaEdge, wide: Image
     assert answer.degraded == (f"grid lowered to 1x2: max_image_tokens is {bound}",)
 
 
-def test_images_that_are_cut_already_become_thumbnails(
-    model: LlavaEdge, wide: Image.Image
-) -> None:
+def test_images_that_are_cut_already_become_thumbnails(model: LlavaEdge, wide: Image.Image) -> None:
     base = model.generate("?", [wide, wide], grid="base", max_new_tokens=TOKENS)
     chat = model.chat()
     images = [chat.prepare(wide), wide]
@@ -362,6 +360,39 @@ def test_a_deadline_lowers_the_grid_by_how_long_it_took_before(
 
     assert answer.token_ids == base[: len(answer.token_ids)]
     assert answer.degraded[0].startswith("grid lowered to base: a request of 3 tiles")
+
+
+def test_tiles_that_are_kept_take_no_time(
+    artifact: Path, wide: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Slow(monkeypatch)
+    with LlavaEdge.load(artifact, threads=1, vision_cache_bytes=1 << 20) as model:
+        normal = expected(model, wide)
+        pace = model._answerer._pace.tile_seconds
+        assert pace is not None
+        assert pace >= 0.1
+        for _ in range(3):
+            model.teacher_forced_logits("x", raw=True)
+            # Five tiles would take 0.5 s.
+            answer = model.generate(QUESTION, [wide], max_new_tokens=TOKENS, deadline_seconds=0.9)
+            assert (answer.reused_tokens, answer.degraded) == (0, ())
+            assert answer.token_ids == normal
+        # What took no time says nothing of how long the next picture takes.
+        assert model._answerer._pace.tile_seconds == pace
+        other = wide.rotate(180)
+        answer = model.generate(QUESTION, [other], max_new_tokens=TOKENS, deadline_seconds=0.9)
+        assert answer.degraded[0].startswith("grid lowered to ")
+
+
+def test_what_the_kv_cache_holds_is_not_lowered(model: LlavaEdge, wide: Image.Image) -> None:
+    chat = model.chat()
+    chat.send(QUESTION, [wide], max_new_tokens=TOKENS)
+    # By this pace the new words alone take too long; thumbnails would add all words before them.
+    model._answerer._pace.token_seconds = 10.0
+    answer = chat.send("And now?", max_new_tokens=TOKENS, deadline_seconds=60.0)
+
+    assert answer.reused_tokens > answer.image_tokens > 37
+    assert answer.degraded == ()
 
 
 def test_a_deadline_ends_an_answer_with_what_there_is(
