@@ -136,10 +136,6 @@ class Answerer:
                     and room < self._decoder.capacity
                 )
                 if not lowering.can_lower and not may_shorten:
-                    if isinstance(error, MemoryError):
-                        raise OutOfMemoryError(
-                            "memory ran out in the middle of a request"
-                        ) from error
                     raise
                 reason = str(error) or "memory ran out"
             # Behind the handler: an error holds the frames it came through, and their arrays.

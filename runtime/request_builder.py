@@ -124,14 +124,17 @@ class RequestBuilder:
             steps.append(Step(what, tiles, frames, less))
 
         frames = 0 if video is None else self._most_frames(video)
+        lowered = ""
         for grid, processor in self.lower_grids(options.grid) if images else ():
             options = replace(options, grid=grid)
-            add(f"grid lowered to {grid}", processor.anyres.max_tiles, frames)
+            lowered = f"grid lowered to {grid}"
+            add(lowered, processor.anyres.max_tiles, frames)
         tiles = 1 if images else 0
         while video is not None and frames > 1:
             frames //= 2
             video = replace(video, num_frames=frames)
-            add(f"frames lowered to {frames}", tiles, frames)
+            what = f"{lowered} and frames" if lowered else "frames lowered"
+            add(f"{what} to {frames}", tiles, frames)
         return steps
 
     def lower_grids(self, grid: str | None) -> list[tuple[str, ImageProcessor]]:

@@ -18,7 +18,9 @@ from PIL import Image
 from llava_edge.profiles.errors import DeadlineError, OutOfMemoryError, PromptError, RequestError
 from llava_edge.runtime import LlavaEdge, allocation
 from llava_edge.runtime.allocation import RESERVE_BYTES
+from llava_edge.runtime.sampling import Sampler
 from llava_edge.runtime.session import Array, Session
+from llava_edge.runtime.tokenizer import Tokenizer
 from llava_edge.runtime.vision import VisionEncoder
 
 QUESTION = "What is this?"
@@ -252,6 +254,21 @@ def test_a_failure_between_tokens_ends_the_answer_and_not_the_model(
     assert expected(model, wide) == normal
 
 
+def test_memory_that_python_is_refused_anywhere_is_our_error(
+    model: LlavaEdge, wide: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> Any:
+        raise MemoryError
+
+    normal = expected(model, wide)
+    for owner, name in ((Sampler, "choose"), (Tokenizer, "expand_media")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, refused)
+            with pytest.raises(OutOfMemoryError, match="memory ran out"):
+                expected(model, wide)
+        assert expected(model, wide) == normal
+
+
 def test_a_conversation_falls_back_to_thumbnails(
     model: LlavaEdge, wide: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -450,14 +467,20 @@ def test_frames_are_given_up_behind_tiles(
 
     wanted = ask(grid="base", num_frames=2)
     limit = f"a request of 3 tiles and {wanted.prompt_tokens} tokens"
-    failing = Failing(
-        monkeypatch,
-        lambda place: "a request of" in failing.asked[place] and failing.asked[place] != limit,
-    )
-    answer = ask()
-
+    with monkeypatch.context() as patch:
+        failing = Failing(
+            patch,
+            lambda place: "a request of" in failing.asked[place] and failing.asked[place] != limit,
+        )
+        answer = ask()
     assert answer.token_ids == wanted.token_ids
-    assert answer.degraded[0].startswith("frames lowered to 2: a request of 5 tiles")
+    what = "grid lowered to base and frames to 2: a request of 5 tiles"
+    assert answer.degraded[0].startswith(what)
+
+    alone = Failing(monkeypatch, lambda place: "a request of 8 tiles" in alone.asked[place])
+    video_model.teacher_forced_logits("x", raw=True)
+    answer = video_model.generate(QUESTION, video=frames, max_new_tokens=TOKENS)
+    assert answer.degraded[0].startswith("frames lowered to 4: a request of 8 tiles")
 
 
 _UNDER_A_LIMIT = """
