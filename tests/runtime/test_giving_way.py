@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from PIL import Image
 from llava_edge.profiles.errors import DeadlineError, OutOfMemoryError, PromptError, RequestError
 from llava_edge.runtime import LlavaEdge, allocation
 from llava_edge.runtime.allocation import RESERVE_BYTES
+from llava_edge.runtime.load_fit import least_context
 from llava_edge.runtime.sampling import Sampler
 from llava_edge.runtime.session import Array, Session
 from llava_edge.runtime.tokenizer import Tokenizer
@@ -113,7 +116,7 @@ def test_then_the_context_is_cut_to_the_request(
     failing = Failing(monkeypatch, lambda place: "a request of" in failing.asked[place] and full())
 
     def full() -> bool:
-        return model.context_tokens == loaded
+        return model.context_tokens > 100
 
     model.teacher_forced_logits("x", raw=True)
     answer = model.generate(QUESTION, [wide], max_new_tokens=TOKENS)
@@ -122,13 +125,44 @@ def test_then_the_context_is_cut_to_the_request(
     assert answer.token_ids == base
     assert [given_up.partition(":")[0] for given_up in answer.degraded] == [
         "grid lowered to base",
-        f"context {loaded} lowered to {needed}",
+        f"context lowered from {loaded} to {needed} tokens",
     ]
     assert model.context_tokens == needed
     # What it holds now is told before any work, as ever.
     with pytest.raises(RequestError, match=f"the context holds {needed}"):
         model.generate("many words " * needed)
-    assert model.generate(QUESTION, [wide], grid="base", max_new_tokens=TOKENS).token_ids == base
+    again = model.generate(QUESTION, [wide], grid="base", max_new_tokens=TOKENS)
+    assert again.token_ids == base
+    # It is so for good, and so it is told with every answer.
+    assert again.degraded == answer.degraded[1:]
+
+
+def test_a_context_that_is_cut_keeps_room_for_an_image_while_that_suffices(
+    model: LlavaEdge, wide: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, least = model.context_tokens, least_context(model.artifact.manifest)
+    plain = model.generate("Hello", max_new_tokens=TOKENS)
+    needed = plain.prompt_tokens + TOKENS
+    assert needed < least < loaded
+    normal = expected(model, wide)
+
+    def cut_of(held: int) -> Any:
+        with monkeypatch.context() as patch:
+            failing = Failing(patch, lambda place: "a request" in failing.asked[place] and full())
+
+            def full() -> bool:
+                return model.context_tokens == held
+
+            return model.generate("Hello", max_new_tokens=TOKENS)
+
+    for held, left in ((loaded, least), (least, needed)):
+        answer = cut_of(held)
+        assert answer.token_ids == plain.token_ids
+        assert model.context_tokens == left
+        (given_up,) = answer.degraded
+        assert given_up.startswith(f"context lowered from {loaded} to {left} tokens: ")
+        if left == least:
+            assert expected(model, wide) == normal
 
 
 def test_what_cannot_give_way_is_out_of_memory_and_the_next_request_is_answered(
@@ -164,7 +198,10 @@ def test_memory_that_fails_anywhere_is_an_answer_and_the_next_request_is_normal(
     artifact: Path, wide: Image.Image, monkeypatch: pytest.MonkeyPatch, lasting: bool
 ) -> None:
     options: dict[str, Any] = {"max_new_tokens": 3, "prompt_lookup_num_tokens": 2}
-    with LlavaEdge.load(artifact, threads=1, vision_cache_bytes=1 << 20) as model:
+    with contextlib.ExitStack() as stack:
+        load = partial(LlavaEdge.load, artifact, threads=1, vision_cache_bytes=1 << 20)
+        model = stack.enter_context(load())
+        loaded = model.context_tokens
 
         def ask() -> Any:
             # As a file, so that decoding asks as well; from an empty cache.
@@ -193,7 +230,12 @@ def test_memory_that_fails_anywhere_is_an_answer_and_the_next_request_is_normal(
                     outcomes["refused"] += 1
             again = ask()
             assert again.token_ids == normal.token_ids, counted.asked[place]
-            assert again.degraded == ()
+            if model.context_tokens == loaded:
+                assert again.degraded == ()
+            else:
+                (given_up,) = again.degraded
+                assert given_up.startswith(f"context lowered from {loaded} to ")
+                model = stack.enter_context(load())
     assert outcomes["refused"] if lasting else outcomes["gave way"] and outcomes["went on"]
 
 
