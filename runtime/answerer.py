@@ -148,6 +148,8 @@ class Answerer:
                 # Where not even that is there, the loop asks for it once more and goes on from it.
                 with contextlib.suppress(OutOfMemoryError):
                     self._decoder.shorten(room)
+        # Tokens take long, and neither pixels nor pictures are needed for them.
+        lowering.settle()
         request, logits, reused = lowering.request, begun.logits, begun.reused
         sampler = Sampler(
             sampling,

@@ -7,7 +7,7 @@ says so. What each step would be is known from the start, it is made only when i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llava_edge.profiles.errors import OutOfMemoryError
 from llava_edge.runtime.allocation import refusals
@@ -111,6 +111,11 @@ class Lowering:
                 continue
             self._lowered = f"{step.what}: {reason}"
             return
+
+    def settle(self) -> None:
+        """Nothing more will be given up: let go of pixels, and of the images for other steps."""
+        self._steps = []
+        self._request = replace(self.request, pixel_values=(), frame_pixels=())
 
     def _is_less(self, step: Step) -> bool:
         if self._request is None:
