@@ -6,10 +6,10 @@ shipped profile where the board is recognised, else they stay unknown.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llava_edge.profiles.cgroup_memory import read_cgroup_memory
 from llava_edge.profiles.errors import ProfileError
 from llava_edge.profiles.hardware import HardwareProfile, Int8Isa, load_profile
 from llava_edge.profiles.nvml import Gpu, GpuReport, read_gpus
@@ -73,11 +73,11 @@ def read_machine(root: Path = Path("/"), gpus: GpuReport | None = None) -> Machi
             "--profile, or a GPU's memory with --vram."
         )
     available = meminfo.get("MemAvailable", meminfo.get("MemFree", total))
-    limit, used = _cgroup(root)
-    limited = limit is not None and limit < total
-    if limit is not None and limited:
-        total = limit
-        available = min(available, max(limit - used, 0))
+    group = read_cgroup_memory(root / "sys" / "fs" / "cgroup", root / "proc")
+    limited = group is not None and group.limit_bytes < total
+    if group is not None and limited:
+        total = group.limit_bytes
+        available = min(available, group.free_bytes)
     cpu = _read(root / "proc" / "cpuinfo")
     return MachineFacts(
         memory_bytes=total,
@@ -251,45 +251,12 @@ def _meminfo(path: Path) -> dict[str, int]:
     return found
 
 
-def _cgroup(root: Path) -> tuple[int | None, int]:
-    """Tightest memory limit above this process and what is used under it; version 2, else 1."""
-    base = root / "sys" / "fs" / "cgroup"
-    version2 = _own_group(root, "0::")
-    folder = base / version2.lstrip("/")
-    found: tuple[int | None, int] = (None, 0)
-    while True:
-        limit = _number(folder / "memory.max")
-        if limit is not None and (found[0] is None or limit < found[0]):
-            found = (limit, _number(folder / "memory.current") or 0)
-        if folder == base or base not in folder.parents:
-            break
-        folder = folder.parent
-    if found[0] is not None:
-        return found
-    limit = _number(base / "memory" / "memory.limit_in_bytes")
-    return limit, _number(base / "memory" / "memory.usage_in_bytes") or 0
-
-
-def _own_group(root: Path, prefix: str) -> str:
-    for line in _read(root / "proc" / "self" / "cgroup").splitlines():
-        if line.startswith(prefix):
-            # A group outside our view is written with leading dots.
-            path = os.path.normpath("/" + line[len(prefix) :].strip().lstrip("/"))
-            return path if path != "/" else ""
-    return ""
-
-
 def _cpu_field(cpuinfo: str, key: str) -> str:
     for line in cpuinfo.splitlines():
         name, _, value = line.partition(":")
         if name.strip() == key:
             return value.strip()
     return ""
-
-
-def _number(path: Path) -> int | None:
-    text = _read(path).strip()
-    return int(text) if text.isascii() and text.isdigit() else None
 
 
 def _read(path: Path) -> str:

@@ -7,7 +7,8 @@ answer by asking for less.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,18 @@ def allocate(shape: Sequence[int], dtype: DTypeLike, what: str) -> NDArray[Any]:
     """
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     require_free(size, what)
-    try:
+    with refusals(f"for {what}, {size / 2**20:.0f} MiB"):
         return np.empty(tuple(shape), dtype)
+
+
+@contextmanager
+def refusals(where: str) -> Iterator[None]:
+    """Python's own ``MemoryError``, whoever raises it, as ours.
+
+    Args:
+        where: memory ran out; for the message.
+    """
+    try:
+        yield
     except MemoryError as error:
-        raise OutOfMemoryError(f"memory ran out for {what}, {size / 2**20:.0f} MiB") from error
+        raise OutOfMemoryError(f"memory ran out {where}") from error

@@ -6,6 +6,7 @@ text. It knows neither files nor threads; who may use it when is LlavaEdge's mat
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -55,6 +56,7 @@ class Answerer:
         dtype: float32 (cpu flavour) or float16 (cuda flavour) of embeddings.
         memory: what a request takes.
         prefix_reuse: go on behind what a request shares with what the cache holds.
+        least_context: positions that a cache which gives way keeps as long as that suffices.
         degraded: what was given up when the artifact was loaded.
         off_device: nodes that run elsewhere than on ``device``, for the answer.
     """
@@ -71,6 +73,7 @@ class Answerer:
         dtype: type[np.float32] | type[np.float16],
         memory: RequestMemory,
         prefix_reuse: bool,
+        least_context: int,
         degraded: tuple[str, ...] = (),
         off_device: tuple[str, ...] = (),
     ) -> None:
@@ -84,7 +87,10 @@ class Answerer:
         self._dtype = dtype
         self._memory = memory
         self._prefix_reuse = prefix_reuse
+        self._least_context = least_context
         self._degraded = degraded
+        self._shortened = ""
+        self._planned = decoder.capacity
         self._pace = Pace()
         self._off_device = off_device
         self._places = tuple(i for i in (tokens.image, tokens.video) if i is not None)
@@ -120,7 +126,6 @@ class Answerer:
             DeadlineError: the time is up before the first token.
         """
         started = time.perf_counter()
-        shortened: tuple[str, ...] = ()
         while True:
             try:
                 self._decoder.restore()
@@ -129,26 +134,22 @@ class Answerer:
             except CancelledError:
                 return None
             except (TooSlowError, OutOfMemoryError, MemoryError) as error:
-                room = lowering.request.num_tokens + max_new_tokens
-                may_shorten = (
-                    not isinstance(error, TooSlowError)
-                    and self._decoder.can_shorten
-                    and room < self._decoder.capacity
-                )
+                room = self._shorter_context(lowering.request.num_tokens + max_new_tokens)
+                may_shorten = not isinstance(error, TooSlowError) and room is not None
                 if not lowering.can_lower and not may_shorten:
-                    if isinstance(error, MemoryError):
-                        raise OutOfMemoryError(
-                            "memory ran out in the middle of a request"
-                        ) from error
                     raise
                 reason = str(error) or "memory ran out"
             # Behind the handler: an error holds the frames it came through, and their arrays.
             if lowering.can_lower:
                 lowering.lower(reason)
-            else:
-                before = self._decoder.capacity
-                self._decoder.shorten(room)
-                shortened = (f"context {before} lowered to {room}: {reason}",)
+            elif room is not None:
+                # For good, so every answer from here on says so.
+                self._shortened = f"context lowered from {self._planned} to {room} tokens: {reason}"
+                # Where not even that is there, the loop asks for it once more and goes on from it.
+                with contextlib.suppress(OutOfMemoryError):
+                    self._decoder.shorten(room)
+        # Tokens take long, and neither pixels nor pictures are needed for them.
+        lowering.settle()
         request, logits, reused = lowering.request, begun.logits, begun.reused
         sampler = Sampler(
             sampling,
@@ -198,7 +199,7 @@ class Answerer:
             image_tokens=request.image_tokens,
             video_tokens=request.video_tokens,
             reused_tokens=reused,
-            degraded=(*self._degraded, *lowering.degraded, *shortened),
+            degraded=tuple(filter(None, (*self._degraded, *lowering.degraded, self._shortened))),
             finish_reason=result.finish_reason,
             timings=timings,
             # ONNX Runtime keeps what it once took, so what it holds now is the most it held.
@@ -230,6 +231,17 @@ class Answerer:
             row = self._table.rows(np.array([token]), dtype=self._dtype)
             on_logits(index, self._decoder.step(row[0]))
         return Replay(request, embeddings.features[:-1])
+
+    def _shorter_context(self, needed: int) -> int | None:
+        """Positions to cut the cache to for a request of that many; None where it cannot be cut.
+
+        What is cut is gone for good, so first an image and some text still fit, as after loading.
+        """
+        capacity = self._decoder.capacity
+        if not self._decoder.can_shorten or needed >= capacity:
+            return None
+        roomy = max(needed, self._least_context)
+        return roomy if roomy < capacity else needed
 
     def _steps(self, request: Request, most: int, needs_few: bool) -> PlainSteps:
         rows = allocate((1 + most, self._table.hidden_size), self._dtype, "embeddings of a draft")
@@ -264,14 +276,16 @@ class Answerer:
             sum(map(len, rest.pixel_values)), sum(map(len, rest.frame_pixels)), rest.num_tokens
         )
         require_free(needed, work)
+        num_tiles = self._embedder.num_to_encode(rest)
         watch = Watch(
             budget,
             self._pace,
-            rest.num_tiles,
+            num_tiles,
             rest.num_tokens,
             progress,
             is_cancelled,
-            may_lower=lowering.can_lower,
+            # Less of a picture that the KV cache holds would be more to compute.
+            may_lower=lowering.can_lower and bool(rest.placed),
         )
         watch.require_time(work)
         started = time.perf_counter()
@@ -287,9 +301,7 @@ class Answerer:
             prefill_seconds=prefilled - encoded - gathering,
             packing_seconds=indexing + gathering,
         )
-        self._pace.report(
-            rest.num_tiles, begun.vision_seconds, rest.num_tokens, begun.prefill_seconds
-        )
+        self._pace.report(num_tiles, begun.vision_seconds, rest.num_tokens, begun.prefill_seconds)
         return begun
 
     def _prefill(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from llava_edge.profiles.errors import RequestError
 
 
@@ -20,7 +22,7 @@ def require_count(name: str, value: object, smallest: int, largest: int | None =
         return
     upto = "" if largest is None else f" and at most {largest}"
     raise RequestError(
-        f"{name} is {value!r:.60}; it must be a whole number, at least {smallest}{upto}"
+        f"{name} is {_shown(value)}; it must be a whole number, at least {smallest}{upto}"
     )
 
 
@@ -30,8 +32,11 @@ def require_number(name: str, value: object) -> None:
     Raises:
         RequestError: names the argument and the value.
     """
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise RequestError(f"{name} is {value!r:.60}; it must be a number")
+    with contextlib.suppress(OverflowError):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            float(value)
+            return
+    raise RequestError(f"{name} is {_shown(value)}; it must be a number that a float holds")
 
 
 def require_flag(name: str, value: object) -> None:
@@ -52,3 +57,10 @@ def require_callable(name: str, value: object) -> None:
     """
     if not callable(value):
         raise RequestError(f"{name} is {value!r:.60}; it must be a function")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and value.bit_length() > 128:
+        # Python does not even write the longest out.
+        return f"a whole number of {value.bit_length()} bits"
+    return f"{value!r:.60}"

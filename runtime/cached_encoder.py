@@ -6,6 +6,8 @@ corner and the thumbnail, and only those go through the tower.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from llava_edge.profiles.errors import EngineError, RequestError
@@ -52,6 +54,15 @@ class CachedEncoder:
             elif first is not None:
                 # The same tile twice in one batch, as of a plain background.
                 out[index] = out[first]
+
+    def num_unknown(self, digests: Iterable[bytes], rows: int) -> int:
+        """How many of these tiles or frames ``encode`` would have to encode now.
+
+        Args:
+            digests: each but once; see ``digest_tiles``.
+            rows: of the features of one: patches, or pooled patches.
+        """
+        return sum((digest, rows) not in self._cache for digest in digests)
 
     def _encode(self, pixel_values: Array, indices: list[int], out: Array) -> None:
         if len(indices) == len(pixel_values):

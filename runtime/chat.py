@@ -165,7 +165,8 @@ class Chat:
             video: shown with this message.
             num_frames: as in ``LlavaEdge.stream``; of a video that is cut already, not asked.
             frame_choice: as ``num_frames``.
-            max_image_tokens: as in ``LlavaEdge.stream``, for the images of this message.
+            max_image_tokens: as in ``LlavaEdge.stream``, for the images of this message; of those
+                that ``prepare`` has cut, thumbnails are all that is left below.
             deadline_seconds: as in ``LlavaEdge.stream``. Where time or memory does not suffice,
                 all images of the conversation are seen as thumbnails for this answer.
             options: those of ``LlavaEdge.stream`` but ``raw``, ``image_marks`` and ``grid``.
@@ -296,24 +297,21 @@ class Chat:
     def _capped(
         self, images: Sequence[ChatImage], max_image_tokens: int
     ) -> tuple[list[PreparedImage], str]:
-        """A message's images within a bound on tokens; those that are cut already stay so."""
-        cut = sum(i.layout.num_image_tokens for i in images if isinstance(i, PreparedImage))
-        sources = [image for image in images if not isinstance(image, PreparedImage)]
-        opened, grid, lowered = self._requests.capped(sources, self._grid, max_image_tokens - cut)
+        """A message's images, cut, within a bound on tokens; and what was lowered."""
+        opened, grid, lowered = self._requests.capped(images, self._grid, max_image_tokens)
         processor = self._requests.processor(grid)
-        fresh = (self._requests.prepare(image, processor) for image in opened)
-        return [i if isinstance(i, PreparedImage) else next(fresh) for i in images], lowered
+        cut = [
+            image if isinstance(image, PreparedImage) else self._requests.prepare(image, processor)
+            for image in opened
+        ]
+        return cut, lowered
 
     def _steps(self, messages: Sequence[ChatMessage]) -> list[Step]:
         """The same with thumbnails of all images; of images that are cut, no other grid is left."""
-        anyres = self._requests.processor("base").anyres
-
-        def thumbnail(image: PreparedImage) -> PreparedImage:
-            layout = anyres.layout(image.layout.image_height, image.layout.image_width)
-            return PreparedImage(layout, image.pixel_values[:1], image.tile_digests[:1])
+        base = self._requests.processor("base").anyres
 
         def make() -> Request:
-            seen = [replace(m, images=tuple(map(thumbnail, m.images))) for m in messages]
+            seen = [replace(m, images=tuple(i.thumbnail(base) for i in m.images)) for m in messages]
             return self._request(seen)
 
         frames = max((len(m.video.frame_digests) for m in messages if m.video), default=0)

@@ -13,8 +13,7 @@ from typing import Any, TextIO
 
 from llava_edge.profiles.errors import LlavaEdgeError, RequestError
 from llava_edge.runtime.answer import Answer
-from llava_edge.runtime.chat import Chat
-from llava_edge.runtime.prepared_image import PreparedImage
+from llava_edge.runtime.chat import Chat, ChatImage
 from llava_edge.runtime.prepared_video import PreparedVideo
 from llava_edge.runtime.progress import ProgressLine
 
@@ -69,7 +68,7 @@ class ChatLoop:
         self._options = options
         self._progress = progress
         self._frames = frames or {}
-        self._waiting: list[PreparedImage] = []
+        self._waiting: list[ChatImage] = []
         self._waiting_video: PreparedVideo | None = None
 
     def run(self, lines: Iterator[str]) -> None:
@@ -129,8 +128,11 @@ class ChatLoop:
             ImageError: it is refused.
         """
         image = self._chat.prepare(path)
-        self._waiting.append(image)
-        self._note(f"({path}: {image.layout.num_image_tokens} tokens, with the next message)")
+        bounded = self._options.get("max_image_tokens") is not None
+        # Its grid depends on what else the message shows, so it is cut then.
+        self._waiting.append(path if bounded else image)
+        tokens = f"{'at most ' if bounded else ''}{image.layout.num_image_tokens} tokens"
+        self._note(f"({path}: {tokens}, with the next message)")
 
     def show_video(self, path: str) -> None:
         """Have a video wait for the next message, in place of one that waits already.

@@ -258,8 +258,11 @@ class Decoder:
         self._on_trial = 0
         # Whatever is bound keeps the old cache alive.
         self._several.clear()
-        self._step = self._prefill = self._cache = None
+        self._forget_cache()
         self.restore()
+
+    def _forget_cache(self) -> None:
+        self._step = self._prefill = self._cache = None
 
     def restore(self) -> None:
         """Take memory for the cache, where ``shorten`` found none; else do nothing.
@@ -269,6 +272,14 @@ class Decoder:
         """
         if self._cache is not None:
             return
+        try:
+            self._take_cache()
+        except BaseException:
+            # All of it or nothing: half of it would pass for a decoder that works.
+            self._forget_cache()
+            raise
+
+    def _take_cache(self) -> None:
         self._cache = KVCache(self._text, self.capacity, self._cache_type, self._session.device)
         self._total.write(np.array(self.capacity, np.int32))
         self._step = self._bind()

@@ -24,6 +24,10 @@ class FeatureCache:
         self.nbytes = 0
         self._features: OrderedDict[FeatureKey, Array] = OrderedDict()
 
+    def __contains__(self, key: FeatureKey) -> bool:
+        """Whether ``find`` would find it; does not count as use."""
+        return key in self._features
+
     def find(self, key: FeatureKey) -> Array | None:
         """Features of a tile or frame, not to be written to; None where they are not held."""
         found = self._features.get(key)

@@ -1,9 +1,11 @@
-"""Host memory of this process and this machine, read from /proc and the cgroup."""
+"""Host memory of this process and this machine, read from /proc and control groups."""
 
 from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+
+from llava_edge.profiles.cgroup_memory import read_cgroup_memory
 
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -34,7 +36,10 @@ def peak_host_bytes(proc: Path = _PROC) -> int:
 
 def available_host_bytes(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int | None:
     """What can still be taken: MemAvailable, or less where a cgroup limits us; None if unknown."""
-    found = [_field(proc / "meminfo", "MemAvailable:"), _cgroup_free(cgroup)]
+    found = [_field(proc / "meminfo", "MemAvailable:")]
+    if (group := read_cgroup_memory(cgroup, proc)) is not None:
+        # Nothing left is an answer too, unlike nothing said.
+        found.append(max(1, group.free_bytes))
     known = [value for value in found if value]
     return min(known) if known else None
 
@@ -48,12 +53,3 @@ def _field(path: Path, name: str) -> int:
         if line.startswith(name):
             return int(line.split()[1]) * 1024
     return 0
-
-
-def _cgroup_free(cgroup: Path) -> int:
-    try:
-        limit = (cgroup / "memory.max").read_text(encoding="ascii").strip()
-        used = (cgroup / "memory.current").read_text(encoding="ascii").strip()
-    except OSError:
-        return 0
-    return 0 if limit == "max" else max(int(limit) - int(used), 1)

@@ -15,7 +15,7 @@ from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.host_memory import map_large_blocks
 from llava_edge.runtime.instructions import needs_wide_sums
-from llava_edge.runtime.load_fit import LoadFit
+from llava_edge.runtime.load_fit import LoadFit, least_context
 from llava_edge.runtime.load_options import LoadOptions
 from llava_edge.runtime.ort_device_vision import OrtDeviceEncoder
 from llava_edge.runtime.planned_memory import RequestMemory
@@ -135,6 +135,7 @@ def open_parts(
         dtype,
         RequestMemory(manifest, device, batch),
         options.prefix_reuse,
+        least_context(manifest),
         fit.degraded,
         tuple(off_device),
     )

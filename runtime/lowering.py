@@ -7,9 +7,10 @@ says so. What each step would be is known from the start, it is made only when i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llava_edge.profiles.errors import OutOfMemoryError
+from llava_edge.runtime.allocation import refusals
 from llava_edge.runtime.request import Request
 
 
@@ -52,10 +53,11 @@ class Lowering:
         steps: Callable[[], Sequence[Step]] = tuple,
         lowered: str = "",
     ) -> None:
-        self._lowered = lowered
         self._request: Request | None = None
+        self._before = lowered
+        self._lowered = ""
         try:
-            self._request = make()
+            self._request = _made(make)
         except OutOfMemoryError as error:
             self._steps = list(steps())
             if not self._steps:
@@ -76,7 +78,7 @@ class Lowering:
     @property
     def degraded(self) -> tuple[str, ...]:
         """What was given up and why; empty if nothing."""
-        return (self._lowered,) if self._lowered else ()
+        return tuple(given_up for given_up in (self._before, self._lowered) if given_up)
 
     @property
     def can_lower(self) -> bool:
@@ -102,7 +104,7 @@ class Lowering:
         while True:
             step = self._steps.pop(0)
             try:
-                self._request = step.make()
+                self._request = _made(step.make)
             except OutOfMemoryError:
                 if not self._steps:
                     raise
@@ -110,9 +112,19 @@ class Lowering:
             self._lowered = f"{step.what}: {reason}"
             return
 
+    def settle(self) -> None:
+        """Nothing more will be given up: let go of pixels, and of the images for other steps."""
+        self._steps = []
+        self._request = replace(self.request, pixel_values=(), frame_pixels=())
+
     def _is_less(self, step: Step) -> bool:
         if self._request is None:
             return True
         tiles = max((layout.num_tiles for layout in self._request.layouts), default=0)
         frames = max((len(pixels) for pixels in self._request.frame_pixels), default=0)
         return step.max_tiles < tiles or step.max_frames < frames
+
+
+def _made(make: Callable[[], Request]) -> Request:
+    with refusals("while the request was prepared"):
+        return make()

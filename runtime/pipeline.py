@@ -25,7 +25,7 @@ from llava_edge.profiles.buffers import (
 )
 from llava_edge.profiles.engines import EngineName
 from llava_edge.profiles.errors import PromptError
-from llava_edge.runtime.allocation import allocate
+from llava_edge.runtime.allocation import allocate, refusals
 from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.arguments import require_callable, require_count, require_flag
 from llava_edge.runtime.artifact import Artifact, open_artifact
@@ -509,6 +509,7 @@ class LlavaEdge:
                     handle.is_cancelled,
                     time,
                 )
-                return (yield from pieces if within_turn is None else within_turn(pieces))
+                with refusals("in the middle of a request"):
+                    return (yield from pieces if within_turn is None else within_turn(pieces))
 
         return AnswerStream(run)

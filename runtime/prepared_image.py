@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_edge.profiles.anyres import TileLayout
+from llava_edge.profiles.anyres import AnyRes, TileLayout
 from llava_edge.runtime.session import Array
 
 
@@ -25,6 +25,11 @@ class PreparedImage:
     layout: TileLayout
     pixel_values: Array
     tile_digests: tuple[bytes, ...]
+
+    def thumbnail(self, base: AnyRes) -> PreparedImage:
+        """The same image on the grid ``base``: its first tile; cut, no other grid is left."""
+        layout = base.layout(self.layout.image_height, self.layout.image_width)
+        return PreparedImage(layout, self.pixel_values[:1], self.tile_digests[:1])
 
 
 def digest_tiles(pixel_values: Iterable[Array]) -> tuple[bytes, ...]:

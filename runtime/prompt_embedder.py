@@ -40,6 +40,14 @@ class DeviceEncoder(Protocol):
         """Tiles float32 (n, 3, T, T) to features, written from ``first_row`` on."""
 
 
+@runtime_checkable
+class KnowingEncoder(Protocol):
+    """Tower and projector that may have features already."""
+
+    def num_unknown(self, digests: Iterable[bytes], rows: int) -> int:
+        """How many of these tiles or frames, of so many rows each, are still to be encoded."""
+
+
 class PromptEmbedder:
     """Everything before the decoder, behind pixels and ids.
 
@@ -71,6 +79,17 @@ class PromptEmbedder:
         self._dtype = dtype
         self._batch_tiles = batch_tiles
         self._video_token_id = video_token_id
+
+    def num_to_encode(self, request: Request) -> int:
+        """Tiles and frames of a request, with pixels, that ``embed`` would not find encoded."""
+        if not isinstance(self._encoder, KnowingEncoder):
+            return request.num_tiles
+        vision = self._dims.vision
+        rows = {True: video_tokens_per_frame(vision), False: vision.num_patches}
+        digests: dict[bool, set[bytes]] = {True: set(), False: set()}
+        for medium in request.placed:
+            digests[medium.layout is None].update(medium.digests)
+        return sum(self._encoder.num_unknown(digests[kind], rows[kind]) for kind in rows)
 
     def features(
         self,

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 from PIL.Image import Image
@@ -123,14 +124,17 @@ class RequestBuilder:
             steps.append(Step(what, tiles, frames, less))
 
         frames = 0 if video is None else self._most_frames(video)
+        lowered = ""
         for grid, processor in self.lower_grids(options.grid) if images else ():
             options = replace(options, grid=grid)
-            add(f"grid lowered to {grid}", processor.anyres.max_tiles, frames)
+            lowered = f"grid lowered to {grid}"
+            add(lowered, processor.anyres.max_tiles, frames)
         tiles = 1 if images else 0
         while video is not None and frames > 1:
             frames //= 2
             video = replace(video, num_frames=frames)
-            add(f"frames lowered to {frames}", tiles, frames)
+            what = f"{lowered} and frames" if lowered else "frames lowered"
+            add(f"{what} to {frames}", tiles, frames)
         return steps
 
     def lower_grids(self, grid: str | None) -> list[tuple[str, ImageProcessor]]:
@@ -148,13 +152,30 @@ class RequestBuilder:
                 lower.append((name, processor))
         return lower
 
+    @overload
     def capped(
         self, images: Sequence[ImageSource], grid: str | None, max_image_tokens: int
-    ) -> tuple[list[Image], str | None, str]:
+    ) -> tuple[list[Image], str | None, str]: ...
+
+    @overload
+    def capped(
+        self,
+        images: Sequence[ImageSource | PreparedImage],
+        grid: str | None,
+        max_image_tokens: int,
+    ) -> tuple[list[Image | PreparedImage], str | None, str]: ...
+
+    def capped(
+        self,
+        images: Sequence[ImageSource | PreparedImage],
+        grid: str | None,
+        max_image_tokens: int,
+    ) -> tuple[list[Any], str | None, str]:
         """The largest grid on which images take no more tokens than a bound.
 
         Args:
-            images: as in ``build``.
+            images: as in ``build``, or cut already: those stay as they are, or become thumbnails
+                where the others being thumbnails does not suffice.
             grid: not above this one.
             max_image_tokens: of all images together.
 
@@ -168,14 +189,24 @@ class RequestBuilder:
         """
         require_count("max_image_tokens", max_image_tokens, 1)
         self.check_images(images)
-        opened = [open_image(source, self._limits) for source in images]
-        least = 0
+        opened = [
+            source if isinstance(source, PreparedImage) else open_image(source, self._limits)
+            for source in images
+        ]
+        least, why = 0, f"max_image_tokens is {max_image_tokens}"
         for name, processor in [(grid, self.processor(grid)), *self.lower_grids(grid)]:
-            layouts = [processor.anyres.layout(image.height, image.width) for image in opened]
-            least = sum(layout.num_image_tokens for layout in layouts)
+            least = sum(_image_tokens(image, processor) for image in opened)
             if least <= max_image_tokens:
-                why = f"grid lowered to {name}: max_image_tokens is {max_image_tokens}"
-                return opened, name, "" if name == grid else why
+                return opened, name, "" if name == grid else f"grid lowered to {name}: {why}"
+        if any(isinstance(image, PreparedImage) for image in opened):
+            lowest = self.processor("base")
+            opened = [
+                image.thumbnail(lowest.anyres) if isinstance(image, PreparedImage) else image
+                for image in opened
+            ]
+            least = sum(_image_tokens(image, lowest) for image in opened)
+            if least <= max_image_tokens:
+                return opened, "base", f"images lowered to their thumbnails: {why}"
         raise RequestError(
             f"at most {max_image_tokens} tokens for images were asked (max_image_tokens); "
             f"{len(opened)} images take {least} on the lowest grid. Raise the bound or give fewer "
@@ -371,6 +402,12 @@ class RequestBuilder:
             lowered = lower_pinpoints(processing.image_grid_pinpoints, grid, processing.tile_size)
             processing = replace(processing, image_grid_pinpoints=lowered)
         return ImageProcessor(processing)
+
+
+def _image_tokens(image: Image | PreparedImage, processor: ImageProcessor) -> int:
+    if isinstance(image, PreparedImage):
+        return image.layout.num_image_tokens
+    return processor.anyres.layout(image.height, image.width).num_image_tokens
 
 
 def _spans(ids: Array, media_id: int | None, counts: Sequence[int]) -> list[tuple[int, int]]:

@@ -60,7 +60,7 @@ class AnswerStream:
         self._pid = os.getpid()
         self._iterating = threading.Lock()
         self._answer: Answer | None = None
-        self._failure: BaseException | None = None
+        self._failure: str | None = None
 
     def __iter__(self) -> AnswerStream:
         return self
@@ -85,7 +85,8 @@ class AnswerStream:
                 self._answer = end.value
             raise
         except BaseException as error:
-            self._failure = error
+            # The error itself would keep the frames it came through, with pixels and features.
+            self._failure = str(error)
             raise
         finally:
             self._iterating.release()

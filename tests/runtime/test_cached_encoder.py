@@ -58,6 +58,20 @@ def test_only_tiles_that_are_not_known_are_encoded_and_twins_once() -> None:
     assert inner.batches == [[1, 2, 3], [4, 5]]
 
 
+def test_what_is_still_to_be_encoded_is_counted_and_that_is_no_use() -> None:
+    cache = FeatureCache(2 * TILE_BYTES)
+    encoder = CachedEncoder(Encoder(), cache)
+    encoded(encoder, 1, 2)
+    first, second, third = digest_tiles(tiles(1, 2, 3))
+
+    assert encoder.num_unknown({first, second, third}, rows=3) == 1
+    # Pooled rows of a frame are other features.
+    assert encoder.num_unknown({first}, rows=1) == 1
+    encoder.num_unknown({first}, rows=3)
+    encoded(encoder, 3)
+    assert cache.find((first, 3)) is None
+
+
 def test_a_frame_and_a_tile_of_the_same_pixels_have_their_own_features() -> None:
     encoder = CachedEncoder(Encoder(), FeatureCache(10 * TILE_BYTES))
     encoded(encoder, 1)

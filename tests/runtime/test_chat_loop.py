@@ -65,6 +65,28 @@ def test_lines_are_answered_and_stdout_holds_answers_alone(
     assert said.count(" reused)") == 1
 
 
+def test_a_bound_on_image_tokens_cuts_the_pictures_of_a_question_together(
+    chat: Run, artifact: Path, image: Path
+) -> None:
+    with LlavaEdge.load(artifact, threads=1) as model:
+        sizes = {
+            grid: model.generate("?", [image, image], grid=grid, max_new_tokens=1).image_tokens
+            for grid in ("2x2", "1x2", "base")
+        }
+    assert sizes["2x2"] > sizes["1x2"] > sizes["base"]
+    for grid in ("1x2", "base"):
+        code, lines, said = chat(
+            f"/image {image}\n/image {image}\n{QUESTION}\nAnd MOON?\n",
+            *("--json", "--max-image-tokens", str(sizes[grid])),
+        )
+        answers = [turn["answer"] for turn in json.loads(lines[-1])["turns"]]
+        assert code == 0
+        assert [answer["image_tokens"] for answer in answers] == [sizes[grid]] * 2
+        why = f"grid lowered to {grid}: max_image_tokens is {sizes[grid]}"
+        assert [answer["degraded"] for answer in answers] == [[why], []]
+        assert f"(at most {sizes['2x2'] // 2} tokens" in said.replace(f"{image}: ", "")
+
+
 def test_pictures_and_prompt_of_the_command_come_first(chat: Run, image: Path) -> None:
     code, lines, said = chat(
         "/undo\nWhich line is MOON on?\n", "--image", str(image), "--prompt", QUESTION, "--json"

@@ -13,7 +13,7 @@ from llava_edge.convert.decoder_graph import build_decoder_graph, rope_tables
 from llava_edge.convert.int8_cache import INT8_CACHE_FILE, CacheScales, write_int8_cache_graph
 from llava_edge.convert.random_checkpoint import write_random_checkpoint
 from llava_edge.convert.random_spec import preset
-from llava_edge.profiles.errors import EngineError, PromptError, RequestError
+from llava_edge.profiles.errors import EngineError, OutOfMemoryError, PromptError, RequestError
 from llava_edge.profiles.model_dims import TextDims
 from llava_edge.runtime.decoder import Decoder, FillEmbeddings
 from llava_edge.runtime.session import Binding, Session, SessionOptions
@@ -213,6 +213,32 @@ def test_a_shortened_decoder_is_one_made_so_and_keeps_nothing_of_before(
     for wrong in (0, 26, 40):
         with pytest.raises(ValueError, match="of 26"):
             decoder.shorten(wrong)
+
+
+@pytest.mark.parametrize("succeeding", [0, 1])
+def test_a_cache_that_could_not_be_bound_is_taken_again(
+    graph: tuple[Path, TextDims], monkeypatch: pytest.MonkeyPatch, succeeding: int
+) -> None:
+    rows = embeddings(graph[1], 20)
+    decoder = make_decoder(graph, 64)
+    expected = decoder.prefill(20, filler(rows)).copy()
+    bind, bound = Decoder._bind, []
+
+    def fail(self: Decoder) -> Any:
+        bound.append(1)
+        if len(bound) > succeeding:
+            raise OutOfMemoryError("no room on the device")
+        return bind(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "_bind", fail)
+        for ask in (lambda: decoder.shorten(40), decoder.restore):
+            bound.clear()
+            with pytest.raises(OutOfMemoryError):
+                ask()
+
+    decoder.restore()
+    np.testing.assert_array_equal(decoder.prefill(20, filler(rows)), expected)
 
 
 def test_an_empty_prompt_and_a_forward_rewind_are_refused(graph: tuple[Path, TextDims]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_edge.profiles.errors import DeadlineError, OutOfMemoryError, RequestError
+from llava_edge.profiles.errors import DeadlineError, OutOfMemoryError, PromptError, RequestError
 from llava_edge.runtime import LlavaEdge, allocation
 from llava_edge.runtime.allocation import RESERVE_BYTES
+from llava_edge.runtime.load_fit import least_context
+from llava_edge.runtime.sampling import Sampler
 from llava_edge.runtime.session import Array, Session
+from llava_edge.runtime.tokenizer import Tokenizer
 from llava_edge.runtime.vision import VisionEncoder
 
 QUESTION = "What is this?"
@@ -111,7 +116,7 @@ def test_then_the_context_is_cut_to_the_request(
     failing = Failing(monkeypatch, lambda place: "a request of" in failing.asked[place] and full())
 
     def full() -> bool:
-        return model.context_tokens == loaded
+        return model.context_tokens > 100
 
     model.teacher_forced_logits("x", raw=True)
     answer = model.generate(QUESTION, [wide], max_new_tokens=TOKENS)
@@ -120,13 +125,44 @@ def test_then_the_context_is_cut_to_the_request(
     assert answer.token_ids == base
     assert [given_up.partition(":")[0] for given_up in answer.degraded] == [
         "grid lowered to base",
-        f"context {loaded} lowered to {needed}",
+        f"context lowered from {loaded} to {needed} tokens",
     ]
     assert model.context_tokens == needed
     # What it holds now is told before any work, as ever.
     with pytest.raises(RequestError, match=f"the context holds {needed}"):
         model.generate("many words " * needed)
-    assert model.generate(QUESTION, [wide], grid="base", max_new_tokens=TOKENS).token_ids == base
+    again = model.generate(QUESTION, [wide], grid="base", max_new_tokens=TOKENS)
+    assert again.token_ids == base
+    # It is so for good, and so it is told with every answer.
+    assert again.degraded == answer.degraded[1:]
+
+
+def test_a_context_that_is_cut_keeps_room_for_an_image_while_that_suffices(
+    model: LlavaEdge, wide: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, least = model.context_tokens, least_context(model.artifact.manifest)
+    plain = model.generate("Hello", max_new_tokens=TOKENS)
+    needed = plain.prompt_tokens + TOKENS
+    assert needed < least < loaded
+    normal = expected(model, wide)
+
+    def cut_of(held: int) -> Any:
+        with monkeypatch.context() as patch:
+            failing = Failing(patch, lambda place: "a request" in failing.asked[place] and full())
+
+            def full() -> bool:
+                return model.context_tokens == held
+
+            return model.generate("Hello", max_new_tokens=TOKENS)
+
+    for held, left in ((loaded, least), (least, needed)):
+        answer = cut_of(held)
+        assert answer.token_ids == plain.token_ids
+        assert model.context_tokens == left
+        (given_up,) = answer.degraded
+        assert given_up.startswith(f"context lowered from {loaded} to {left} tokens: ")
+        if left == least:
+            assert expected(model, wide) == normal
 
 
 def test_what_cannot_give_way_is_out_of_memory_and_the_next_request_is_answered(
@@ -162,7 +198,10 @@ def test_memory_that_fails_anywhere_is_an_answer_and_the_next_request_is_normal(
     artifact: Path, wide: Image.Image, monkeypatch: pytest.MonkeyPatch, lasting: bool
 ) -> None:
     options: dict[str, Any] = {"max_new_tokens": 3, "prompt_lookup_num_tokens": 2}
-    with LlavaEdge.load(artifact, threads=1, vision_cache_bytes=1 << 20) as model:
+    with contextlib.ExitStack() as stack:
+        load = partial(LlavaEdge.load, artifact, threads=1, vision_cache_bytes=1 << 20)
+        model = stack.enter_context(load())
+        loaded = model.context_tokens
 
         def ask() -> Any:
             # As a file, so that decoding asks as well; from an empty cache.
@@ -191,7 +230,12 @@ def test_memory_that_fails_anywhere_is_an_answer_and_the_next_request_is_normal(
                     outcomes["refused"] += 1
             again = ask()
             assert again.token_ids == normal.token_ids, counted.asked[place]
-            assert again.degraded == ()
+            if model.context_tokens == loaded:
+                assert again.degraded == ()
+            else:
+                (given_up,) = again.degraded
+                assert given_up.startswith(f"context lowered from {loaded} to ")
+                model = stack.enter_context(load())
     assert outcomes["refused"] if lasting else outcomes["gave way"] and outcomes["went on"]
 
 
@@ -252,6 +296,21 @@ def test_a_failure_between_tokens_ends_the_answer_and_not_the_model(
     assert expected(model, wide) == normal
 
 
+def test_memory_that_python_is_refused_anywhere_is_our_error(
+    model: LlavaEdge, wide: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> Any:
+        raise MemoryError
+
+    normal = expected(model, wide)
+    for owner, name in ((Sampler, "choose"), (Tokenizer, "expand_media")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, refused)
+            with pytest.raises(OutOfMemoryError, match="memory ran out"):
+                expected(model, wide)
+        assert expected(model, wide) == normal
+
+
 def test_a_conversation_falls_back_to_thumbnails(
     model: LlavaEdge, wide: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,10 +362,34 @@ def test_a_bound_on_image_tokens_in_a_conversation(model: LlavaEdge, wide: Image
     cut = answer.image_tokens - model.generate("?", [wide], max_new_tokens=1).image_tokens
     chat.reset()
 
+    bound = size + cut
     images = [chat.prepare(Image.new("RGB", (1, 1))), wide]
-    answer = chat.send("?", images, max_image_tokens=size + cut, max_new_tokens=1)
-    assert answer.image_tokens == size + cut
-    assert answer.degraded == (f"grid lowered to 1x2: max_image_tokens is {size}",)
+    answer = chat.send("?", images, max_image_tokens=bound, max_new_tokens=1)
+    assert answer.image_tokens == bound
+    assert answer.degraded == (f"grid lowered to 1x2: max_image_tokens is {bound}",)
+
+
+def test_images_that_are_cut_already_become_thumbnails(model: LlavaEdge, wide: Image.Image) -> None:
+    base = model.generate("?", [wide, wide], grid="base", max_new_tokens=TOKENS)
+    chat = model.chat()
+    images = [chat.prepare(wide), wide]
+    for bound in (base.image_tokens, base.image_tokens + 1):
+        answer = chat.send("?", images, max_image_tokens=bound, max_new_tokens=TOKENS)
+        assert answer.token_ids == base.token_ids
+        why = f"images lowered to their thumbnails: max_image_tokens is {bound}"
+        assert answer.degraded == (why,)
+        chat.undo()
+
+    least = base.image_tokens
+    with pytest.raises(RequestError, match=rf"at most {least - 1} tokens .* 2 images take {least}"):
+        chat.send("?", images, max_image_tokens=least - 1)
+    assert chat.messages == []
+    for wrong in (0, "5", True):
+        with pytest.raises(RequestError, match=f"max_image_tokens is {wrong!r}"):
+            chat.send("?", images, max_image_tokens=wrong)
+    for no_list in (wide, None, b"x"):
+        with pytest.raises(PromptError, match="must be a list of images"):
+            chat.send("?", no_list, max_image_tokens=least)  # type: ignore[arg-type]
 
 
 class Slow:
@@ -336,6 +419,39 @@ def test_a_deadline_lowers_the_grid_by_how_long_it_took_before(
 
     assert answer.token_ids == base[: len(answer.token_ids)]
     assert answer.degraded[0].startswith("grid lowered to base: a request of 3 tiles")
+
+
+def test_tiles_that_are_kept_take_no_time(
+    artifact: Path, wide: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Slow(monkeypatch)
+    with LlavaEdge.load(artifact, threads=1, vision_cache_bytes=1 << 20) as model:
+        normal = expected(model, wide)
+        pace = model._answerer._pace.tile_seconds
+        assert pace is not None
+        assert pace >= 0.1
+        for _ in range(3):
+            model.teacher_forced_logits("x", raw=True)
+            # Five tiles would take 0.5 s.
+            answer = model.generate(QUESTION, [wide], max_new_tokens=TOKENS, deadline_seconds=0.9)
+            assert (answer.reused_tokens, answer.degraded) == (0, ())
+            assert answer.token_ids == normal
+        # What took no time says nothing of how long the next picture takes.
+        assert model._answerer._pace.tile_seconds == pace
+        other = wide.rotate(180)
+        answer = model.generate(QUESTION, [other], max_new_tokens=TOKENS, deadline_seconds=0.9)
+        assert answer.degraded[0].startswith("grid lowered to ")
+
+
+def test_what_the_kv_cache_holds_is_not_lowered(model: LlavaEdge, wide: Image.Image) -> None:
+    chat = model.chat()
+    chat.send(QUESTION, [wide], max_new_tokens=TOKENS)
+    # By this pace the new words alone take too long; thumbnails would add all words before them.
+    model._answerer._pace.token_seconds = 10.0
+    answer = chat.send("And now?", max_new_tokens=TOKENS, deadline_seconds=60.0)
+
+    assert answer.reused_tokens > answer.image_tokens > 37
+    assert answer.degraded == ()
 
 
 def test_a_deadline_ends_an_answer_with_what_there_is(
@@ -393,14 +509,20 @@ def test_frames_are_given_up_behind_tiles(
 
     wanted = ask(grid="base", num_frames=2)
     limit = f"a request of 3 tiles and {wanted.prompt_tokens} tokens"
-    failing = Failing(
-        monkeypatch,
-        lambda place: "a request of" in failing.asked[place] and failing.asked[place] != limit,
-    )
-    answer = ask()
-
+    with monkeypatch.context() as patch:
+        failing = Failing(
+            patch,
+            lambda place: "a request of" in failing.asked[place] and failing.asked[place] != limit,
+        )
+        answer = ask()
     assert answer.token_ids == wanted.token_ids
-    assert answer.degraded[0].startswith("frames lowered to 2: a request of 5 tiles")
+    what = "grid lowered to base and frames to 2: a request of 5 tiles"
+    assert answer.degraded[0].startswith(what)
+
+    alone = Failing(monkeypatch, lambda place: "a request of 8 tiles" in alone.asked[place])
+    video_model.teacher_forced_logits("x", raw=True)
+    answer = video_model.generate(QUESTION, video=frames, max_new_tokens=TOKENS)
+    assert answer.degraded[0].startswith("frames lowered to 4: a request of 8 tiles")
 
 
 _UNDER_A_LIMIT = """

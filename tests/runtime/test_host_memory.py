@@ -48,4 +48,6 @@ def test_the_smaller_of_machine_and_cgroup_is_available(tmp_path: Path) -> None:
 
     (tmp_path / "memory.max").write_text("101000\n")
     assert available_host_bytes(tmp_path, tmp_path) == 100_000
+    (tmp_path / "memory.current").write_text("200000\n")
+    assert available_host_bytes(tmp_path, tmp_path) == 1
     assert available_host_bytes(tmp_path / "none", tmp_path / "none") is None

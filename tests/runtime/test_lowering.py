@@ -100,9 +100,19 @@ def test_a_refused_image_is_refused_before_any_step_is_thought_of() -> None:
         Lowering(refuse, no_steps)
 
 
-def test_what_was_given_up_before_stays_until_more_is() -> None:
+def test_what_was_given_up_before_is_still_told_when_more_is() -> None:
     lowering = Lowering(request, lambda: [step(lambda: request(AnyRes(28, 14, ())))], "a cap")
     assert lowering.degraded == ("a cap",)
 
     lowering.lower("too much")
-    assert lowering.degraded == ("less: too much",)
+    assert lowering.degraded == ("a cap", "less: too much")
+
+
+def test_a_bare_memory_error_gives_way_too() -> None:
+    def refused() -> Request:
+        raise MemoryError
+
+    lowering = Lowering(refused, lambda: [step(request)])
+    assert lowering.degraded == ("less: memory ran out while the request was prepared",)
+    with pytest.raises(OutOfMemoryError, match="while the request was prepared"):
+        Lowering(refused)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gc
+import io
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,10 @@ from llava_edge.profiles.errors import (
     RequestError,
 )
 from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.pipeline import LlavaEdge as _Direct
+from llava_edge.runtime.request import Request
+from llava_edge.runtime.request_builder import RequestBuilder
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +164,60 @@ def test_an_error_inside_a_stream_is_named_by_its_answer(
     monkeypatch.undo()
 
     assert len(model.generate("Hello", max_new_tokens=2).token_ids) == 2
+
+
+def test_a_stream_that_failed_keeps_nothing_of_its_request(
+    model: LlavaEdge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Request]] = []
+    build = RequestBuilder.build
+
+    def remembered(*args: Any, **options: Any) -> Request:
+        request = build(*args, **options)
+        made.append(weakref.ref(request))
+        return request
+
+    def stop(stage: str, done: int, total: int) -> None:
+        raise EngineError("stopped by the application")
+
+    monkeypatch.setattr(RequestBuilder, "build", remembered)
+    gc.disable()
+    try:
+        stream = model.stream("Hello", [Image.new("RGB", (9, 9))], progress=stop)
+        with pytest.raises(EngineError, match="stopped by"):
+            next(stream)
+        # The stream is held on to, and no collector has run.
+        assert [request() for request in made] == [None]
+    finally:
+        gc.enable()
+    with pytest.raises(EngineError, match="stopped by the application"):
+        _ = stream.answer
+
+
+@pytest.mark.parametrize("bound", [None, 1000])
+def test_pixels_are_let_go_of_before_the_tokens_come(
+    model: LlavaEdge, monkeypatch: pytest.MonkeyPatch, bound: int | None
+) -> None:
+    pixels: list[weakref.ref[np.ndarray]] = []
+    opened: list[weakref.ref[Image.Image]] = []
+    preprocess = ImageProcessor.preprocess
+
+    def remembered(self: ImageProcessor, image: Image.Image) -> Any:
+        tiles = preprocess(self, image)
+        pixels.append(weakref.ref(tiles.pixel_values))
+        opened.append(weakref.ref(image))
+        return tiles
+
+    file = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(file, "PNG")
+    monkeypatch.setattr(ImageProcessor, "preprocess", remembered)
+    stream = model.stream("Hello", [file.getvalue()], max_new_tokens=9, max_image_tokens=bound)
+    assert pixels[0]() is not None
+    next(stream)
+    gc.collect()
+    assert (pixels[0](), opened[0]()) == (None, None)
+    list(stream)
+    assert stream.answer.image_tokens > 0
 
 
 def test_threads_queue_and_get_the_answers_they_would_get_alone(model: LlavaEdge) -> None:

@@ -42,7 +42,9 @@ def watch(clock: Clock) -> Callable[..., Watch]:
     return make
 
 
-@pytest.mark.parametrize("seconds", [0, -1, float("nan"), "2", True])
+@pytest.mark.parametrize(
+    "seconds", [0, -1, float("nan"), "2", True, pytest.param(10**9999, id="large")]
+)
 def test_a_deadline_is_a_positive_number(seconds: object) -> None:
     with pytest.raises(RequestError, match="deadline_seconds"):
         TimeBudget(seconds)  # type: ignore[arg-type]
