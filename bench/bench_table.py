@@ -67,7 +67,10 @@ def busy_note(document: Mapping[str, Any]) -> str:
 
 def row_name(row: Mapping[str, Any]) -> str:
     """Folder of the artifact, with a star where its weights are random."""
-    return Path(row["artifact"]).name + ("*" if row["weights"] == "random" else "")
+    # A folder given as a dot has no name of its own.
+    return (Path(row["artifact"]).name or row["artifact"]) + (
+        "*" if row["weights"] == "random" else ""
+    )
 
 
 def columns(cells: Sequence[Sequence[str]]) -> str:

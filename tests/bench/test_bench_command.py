@@ -105,7 +105,13 @@ def test_nothing_is_overwritten_unasked(artifact: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_opened_is_said_first(tmp_path: Path) -> None:
     with pytest.raises(LlavaEdgeError):
         cli.main([str(tmp_path / "nothing")])
-    for command in ([], ["x", "--only", "quality"]):
+    for command in (
+        [],
+        ["x", "--only", "quality"],
+        ["x", "--only", "speed", "--quality", "data.jsonl"],
+        ["x", "--answers", "new.jsonl"],
+        ["x", "--out", "same", "--html", "./same"],
+    ):
         with pytest.raises(SystemExit) as stop:
             cli.main(command)
         assert stop.value.code == 2
