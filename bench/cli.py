@@ -21,7 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
-from llava_edge.bench.artifact_facts import artifact_facts, certified_quality
+from llava_edge.bench.artifact_facts import artifact_facts, certified_quality, short_names
 from llava_edge.bench.bench_file import SCHEMA_VERSION, read_bench
 from llava_edge.bench.bench_table import bench_table
 from llava_edge.bench.compare import compare, findings_table, machine_change
@@ -205,12 +205,13 @@ def _document(
     rows: Mapping[str, dict[str, Any]], options: argparse.Namespace, rates: Rates | None
 ) -> dict[str, Any]:
     """What ``--json`` prints; rows that nothing was measured of are left out."""
+    names = short_names(tuple(rows))
     found = {
         "schema_version": SCHEMA_VERSION,
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine_card(read_machine(), rates),
         "settings": asdict(_settings(options)),
-        "rows": [row for row in rows.values() if "device" in row],
+        "rows": [{"name": names[folder], **row} for folder, row in rows.items() if "device" in row],
     }
     shortened: dict[str, Any] = _shortened(found)
     return shortened

@@ -76,7 +76,7 @@ def first_token_chart(rows: Rows) -> str:
     stages = [stage for stage in STAGES if stage != "decode"]
     groups = []
     for row in rows:
-        case = _headline(row)
+        case = headline_case(row)
         parts = [
             (f"c{place}", max(0.0, case["stages"][stage]["median"]))
             for place, stage in enumerate(stages)
@@ -145,7 +145,8 @@ def _certified_loss(row: Mapping[str, Any]) -> float | None:
     return found
 
 
-def _headline(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def headline_case(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The prompt that the figures of a row speak of."""
     found: Mapping[str, Any] = next(
         case for case in row["cases"] if case["name"] == row.get("case", FULL)
     )
