@@ -93,6 +93,12 @@ def seconds(value: float) -> str:
     return f"{value * 1e3:.3g} ms" if value < 0.9995 else f"{value:.3g} s"
 
 
+def share_of_bandwidth(row: Mapping[str, Any]) -> str:
+    """What decoding reached of the rate at which memory is read."""
+    share = row["roofline_fraction"]
+    return "unknown" if share is None else f"{share:.0%}"
+
+
 def ranged(found: Mapping[str, Any], shown: Any = seconds) -> str:
     """Median, and lowest to highest of the rounds."""
     low, high = shown(found["low"]), shown(found["high"])
@@ -112,7 +118,6 @@ def _speed(rows: Sequence[Mapping[str, Any]]) -> str:
         peak, predicted = row["peak_memory"], row["predicted_memory"]
         on_gpu = peak["device_bytes"] is not None
         key = "device_bytes" if on_gpu else "host_bytes"
-        share = row["roofline_fraction"]
         loss = ((row["quality"] or {}).get("certificate") or {}).get("kl_divergence")
         cells.append(
             [
@@ -125,7 +130,7 @@ def _speed(rows: Sequence[Mapping[str, Any]]) -> str:
                 seconds(row["ttft_seconds"]),
                 f"{row['prefill_tokens_per_second']:,.0f}",
                 f"{row['decode_tokens_per_second']:,.1f}",
-                "" if share is None else f"{share:.0%}",
+                share_of_bandwidth(row),
                 "" if loss is None else f"{loss:.3g}",
             ]
         )

@@ -237,9 +237,12 @@ def _opened(path: Path | None) -> TextIO:
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is no whole number of at least 1")
     return value
 
 

@@ -42,8 +42,9 @@ def compare_notes(
     times = [each for each in findings if each.unit == "s"]
     if blind := [each for each in times if each.showable is None]:
         notes.append(
-            f"{len(blind)} of {len(times)} times were taken in so few rounds that they show "
-            "nothing, however much slower. Measure both with --rounds 5 or more"
+            f"{len(blind)} of {len(times)} times were taken in too few rounds, for how they scatter, "
+            "to show even a change of ten times. Measure both with --rounds 5 or more, with nothing "
+            "beside"
         )
     for document, which in ((old, "old"), (new, "new")):
         if busy := busy_note(document):

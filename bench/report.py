@@ -21,6 +21,7 @@ from llava_edge.bench.bench_table import (
     rounds_note,
     row_name,
     seconds,
+    share_of_bandwidth,
 )
 from llava_edge.bench.published import (
     ACCURACY,
@@ -140,7 +141,7 @@ def _rows_table(rows: Rows) -> str:
             ("first token", lambda row: seconds(row["ttft_seconds"])),
             ("prompt, tokens/s", lambda row: f"{row['prefill_tokens_per_second']:,.0f}"),
             ("answer, tokens/s", lambda row: f"{row['decode_tokens_per_second']:,.1f}"),
-            ("of bandwidth", lambda row: _share(row["roofline_fraction"])),
+            ("of bandwidth", share_of_bandwidth),
         ]
     columns += [
         ("verified", lambda row: "yes" if row["verified"] else "no"),
@@ -277,10 +278,6 @@ def _bytes(peak: Mapping[str, Any]) -> str:
     device = peak["device_bytes"]
     host = f"{peak['host_bytes'] / MIB:,.0f}"
     return host if device is None else f"{device / MIB:,.0f} GPU, {host} host"
-
-
-def _share(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.0%}"
 
 
 def _loss(row: Mapping[str, Any]) -> str:

@@ -118,6 +118,13 @@ def test_what_cannot_be_opened_is_said_first(tmp_path: Path) -> None:
         assert stop.value.code == 2
 
 
+@pytest.mark.parametrize("number", ["0", "-1", "x", "\u00b2", "9" * 5000])
+def test_what_is_no_count_is_said(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["x", "--rounds", number])
+    assert "is no whole number of at least 1" in capsys.readouterr().err
+
+
 def test_it_needs_neither_psutil_nor_matplotlib() -> None:
     blocked = "import sys; sys.modules.update(psutil=None, matplotlib=None); "
     code = blocked + "from llava_edge.bench import cli; cli.main(['--help'])"
@@ -204,6 +211,9 @@ def test_a_row_of_a_gpu_speaks_of_its_memory(
     found = _found([_probed(case) for case in speed_cases(opened.manifest)], device="cuda")
     rounds = [SpeedRound(found, 1.0, 100 << 20, device_bytes=50 << 20)]
     row = SpeedRow("x", opened, rounds, Rates(1e10, 1e11)).to_json()
+    slow = SpeedRow("x", opened, [replace(rounds[0], device_bytes=None)], Rates(1e10, 1e11))
+    without = slow.to_json()["predicted_memory"]
+    assert sum(without["terms"].values()) == without["host_bytes"], "no GPU was measured"
     assert row["peak_memory"] == {"host_bytes": 100 << 20, "device_bytes": 50 << 20}
     predicted = row["predicted_memory"]
     assert predicted["measured_over_predicted"] == (50 << 20) / predicted["device_bytes"]

@@ -142,6 +142,23 @@ def test_only_figures_of_one_kind_are_ranked() -> None:
     assert "First token soonest" not in report_page(made), "prompts differ"
 
 
+def test_where_predictions_come_from_is_said() -> None:
+    made = document(0)
+    for place, said in (
+        (None, "this machine's rates"),
+        (0, "rates measured here or stated"),
+        (1, "rates measured here or stated"),
+        (2, "stated rates of the board"),
+    ):
+        if place is not None:
+            made["rows"][place]["rates"] = "stated by the board's profile"
+        texts = [text.strip() for _, text in _read(report_page(made)).texts]
+        assert f"predicted from {said}" in texts
+    made["rows"][0]["roofline_fraction"] = None
+    for text in (report_page(made), bench_table(made)):
+        assert "unknown" in text
+
+
 def test_a_single_round_has_no_spread() -> None:
     for made, said in ((document(0), False), (document(0, rounds=1), True)):
         assert ("One round only" in report_page(made)) is said
