@@ -42,9 +42,9 @@ def compare_notes(
     times = [each for each in findings if each.unit == "s"]
     if blind := [each for each in times if each.showable is None]:
         notes.append(
-            f"{len(blind)} of {len(times)} times were taken in too few rounds, for how they scatter, "
-            "to show even a change of ten times. Measure both with --rounds 5 or more, with nothing "
-            "beside"
+            f"{len(blind)} of {len(times)} times were taken in too few rounds, for how they "
+            "scatter, to show even a change of ten times. Measure both with --rounds 5 or more "
+            "while nothing else runs"
         )
     for document, which in ((old, "old"), (new, "new")):
         if busy := busy_note(document):
