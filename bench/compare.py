@@ -239,8 +239,13 @@ def _judge(
 
 
 def _memory(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Finding]:
-    """Peaks of the host and, where both ran on one, of the GPU."""
-    found = []
+    """Peaks of the host and, where both ran on one, of the GPU.
+
+    A process's peak is that of all it was asked; none where the two were not asked the same.
+    """
+    found: list[Finding] = []
+    if not len(common_cases(old, new)) == len(old["cases"]) == len(new["cases"]):
+        return found
     for figure, key in (("peak host memory", "host_bytes"), ("peak GPU memory", "device_bytes")):
         was, now = (row["peak_memory"].get(key) for row in (old, new))
         if was is None or now is None:

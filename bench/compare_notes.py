@@ -35,9 +35,11 @@ def compare_notes(
             was, now = before[name], after[name]
             notes += _differing(f"{name}:", _ROW_SETTINGS, was, now)
             same = {case["name"] for case, _ in common_cases(was, now)}
-            if left := [c["name"] for c in was["cases"] if c["name"] not in same]:
+            asked = dict.fromkeys(case["name"] for case in (*was["cases"], *now["cases"]))
+            if left := [each for each in asked if each not in same]:
                 notes.append(
-                    f"{name}: not asked alike in the new file, so left out: {', '.join(left)}"
+                    f"{name}: not asked alike in both files, so left out, and peak memory with "
+                    f"it: {', '.join(left)}"
                 )
     times = [each for each in findings if each.unit == "s"]
     if blind := [each for each in times if each.showable is None]:

@@ -130,7 +130,8 @@ def test_what_a_reader_must_know_is_said() -> None:
             "only in the old file, so not compared: int4 (int4, cpu)",
             "measured with threads 0 before, 1 now",
             "fp16* (fp16, cpu): cache 'float32' before, 'int8' now",
-            "int8* (int8, cpu): not asked alike in the new file, so left out: 1 image",
+            "int8* (int8, cpu): not asked alike in both files, so left out, and peak "
+            "memory with it: 1 image",
             "the new file: Other work shared the 4 cores",
             "* weights drawn at random",
         )
@@ -211,6 +212,20 @@ def test_cases_that_ask_something_else_are_left_out() -> None:
         case["image_tokens"] *= 2
         case["ttft_seconds"]["rounds"] = [3 * each for each in case["ttft_seconds"]["rounds"]]
     assert _worse(old, new) == []
+
+
+@pytest.mark.parametrize("change", ["more cases", "longer answers"])
+def test_peak_memory_is_of_all_that_was_asked(change: str) -> None:
+    old, new = document(0), document(1, more_bytes=12 << 20)
+    for before, row in zip(old["rows"], new["rows"], strict=True):
+        if change == "more cases":
+            before["cases"].pop(0)
+        else:
+            row["cases"][0]["answer_tokens"] = 128
+    assert _worse(old, new) == [], "as with --thorough"
+    findings = compare(old, new)
+    assert {each.figure for each in findings} == {"first token", "time a token", "loading"}
+    assert [note.rpartition(": ")[2] for note in compare_notes(old, new, findings)] == ["text"] * 3
 
 
 def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
