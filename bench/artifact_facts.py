@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from llava_edge.profiles.parameters import total_parameters
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.certificate import Certificate
 from llava_edge.runtime.manifest import Manifest
+
+
+def short_names(folders: Sequence[str]) -> dict[str, str]:
+    """Of each path its last parts, as many as tell it from the others; all of it where none do."""
+    parts = {folder: Path(os.path.abspath(folder)).parts for folder in folders}
+    names = {}
+    for folder, own in parts.items():
+        others = [each for other, each in parts.items() if other != folder]
+        names[folder] = next(
+            (
+                str(Path(*own[-count:]))
+                for count in range(1, len(own) + 1)
+                if not any(each[-count:] == own[-count:] for each in others)
+            ),
+            folder,
+        )
+    return names
 
 
 def artifact_facts(folder: str, artifact: Artifact) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_edge.bench.speed_cases import FULL
+
 MIB = 1 << 20
 _QUALITY = ("exact_match", "anls", "relaxed_accuracy", "multiple_choice")
 
@@ -17,6 +19,8 @@ def bench_table(document: Mapping[str, Any]) -> str:
     timed = [row for row in rows if "cases" in row]
     if timed:
         parts += [_speed(timed), _cases(timed), _checks(timed)]
+        if note := rounds_note(timed):
+            parts.append(note)
     asked = [row for row in rows if "questions" in (row["quality"] or {})]
     if asked:
         parts.append(_quality(asked))
@@ -66,8 +70,10 @@ def busy_note(document: Mapping[str, Any]) -> str:
 
 
 def row_name(row: Mapping[str, Any]) -> str:
-    """Folder of the artifact, with a star where its weights are random."""
-    return Path(row["artifact"]).name + ("*" if row["weights"] == "random" else "")
+    """Short name of the artifact, with a star where its weights are random."""
+    # Results of before rows had names have the folder alone.
+    name: str = row.get("name") or Path(row["artifact"]).name or row["artifact"]
+    return name + ("*" if row["weights"] == "random" else "")
 
 
 def columns(cells: Sequence[Sequence[str]]) -> str:
@@ -85,6 +91,12 @@ def columns(cells: Sequence[Sequence[str]]) -> str:
 def seconds(value: float) -> str:
     """Three digits, in the unit that suits."""
     return f"{value * 1e3:.3g} ms" if value < 0.9995 else f"{value:.3g} s"
+
+
+def share_of_bandwidth(row: Mapping[str, Any]) -> str:
+    """What decoding reached of the rate at which memory is read."""
+    share = row["roofline_fraction"]
+    return "unknown" if share is None else f"{share:.0%}"
 
 
 def ranged(found: Mapping[str, Any], shown: Any = seconds) -> str:
@@ -106,7 +118,6 @@ def _speed(rows: Sequence[Mapping[str, Any]]) -> str:
         peak, predicted = row["peak_memory"], row["predicted_memory"]
         on_gpu = peak["device_bytes"] is not None
         key = "device_bytes" if on_gpu else "host_bytes"
-        share = row["roofline_fraction"]
         loss = ((row["quality"] or {}).get("certificate") or {}).get("kl_divergence")
         cells.append(
             [
@@ -119,12 +130,28 @@ def _speed(rows: Sequence[Mapping[str, Any]]) -> str:
                 seconds(row["ttft_seconds"]),
                 f"{row['prefill_tokens_per_second']:,.0f}",
                 f"{row['decode_tokens_per_second']:,.1f}",
-                "" if share is None else f"{share:.0%}",
+                share_of_bandwidth(row),
                 "" if loss is None else f"{loss:.3g}",
             ]
         )
-    head = f"Time to first token and rates: {rows[0]['case']} on the artifact's own grid."
+    head = f"Time to first token and rates: {case_title(rows)}."
     return f"{head}\n{columns(cells)}"
+
+
+def case_title(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The prompt that the figures of these rows speak of, which a small context may choose."""
+    cases = {row_name(row): row["case"] for row in rows}
+    if len(set(cases.values())) > 1:
+        return "; ".join(f"{name}: {case}" for name, case in cases.items())
+    case: str = rows[0]["case"]
+    return f"{case} on the artifact's own grid" if case == FULL else case
+
+
+def rounds_note(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence where nothing was repeated; else empty."""
+    if all(len(row["load_seconds"]["rounds"]) > 1 for row in rows):
+        return ""
+    return "One round only: lowest and highest are that round's, and say nothing of the spread."
 
 
 def case_cells(row: Mapping[str, Any], case: Mapping[str, Any]) -> list[str]:

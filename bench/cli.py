@@ -21,9 +21,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
-from llava_edge.bench.artifact_facts import artifact_facts, certified_quality
+from llava_edge.bench.artifact_facts import artifact_facts, certified_quality, short_names
+from llava_edge.bench.bench_file import SCHEMA_VERSION, read_bench
 from llava_edge.bench.bench_table import bench_table
-from llava_edge.bench.compare import compare, findings_table, machine_change, read_bench
+from llava_edge.bench.compare import compare, findings_table, machine_change
+from llava_edge.bench.compare_notes import compare_notes
 from llava_edge.bench.machine_card import Rates, machine_card, machine_profile, measure_rates
 from llava_edge.bench.quality_alone import QualityTask, kept_answers, measure_alone
 from llava_edge.bench.quality_questions import QualityQuestion, read_quality_questions
@@ -42,7 +44,6 @@ from llava_edge.runtime.engine_arguments import (
 )
 from llava_edge.runtime.progress import ProgressLine
 
-SCHEMA_VERSION = 1
 _MOST_SHOWN = 10
 _BUDGET_SECONDS = 120.0
 _ROUNDS, _THOROUGH_ROUNDS = 5, 9
@@ -53,11 +54,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     if options.compare:
+        if options.artifact or options.out or options.html or options.quality or options.answers:
+            parser.error("--compare measures nothing: it takes two files, and --json")
         return _compare(options)
     if not options.artifact:
         parser.error("name an artifact, or two files with --compare")
     if options.only == "quality" and not options.quality:
         parser.error("--only quality needs --quality DATA.jsonl")
+    if options.only == "speed" and options.quality:
+        parser.error("--only speed leaves --quality out; name one of them")
+    if options.answers and not options.quality:
+        parser.error("--answers keeps those to --quality DATA.jsonl, which is not given")
+    if options.out and options.html and options.out.absolute() == options.html.absolute():
+        parser.error(f"--out and --html both name {options.out}")
     for path, name in ((options.out, "--out"), (options.html, "--html")):
         check_writable(path, name, force=options.force)
     questions = read_quality_questions(options.quality, options.limit) if options.quality else ()
@@ -91,7 +100,8 @@ def _compare(options: argparse.Namespace) -> int:
     findings = compare(old, new)
     machine = machine_change(old, new)
     worse = [each for each in findings if each.is_worse]
-    print(findings_table(findings), file=sys.stderr)
+    notes = compare_notes(old, new, findings)
+    print("\n".join([findings_table(findings), "", *notes]).rstrip(), file=sys.stderr)
     verdict = "worse" if worse else "no loss shown"
     print(
         f"\n{verdict}: {len(worse)} of {len(findings)} figures became worse; a fixed piece of work "
@@ -100,7 +110,8 @@ def _compare(options: argparse.Namespace) -> int:
     )
     if options.json:
         listed = [asdict(each) for each in findings]
-        print(json.dumps({"verdict": verdict, "machine_change": machine, "findings": listed}))
+        result = {"verdict": verdict, "machine_change": machine, "findings": listed}
+        print(json.dumps({**result, "notes": notes}))
     return 1 if worse else 0
 
 
@@ -194,12 +205,13 @@ def _document(
     rows: Mapping[str, dict[str, Any]], options: argparse.Namespace, rates: Rates | None
 ) -> dict[str, Any]:
     """What ``--json`` prints; rows that nothing was measured of are left out."""
+    names = short_names(tuple(rows))
     found = {
         "schema_version": SCHEMA_VERSION,
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine_card(read_machine(), rates),
         "settings": asdict(_settings(options)),
-        "rows": [row for row in rows.values() if "device" in row],
+        "rows": [{"name": names[folder], **row} for folder, row in rows.items() if "device" in row],
     }
     shortened: dict[str, Any] = _shortened(found)
     return shortened
@@ -225,9 +237,12 @@ def _opened(path: Path | None) -> TextIO:
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is no whole number of at least 1")
     return value
 
 

@@ -11,15 +11,13 @@ that there is none.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from llava_edge.bench.bench_table import seconds
+from llava_edge.bench.bench_table import row_name, seconds
 from llava_edge.bench.student_t import compare_means
 from llava_edge.profiles.errors import RequestError
 
@@ -29,6 +27,8 @@ CHANCE = 0.001
 LEAST = 0.05
 LEAST_BYTES, LEAST_SHARE = 4 << 20, 0.02
 """Peaks of one artifact differ by less from process to process."""
+MOST_SHOWABLE = 10.0
+"""Rounds that could show no change below eleven times as long show nothing worth the name."""
 
 _MACHINE = ("processor", "cores", "memory_bytes", "usable_cores")
 _TIMES: Mapping[str, Callable[[Mapping[str, Any]], Sequence[float]]] = {
@@ -44,14 +44,14 @@ class Finding:
     """One figure of one artifact in both files.
 
     Attributes:
-        artifact: name.
+        artifact: name, with a star where its weights are random.
         figure: what is compared; less is better.
         old: geometric mean over cases and rounds, in ``unit``.
         new: the same of the other file.
         unit: ``s`` or ``bytes``.
         change: share by which the new one is larger.
-        showable: the smallest change that these rounds could have shown; None where a single
-            round shows none.
+        showable: the smallest change that these rounds could have shown; None where they are too
+            few to show any up to ``MOST_SHOWABLE``.
         verdict: see above.
     """
 
@@ -70,35 +70,18 @@ class Finding:
         return self.verdict in ("slower", "larger")
 
 
-def read_bench(path: Path) -> dict[str, Any]:
-    """A file that ``bench --out`` wrote.
-
-    Raises:
-        RequestError: it is none.
-    """
-    try:
-        document = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"--compare {path} cannot be read: {error}") from error
-    rows = document.get("rows") if isinstance(document, dict) else None
-    if not isinstance(rows, list) or not isinstance(document.get("machine"), dict):
-        raise RequestError(f"--compare {path} is no result of llava-edge bench --out.")
-    if not any("cases" in row for row in rows if isinstance(row, dict)):
-        raise RequestError(
-            f"--compare {path} holds no times. Measure again without --only quality."
-        )
-    found: dict[str, Any] = document
-    return found
-
-
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Finding]:
     """Compare what both documents hold.
 
+    Args:
+        old: as ``read_bench`` returns it.
+        new: the same.
+
     Raises:
-        RequestError: they are of different machines, or share no artifact.
+        RequestError: they are of different machines, share no artifact, or hold different models
+            under one name.
     """
-    _same_machine(old["machine"], new["machine"])
-    before, after = _by_name(old), _by_name(new)
+    before, after = rows_by_name(old), rows_by_name(new)
     names = [name for name in before if name in after]
     if not names:
         raise RequestError(
@@ -106,11 +89,15 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Finding]:
             "Artifacts are matched by the name of their folder, precision and device."
         )
     pairs = [(name, before[name], after[name]) for name in names]
+    on_gpu = any(row["device"] == "cuda" for _, *rows in pairs for row in rows)
+    _same_machine(old["machine"], new["machine"], (*_MACHINE, *(("gpus",) if on_gpu else ())))
+    for pair in pairs:
+        _same_model(*pair)
     chance = CHANCE / (len(pairs) * (len(_TIMES) + 1))
     return [
         finding
         for name, was, now in pairs
-        for finding in (*_times(name, was, now, chance), _memory(name, was, now))
+        for finding in (*_times(name, was, now, chance), *_memory(name, was, now))
     ]
 
 
@@ -134,7 +121,7 @@ def findings_table(findings: Sequence[Finding]) -> str:
     for each in findings:
         old, new = (_shown(value, each.unit) for value in (each.old, each.new))
         sure = (
-            "a single round shows nothing"
+            "so few rounds show nothing"
             if each.showable is None
             else (f"{each.showable:.0%} could be shown")
         )
@@ -145,10 +132,10 @@ def findings_table(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-def _same_machine(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def _same_machine(old: Mapping[str, Any], new: Mapping[str, Any], keys: Sequence[str]) -> None:
     differing = [
         f"{key} {old.get(key)!r} and {new.get(key)!r}"
-        for key in _MACHINE
+        for key in keys
         if old.get(key) != new.get(key)
     ]
     if differing:
@@ -158,11 +145,22 @@ def _same_machine(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         )
 
 
-def _by_name(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def _same_model(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Folders of different models are often called alike, as int4 is."""
+    what = [f"{row['variant']} of {row['parameters']:,} parameters" for row in (old, new)]
+    if what[0] != what[1]:
+        raise RequestError(
+            f"{name} is {what[0]} in the old file and {what[1]} in the new one, so nothing follows "
+            "for the build. Compare results of one model."
+        )
+
+
+def rows_by_name(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Rows with times, by what they are matched by."""
     rows = [row for row in document["rows"] if "cases" in row]
-    short = [_key(row, Path(row["artifact"]).name) for row in rows]
+    short = [_key(row, row_name(row)) for row in rows]
     if len(set(short)) < len(rows):
-        short = [_key(row, row["artifact"]) for row in rows]
+        short = [_key(row, row["artifact"] + "*" * (row["weights"] == "random")) for row in rows]
     return dict(zip(short, rows, strict=True))
 
 
@@ -173,7 +171,7 @@ def _key(row: Mapping[str, Any], name: str) -> str:
 def _times(
     name: str, old: Mapping[str, Any], new: Mapping[str, Any], chance: float
 ) -> list[Finding]:
-    pairs = _common_cases(old, new)
+    pairs = common_cases(old, new)
     yard = [[math.log(v) for v in row["yardstick_seconds"]["rounds"]] for row in (old, new)]
     found = []
     for figure, times in _TIMES.items():
@@ -186,7 +184,7 @@ def _times(
     return found
 
 
-def _common_cases(
+def common_cases(
     old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """Cases of both, as long as they ask the same."""
@@ -235,18 +233,30 @@ def _judge(
         new=math.exp(statistics.fmean(new)),
         unit="s",
         change=math.expm1(difference.mean),
-        showable=max(LEAST, math.expm1(margin)) if math.isfinite(margin) else None,
+        showable=(max(LEAST, math.expm1(margin)) if margin <= math.log1p(MOST_SHOWABLE) else None),
         verdict=verdict,
     )
 
 
-def _memory(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Finding:
-    was, now = (row["peak_memory"]["host_bytes"] for row in (old, new))
-    least = max(LEAST_BYTES, LEAST_SHARE * was)
-    verdict: Verdict = "no difference shown"
-    if abs(now - was) > least:
-        verdict = "larger" if now > was else "smaller"
-    return Finding(name, "peak host memory", was, now, "bytes", now / was - 1, least / was, verdict)
+def _memory(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Finding]:
+    """Peaks of the host and, where both ran on one, of the GPU.
+
+    A process's peak is that of all it was asked; none where the two were not asked the same.
+    """
+    found: list[Finding] = []
+    if not len(common_cases(old, new)) == len(old["cases"]) == len(new["cases"]):
+        return found
+    for figure, key in (("peak host memory", "host_bytes"), ("peak GPU memory", "device_bytes")):
+        was, now = (row["peak_memory"].get(key) for row in (old, new))
+        if was is None or now is None:
+            continue
+        least = max(LEAST_BYTES, LEAST_SHARE * was)
+        verdict: Verdict = "no difference shown"
+        if abs(now - was) > least:
+            verdict = "larger" if now > was else "smaller"
+        change, showable = now / was - 1, least / was
+        found.append(Finding(name, figure, was, now, "bytes", change, showable, verdict))
+    return found
 
 
 def _shown(value: float, unit: str) -> str:

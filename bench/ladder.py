@@ -23,7 +23,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_edge.bench.bench_table import MIB, bench_table, ranged, seconds
+from llava_edge.bench.bench_table import (
+    MIB,
+    bench_table,
+    ranged,
+    seconds,
+    share_of_bandwidth,
+)
 from llava_edge.bench.fresh_process import program, run_fresh
 from llava_edge.bench.ledger import RESULTS, Ledger, machine
 from llava_edge.bench.machine_card import commit
@@ -188,7 +194,7 @@ def _markdown(ledger: Ledger) -> str:
                 seconds(row["load_seconds"]["median"]),
                 ranged(case["ttft_seconds"]),
                 ranged(rate, lambda value: f"{value:,.1f}"),
-                f"{row['roofline_fraction']:.0%}",
+                share_of_bandwidth(row),
                 "" if right is None else f"{right:.2f} %",
                 "" if loss is None else f"{loss:.2g}",
             ]

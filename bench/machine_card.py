@@ -6,6 +6,7 @@ memory with every core, and products of float32 matrices by numpy's own library.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -69,17 +70,24 @@ def machine_card(facts: MachineFacts, rates: Rates | None) -> dict[str, Any]:
     }
 
 
-def measure_rates() -> Rates:
-    """Read memory with every core, and multiply matrices; about a second."""
+def measure_rates(available_bytes: int | None = None) -> Rates:
+    """Read memory with every core, and multiply matrices; about a second.
+
+    Args:
+        available_bytes: what can be taken now, by the system unless given; a quarter at most is, as
+            a machine of many cores may lend little memory to a container.
+    """
+    if available_bytes is None:
+        available_bytes = read_machine().available_bytes
     cores = usable_cores()
-    words = _READ_BYTES // 8
+    words = max(1, min(_READ_BYTES, available_bytes // (4 * cores)) // 8)
     blocks = [np.ones(words, np.uint64) for _ in range(cores)]
     with ThreadPoolExecutor(cores) as pool:
         seconds = _best(lambda: list(pool.map(np.bitwise_or.reduce, blocks)))
     left = np.full((_SIDE, _SIDE), 0.5, np.float32)
     product = np.empty_like(left)
     operations = 2 * _SIDE**3 / _best(lambda: np.matmul(left, left, out=product))
-    return Rates(cores * _READ_BYTES / seconds, operations)
+    return Rates(cores * words * 8 / seconds, operations)
 
 
 def machine_profile(device: DeviceKind, rates: Rates) -> tuple[HardwareProfile | None, str]:
@@ -115,19 +123,24 @@ def usable_cores() -> int:
 
 
 def commit(folder: Path = Path(__file__).parent) -> str | None:
-    """The commit of the sources, with ``-dirty`` where they differ; None outside a checkout."""
+    """The commit of the sources, with ``-dirty-`` and a digest of how they differ.
+
+    What the bench itself writes into ``results`` is no difference: a run that was interrupted must
+    find what it measured before. None outside a checkout, and for sources that lie in one of
+    something else, as an installed package in a virtual environment does.
+    """
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
+        _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)
+        head = _git(folder, "rev-parse", "--short=12", "HEAD").decode().strip()
+        changes = _git(folder, "diff", "--no-ext-diff", "HEAD", "--", ":(top)", ":(exclude)results")
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return f"{head}-dirty-{hashlib.sha256(changes).hexdigest()[:8]}" if changes else head
+
+
+def _git(folder: Path, *arguments: str) -> bytes:
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, timeout=20, check=True).stdout
 
 
 def _best(run: Callable[[], object]) -> float:

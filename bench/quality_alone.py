@@ -76,7 +76,10 @@ def _measure(artifact: str, task: QualityTask) -> tuple[dict[str, Any], QualityR
         progress.clear()
         row = {
             "device": model.device,
-            "peak_memory": {"host_bytes": peak_host_bytes(), "device_bytes": None},
+            "peak_memory": {
+                "host_bytes": peak_host_bytes(),
+                "device_bytes": result.device_bytes,
+            },
             "ttft_seconds": result.ttft_seconds,
             "decode_tokens_per_second": result.decode_tokens_per_second,
         }

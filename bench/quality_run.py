@@ -33,6 +33,7 @@ class QualityResult:
         refused: what was said of questions that could not be asked.
         predictions: the answers, in the order of the questions; None for a refused one.
         ttft_seconds, decode_tokens_per_second: medians.
+        device_bytes: most that an answer says was held on the GPU; None on the CPU.
     """
 
     questions: int
@@ -45,6 +46,7 @@ class QualityResult:
     predictions: tuple[str | None, ...] = field(repr=False)
     ttft_seconds: float | None
     decode_tokens_per_second: float | None
+    device_bytes: int | None
 
     def summary(self) -> dict[str, Any]:
         """What ``bench --json`` calls ``quality``."""
@@ -82,6 +84,7 @@ def measure_quality(
     predictions: list[str | None] = []
     waits: list[float] = []
     rates: list[float] = []
+    held: list[int] = []
     for place, question in enumerate(questions):
         progress("questions", place, len(questions))
         prompt = question.question
@@ -98,6 +101,8 @@ def measure_quality(
             )
             text = answer.text
             waits.append(answer.timings.ttft_seconds)
+            if answer.peak_memory.device_bytes is not None:
+                held.append(answer.peak_memory.device_bytes)
             if answer.timings.decode_tokens_per_second is not None:
                 rates.append(answer.timings.decode_tokens_per_second)
         except (ImageError, PromptError) as error:
@@ -117,6 +122,7 @@ def measure_quality(
         predictions=tuple(predictions),
         ttft_seconds=statistics.median(waits) if waits else None,
         decode_tokens_per_second=statistics.median(rates) if rates else None,
+        device_bytes=max(held, default=None),
     )
 
 

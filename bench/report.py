@@ -16,9 +16,12 @@ from llava_edge.bench.bench_table import (
     MIB,
     busy_note,
     case_cells,
+    case_title,
     machine_line,
+    rounds_note,
     row_name,
     seconds,
+    share_of_bandwidth,
 )
 from llava_edge.bench.published import (
     ACCURACY,
@@ -30,6 +33,7 @@ from llava_edge.bench.published import (
 from llava_edge.bench.report_charts import (
     decode_chart,
     first_token_chart,
+    headline_case,
     memory_chart,
     quality_chart,
 )
@@ -83,8 +87,7 @@ def _result(document: Mapping[str, Any]) -> str:
     if timed:
         parts.append('<div class="charts">')
         parts.append(_figure("Peak memory", memory_chart(timed), _memory_note(timed)))
-        case = timed[0]["case"]
-        parts.append(_figure(f"First token: {case}, full grid", first_token_chart(timed)))
+        parts.append(_figure(f"First token: {case_title(timed)}", first_token_chart(timed)))
         parts.append(_figure("Tokens a second by context", decode_chart(timed)))
         if quality := quality_chart(timed):
             parts.append(_figure("Quality against memory", quality))
@@ -94,24 +97,33 @@ def _result(document: Mapping[str, Any]) -> str:
     parts.append(
         f'<p class="machine">{escape(machine_line(document["machine"]))}. Measured '
         f"{escape(document['made'])} by <code>llava-edge bench</code>. Whiskers and brackets: "
-        "lowest and highest round.</p>"
+        f"lowest and highest round. {rounds_note(timed)}</p>"
     )
     return "\n".join(parts)
 
 
 def _sentences(rows: Rows) -> list[str]:
-    """The result first, in words; medians, so a near tie is no order."""
+    """The result first, in words, of figures that are of one kind; a near tie is no order."""
     if len(rows) < 2:
         return []
-    smallest = min(rows, key=lambda row: row["peak_memory"]["host_bytes"])
-    soonest = min(rows, key=lambda row: row["ttft_seconds"])
-    fastest = max(rows, key=lambda row: row["decode_tokens_per_second"])
-    return [
-        f"Least memory: {row_name(smallest)}, "
-        f"{smallest['peak_memory']['host_bytes'] / MIB:,.0f} MiB at its peak. First token "
-        f"soonest: {row_name(soonest)}, {seconds(soonest['ttft_seconds'])} after one image. Most "
-        f"tokens a second: {row_name(fastest)}, {fastest['decode_tokens_per_second']:,.1f}."
-    ]
+    found = []
+    memory = [row["peak_memory"] for row in rows]
+    on_gpu = {peak["device_bytes"] is not None for peak in memory}
+    if len(on_gpu) == 1:
+        key = "device_bytes" if on_gpu.pop() else "host_bytes"
+        smallest = min(rows, key=lambda row: row["peak_memory"][key])
+        size = f"{smallest['peak_memory'][key] / MIB:,.0f} MiB"
+        where = "the GPU's" if key == "device_bytes" else "its"
+        found.append(f"Least memory: {row_name(smallest)}, {size} at {where} peak.")
+    if len({(row["case"], headline_case(row)["prompt_tokens"]) for row in rows}) == 1:
+        soonest = min(rows, key=lambda row: row["ttft_seconds"])
+        fastest = max(rows, key=lambda row: row["decode_tokens_per_second"])
+        found.append(
+            f"First token soonest: {row_name(soonest)}, {seconds(soonest['ttft_seconds'])} after "
+            f"{rows[0]['case']}. Most tokens a second: {row_name(fastest)}, "
+            f"{fastest['decode_tokens_per_second']:,.1f}."
+        )
+    return [" ".join(found)] if found else []
 
 
 def _rows_table(rows: Rows) -> str:
@@ -129,7 +141,7 @@ def _rows_table(rows: Rows) -> str:
             ("first token", lambda row: seconds(row["ttft_seconds"])),
             ("prompt, tokens/s", lambda row: f"{row['prefill_tokens_per_second']:,.0f}"),
             ("answer, tokens/s", lambda row: f"{row['decode_tokens_per_second']:,.1f}"),
-            ("of bandwidth", lambda row: _share(row["roofline_fraction"])),
+            ("of bandwidth", share_of_bandwidth),
         ]
     columns += [
         ("verified", lambda row: "yes" if row["verified"] else "no"),
@@ -266,10 +278,6 @@ def _bytes(peak: Mapping[str, Any]) -> str:
     device = peak["device_bytes"]
     host = f"{peak['host_bytes'] / MIB:,.0f}"
     return host if device is None else f"{device / MIB:,.0f} GPU, {host} host"
-
-
-def _share(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.0%}"
 
 
 def _loss(row: Mapping[str, Any]) -> str:

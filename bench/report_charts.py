@@ -76,7 +76,7 @@ def first_token_chart(rows: Rows) -> str:
     stages = [stage for stage in STAGES if stage != "decode"]
     groups = []
     for row in rows:
-        case = _headline(row)
+        case = headline_case(row)
         parts = [
             (f"c{place}", max(0.0, case["stages"][stage]["median"]))
             for place, stage in enumerate(stages)
@@ -90,7 +90,7 @@ def first_token_chart(rows: Rows) -> str:
     chart = bar_chart(groups, "time to the first token, s", "Time to the first token by stage")
     entries = [(f"c{at}", _STAGE_NAMES[stage]) for at, stage in enumerate(stages)]
     if any(len(group.bars) > 1 for group in groups):
-        entries.append(("predicted", "predicted from this machine's rates"))
+        entries.append(("predicted", f"predicted from {_source_of_rates(rows)}"))
     return legend(entries) + chart
 
 
@@ -145,7 +145,16 @@ def _certified_loss(row: Mapping[str, Any]) -> float | None:
     return found
 
 
-def _headline(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def _source_of_rates(rows: Rows) -> str:
+    """Of a CPU they were measured, of a GPU its data sheet states them."""
+    found = {row["rates"] for row in rows} - {"unknown"}
+    if found == {"measured here"}:
+        return "this machine's rates"
+    return "stated rates of the board" if len(found) == 1 else "rates measured here or stated"
+
+
+def headline_case(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The prompt that the figures of a row speak of."""
     found: Mapping[str, Any] = next(
         case for case in row["cases"] if case["name"] == row.get("case", FULL)
     )

@@ -163,7 +163,8 @@ class SpeedRow:
         measured, predicted = (
             (peak["device_bytes"], device) if on_gpu else (peak["host_bytes"], host)
         )
-        terms = estimate.device_peak if estimate.device else estimate.host_peak
+        # Of what was measured: a GPU's artifact may run on the CPU, if asked to.
+        terms = estimate.device_peak if on_gpu else estimate.host_peak
         return {
             "case": name,
             "host_bytes": host,

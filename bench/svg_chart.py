@@ -89,7 +89,7 @@ def bar_chart(groups: Sequence[BarGroup], unit: str, description: str) -> str:
     y = 4.0
     for group in groups:
         y += 14
-        body.append(_text(0, y, group.heading, "heading"))
+        body.append(_text(0, y, _fitting(group.heading), "heading"))
         y += 6
         for bar in group.bars:
             body += _bar(bar, left, y, scale)
@@ -101,8 +101,8 @@ def bar_chart(groups: Sequence[BarGroup], unit: str, description: str) -> str:
         for tick in ticks
     ]
     body += [
-        _text(left + tick * scale, y + _TEXT + 2, number(tick), "tick", anchor="middle")
-        for tick in ticks
+        _text(left + tick * scale, y + _TEXT + 2, text, "tick", anchor="middle")
+        for tick, text in zip(ticks, tick_texts(ticks), strict=True)
     ]
     body.append(_text((left + right) / 2, y + 2 * _TEXT + 6, unit, "tick", anchor="middle"))
     return _svg(y + 2 * _TEXT + 12, [*grid, *body], description)
@@ -113,17 +113,18 @@ def point_chart(series: Sequence[Series], x: Axis, y: Axis, description: str) ->
     points = [point for each in series for point in each.points]
     heights = [v for p in points for v in (p.y, p.low, p.high) if v is not None]
     ticks_y = _ticks(heights, y, 4)
-    left = 12 + _LETTER * max(len(number(tick)) for tick in ticks_y)
+    texts_y = tick_texts(ticks_y)
+    left = 12 + _LETTER * max(map(len, texts_y))
     right, floor, ceiling = WIDTH - 14.0, 216.0, 30.0
     place_x, ticks_x = _scale([p.x for p in points], x, left + 8, right - 8)
     place_y, _ = _scale(heights, y, floor, ceiling)
     body = [_text(0, 14, y.title, "tick")]
-    for tick in ticks_y:
+    for tick, text in zip(ticks_y, texts_y, strict=True):
         at = place_y(tick)
         body.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        body.append(_text(left - 6, at + 4, number(tick), "tick", anchor="end"))
-    for tick in ticks_x:
-        body.append(_text(place_x(tick), floor + 18, number(tick), "tick", anchor="middle"))
+        body.append(_text(left - 6, at + 4, text, "tick", anchor="end"))
+    for tick, text in zip(ticks_x, tick_texts(ticks_x), strict=True):
+        body.append(_text(place_x(tick), floor + 18, text, "tick", anchor="middle"))
     body.append(_text((left + right) / 2, floor + 36, x.title, "tick", anchor="middle"))
     for each in series:
         body += _series(each, place_x, place_y)
@@ -156,6 +157,21 @@ def nice_ticks(top: float, count: int) -> list[float]:
     unit = 10 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
     step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough)
     return [step * i for i in range(int(top / step + 1e-9) + 1)]
+
+
+def tick_texts(ticks: Sequence[float]) -> list[str]:
+    """Numbers at an axis, all with as many digits as tell each from the next."""
+    near = abs(ticks[1] - ticks[0]) * 1e-3 if len(ticks) > 1 else 0.0
+    for decimals in range(6):
+        texts = [f"{tick:,.{decimals}f}" for tick in ticks]
+        pairs = zip(texts, ticks, strict=True)
+        if all(abs(float(text.replace(",", "")) - tick) <= near for text, tick in pairs):
+            return texts
+    for digits in range(2, 17):
+        texts = [f"{tick:.{digits}g}" for tick in ticks]
+        if len(set(texts)) == len(ticks):
+            break
+    return texts
 
 
 def number(value: float) -> str:
@@ -250,6 +266,14 @@ def _ticks(values: Sequence[float], axis: Axis, count: int) -> list[float]:
     step = steps[1] if len(steps) > 1 else span
     first, last = math.floor(low / step), math.ceil(high / step)
     return [step * at for at in range(first, max(last, first + 1) + 1)]
+
+
+def _fitting(text: str) -> str:
+    """A heading without its middle where it is wider than the drawing; letters are bold."""
+    most = int(WIDTH / (1.1 * _LETTER))
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]}…{text[len(text) - (most - most // 2 - 1) :]}"
 
 
 def _text(x: float, y: float, text: str, name: str, anchor: str = "start") -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from uuid import uuid4
 
 from llava_edge.profiles.errors import OutputExistsError, RequestError
 
@@ -15,9 +16,11 @@ def write_whole(path: Path, text: str) -> None:
         OSError: the disk is full or the folder cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    # Not the file's own name and more, which may be too long where that was not.
+    partial = path.with_name(f".partial-{os.getpid()}-{uuid4().hex[:8]}")
     try:
-        partial.write_text(text, "utf-8")
+        # A name that is no UTF-8 stands in it as Python shows it.
+        partial.write_text(text, "utf-8", errors="backslashreplace")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -32,6 +35,12 @@ def check_writable(path: Path | None, option: str, *, force: bool) -> None:
     """
     if path is None:
         return
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise RequestError(f"{option} {path} cannot be written: {error.strerror}.") from error
     if path.is_dir():
         raise RequestError(f"{option} {path} is a folder. Name a file.")
     if path.exists() and not force:

@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from llava_edge.bench import cli, speed_rows
+from llava_edge.bench import cli, machine_card, speed_rows
 from llava_edge.bench.artifact_facts import precision_label, weights_label
 from llava_edge.bench.fresh_process import run_fresh
 from llava_edge.bench.machine_card import Rates, commit, measure_rates
@@ -105,10 +106,23 @@ def test_nothing_is_overwritten_unasked(artifact: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_opened_is_said_first(tmp_path: Path) -> None:
     with pytest.raises(LlavaEdgeError):
         cli.main([str(tmp_path / "nothing")])
-    for command in ([], ["x", "--only", "quality"]):
+    for command in (
+        [],
+        ["x", "--only", "quality"],
+        ["x", "--only", "speed", "--quality", "data.jsonl"],
+        ["x", "--answers", "new.jsonl"],
+        ["x", "--out", "same", "--html", "./same"],
+    ):
         with pytest.raises(SystemExit) as stop:
             cli.main(command)
         assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "x", "\u00b2", "9" * 5000])
+def test_what_is_no_count_is_said(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["x", "--rounds", number])
+    assert "is no whole number of at least 1" in capsys.readouterr().err
 
 
 def test_it_needs_neither_psutil_nor_matplotlib() -> None:
@@ -197,6 +211,9 @@ def test_a_row_of_a_gpu_speaks_of_its_memory(
     found = _found([_probed(case) for case in speed_cases(opened.manifest)], device="cuda")
     rounds = [SpeedRound(found, 1.0, 100 << 20, device_bytes=50 << 20)]
     row = SpeedRow("x", opened, rounds, Rates(1e10, 1e11)).to_json()
+    slow = SpeedRow("x", opened, [replace(rounds[0], device_bytes=None)], Rates(1e10, 1e11))
+    without = slow.to_json()["predicted_memory"]
+    assert sum(without["terms"].values()) == without["host_bytes"], "no GPU was measured"
     assert row["peak_memory"] == {"host_bytes": 100 << 20, "device_bytes": 50 << 20}
     predicted = row["predicted_memory"]
     assert predicted["measured_over_predicted"] == (50 << 20) / predicted["device_bytes"]
@@ -267,8 +284,51 @@ def test_the_lines_of_a_process_are_timed_as_they_come() -> None:
     assert caught.value.output == "why\n"
 
 
-def test_the_machine_is_described(tmp_path: Path) -> None:
+def test_the_commit_is_that_of_the_sources(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=x", "-c", "user.email=x@example.invalid"]
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
     assert commit(tmp_path) is None, "outside a checkout"
+    git("init")
+    source, results = tmp_path / "machine_card.py", tmp_path / "results" / "bench.json"
+    results.parent.mkdir()
+    results.write_text("{}")
+    git("add", "results")
+    git("commit", "-m", "x")
+    source.write_text("1")
+    assert commit(tmp_path) is None, "a checkout of something else, as around site-packages"
+    git("add", ".")
+    git("commit", "-m", "x")
+    clean = commit(tmp_path)
+    assert clean is not None
+    assert re.fullmatch(r"[0-9a-f]{12}", clean)
+    results.write_text('{"pages": 1}')
+    assert commit(tmp_path) == clean, "what the ladder writes would have it measure again"
+    found = set()
+    for text in ("2", "3"):
+        source.write_text(text)
+        found.add(commit(tmp_path))
+    assert len(found) == 2, "two states that differ from the commit are not one"
+    assert all(name is not None and name.startswith(f"{clean}-dirty-") for name in found)
+
+
+def test_a_small_share_of_the_memory_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_card, "usable_cores", lambda: 64)
+    taken = 0
+    ones = np.ones
+
+    def counted(words: int, kind: Any) -> Any:
+        nonlocal taken
+        taken += words * 8
+        return ones(words, kind)
+
+    monkeypatch.setattr(np, "ones", counted)
+    assert measure_rates(64 << 20).bandwidth_bytes_per_second > 1e7
+    assert 8 << 20 < taken <= 16 << 20
+
+
+def test_the_better_of_two_looks_counts() -> None:
     rates = measure_rates()
     assert rates.best(Rates(1.0, 1e18)) == Rates(rates.bandwidth_bytes_per_second, 1e18)
 

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from llava_edge.bench import cli
-from llava_edge.bench.compare import compare, machine_change, read_bench
+from llava_edge.bench.bench_file import read_bench
+from llava_edge.bench.compare import compare, findings_table, machine_change
+from llava_edge.bench.compare_notes import compare_notes
 from llava_edge.bench.student_t import compare_means, t_quantile
 from llava_edge.profiles.errors import RequestError
 from tests.bench.bench_documents import document
@@ -70,15 +72,79 @@ def test_a_single_round_shows_nothing() -> None:
     assert all(each.showable is None for each in times)
 
 
-def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_refused() -> None:
     other = document(1)
     other["machine"]["processor"] = "Another"
     with pytest.raises(RequestError, match="different machines"):
         compare(document(0), other)
     with pytest.raises(RequestError, match="share no artifact"):
         compare(document(0), document(1, precisions=("nf4",)))
+    with pytest.raises(RequestError, match="7,000,000,000 parameters in the new one"):
+        compare(document(0), document(1, parameters=7 * 10**9))
+
+
+def test_another_gpu_is_another_machine_for_what_ran_on_one() -> None:
+    old, new = document(0, device="cuda"), document(1, device="cuda")
+    new["machine"]["gpus"] = [{"name": "Another"}]
+    with pytest.raises(RequestError, match="gpus"):
+        compare(old, new)
+    new = document(1)
+    new["machine"]["gpus"] = [{"name": "Another"}]
+    assert _worse(document(0), new) == [], "what ran on the CPU does not care"
+
+
+def test_memory_of_the_gpu_is_compared_as_well() -> None:
+    old, new = (
+        document(seed, device="cuda", peak_memory={"host_bytes": 1 << 30, "device_bytes": size})
+        for seed, size in enumerate((3 << 30, 4 << 30))
+    )
+    assert _worse(old, new) == [
+        f"{n} ({n}, cuda) peak GPU memory" for n in ("fp16", "int8", "int4")
+    ]
+    assert _worse(new, old) == []
+
+
+def test_rounds_that_are_too_few_say_so_however_they_scatter() -> None:
+    old, new = document(0, rounds=2, noise=0.3), document(1, rounds=2, noise=0.3, slower=3.0)
+    findings = compare(old, new)
+    assert {each.showable for each in findings if each.unit == "s"} == {None}
+    notes = compare_notes(old, new, findings)
+    assert "9 of 9 times" in notes[0]
+    assert "so few rounds show nothing" in findings_table(findings)
+    three = document(0, noise=0.01)
+    assert compare_notes(three, three, compare(three, three)) == []
+
+
+def test_what_a_reader_must_know_is_said() -> None:
+    old, new = document(0), document(1, precisions=("fp16", "int8"), weights="random")
+    old["rows"][0]["weights"] = old["rows"][1]["weights"] = "random"
+    old["settings"], new["settings"] = {"threads": 0}, {"threads": 1}
+    old["rows"][0]["cache"], new["rows"][0]["cache"] = "float32", "int8"
+    new["rows"][1]["cases"].pop()
+    new["rows"][1]["load_average"] = [[9.0, 9.5]]
+    findings = compare(old, new)
+    assert findings[0].artifact == "fp16* (fp16, cpu)"
+    notes = compare_notes(old, new, findings)
+    for place, said in enumerate(
+        (
+            "only in the old file, so not compared: int4 (int4, cpu)",
+            "measured with threads 0 before, 1 now",
+            "fp16* (fp16, cpu): cache 'float32' before, 'int8' now",
+            "int8* (int8, cpu): not asked alike in both files, so left out, and peak "
+            "memory with it: 1 image",
+            "the new file: Other work shared the 4 cores",
+            "* weights drawn at random",
+        )
+    ):
+        assert notes[place].startswith(said)
+
+
+def test_a_file_that_is_no_result_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
-    for content, message in (("{", "cannot be read"), ("[]", "no result"), ("{}", "no result")):
+    contents = {"{": "cannot be read", "[]": "no result", "{}": "no result"}
+    contents["[" * 100_000] = "cannot be read"
+    contents[json.dumps({**document(0), "schema_version": 2})] = "schema_version 2"
+    for content, message in contents.items():
         file.write_text(content)
         with pytest.raises(RequestError, match=message):
             read_bench(file)
@@ -90,6 +156,54 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         read_bench(file)
 
 
+_ROUNDS: tuple[Any, ...] = ([], [0] * 5, [1.0], "abcde", [float("nan")] * 5, [10**400] * 5, None)
+
+
+@pytest.mark.parametrize(
+    ("path", "values"),
+    [
+        (("machine", "cores"), (None, "four", 0)),
+        (("settings",), (3,)),
+        (("rows", 0), (3, None)),
+        (("rows", 0, "artifact"), (3, None)),
+        (("rows", 0, "precision"), (None,)),
+        (("rows", 0, "parameters"), (None, "x")),
+        (("rows", 0, "peak_memory"), (None, {}, {"host_bytes": 0})),
+        (("rows", 0, "peak_memory", "device_bytes"), (0, "x", True)),
+        (("rows", 0, "load_seconds", "rounds"), _ROUNDS),
+        (("rows", 0, "yardstick_seconds", "rounds"), _ROUNDS),
+        (("rows", 0, "load_average"), (3, [3], [["x"]])),
+        (("rows", 0, "cases"), (3, [3], None)),
+        (("rows", 0, "cases", 0, "name"), (None, [])),
+        (("rows", 0, "cases", 0, "ttft_seconds"), (None, 3)),
+        (("rows", 0, "cases", 0, "ttft_seconds", "rounds"), _ROUNDS),
+        (("rows", 0, "cases", 0, "decode_tokens_per_second", "rounds"), _ROUNDS),
+    ],
+)
+def test_a_damaged_file_is_refused(
+    path: tuple[str | int, ...], values: tuple[Any, ...], tmp_path: Path
+) -> None:
+    file = tmp_path / "x.json"
+    for value in values:
+        made = document(0)
+        holder: Any = made
+        for key in path[:-1]:
+            holder = holder[key]
+        holder[path[-1]] = value
+        file.write_text(json.dumps(made))
+        with pytest.raises(RequestError, match="is damaged"):
+            read_bench(file)
+    file.write_text(json.dumps(document(0)))
+    read_bench(file)
+
+
+def test_compare_takes_two_files_and_nothing_to_measure(tmp_path: Path) -> None:
+    for more in (["x"], ["--out", "y.json"], ["--html", "y.html"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*more, "--compare", "a.json", "b.json"])
+        assert stop.value.code == 2
+
+
 def test_cases_that_ask_something_else_are_left_out() -> None:
     old, new = document(0, noise=0.01), document(1, noise=0.01)
     for row in new["rows"]:
@@ -98,6 +212,20 @@ def test_cases_that_ask_something_else_are_left_out() -> None:
         case["image_tokens"] *= 2
         case["ttft_seconds"]["rounds"] = [3 * each for each in case["ttft_seconds"]["rounds"]]
     assert _worse(old, new) == []
+
+
+@pytest.mark.parametrize("change", ["more cases", "longer answers"])
+def test_peak_memory_is_of_all_that_was_asked(change: str) -> None:
+    old, new = document(0), document(1, more_bytes=12 << 20)
+    for before, row in zip(old["rows"], new["rows"], strict=True):
+        if change == "more cases":
+            before["cases"].pop(0)
+        else:
+            row["cases"][0]["answer_tokens"] = 128
+    assert _worse(old, new) == [], "as with --thorough"
+    findings = compare(old, new)
+    assert {each.figure for each in findings} == {"first token", "time a token", "loading"}
+    assert [note.rpartition(": ")[2] for note in compare_notes(old, new, findings)] == ["text"] * 3
 
 
 def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

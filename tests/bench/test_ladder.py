@@ -56,3 +56,15 @@ def test_what_is_measured_is_not_measured_again(
     assert measured[3:] == ["mid"]
     assert (tmp_path / "report.html").exists()
     assert set(Ledger(tmp_path / "bench.json").entries) == {"pages", "mid", "large"}
+
+
+def test_a_table_of_a_machine_whose_rates_are_unknown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = _entry(ladder.RUNGS[0])
+    for row in entry["bench"]["rows"]:
+        row["roofline_fraction"] = None
+    file = tmp_path / "bench.json"
+    Ledger(file).put("pages", entry)
+    assert ladder.main(["--results", str(file), "--markdown"]) == 0
+    assert capsys.readouterr().out.count("| unknown |") == 3

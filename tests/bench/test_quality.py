@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -163,6 +165,29 @@ def test_separators_inside_texts_a_mark_of_order_and_odd_names(tmp_path: Path) -
         file.write_text(json.dumps({"question": "q", "answer": "x", **wrong}))
         with pytest.raises(RequestError, match="line 1: "):
             read_quality_questions(file)
+
+
+def test_memory_held_on_a_gpu_is_noted(
+    make_checkpoint: Callable[..., Path],
+    make_artifact: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"question": "q", "answer": "x"}\n' * 3)
+    questions = read_quality_questions(file)
+    with LlavaEdge.load(make_artifact(make_checkpoint("odd", backbone="mistral"))) as model:
+        assert measure_quality(model, questions, max_new_tokens=2).device_bytes is None
+        sizes = iter((3 << 30, 5 << 30, 4 << 30))
+        generate = model.generate
+
+        def on_gpu(*arguments: Any, **options: Any) -> Any:
+            answer = generate(*arguments, **options)
+            held = replace(answer.peak_memory, device_bytes=next(sizes))
+            return replace(answer, peak_memory=held)
+
+        monkeypatch.setattr(model, "generate", on_gpu)
+        assert measure_quality(model, questions, max_new_tokens=2).device_bytes == 5 << 30
 
 
 def test_the_command_asks_everything_and_a_refused_image_is_a_wrong_answer(

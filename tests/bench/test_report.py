@@ -2,10 +2,13 @@
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llava_edge.bench.artifact_facts import short_names
+from llava_edge.bench.bench_table import bench_table
 from llava_edge.bench.published import ACCURACY, BENCHMARKS, LABEL, memory_rows, speed_rows
 from llava_edge.bench.report import ladder_page, report_page
 from llava_edge.bench.svg_chart import (
@@ -19,7 +22,10 @@ from llava_edge.bench.svg_chart import (
     nice_ticks,
     number,
     point_chart,
+    tick_texts,
 )
+from llava_edge.bench.whole_file import check_writable, write_whole
+from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.variants import load_variants
 from tests.bench.bench_documents import document
 
@@ -87,6 +93,78 @@ def test_names_of_files_are_text() -> None:
     assert "&lt;b&gt;&amp;" in page
 
 
+def test_names_that_are_no_utf8_are_written_all_the_same(tmp_path: Path) -> None:
+    page = report_page(document(0, precisions=("fp16",), artifact="a/\udcff"))
+    # The file's own name is as long as it may be.
+    file = tmp_path / ("x" * 255)
+    write_whole(file, page)
+    assert "\\udcff" in file.read_text("utf-8")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / ("x" * 256), tmp_path / "file" / "y", tmp_path):
+        with pytest.raises(RequestError, match="--out"):
+            check_writable(path, "--out", force=True)
+    check_writable(tmp_path / "new" / "y", "--out", force=False)
+
+
+def test_folders_called_alike_are_told_apart() -> None:
+    names = short_names(("/x/7b/int4", "/x/1b/int4", "/x/fp16"))
+    assert list(names.values()) == ["7b/int4", "1b/int4", "fp16"]
+    assert short_names(("/x/int4", "/x/int4/."))["/x/int4/."] == "/x/int4/."
+    assert short_names((".",)) == {".": Path.cwd().name}
+    made = document(0)
+    for row, name in zip(made["rows"], names.values(), strict=True):
+        row["name"] = name
+    texts = [text for _, text in _read(report_page(made)).texts]
+    assert "7b/int4" in texts
+    assert "1b/int4" in texts
+
+
+def test_only_figures_of_one_kind_are_ranked() -> None:
+    made = document(0)
+    first, *others = made["rows"]
+    assert "Least memory: fp16, 100 MiB at its peak." in report_page(made)
+    for row in made["rows"]:
+        row["peak_memory"] = {"host_bytes": 1 << 30, "device_bytes": 3 << 30}
+        row["predicted_memory"]["device_bytes"] = 3 << 30
+    others[1]["peak_memory"]["device_bytes"] = 2 << 30
+    assert "Least memory: int4, 2,048 MiB at the GPU" in report_page(made)
+    first["peak_memory"]["device_bytes"] = None
+    assert "Least memory" not in report_page(made), "the weights of some lie on a GPU"
+    assert "First token: 1 image on the artifact" in report_page(made)
+    assert "First token soonest" in report_page(made)
+    first["case"] = "text"
+    assert "First token: fp16: text; int8: 1 image" in report_page(made)
+    assert "rates: fp16: text; int8: 1 image" in bench_table(made)
+    assert "First token soonest" not in report_page(made), "prompts differ"
+
+
+def test_where_predictions_come_from_is_said() -> None:
+    made = document(0)
+    for place, said in (
+        (None, "this machine's rates"),
+        (0, "rates measured here or stated"),
+        (1, "rates measured here or stated"),
+        (2, "stated rates of the board"),
+    ):
+        if place is not None:
+            made["rows"][place]["rates"] = "stated by the board's profile"
+        texts = [text.strip() for _, text in _read(report_page(made)).texts]
+        assert f"predicted from {said}" in texts
+    made["rows"][0]["roofline_fraction"] = None
+    for text in (report_page(made), bench_table(made)):
+        assert "unknown" in text
+
+
+def test_a_single_round_has_no_spread() -> None:
+    for made, said in ((document(0), False), (document(0, rounds=1), True)):
+        assert ("One round only" in report_page(made)) is said
+        assert ("One round only" in bench_table(made)) is said
+
+
 def test_random_weights_are_labelled() -> None:
     assert "Weights drawn at random" in report_page(document(0, weights="random"))
     assert "Weights drawn at random" not in report_page(document(0))
@@ -133,7 +211,10 @@ def test_published_figures_are_never_taken_for_measured_ones() -> None:
 
 def test_bars_and_labels_stay_inside_the_drawing() -> None:
     bars = [Bar("measured", [("c0", 3.0), ("c1", 1e3)], "1,003 GiB", 900.0, 1100.0)]
-    drawing = bar_chart([BarGroup("a rather long heading", bars)], "GiB", "x")
+    heading = "a folder of the longest name that anybody gives to one, int4"
+    drawing = bar_chart([BarGroup(heading, bars)], "GiB", "x")
+    assert "…" in drawing
+    assert "to one, int4<" in drawing, "what differs stands at the end"
     for x, width in re.findall(r'x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', drawing):
         assert float(x) + float(width) <= WIDTH
     for name, x, anchor, text in re.findall(
@@ -158,4 +239,9 @@ def test_any_value_can_be_drawn(value: float, axis: Axis) -> None:
 def test_ticks_are_round_and_enough() -> None:
     assert nice_ticks(100, 4) == [0, 25, 50, 75, 100]
     assert nice_ticks(7, 4) == [0, 2, 4, 6]
+    assert tick_texts([0, 0.1, 0.2, 3 * 0.1]) == ["0.0", "0.1", "0.2", "0.3"]
+    assert tick_texts([99.65, 99.675, 99.7]) == ["99.650", "99.675", "99.700"]
+    assert tick_texts([1024.0, 2048.0]) == ["1,024", "2,048"]
+    assert tick_texts([2e-9, 3e-9]) == ["2e-09", "3e-09"]
+    assert tick_texts([0]) == ["0"]
     assert [number(value) for value in (0.05, 1.0, 2.5, 1500.0)] == ["0.05", "1", "2.5", "1,500"]
