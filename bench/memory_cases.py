@@ -40,6 +40,7 @@ class MemoryCase:
         image_height: pixels of each.
         image_width: pixels of each.
         cache: type of the KV cache; None for the flavour's own.
+        precision: of the language model, rounded to nearest where quantised; the tower is float.
     """
 
     name: str
@@ -52,6 +53,7 @@ class MemoryCase:
     image_height: int
     image_width: int
     cache: CacheType | None = None
+    precision: str = "fp16"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, to compare with what a file of results was measured on."""

@@ -6,6 +6,9 @@ fitted on six of them; the other six are predicted. A prediction holds when
 
     measured <= predicted <= 1.05 x measured + 64 MiB
 
+``--precision`` and ``--int8-cache`` ask whether what ships holds for other artifacts; nothing is
+fitted then.
+
 Measurements are kept in the work folder: run the command again to go on, or to fit anew.
 """
 
@@ -23,6 +26,7 @@ from typing import Any
 from llava_edge.bench.memory_cases import draw_cases
 from llava_edge.bench.memory_measure import Measurement, measure_cases
 from llava_edge.profiles.constants import Constants, memory_constants
+from llava_edge.profiles.formats import PRECISIONS, VisionFormat
 from llava_edge.profiles.memory import Machine, MemoryEstimate, estimate_memory
 from llava_edge.profiles.parameters import total_parameters
 
@@ -79,7 +83,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--int8-cache",
         action="store_true",
-        help="with an int8 KV cache, and nothing fitted: what ships is to hold for it as well",
+        help="with an int8 KV cache",
+    )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="fp16", help="of the language model"
     )
     options = parser.parse_args(argv)
     cases = draw_cases(options.seed)
@@ -87,12 +94,15 @@ def main(argv: list[str] | None = None) -> int:
         cases = tuple(case for case in cases if case.name in options.only)
     options.work.mkdir(parents=True, exist_ok=True)
     name = f"measured-{options.seed}"
+    if options.precision != "fp16":
+        cases = tuple(replace(case, precision=options.precision) for case in cases)
+        name += f"-{options.precision}"
     if options.int8_cache:
         cases = tuple(replace(case, cache="int8") for case in cases)
         name += "-int8-cache"
     results = options.work / f"{name}.json"
     measurements = measure_cases(cases, options.work, results, _say, options.threads)
-    fits = not options.int8_cache
+    fits = options.precision == "fp16" and not options.int8_cache
     constants = fit(measurements[::2]) if fits else memory_constants()["cpu"]
     rows = [
         predict(measurement, constants, is_fitted=fits and index % 2 == 0)
@@ -138,7 +148,9 @@ def _estimate(measurement: Measurement, constants: Constants) -> MemoryEstimate:
     dims = measurement.dims
     work = measurement.case.workload(dims)
     groups = {**memory_constants(), "cpu": constants}
-    return estimate_memory(dims, "fp16", work, Machine("cpu"), groups)
+    vision = VisionFormat("fp16")
+    precision = measurement.case.precision
+    return estimate_memory(dims, precision, work, Machine("cpu"), groups, vision)
 
 
 def table(rows: Sequence[Row]) -> str:

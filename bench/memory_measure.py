@@ -103,7 +103,11 @@ def measure_case(case: MemoryCase, folder: Path, threads: int = 0) -> dict[str, 
         config = json.loads((checkpoint / "config.json").read_text("utf-8"))
         fill_tokenizer(checkpoint / "tokenizer.json", int(case.sizes["vocab_size"]))
         program = str(Path(sys.executable).with_name("llava-edge"))
-        convert = [program, "convert", str(checkpoint), str(artifact), "--precision", "fp16"]
+        convert = [program, "convert", str(checkpoint), str(artifact)]
+        convert += ["--precision", case.precision]
+        if case.precision != "fp16":
+            # Solving takes long, and so does calibrating a tower; sizes are the same without.
+            convert += ["--quantizer", "rtn", "--vision-precision", "fp16"]
         board = ["--profile", "cpu-16gb", "--verify", "none"]
         cache = [] if case.cache is None else ["--cache", CACHE_NAMES[case.cache]]
         size = ["--grid", case.grid, "--context", str(case.context)]

@@ -296,8 +296,10 @@ def _load_transient(
     """What loading takes beside the finished weights of both graphs.
 
     ONNX Runtime brings every weight into its final type first and then packs one after another for
-    its matrix product, so at the worst moment the largest matrix is there twice. The tower is
-    finished before the decoder is opened, and its worst moment does not see the decoder.
+    its matrix product, so at the worst moment the largest matrix is there twice: at 4 bytes where
+    it computes in float32, at one where weights are int8, as the head always is beside an int4
+    body. The tower is finished before the decoder is opened, and its worst moment does not see the
+    decoder.
     """
     text, v = dims.text, dims.vision
     isa = machine.int8_isa
@@ -312,10 +314,8 @@ def _load_transient(
     if vision.precision == "int8":
         tower += int((stored.vision_tower + stored.projector) * c["pack_transient"])
     decoder = resident.decoder + resident.lm_head
-    if precision == "fp16":
-        return max(4 * largest, tower - decoder)
-    transient = int((stored.decoder + stored.lm_head) * c["pack_transient"])
-    return max(transient + largest, tower - decoder)
+    twice = 4 * largest if precision == "fp16" else largest
+    return max(twice, tower - decoder)
 
 
 def _decoder_run(
