@@ -36,7 +36,7 @@ def text() -> TextDims:
         (
             WeightFormat("int4", 128, "cpu"),
             WEIGHTS // 2 + WEIGHTS // 128 * 4,
-            WEIGHTS // 2 + WEIGHTS // 128 * 8,
+            WEIGHTS // 2 + WEIGHTS // 128 * 12,
         ),
         (
             WeightFormat("int8", PER_CHANNEL, "cpu"),
