@@ -6,12 +6,12 @@ import numpy as np
 
 from llava_edge.profiles.errors import EngineError
 from llava_edge.runtime.cuda_runtime import CudaRuntime
-from llava_edge.runtime.device_rows import DeviceRows
-from llava_edge.runtime.session import Array, Buffer
+from llava_edge.runtime.device_batches import DeviceBatches
+from llava_edge.runtime.session import Buffer
 from llava_edge.runtime.tensorrt_engine import TensorRTEngine
 
 
-class TensorRTEncoder:
+class TensorRTEncoder(DeviceBatches):
     """Tower and projector behind their engine.
 
     Args:
@@ -28,35 +28,14 @@ class TensorRTEncoder:
         tile_shape: tuple[int, int, int],
         feature_shape: tuple[int, int],
     ) -> None:
+        super().__init__(cuda, engine.max_tiles, feature_shape)
         self._engine = engine
-        self._cuda = cuda
         self._tile_shape = tile_shape
-        self._feature_shape = feature_shape
 
-    def new_rows(self, shape: tuple[int, int]) -> DeviceRows:
-        """A matrix (rows, hidden) for features."""
-        return DeviceRows(shape, self._cuda)
-
-    def encode_rows(self, pixel_values: Array, rows: DeviceRows, first_row: int) -> None:
-        """Write the features of all tiles.
-
-        Args:
-            pixel_values: float32 (num_tiles, 3, T, T).
-            rows: where features go, tile after tile.
-            first_row: row of the first tile's first patch.
-
-        Raises:
-            EngineError: the engine or CUDA failed.
-        """
-        patches = self._feature_shape[0]
-        for start in range(0, len(pixel_values), self._engine.max_tiles):
-            tiles = pixel_values[start : start + self._engine.max_tiles]
-            pixels = Buffer(tiles.shape, np.float16, "cuda")
-            pixels.write(tiles)
-            target = rows.address(first_row + start * patches)
-            self._engine.run(pixels.address, len(tiles), target, self._cuda.stream)
-            # The pixels' memory is free again behind this line.
-            self._cuda.synchronize()
+    def _encode_batch(self, pixels: Buffer, target: int) -> None:
+        self._engine.run(pixels.address, pixels.shape[0], target, self._cuda.stream)
+        # The pixels' memory is free again behind this line.
+        self._cuda.synchronize()
 
     def warm_up(self) -> None:
         """Run one empty tile: what cannot run fails here, and TensorRT-RTX compiles its kernels.

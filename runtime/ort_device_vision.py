@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 
 from llava_edge.runtime.cuda_runtime import CudaRuntime
-from llava_edge.runtime.device_rows import DeviceRows
-from llava_edge.runtime.session import Array, Buffer, Session
+from llava_edge.runtime.device_batches import DeviceBatches
+from llava_edge.runtime.session import Buffer, Session
 
 
-class OrtDeviceEncoder:
+class OrtDeviceEncoder(DeviceBatches):
     """Tower and projector behind their graph.
 
     Args:
@@ -30,41 +30,20 @@ class OrtDeviceEncoder:
         tiles_per_batch: int,
         feature_shape: tuple[int, int],
     ) -> None:
+        super().__init__(cuda, tiles_per_batch, feature_shape, session.device)
         self._session = session
-        self._cuda = cuda
-        self._tiles_per_batch = tiles_per_batch
-        self._feature_shape = feature_shape
 
-    def new_rows(self, shape: tuple[int, int]) -> DeviceRows:
-        """A matrix (rows, hidden) for features."""
-        return DeviceRows(shape, self._cuda)
-
-    def encode_rows(self, pixel_values: Array, rows: DeviceRows, first_row: int) -> None:
-        """Write the features of all tiles.
-
-        Args:
-            pixel_values: float32 (num_tiles, 3, T, T).
-            rows: where features go, tile after tile.
-            first_row: row of the first tile's first patch.
-
-        Raises:
-            EngineError: ONNX Runtime or CUDA failed.
-        """
-        for start in range(0, len(pixel_values), self._tiles_per_batch):
-            tiles = pixel_values[start : start + self._tiles_per_batch]
-            pixels = Buffer(tiles.shape, np.float16, self._session.device)
-            pixels.write(tiles)
-            shape = (len(tiles), *self._feature_shape)
-            features = Buffer(shape, np.float16, self._session.device)
-            binding = self._session.binding()
-            binding.input("pixel_values", pixels)
-            binding.output("image_features", features)
-            # It returns when all is done, so that our stream may read what it wrote.
-            binding.run()
-            target = rows.address(first_row + start * self._feature_shape[0])
-            self._cuda.move(target, features.address, features.nbytes)
-            # The memory of both buffers is free again behind this line.
-            self._cuda.synchronize()
+    def _encode_batch(self, pixels: Buffer, target: int) -> None:
+        shape = (pixels.shape[0], *self._feature_shape)
+        features = Buffer(shape, np.float16, self._session.device)
+        binding = self._session.binding()
+        binding.input("pixel_values", pixels)
+        binding.output("image_features", features)
+        # It returns when all is done, so that our stream may read what it wrote.
+        binding.run()
+        self._cuda.move(target, features.address, features.nbytes)
+        # The memory of both buffers is free again behind this line.
+        self._cuda.synchronize()
 
     def close(self) -> None:
         """Give the stream back; idempotent."""

@@ -1,0 +1,62 @@
+"""DeviceBatches: tiles go through a tower a few at a time, and their features stay on the device.
+
+What one batch runs on is left to who inherits: a TensorRT engine or ONNX Runtime's CUDA provider.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+
+from llava_edge.runtime.cuda_runtime import CudaRuntime
+from llava_edge.runtime.device_rows import DeviceRows
+from llava_edge.runtime.session import Array, Buffer, DeviceKind
+
+
+class DeviceBatches(ABC):
+    """Tower and projector whose features stay on the device.
+
+    Args:
+        cuda: its stream carries copies.
+        tiles_per_batch: tiles computed at once.
+        feature_shape: (patches, hidden) of one tile.
+        device: where pixels go.
+    """
+
+    def __init__(
+        self,
+        cuda: CudaRuntime,
+        tiles_per_batch: int,
+        feature_shape: tuple[int, int],
+        device: DeviceKind = "cuda",
+    ) -> None:
+        self._cuda = cuda
+        self._tiles_per_batch = tiles_per_batch
+        self._feature_shape = feature_shape
+        self._device = device
+
+    def new_rows(self, shape: tuple[int, int]) -> DeviceRows:
+        """A matrix (rows, hidden) for features."""
+        return DeviceRows(shape, self._cuda)
+
+    def encode_rows(self, pixel_values: Array, rows: DeviceRows, first_row: int) -> None:
+        """Write the features of all tiles.
+
+        Args:
+            pixel_values: float32 (num_tiles, 3, T, T).
+            rows: where features go, tile after tile.
+            first_row: row of the first tile's first patch.
+
+        Raises:
+            EngineError: what runs the tower, or CUDA, failed.
+        """
+        for start in range(0, len(pixel_values), self._tiles_per_batch):
+            tiles = pixel_values[start : start + self._tiles_per_batch]
+            pixels = Buffer(tiles.shape, np.float16, self._device)
+            pixels.write(tiles)
+            self._encode_batch(pixels, rows.address(first_row + start * self._feature_shape[0]))
+
+    @abstractmethod
+    def _encode_batch(self, pixels: Buffer, target: int) -> None:
+        """Features of float16 (n, 3, T, T) to the address ``target``, done when it returns."""
