@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llava_edge.convert.disk import sync, write_atomic
+from llava_edge.convert.disk import full_disk_reason, sync, write_atomic
 from llava_edge.convert.packing import pack_codes, unpack_codes
 from llava_edge.convert.quantized_source import QuantizedSource, RtnSource
 from llava_edge.convert.rounding import QuantizationReport, QuantizedWeight
@@ -279,7 +279,8 @@ def write_layer(
         os.replace(partial, path)
         sync(folder)
     except OSError as error:
-        raise ExportError(f"{path} cannot be written: {error.strerror or error}") from error
+        reason = full_disk_reason(error) or error.strerror or error
+        raise ExportError(f"{path} cannot be written: {reason}") from error
     return path.name, size, digest
 
 
@@ -315,7 +316,8 @@ def write_journal(folder: Path, journal: Journal) -> None:
         write_atomic(folder / JOURNAL, text.encode("utf-8"))
     except OSError as error:
         raise ExportError(
-            f"{folder / JOURNAL} cannot be written: {error.strerror or error}"
+            f"{folder / JOURNAL} cannot be written: "
+            f"{full_disk_reason(error) or error.strerror or error}"
         ) from error
 
 

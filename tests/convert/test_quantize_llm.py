@@ -377,19 +377,21 @@ def test_a_disk_that_fills_up_is_an_export_error_and_resumes(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = calibration_set(96)
-    straight = quantize_language_model(checkpoint, tmp_path / "straight", _INT4, samples)
-    left = 12
     write = os.pwrite
+    written, most = 0, 1 << 60
 
-    def full(descriptor: int, data: Any, offset: int) -> int:
-        nonlocal left
-        left -= 1
-        if left < 0:
+    def counted(descriptor: int, data: Any, offset: int) -> int:
+        nonlocal written
+        written += 1
+        if written > most:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(descriptor, data, offset)
 
     with monkeypatch.context() as patch:
-        patch.setattr(activations.os, "pwrite", full)
+        patch.setattr(activations.os, "pwrite", counted)
+        straight = quantize_language_model(checkpoint, tmp_path / "straight", _INT4, samples)
+        # Three quarters of the way, behind the first layers.
+        written, most = 0, written * 3 // 4
         with pytest.raises(ExportError, match="the disk is full"):
             quantize_language_model(checkpoint, tmp_path / "q", _INT4, samples)
     seen: list[LayerProgress] = []

@@ -33,6 +33,7 @@ from llava_edge.profiles.errors import BudgetError, ExportError, RequestError
 from llava_edge.profiles.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact import open_artifact
+from llava_edge.runtime.instructions import sums_saturate
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.progress import no_progress
 from llava_edge.runtime.session import Session, SessionOptions
@@ -67,7 +68,8 @@ class Tower:
 
     def run(self, batch: int) -> np.ndarray[Any, Any]:
         """Features by the int8 graph, ``batch`` tiles at a time."""
-        session = Session(self.folder / "vision" / "model.onnx", SessionOptions())
+        options = SessionOptions(wide_sums=sums_saturate())
+        session = Session(self.folder / "vision" / "model.onnx", options)
         pixels = self.tiles.pixel_values
         parts = [
             session.run({"pixel_values": pixels[first : first + batch]}, ["image_features"])[0]
@@ -408,7 +410,7 @@ def test_planted_outliers_leave_the_function_nearly_as_it_was(
         out = tmp_path / name
         out.mkdir()
         build_vision_graph(checkpoint.dims, checkpoint, np.float32).save(out)
-        session = Session(out / "model.onnx", SessionOptions())
+        session = Session(out / "model.onnx", SessionOptions(wide_sums=sums_saturate()))
         pixels = tiles_of(checkpoint, 2).pixel_values
         found[name] = session.run({"pixel_values": pixels}, ["image_features"])[0]
     assert not torch.equal(*(torch.from_numpy(f) for f in found.values()))
