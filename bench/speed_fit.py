@@ -211,8 +211,12 @@ def main(argv: list[str] | None = None) -> int:
     """Print what fits."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS / "bench.json")
-    parser.add_argument("--fit", nargs="+", default=["large"], metavar="RUNG", help="large unless given")
-    parser.add_argument("--free", nargs="+", default=[], metavar="CONSTANT", help="all unless given")
+    parser.add_argument(
+        "--fit", nargs="+", default=["large"], metavar="RUNG", help="large unless given"
+    )
+    parser.add_argument(
+        "--free", nargs="+", default=[], metavar="CONSTANT", help="all unless given"
+    )
     options = parser.parse_args(argv)
     entries = Ledger(options.results).entries
     given = [
@@ -223,7 +227,9 @@ def main(argv: list[str] | None = None) -> int:
     ]
     shipped = speed_constants()["cpu"].values
     if unknown := set(options.free) - set(shipped):
-        parser.error(f"--free: unknown are {', '.join(sorted(unknown))}; known {', '.join(shipped)}")
+        parser.error(
+            f"--free: unknown are {', '.join(sorted(unknown))}; known {', '.join(shipped)}"
+        )
     fitted = fit([s for s in given if s.rung in options.fit], shipped, options.free)
     print(table(given, fitted, shipped))
     print(json.dumps({"fitted": fitted, "shipped": dict(shipped), "fitted_on": options.fit}))
