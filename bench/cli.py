@@ -281,9 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("artifact", nargs="*", help="folder that llava-edge convert wrote")
     _add_output_arguments(parser)
     speed = parser.add_argument_group("speed and memory")
-    speed.add_argument(
-        "--rounds", type=_count, help="exactly so many; unless given, what 2 minutes allow, 2 to 25"
-    )
+    speed.add_argument("--rounds", type=_count, help="exactly so many; else what 2 minutes allow")
     speed.add_argument("--thorough", action="store_true", help="9 rounds, long prompts and answers")
     speed.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add_cache_argument(speed)

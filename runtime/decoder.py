@@ -186,8 +186,8 @@ class Decoder:
             raise PromptError(f"the context of {self.capacity} tokens is full")
         self._row.write(row.reshape(1, 1, -1))
         before = self._session.run_seconds
-        # Bound once, and what lies in host memory (how many logits, see ``_run`` for the total) never
-        # differs here: a recorded step holds for all of them. The length lies on the device.
+        # Bound once, and what a recorded step reads in host memory (how many logits, the capacity)
+        # never differs: a recording holds for all of them. The length lies on the device.
         self._run(self._step, 1, replay=True)
         self.step_seconds += self._session.run_seconds - before
 
