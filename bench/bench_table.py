@@ -181,7 +181,7 @@ def _checks(rows: Sequence[Mapping[str, Any]]) -> str:
         lines.append(
             f"{row_name(row)}: stages make {check['stages_over_end_to_end']:.1%} of a request, an "
             f"outside clock counts {check['observer_over_raw_clock']:.2%} of the inner one"
-            f"{'' if check['holds'] else ' (NOT within 3 % or 0.5 ms, and 2 %)'}; peak memory is "
+            f"{'' if check['holds'] else ' (NOT within 3 % and 2 %)'}; peak memory is "
             f"{memory['measured_over_predicted']:.0%} of the prediction"
             f"{'' if memory['holds'] else ' (NOT within the rule)'}"
         )

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
+from functools import reduce
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,7 +37,7 @@ from llava_edge.bench.speed_rows import SpeedRow, predicted_seconds
 from llava_edge.bench.speed_run import FEWEST_ROUNDS, SpeedSettings, run_speed
 from llava_edge.bench.whole_file import check_writable, write_whole
 from llava_edge.profiles.detect import read_machine
-from llava_edge.profiles.errors import OutputExistsError, RequestError
+from llava_edge.profiles.errors import LlavaEdgeError, OutputExistsError, RequestError
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.engine_arguments import (
     add_cache_argument,
@@ -46,7 +48,8 @@ from llava_edge.runtime.progress import ProgressLine
 
 _MOST_SHOWN = 10
 _BUDGET_SECONDS = 120.0
-_ROUNDS, _THOROUGH_ROUNDS = 5, 9
+_ROUNDS, _THOROUGH_ROUNDS = 25, 9
+"""At most so many in the usual time; more show smaller differences, and a drift of the machine."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,23 +77,29 @@ def main(argv: list[str] | None = None) -> int:
     opened = {name: open_artifact(name, verify_digests=False) for name in options.artifact}
     rates = measure_rates() if options.only != "quality" else None
     rows = {name: _unmeasured(name, artifact) for name, artifact in opened.items()}
+    failed: dict[str, LlavaEdgeError] = {}
     with _opened(options.answers) as kept:
-        try:
-            if rates is not None:
-                rates = _measure_speed(opened, options, rates, rows)
-            if questions:
-                _measure_quality(opened, options, questions, rows, kept)
-        finally:
-            # What was measured is shown even where a later artifact fails.
-            document = _document(rows, options, rates)
-            if document["rows"]:
-                print(bench_table(document), file=sys.stderr)
-    if options.out:
-        write_whole(options.out, json.dumps(document, indent=1) + "\n")
-    if options.html:
-        write_whole(options.html, report_page(document))
-    if options.json:
-        print(json.dumps(document))
+        if rates is not None:
+            rates = _measure_speed(opened, options, rates, rows, failed)
+        if questions:
+            _measure_quality(opened, options, questions, rows, kept, failed)
+    # What was measured of the others is kept where one fails.
+    document = _document(rows, options, rates)
+    if document["rows"]:
+        print(bench_table(document), file=sys.stderr)
+        if options.out:
+            write_whole(options.out, json.dumps(document, indent=1) + "\n")
+        if options.html:
+            write_whole(options.html, report_page(document))
+        if options.json:
+            print(json.dumps(document))
+    if failed:
+        if document["rows"]:
+            print(f"left out, as they failed: {', '.join(failed)}", file=sys.stderr)
+        first, *others = failed.values()
+        for error in others:
+            print(error, file=sys.stderr)
+        raise first
     refused = [len(row["quality"]["refused"]) for row in rows.values() if questions]
     return 1 if len(questions) in refused else 0
 
@@ -126,15 +135,23 @@ def _measure_speed(
     options: argparse.Namespace,
     rates: Rates,
     rows: dict[str, dict[str, Any]],
+    failed: dict[str, LlavaEdgeError],
 ) -> Rates:
-    """Fill the rows; the machine's rates, looked at again."""
+    """Fill the rows; the machine's rates, looked at again before every round and at the end."""
+    looks = [rates]
     settings = _settings(options)
     if settings.budget_seconds is not None:
         settings = replace(settings, cases=_affordable(opened, rates, settings.budget_seconds))
     progress = ProgressLine()
-    found = run_speed(tuple(opened), settings, progress)
+    found = run_speed(
+        tuple(opened),
+        settings,
+        progress,
+        before_round=lambda: looks.append(measure_rates()),
+        on_failure=failed.__setitem__,
+    )
     progress.clear()
-    rates = rates.best(measure_rates())
+    rates = reduce(Rates.best, looks, measure_rates())
     for name, rounds in found.items():
         measured = SpeedRow(name, opened[name], rounds, rates).to_json()
         rows[name] = {**measured, "quality": rows[name]["quality"]}
@@ -165,13 +182,20 @@ def _measure_quality(
     questions: tuple[QualityQuestion, ...],
     rows: dict[str, dict[str, Any]],
     kept: TextIO,
+    failed: dict[str, LlavaEdgeError],
 ) -> None:
     loading = ("device", "threads", "allow_slow", "engine", "trust_engines", "strict_device")
     chosen = {name: getattr(options, name) for name in loading}
     chosen["cache"] = asked_cache(options.cache)
     task = QualityTask(questions, options.grid, options.max_new_tokens, chosen)
     for name in opened:
-        row, result = measure_alone(name, task)
+        if name in failed:
+            continue
+        try:
+            row, result = measure_alone(name, task)
+        except LlavaEdgeError as error:
+            failed[name] = error
+            continue
         quality = {**(rows[name]["quality"] or {}), **result.summary()}
         # Figures of the speed run stand where there are any: these are of whatever was asked.
         rows[name] = {**row, **rows[name], "quality": quality}
@@ -218,9 +242,13 @@ def _document(
 
 
 def _shortened(value: Any) -> Any:
-    """The same with six digits a number, which is more than any of them is good for."""
+    """The same with six digits a number, which is more than any of them is good for.
+
+    What is no number becomes None.
+    """
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        # JSON has no word for what a certificate may say of a broken model.
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: _shortened(each) for key, each in value.items()}
     return [_shortened(each) for each in value] if isinstance(value, (list, tuple)) else value
@@ -253,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("artifact", nargs="*", help="folder that llava-edge convert wrote")
     _add_output_arguments(parser)
     speed = parser.add_argument_group("speed and memory")
-    speed.add_argument("--rounds", type=_count, help="exactly so many; 5, or what 2 minutes allow")
+    speed.add_argument("--rounds", type=_count, help="exactly so many; else what 2 minutes allow")
     speed.add_argument("--thorough", action="store_true", help="9 rounds, long prompts and answers")
     speed.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add_cache_argument(speed)

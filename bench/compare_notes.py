@@ -45,7 +45,7 @@ def compare_notes(
     if blind := [each for each in times if each.showable is None]:
         notes.append(
             f"{len(blind)} of {len(times)} times were taken in too few rounds, for how they "
-            "scatter, to show even a change of ten times. Measure both with --rounds 5 or more "
+            "scatter, to show even a change of ten times. Measure both with --rounds 10 or more "
             "while nothing else runs"
         )
     for document, which in ((old, "old"), (new, "new")):

@@ -185,7 +185,7 @@ def _checks_table(rows: Rows) -> str:
         for row in rows
     ]
     note = (
-        "<p>Stages must explain a request within 3 % or 0.5 ms, the clock of another process agree "
+        "<p>Stages must explain a request within 3 %, the clock of another process agree "
         "within 2 %; memory must be at most what was predicted, and the prediction at most 5 % and "
         "64 MiB above it.</p>"
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -85,10 +86,14 @@ def _run(options: argparse.Namespace) -> None:
         cases += context_cases(artifact.manifest, options.contexts)
         asker = _Asker(model, options.round)
         _warm_up(asker, cases)
-        before = yardstick_seconds()
+        # Before every case and behind the last: the machine drifts in the middle of a round, too.
+        yardstick = [yardstick_seconds()]
         _say({"event": "begin"})
         perf, raw = time.perf_counter(), _raw_seconds()
-        found = [_measure(asker, case) for case in cases]
+        found = []
+        for case in cases:
+            found.append(_measure(asker, case))
+            yardstick.append(yardstick_seconds())
         inside = {"perf_seconds": time.perf_counter() - perf, "raw_seconds": _raw_seconds() - raw}
         _say({"event": "end"})
         result = {
@@ -101,22 +106,22 @@ def _run(options: argparse.Namespace) -> None:
             "cache": model.cache,
             **load,
             "inside": inside,
-            "yardstick_seconds": [before, yardstick_seconds()],
+            "yardstick_seconds": yardstick,
             "cases": found,
         }
     _say(result)
 
 
 def yardstick_seconds() -> float:
-    """A fixed piece of work on one thread, best of five: how fast this processor is just now."""
-    values = np.arange(1 << 18, dtype=np.uint64)
-    best = float("inf")
+    """A fixed piece of work on one thread, median of five: how fast this processor is just now."""
+    values = np.arange(1 << 16, dtype=np.uint64)
+    took = []
     for _ in range(5):
         start = time.perf_counter()
-        for _ in range(8):
+        for _ in range(16):
             values = (values * np.uint64(6364136223846793005)) ^ (values >> np.uint64(7))
-        best = min(best, time.perf_counter() - start)
-    return best
+        took.append(time.perf_counter() - start)
+    return statistics.median(took)
 
 
 class _Asker:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava_edge.bench.fresh_process import Spent, run_fresh
-from llava_edge.profiles.errors import EngineError
+from llava_edge.profiles.errors import EngineError, LlavaEdgeError
 from llava_edge.profiles.nvml import GpuReport, read_gpus
 from llava_edge.runtime.progress import ReportProgress, no_progress
 
@@ -122,6 +122,9 @@ def run_speed(
     settings: SpeedSettings,
     progress: ReportProgress = no_progress,
     measure: Callable[[str, int, SpeedSettings], SpeedRound] | None = None,
+    *,
+    before_round: Callable[[], None] | None = None,
+    on_failure: Callable[[str, LlavaEdgeError], None] | None = None,
 ) -> dict[str, list[SpeedRound]]:
     """Measure artifacts in turns.
 
@@ -130,6 +133,9 @@ def run_speed(
         settings: see there.
         progress: told about processes; the total is that of all rounds allowed.
         measure: one round of one artifact; ``measure_round`` unless given.
+        before_round: called before each round.
+        on_failure: told about an artifact that could not be run; it is left out and the others go
+            on. Unless given, it is raised.
 
     Returns:
         Rounds by artifact, equally many of each.
@@ -143,11 +149,21 @@ def run_speed(
     total = settings.rounds * len(artifacts)
     for number in range(settings.rounds):
         round_started = time.perf_counter()
-        order = artifacts if number % 2 == 0 else tuple(reversed(artifacts))
+        if before_round is not None:
+            before_round()
+        order = tuple(found) if number % 2 == 0 else tuple(reversed(found))
         for artifact in order:
             progress("rounds", done, total)
-            found[artifact].append(measure(artifact, number, settings))
+            try:
+                found[artifact].append(measure(artifact, number, settings))
+            except LlavaEdgeError as error:
+                if on_failure is None:
+                    raise
+                on_failure(artifact, error)
+                del found[artifact]
             done += 1
+        if not found:
+            break
         now = time.perf_counter()
         over = settings.budget_seconds is not None and (
             2 * now - round_started - started > settings.budget_seconds

@@ -306,7 +306,7 @@ class CalibrationModel:
         if conversation.image is not None:
             tiles = self._processor.preprocess(open_image(conversation.image()))
             pixel_values = (tiles.pixel_values,)
-        request = Request(ids, layouts, pixel_values, preprocess_seconds=0.0)
+        request = Request(ids, layouts, pixel_values)
         rows = np.empty((len(ids), self._dims.text.hidden_size), self._dtype)
         self._embedder.embed(request).fill(0, len(ids), rows)
         return rows.astype(np.float32, copy=False)

@@ -99,6 +99,7 @@ class Answerer:
     def pieces(
         self,
         lowering: Lowering,
+        preprocess_seconds: float,
         sampling: SamplingOptions,
         max_new_tokens: int,
         prompt_lookup_num_tokens: int,
@@ -110,6 +111,7 @@ class Answerer:
 
         Args:
             lowering: the request, with pixels, and what it may give up; it fits the context.
+            preprocess_seconds: what the request took to be made ready, from the call on.
             sampling: how tokens are chosen.
             max_new_tokens: at least 1.
             prompt_lookup_num_tokens: longest draft; 0 drafts nothing.
@@ -183,11 +185,11 @@ class Answerer:
             rate = (result.num_tokens - 1) / max(result.decode_seconds, 1e-9)
         waited = result.first_token_at - started
         timings = Timings(
-            preprocess_seconds=lowering.preprocess_seconds,
+            preprocess_seconds=preprocess_seconds,
             vision_seconds=begun.vision_seconds,
             prefill_seconds=begun.prefill_seconds,
             decode_seconds=result.decode_seconds,
-            ttft_seconds=lowering.preprocess_seconds + waited,
+            ttft_seconds=preprocess_seconds + waited,
             decode_tokens_per_second=rate,
             packing_seconds=begun.packing_seconds,
         )

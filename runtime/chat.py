@@ -11,7 +11,6 @@ than editing the list.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -181,7 +180,6 @@ class Chat:
                 since this stream was made.
         """
         budget = TimeBudget(deadline_seconds)
-        started = time.perf_counter()
         before = list(self.messages)
         capped = ""
         if max_image_tokens is not None:
@@ -189,7 +187,6 @@ class Chat:
         message = self._message(text, images, video, num_frames, frame_choice)
         request = self._request([*before, message])
         self._check_length(request, before)
-        request = replace(request, preprocess_seconds=time.perf_counter() - started)
         lowering = Lowering(lambda: request, lambda: self._steps([*before, message]), capped)
 
         def within_turn(pieces: Pieces) -> Pieces:

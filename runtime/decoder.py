@@ -63,8 +63,7 @@ class Decoder:
         self.step_seconds = 0.0
         self._cache_type: type[np.generic] = np.int8 if int8_cache else dtype
         self._cache: KVCache | None = None
-        # Lengths: total minus one on the device, the total itself in host memory. The total may
-        # be any bound up to the capacity, so it is set once (which is what graph capture needs).
+        # Lengths: total minus one on the device, the total itself in host memory.
         self._last = Buffer((1,), np.int32, device)
         self._total = Buffer.over(np.array(capacity, np.int32))
         self._keep = Buffer.over(np.array(1, np.int64))
@@ -187,8 +186,8 @@ class Decoder:
             raise PromptError(f"the context of {self.capacity} tokens is full")
         self._row.write(row.reshape(1, 1, -1))
         before = self._session.run_seconds
-        # Bound once, and what lies in host memory (how many logits, the capacity) never differs
-        # here: a recorded step holds for all of them. The length lies on the device.
+        # Bound once, and what a recorded step reads in host memory (how many logits, the capacity)
+        # never differs: a recording holds for all of them. The length lies on the device.
         self._run(self._step, 1, replay=True)
         self.step_seconds += self._session.run_seconds - before
 
@@ -281,7 +280,6 @@ class Decoder:
 
     def _take_cache(self) -> None:
         self._cache = KVCache(self._text, self.capacity, self._cache_type, self._session.device)
-        self._total.write(np.array(self.capacity, np.int32))
         self._step = self._bind()
         self._step.input("inputs_embeds", self._row)
         if self._num_best:
@@ -334,6 +332,12 @@ class Decoder:
         self._on_trial = 0
         total = self.length + num_tokens
         self._last.write(np.array([total - 1], np.int32))
+        # The total bounds what attention works on and may be anything up to the capacity, which is
+        # what a recorded step is given, since its recording keeps what it read in host memory.
+        # Where it is the true one, the CUDA kernel knows the first part of a prompt, which needs no
+        # cache to be read, and splits its work by the positions that there are.
+        recorded = replay and self._session.captures
+        self._total.write(np.array(self.capacity if recorded else total, np.int32))
         binding.run(shrink=shrink, replay=replay)
         # Only now: a failed call leaves the old length, and what it wrote is ignored.
         self.cache.length = total

@@ -42,9 +42,6 @@ class Lowering:
 
     Raises:
         OutOfMemoryError: even the last step's pixels find no room.
-
-    Attributes:
-        preprocess_seconds: what making the request took when it was asked.
     """
 
     def __init__(
@@ -67,7 +64,6 @@ class Lowering:
             self.lower(reason)
         else:
             self._steps = list(steps())
-        self.preprocess_seconds = self.request.preprocess_seconds
 
     @property
     def request(self) -> Request:

@@ -495,6 +495,7 @@ class LlavaEdge:
         require_count("max_new_tokens", max_new_tokens, 1)
         require_count("prompt_lookup_num_tokens", prompt_lookup_num_tokens, 0, MAX_DRAFT_TOKENS)
         time = budget or TimeBudget()
+        prepared = time.elapsed
 
         def run(handle: StreamHandle) -> Pieces:
             with self._turnstile.turn(handle.close, handle.thread, time.remaining):
@@ -502,6 +503,7 @@ class LlavaEdge:
                     return None
                 pieces = self._answerer.pieces(
                     lowering,
+                    prepared,
                     choosing,
                     max_new_tokens,
                     prompt_lookup_num_tokens,

@@ -8,6 +8,7 @@ from functools import cache
 from llava_edge.profiles.buffers import CacheType
 from llava_edge.profiles.constants import Constants, memory_constants
 from llava_edge.profiles.formats import PRECISIONS, VisionFormat
+from llava_edge.profiles.hardware import Int8Isa
 from llava_edge.profiles.memory import (
     Machine,
     MemoryEstimate,
@@ -47,8 +48,19 @@ def planned_memory(manifest: Manifest, work: Workload) -> MemoryEstimate:
     precision = stored if stored in PRECISIONS else "fp16"
     tower = manifest.precision.vision_tower
     vision = VisionFormat("int8" if tower == "int8" else "fp16")
-    machine = Machine(manifest.flavour)
+    machine = Machine(manifest.flavour, int8_isa=stored_isa(manifest))
     return estimate_memory(manifest.model, precision, work, machine, _constants(), vision)
+
+
+def stored_isa(manifest: Manifest) -> Int8Isa:
+    """Instructions that int8 weights are laid out for, whatever the machine has that runs them.
+
+    Without any they have a scale a group, which takes more memory than one a row; see
+    ``formats.group_size``.
+    """
+    stored = manifest.precision
+    grouped = stored.language_model == "int8" and stored.int8_route != "integer"
+    return "none" if grouped else "vnni"
 
 
 def certain_phases(

@@ -72,7 +72,6 @@ class Request:
         ids: int64 (num_tokens,), each image and frame as many ids as it costs.
         layouts: geometry of each image, in order of appearance.
         pixel_values: tiles of each image, float32 (num_tiles, 3, T, T); empty when only counted.
-        preprocess_seconds: what making it took.
         frame_pixels: frames of each video, float32 (num_frames, 3, T, T), in order of appearance;
             empty when only counted.
         video_counts: tokens of each video.
@@ -82,7 +81,6 @@ class Request:
     ids: Array
     layouts: tuple[TileLayout, ...]
     pixel_values: tuple[Array, ...]
-    preprocess_seconds: float
     frame_pixels: tuple[Array, ...] = ()
     video_counts: tuple[int, ...] = ()
     placed: tuple[PlacedMedium, ...] = ()
@@ -118,7 +116,6 @@ class Request:
             self.ids[position:],
             self.layouts[images:],
             self.pixel_values[images:],
-            self.preprocess_seconds,
             self.frame_pixels[videos:],
             self.video_counts[videos:],
             tuple(

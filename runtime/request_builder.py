@@ -7,7 +7,6 @@ and their pixels, come out. Knows no session.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -85,7 +84,6 @@ class RequestBuilder:
             PromptError: the prompt is empty or too large, or marks and images do not match.
             RequestError: the grid is unknown or larger than the artifact's.
         """
-        start = time.perf_counter()
         self.check_text(prompt)
         self.check_images(images)
         pieces = self._pieces(prompt, len(images), options, num_videos=int(video is not None))
@@ -93,10 +91,7 @@ class RequestBuilder:
         if with_pixels:
             prepared = [self.prepare(source, processor) for source in images]
             videos = [] if video is None else [self.prepare_video(video)]
-            return replace(
-                self.assemble(pieces, prepared, videos),
-                preprocess_seconds=time.perf_counter() - start,
-            )
+            return self.assemble(pieces, prepared, videos)
         opened = (open_image(source, self._limits) for source in images)
         layouts = tuple(processor.anyres.layout(image.height, image.width) for image in opened)
         counts: tuple[int, ...] = ()
@@ -104,7 +99,7 @@ class RequestBuilder:
             with self._chosen_frames(video) as (_, numbers):
                 counts = (self._video_tokens(len(numbers)),)
         ids = self._expand(pieces, [layout.num_image_tokens for layout in layouts], counts)
-        return Request(ids, layouts, (), time.perf_counter() - start, video_counts=counts)
+        return Request(ids, layouts, (), video_counts=counts)
 
     def steps(
         self,
@@ -324,7 +319,6 @@ class RequestBuilder:
             ids=ids,
             layouts=layouts,
             pixel_values=tuple(image.pixel_values for image in images),
-            preprocess_seconds=0.0,
             frame_pixels=tuple(video.frame_pixels for video in videos),
             video_counts=video_counts,
             placed=tuple(sorted(placed, key=lambda medium: medium.start)),

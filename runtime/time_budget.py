@@ -65,7 +65,13 @@ class TimeBudget:
                 )
         self.seconds = seconds
         self._clock = clock
-        self._until = None if seconds is None else clock() + seconds
+        self._asked = clock()
+        self._until = None if seconds is None else self._asked + seconds
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it was asked."""
+        return self._clock() - self._asked
 
     @property
     def remaining(self) -> float | None:

@@ -40,7 +40,6 @@ def request(*parts: int | str, layout: TileLayout = SMALL) -> Request:
         np.array(ids),
         tuple(layouts),
         (),
-        0.0,
         video_counts=tuple(counts),
         placed=tuple(placed),
     )

@@ -327,6 +327,8 @@ def test_steps_are_bound_once_and_run_in_the_same_memory(
 ) -> None:
     rows = embeddings(picking[1], 40).astype(np.float16)
     decoder = picking_decoder(picking)
+    # As a session that records; the provider of the CPU does not.
+    decoder._session.captures = True
     decoder.prefill(20, filler(rows))
     bound: list[str] = []
     runs: list[tuple[int, bool, dict[str, tuple[int, tuple[int, ...]]], bytes]] = []
@@ -352,6 +354,32 @@ def test_steps_are_bound_once_and_run_in_the_same_memory(
     assert len(runs) == 12
     assert runs == [runs[0]] * 12
     assert runs[0][1] is True
+
+
+def test_the_total_is_the_true_one_except_in_what_is_recorded(
+    picking: tuple[Path, TextDims], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = embeddings(picking[1], 100).astype(np.float16)
+    totals: list[int] = []
+    real = Session.run_bound
+
+    def run_bound(self: Session, binding: Any, **how: bool) -> None:
+        totals.append(int(decoder._total.read()))
+        real(self, binding, **how)
+
+    monkeypatch.setattr(Session, "run_bound", run_bound)
+    for captures in (False, True):
+        decoder = picking_decoder(picking)
+        decoder._session.captures = captures
+        decoder.prefill(80, filler(rows))
+        decoder.step(rows[80])
+        decoder.try_steps(rows[81:84])
+        decoder.rewind(3)
+        decoder.step(rows[84])
+        decoder.prefill(2, filler(rows[85:87]))
+        step = (CONTEXT, CONTEXT) if captures else (81, 4)
+        assert totals == [64, 80, step[0], 84, step[1], 6]
+        totals.clear()
 
 
 def test_only_steps_are_replayed(

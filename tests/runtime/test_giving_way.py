@@ -22,7 +22,7 @@ from llava_edge.runtime import LlavaEdge, allocation
 from llava_edge.runtime.allocation import RESERVE_BYTES
 from llava_edge.runtime.load_fit import least_context
 from llava_edge.runtime.sampling import Sampler
-from llava_edge.runtime.session import Array, Session
+from llava_edge.runtime.session import Array, Binding, Session, _map_error
 from llava_edge.runtime.tokenizer import Tokenizer
 from llava_edge.runtime.vision import VisionEncoder
 
@@ -106,6 +106,35 @@ def test_tiles_are_given_up_until_the_request_fits(
     monkeypatch.setattr(allocation, "available_host_bytes", lambda: None)
     after = model.generate(QUESTION, [wide], max_new_tokens=TOKENS)
     assert (after.token_ids, after.degraded) == (answers[None], ())
+
+
+def test_an_arena_that_refuses_in_the_middle_of_a_run_is_given_way_to(
+    make_checkpoint: Callable[..., Path],
+    make_artifact: Callable[..., Path],
+    wide: Image.Image,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = make_artifact(make_checkpoint("odd", backbone="mistral"), profile="a100")
+    with LlavaEdge.load(made, "cpu", allow_slow=True, threads=1) as model:
+        base = expected(model, wide, "base")
+        most = 1 + model.count_tokens(QUESTION, [wide], grid="base")
+        real = Binding.run
+
+        def run(self: Binding, **how: bool) -> None:
+            # As the provider of a GPU says it where its limit is reached.
+            held = self._bound.get("in inputs_embeds")
+            if held is not None and held.shape[1] > most:
+                text = "Available memory of 1048576 is smaller than requested bytes of 4194304"
+                raise _map_error(RuntimeError(f"[ONNXRuntimeError] : 6 : {text}"), "running")
+            real(self, **how)
+
+        monkeypatch.setattr(Binding, "run", run)
+        answer = model.generate(QUESTION, [wide], max_new_tokens=TOKENS)
+        assert answer.token_ids == base
+        (said,) = answer.degraded
+        assert said.startswith("grid lowered to base: memory ran out while running: ")
+        monkeypatch.undo()
+        assert model.generate(QUESTION, [wide], max_new_tokens=TOKENS).degraded == ()
 
 
 def test_then_the_context_is_cut_to_the_request(

@@ -17,7 +17,7 @@ def request(grid: AnyRes = GRID, size: int = 100, frames: int = 0) -> Request:
     layout = grid.layout(size, size)
     pixels = np.zeros((layout.num_tiles, 3, 28, 28), np.float32)
     videos = (np.zeros((frames, 3, 28, 28), np.float32),) if frames else ()
-    return Request(np.zeros(1, np.int64), (layout,), (pixels,), 0.25, videos)
+    return Request(np.zeros(1, np.int64), (layout,), (pixels,), videos)
 
 
 def out_of_memory() -> Request:
@@ -33,7 +33,6 @@ def test_a_request_that_fits_is_left_as_it_is() -> None:
 
     assert lowering.request.layouts[0].num_tiles == 5
     assert lowering.degraded == ()
-    assert lowering.preprocess_seconds == 0.25
 
 
 def test_each_call_takes_the_next_step_and_says_why() -> None:

@@ -115,7 +115,7 @@ def test_without_images_the_encoder_is_not_asked(table: EmbeddingTable) -> None:
     embedder = PromptEmbedder(DIMS, IMAGE, table, encoder, np.float32)
     rows = np.empty((3, HIDDEN), np.float32)
 
-    embedder.embed(Request(np.array([1, 5, 2]), (), (), 0.0)).fill(0, 3, rows)
+    embedder.embed(Request(np.array([1, 5, 2]), (), ())).fill(0, 3, rows)
 
     assert encoder.calls == []
     assert rows[:, 0].tolist() == [101, 105, 102]
@@ -127,7 +127,7 @@ def test_image_positions_read_features_and_the_others_the_table(table: Embedding
     embedder = PromptEmbedder(DIMS, IMAGE, table, Encoder(), np.float32)
     rows = np.empty((len(ids), HIDDEN), np.float32)
 
-    embedder.embed(Request(ids, (layout,), (tiles(1, 2, 3),), 0.0)).fill(0, len(ids), rows)
+    embedder.embed(Request(ids, (layout,), (tiles(1, 2, 3),))).fill(0, len(ids), rows)
 
     # The thumbnail, then two rows of the two tiles side by side, each with its newline.
     packed = [*[1] * 4, *[2, 2, 3, 3, 9] * 2]
