@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+from llava_edge.bench.bench_file import SCHEMA_VERSION
 from llava_edge.bench.speed_rows import STAGES, spread
 
 MACHINE = {
@@ -44,7 +45,7 @@ def document(
     for row in rows:
         row.update(facts)
     made = "2026-11-24T10:00:00+00:00"
-    return {"schema_version": 1, "made": made, "machine": dict(MACHINE), "rows": rows}
+    return {"schema_version": SCHEMA_VERSION, "made": made, "machine": dict(MACHINE), "rows": rows}
 
 
 def _row(

@@ -143,7 +143,7 @@ def test_a_file_that_is_no_result_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     contents = {"{": "cannot be read", "[]": "no result", "{}": "no result"}
     contents["[" * 100_000] = "cannot be read"
-    contents[json.dumps({**document(0), "schema_version": 2})] = "schema_version 2"
+    contents[json.dumps({**document(0), "schema_version": 1})] = "schema_version 1"
     for content, message in contents.items():
         file.write_text(content)
         with pytest.raises(RequestError, match=message):
