@@ -1,12 +1,13 @@
 """``llava-edge bench --compare OLD NEW``: is the new build slower, and how sure is that?
 
 Every round of both files gives one value of each figure: the mean, over all cases, of the logarithm
-of its times. Two samples of such values are compared by Welch's t. A difference is called slower
-or faster where it exceeds both what chance explains, at one in a thousand for all figures of the
-files together, and ``LEAST``. It must do so twice: as it is, and over the yardstick, a fixed piece
-of work that each round times as well, so that a machine that is slower today is not taken for a
-slower build. Anything else is "no difference shown", which says what could have been shown, not
-that there is none.
+of its times. Two samples of such values are compared by Welch's t, with what the rounds of a run
+have in common counted as well (``DRIFT``). A difference is called slower or faster where it exceeds
+both what chance explains, at one in a thousand for all figures of the files together, and
+``LEAST``. It must do so twice: as it is, and over the yardstick, a fixed piece of work that each
+round times as well, so that a machine that is slower today is not taken for a slower build.
+Anything else is "no difference shown", which says what could have been shown, not that there is
+none.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ Verdict = Literal["slower", "faster", "larger", "smaller", "no difference shown"
 
 CHANCE = 0.001
 LEAST = 0.05
+DRIFT = 0.5
+"""Runs of one build differ by more than their rounds say: the means of twenty by 0.3 to 0.6 of what
+rounds scatter by. So no number of rounds makes a small difference one that is shown."""
 LEAST_BYTES, LEAST_SHARE = 4 << 20, 0.02
 """Peaks of one artifact differ by less from process to process."""
 MOST_SHOWABLE = 10.0
@@ -214,12 +218,12 @@ def _judge(
 ) -> Finding:
     """Logarithms by round, before and now, beside those of the yardstick."""
     old, new = logs
-    difference = compare_means(old, new, chance)
+    difference = compare_means(old, new, chance, DRIFT)
     was, now = (
         [value - unit for value, unit in zip(*pair, strict=True)]
         for pair in zip(logs, yard, strict=True)
     )
-    both = (difference, compare_means(was, now, chance))
+    both = (difference, compare_means(was, now, chance, DRIFT))
     verdict: Verdict = "no difference shown"
     if all(each.mean > max(each.margin, math.log1p(LEAST)) for each in both):
         verdict = "slower"

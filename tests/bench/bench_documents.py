@@ -31,15 +31,29 @@ def document(
     slower: float = 1.0,
     machine_slower: float = 1.0,
     noise: float = 0.03,
+    drift: float = 0.0,
     rounds: int = 5,
     more_bytes: int = 0,
     precisions: tuple[str, ...] = ("fp16", "int8", "int4"),
     **facts: Any,
 ) -> dict[str, Any]:
-    """A result; ``slower`` multiplies times, ``noise`` is their spread from round to round."""
+    """A result.
+
+    ``slower`` multiplies times, ``noise`` is their spread from round to round and ``drift`` that of
+    all of a run together, of which the yardstick sees nothing.
+    """
     draw = random.Random(seed)
     rows = [
-        _row(place, name, draw, slower, machine_slower, noise, rounds, more_bytes)
+        _row(
+            place,
+            name,
+            draw,
+            slower * draw.lognormvariate(0, drift),
+            machine_slower,
+            noise,
+            rounds,
+            more_bytes,
+        )
         for place, name in enumerate(precisions)
     ]
     for row in rows:

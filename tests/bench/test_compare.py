@@ -26,6 +26,19 @@ def test_an_unchanged_build_is_not_flagged_over_many_reruns(noise: float) -> Non
         assert _worse(old, document(seed, noise=noise)) == []
 
 
+@pytest.mark.parametrize("noise", [0.03, 0.13])
+@pytest.mark.parametrize("rounds", [12, 25])
+def test_a_drift_that_the_yardstick_does_not_see_is_no_slower_build(
+    noise: float, rounds: int
+) -> None:
+    old = document(0, noise=noise, drift=0.5 * noise, rounds=rounds)
+    for seed in range(1, 41):
+        assert _worse(old, document(seed, noise=noise, drift=0.5 * noise, rounds=rounds)) == []
+    # What is as much slower as on the machine that this was measured on is still found.
+    for seed in range(1, 21):
+        assert _worse(old, document(seed, noise=noise, drift=0.5 * noise, rounds=12, slower=2.0))
+
+
 @pytest.mark.parametrize(("noise", "slower"), [(0.01, 1.1), (0.03, 1.3), (0.05, 1.6)])
 def test_a_slower_build_is_flagged_every_time(noise: float, slower: float) -> None:
     old = document(0, noise=noise)
