@@ -26,7 +26,7 @@ from typing import Any, TextIO
 from llava_edge.bench.artifact_facts import artifact_facts, certified_quality, short_names
 from llava_edge.bench.bench_file import SCHEMA_VERSION, read_bench
 from llava_edge.bench.bench_table import bench_table
-from llava_edge.bench.compare import compare, findings_table, machine_change
+from llava_edge.bench.compare import compare, findings_table, machine_change, verdict_of
 from llava_edge.bench.compare_notes import compare_notes
 from llava_edge.bench.machine_card import Rates, machine_card, machine_profile, measure_rates
 from llava_edge.bench.quality_alone import QualityTask, kept_answers, measure_alone
@@ -116,7 +116,7 @@ def _compare(options: argparse.Namespace) -> int:
     worse = [each for each in findings if each.is_worse]
     notes = compare_notes(old, new, findings)
     print("\n".join([findings_table(findings), "", *notes]).rstrip(), file=sys.stderr)
-    verdict = "worse" if worse else "no loss shown"
+    verdict = verdict_of(findings)
     print(
         f"\n{verdict}: {len(worse)} of {len(findings)} figures became worse; a fixed piece of work "
         f"took the machine {machine:+.1%}",
