@@ -10,7 +10,7 @@ from typing import Any
 
 from llava_edge.profiles.errors import RequestError, shorten
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Of what ``bench --json`` prints; grows when a key changes its meaning."""
 
 _TEXTS = ("artifact", "variant", "precision", "weights", "device")

@@ -26,7 +26,7 @@ from typing import Any, TextIO
 from llava_edge.bench.artifact_facts import artifact_facts, certified_quality, short_names
 from llava_edge.bench.bench_file import SCHEMA_VERSION, read_bench
 from llava_edge.bench.bench_table import bench_table
-from llava_edge.bench.compare import compare, findings_table, machine_change
+from llava_edge.bench.compare import compare, findings_table, machine_change, verdict_of
 from llava_edge.bench.compare_notes import compare_notes
 from llava_edge.bench.machine_card import Rates, machine_card, machine_profile, measure_rates
 from llava_edge.bench.quality_alone import QualityTask, kept_answers, measure_alone
@@ -79,29 +79,34 @@ def main(argv: list[str] | None = None) -> int:
     rows = {name: _unmeasured(name, artifact) for name, artifact in opened.items()}
     failed: dict[str, LlavaEdgeError] = {}
     with _opened(options.answers) as kept:
-        if rates is not None:
-            rates = _measure_speed(opened, options, rates, rows, failed)
-        if questions:
-            _measure_quality(opened, options, questions, rows, kept, failed)
-    # What was measured of the others is kept where one fails.
-    document = _document(rows, options, rates)
-    if document["rows"]:
-        print(bench_table(document), file=sys.stderr)
-        if options.out:
-            write_whole(options.out, json.dumps(document, indent=1) + "\n")
-        if options.html:
-            write_whole(options.html, report_page(document))
-        if options.json:
-            print(json.dumps(document))
+        try:
+            if rates is not None:
+                rates = _measure_speed(opened, options, rates, rows, failed)
+            if questions:
+                _measure_quality(opened, options, questions, rows, kept, failed)
+        finally:
+            # What was measured is kept even where another artifact fails or somebody interrupts.
+            document = _document(rows, options, rates, failed)
+            if document["rows"]:
+                _write(document, options)
     if failed:
-        if document["rows"]:
-            print(f"left out, as they failed: {', '.join(failed)}", file=sys.stderr)
-        first, *others = failed.values()
-        for error in others:
-            print(error, file=sys.stderr)
-        raise first
+        if not document["rows"]:
+            raise next(iter(failed.values()))
+        for name, error in failed.items():
+            print(f"{name} could not be measured: {error}", file=sys.stderr)
+        return max(error.exit_code for error in failed.values())
     refused = [len(row["quality"]["refused"]) for row in rows.values() if questions]
     return 1 if len(questions) in refused else 0
+
+
+def _write(document: Mapping[str, Any], options: argparse.Namespace) -> None:
+    print(bench_table(document), file=sys.stderr)
+    if options.out:
+        write_whole(options.out, json.dumps(document, indent=1) + "\n")
+    if options.html:
+        write_whole(options.html, report_page(document))
+    if options.json:
+        print(json.dumps(document))
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -111,7 +116,7 @@ def _compare(options: argparse.Namespace) -> int:
     worse = [each for each in findings if each.is_worse]
     notes = compare_notes(old, new, findings)
     print("\n".join([findings_table(findings), "", *notes]).rstrip(), file=sys.stderr)
-    verdict = "worse" if worse else "no loss shown"
+    verdict = verdict_of(findings)
     print(
         f"\n{verdict}: {len(worse)} of {len(findings)} figures became worse; a fixed piece of work "
         f"took the machine {machine:+.1%}",
@@ -226,7 +231,10 @@ def _settings(options: argparse.Namespace) -> SpeedSettings:
 
 
 def _document(
-    rows: Mapping[str, dict[str, Any]], options: argparse.Namespace, rates: Rates | None
+    rows: Mapping[str, dict[str, Any]],
+    options: argparse.Namespace,
+    rates: Rates | None,
+    failed: Mapping[str, LlavaEdgeError],
 ) -> dict[str, Any]:
     """What ``--json`` prints; rows that nothing was measured of are left out."""
     names = short_names(tuple(rows))
@@ -236,6 +244,10 @@ def _document(
         "machine": machine_card(read_machine(), rates),
         "settings": asdict(_settings(options)),
         "rows": [{"name": names[folder], **row} for folder, row in rows.items() if "device" in row],
+        "failed": {
+            folder: {"type": type(error).__name__, "message": str(error)}
+            for folder, error in failed.items()
+        },
     }
     shortened: dict[str, Any] = _shortened(found)
     return shortened

@@ -1,12 +1,14 @@
 """``llava-edge bench --compare OLD NEW``: is the new build slower, and how sure is that?
 
 Every round of both files gives one value of each figure: the mean, over all cases, of the logarithm
-of its times. Two samples of such values are compared by Welch's t. A difference is called slower
-or faster where it exceeds both what chance explains, at one in a thousand for all figures of the
-files together, and ``LEAST``. It must do so twice: as it is, and over the yardstick, a fixed piece
-of work that each round times as well, so that a machine that is slower today is not taken for a
-slower build. Anything else is "no difference shown", which says what could have been shown, not
-that there is none.
+of its times. Two samples of such values are compared by Welch's t, with what the rounds of a run
+have in common counted as well (``DRIFT``). A difference is called slower or faster where it exceeds
+both what chance explains, at one in a thousand for all figures of the files together, and
+``LEAST``. It must do so twice: as it is, and over the yardstick, a fixed piece of work that each
+round times as well, so that a machine that is slower today is not taken for a slower build.
+Anything else is "no difference shown", which says what could have been shown, not that there is
+none. Times on a CPU that other work shared in either file are not judged at all: threads that wait
+for each other lose several times what the yardstick does.
 """
 
 from __future__ import annotations
@@ -14,17 +16,20 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from llava_edge.bench.bench_table import row_name, seconds
+from llava_edge.bench.bench_table import busy_note, row_name, seconds
 from llava_edge.bench.student_t import compare_means
 from llava_edge.profiles.errors import RequestError
 
-Verdict = Literal["slower", "faster", "larger", "smaller", "no difference shown"]
+Verdict = Literal["slower", "faster", "larger", "smaller", "no difference shown", "not judged"]
 
 CHANCE = 0.001
 LEAST = 0.05
+DRIFT = 0.4
+"""Runs of one build differ by more than their rounds say: the means of five by 0.2 to 0.5 of what
+rounds scatter by. So no number of rounds makes a small difference one that is shown."""
 LEAST_BYTES, LEAST_SHARE = 4 << 20, 0.02
 """Peaks of one artifact differ by less from process to process."""
 MOST_SHOWABLE = 10.0
@@ -51,7 +56,7 @@ class Finding:
         unit: ``s`` or ``bytes``.
         change: share by which the new one is larger.
         showable: the smallest change that these rounds could have shown; None where they are too
-            few to show any up to ``MOST_SHOWABLE``.
+            few to show any up to ``MOST_SHOWABLE``, and where nothing is judged.
         verdict: see above.
     """
 
@@ -94,11 +99,22 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Finding]:
     for pair in pairs:
         _same_model(*pair)
     chance = CHANCE / (len(pairs) * (len(_TIMES) + 1))
+    is_busy = any(busy_note(document) for document in (old, new))
     return [
-        finding
+        _unjudged(finding)
+        if is_busy and finding.unit == "s" and now["device"] == "cpu"
+        else finding
         for name, was, now in pairs
         for finding in (*_times(name, was, now, chance), *_memory(name, was, now))
     ]
+
+
+def verdict_of(findings: Sequence[Finding]) -> str:
+    """``worse``, ``no loss shown``, or ``not judged`` where no time was or could be judged."""
+    if any(each.is_worse for each in findings):
+        return "worse"
+    times = [each for each in findings if each.unit == "s"]
+    return "no loss shown" if any(each.showable for each in times) else "not judged"
 
 
 def machine_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> float:
@@ -120,16 +136,21 @@ def findings_table(findings: Sequence[Finding]) -> str:
     lines = []
     for each in findings:
         old, new = (_shown(value, each.unit) for value in (each.old, each.new))
-        sure = (
-            "so few rounds show nothing"
-            if each.showable is None
-            else (f"{each.showable:.0%} could be shown")
-        )
+        if each.verdict == "not judged":
+            sure = "other work shared the cores"
+        elif each.showable is None:
+            sure = "so few rounds show nothing"
+        else:
+            sure = f"{each.showable:.0%} could be shown"
         lines.append(
             f"{each.artifact}, {each.figure}: {old} before, {new} now ({each.change:+.1%}; "
             f"{sure}): {each.verdict}"
         )
     return "\n".join(lines)
+
+
+def _unjudged(finding: Finding) -> Finding:
+    return replace(finding, showable=None, verdict="not judged")
 
 
 def _same_machine(old: Mapping[str, Any], new: Mapping[str, Any], keys: Sequence[str]) -> None:
@@ -214,12 +235,12 @@ def _judge(
 ) -> Finding:
     """Logarithms by round, before and now, beside those of the yardstick."""
     old, new = logs
-    difference = compare_means(old, new, chance)
+    difference = compare_means(old, new, chance, DRIFT)
     was, now = (
         [value - unit for value, unit in zip(*pair, strict=True)]
         for pair in zip(logs, yard, strict=True)
     )
-    both = (difference, compare_means(was, now, chance))
+    both = (difference, compare_means(was, now, chance, DRIFT))
     verdict: Verdict = "no difference shown"
     if all(each.mean > max(each.margin, math.log1p(LEAST)) for each in both):
         verdict = "slower"

@@ -41,7 +41,7 @@ def compare_notes(
                     f"{name}: not asked alike in both files, so left out, and peak memory with "
                     f"it: {', '.join(left)}"
                 )
-    times = [each for each in findings if each.unit == "s"]
+    times = [each for each in findings if each.unit == "s" and each.verdict != "not judged"]
     if blind := [each for each in times if each.showable is None]:
         notes.append(
             f"{len(blind)} of {len(times)} times were taken in too few rounds, for how they "
@@ -51,6 +51,8 @@ def compare_notes(
     for document, which in ((old, "old"), (new, "new")):
         if busy := busy_note(document):
             notes.append(f"the {which} file: {busy}")
+    if any(each.verdict == "not judged" for each in findings):
+        notes.append("times are not judged for that: measure both while nothing else runs")
     if any(row["weights"] == "random" for row in (*before.values(), *after.values())):
         notes.append("* weights drawn at random")
     return notes

@@ -29,7 +29,6 @@ from llava_edge.bench.ledger import RESULTS, Ledger
 from llava_edge.bench.machine_card import INT8_OVER_FLOAT
 from llava_edge.bench.speed_rows import vision_format
 from llava_edge.profiles.constants import speed_constants
-from llava_edge.profiles.model_dims import ModelDims
 from llava_edge.profiles.speed import (
     attention_operations,
     prefill_operations,
@@ -37,6 +36,7 @@ from llava_edge.profiles.speed import (
     vision_operations,
 )
 from llava_edge.runtime.artifact import read_manifest
+from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.planned_memory import stored_isa
 
 STAGES = ("vision", "prefill", "decode")
@@ -111,21 +111,20 @@ def samples(rung: str, document: Mapping[str, Any]) -> list[Sample]:
             }
             found.append(Sample(rung, what, "prefill", stages["prefill"], work))
             if answered > 1:
-                work = _step_work(dims, row, tokens + answered // 2, machine, peak)
+                work = _step_work(manifest, row, tokens + answered // 2, machine, peak)
                 seconds = stages["decode"] / (answered - 1)
                 found.append(Sample(rung, what, "decode", seconds, work))
     return found
 
 
 def _step_work(
-    dims: ModelDims,
+    manifest: Manifest,
     row: Mapping[str, Any],
     context: int,
     machine: Mapping[str, Any],
     peak: float,
 ) -> dict[str, float]:
-    manifest, _ = read_manifest(Path(row["artifact"]))
-    precision = manifest.precision.language_model
+    dims, precision = manifest.model, manifest.precision.language_model
     streamed = streamed_bytes(
         dims, precision, manifest.flavour, stored_isa(manifest), context, row["cache"]
     )
@@ -229,6 +228,12 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := set(options.free) - set(shipped):
         parser.error(
             f"--free: unknown are {', '.join(sorted(unknown))}; known {', '.join(shipped)}"
+        )
+    held = dict.fromkeys(sample.rung for sample in given)
+    if missing := [name for name in options.fit if name not in held]:
+        parser.error(
+            f"--fit: {options.results} holds no times on a CPU of {', '.join(missing)}; "
+            f"it holds {', '.join(held) or 'none'}. Run make bench."
         )
     fitted = fit([s for s in given if s.rung in options.fit], shipped, options.free)
     print(table(given, fitted, shipped))

@@ -28,7 +28,7 @@ from llava_edge.profiles.speed import (
 )
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.manifest import Manifest
-from llava_edge.runtime.planned_memory import stored_isa
+from llava_edge.runtime.planned_memory import on_the_host, stored_isa
 
 STAGES = ("preprocess", "vision", "packing", "prefill", "sampling", "decode")
 """Parts of a request in order; ``sampling`` is seeing that memory suffices, and choosing the first
@@ -159,7 +159,7 @@ class SpeedRow:
         }
         device = max(each.device_bytes for each in estimates.values())
         if ran_on == "cpu":
-            estimates = {name: _on_the_host(each) for name, each in estimates.items()}
+            estimates = {name: on_the_host(each) for name, each in estimates.items()}
         # Where loading needs most all cases tie; the largest prompt then stands for them.
         name = max(reversed(estimates), key=lambda n: estimates[n].peak.total)
         estimate = estimates[name]
@@ -196,17 +196,6 @@ class SpeedRow:
         }
 
 
-def _on_the_host(estimate: MemoryEstimate) -> MemoryEstimate:
-    """A GPU's artifact may run on the CPU, if asked to: what would lie there lies here."""
-    if not estimate.device:
-        return estimate
-    phases = {
-        name: terms + replace(estimate.device[name], driver_context=0)
-        for name, terms in estimate.host.items()
-    }
-    return MemoryEstimate(device={}, host=phases)
-
-
 def predicted_seconds(
     manifest: Manifest, case: SpeedCase, profile: HardwareProfile | None
 ) -> float:
@@ -236,6 +225,7 @@ def _prediction(
         media_tokens=max(0, num_image_tokens + text_tokens - QUESTION_TOKENS),
         num_tiles=num_tiles,
         vision=vision_format(manifest),
+        stored_isa=stored_isa(manifest),
     )
 
 

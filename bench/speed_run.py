@@ -27,7 +27,7 @@ class SpeedSettings:
     """How artifacts are measured.
 
     Attributes:
-        rounds: at most so many.
+        rounds: at most so many; ``bench/cli.py`` has the usual number.
         budget_seconds: no further round is begun that would end behind this; two are made anyway.
             None for no limit.
         thorough: more cases and longer answers.
@@ -41,7 +41,7 @@ class SpeedSettings:
         timeout_seconds: of a round; None for no limit.
     """
 
-    rounds: int = 5
+    rounds: int = 1
     budget_seconds: float | None = 120.0
     thorough: bool = False
     cases: tuple[str, ...] | None = None
@@ -141,7 +141,7 @@ def run_speed(
         Rounds by artifact, equally many of each.
 
     Raises:
-        EngineError: an artifact could not be run.
+        EngineError: an artifact could not be run, and there is no ``on_failure``.
     """
     measure = measure or measure_round
     found: dict[str, list[SpeedRound]] = {artifact: [] for artifact in artifacts}

@@ -24,18 +24,24 @@ class Difference:
     margin: float
 
 
-def compare_means(first: Sequence[float], second: Sequence[float], chance: float) -> Difference:
+def compare_means(
+    first: Sequence[float], second: Sequence[float], chance: float, drift: float = 0.0
+) -> Difference:
     """Welch's comparison of two samples, which need not spread alike.
 
     Args:
         first: at least one value.
         second: at least one value.
         chance: that the margin is exceeded, on either side, where there is no difference.
+        drift: by how much the mean of a sample moves that all its values have in common, as a share
+            of their standard deviation. No number of values takes it away.
     """
     mean = statistics.fmean(second) - statistics.fmean(first)
     if min(len(first), len(second)) < 2:
         return Difference(mean, math.inf)
-    a, b = (statistics.variance(values) / len(values) for values in (first, second))
+    a, b = (
+        statistics.variance(values) * (1 / len(values) + drift**2) for values in (first, second)
+    )
     if a + b == 0:
         return Difference(mean, 0.0)
     # Welch and Satterthwaite's degrees of freedom.

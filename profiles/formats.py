@@ -253,7 +253,8 @@ def weight_bytes(
     head = WeightFormat(parts.lm_head, head_group, flavour, head_isa)
     size = WeightFormat.resident_bytes if resident else WeightFormat.file_bytes
     float_bytes = activation_bytes(flavour) if resident else _FP16_BYTES
-    codes = WeightFormat(vision.precision, PER_CHANNEL, flavour, int8_isa)
+    # An int8 tower knows one operator, whatever lies beside it.
+    codes = WeightFormat(vision.precision, PER_CHANNEL, flavour, "vnni")
 
     def saved(matrices: tuple[Matrix, ...]) -> int:
         """What codes take less than the floats that they stand for."""

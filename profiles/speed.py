@@ -69,6 +69,7 @@ def predict_speed(
     num_devices: int = 1,
     constants: Mapping[str, Constants] | None = None,
     vision: VisionFormat | None = None,
+    stored_isa: Int8Isa | None = None,
 ) -> Prediction:
     """Predict one answer: media and a short question in, ``ANSWER_TOKENS`` out.
 
@@ -82,6 +83,7 @@ def predict_speed(
         num_devices: devices that share every layer.
         constants: groups as ``speed_constants`` gives them; None for the shipped ones.
         vision: format of the tower; None for ``formats.default_vision``.
+        stored_isa: instructions that int8 weights are laid out for; None for the board's.
     """
     groups = speed_constants() if constants is None else constants
     flavour = profile.flavour
@@ -105,7 +107,8 @@ def predict_speed(
     decode = None
     if profile.bandwidth is not None:
         context = prompt + ANSWER_TOKENS // 2
-        streamed = streamed_bytes(dims, precision, flavour, profile.int8_isa, context, kind)
+        isa = stored_isa or profile.int8_isa
+        streamed = streamed_bytes(dims, precision, flavour, isa, context, kind)
         quantised = flavour == "cuda" and precision == "int4"
         share = shares["bandwidth_int4" if quantised else "bandwidth"]
         seconds = streamed / (profile.bandwidth * share * scale) + shares["step"]

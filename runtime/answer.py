@@ -11,8 +11,9 @@ from llava_edge.runtime.generate import FinishReason
 class Timings:
     """Wall-clock seconds of one request.
 
-    ``ttft_seconds`` runs from the start of the work (not of the waiting for other requests) to the
-    first token; attempts that were given up on the way count here and nowhere else.
+    ``preprocess_seconds`` runs from the call until prompt and pixels are ready. ``ttft_seconds``
+    runs from the call to the first token, without the waiting for other requests; attempts that
+    were given up on the way count here and nowhere else.
     ``packing_seconds`` is putting text and features in the order of the prompt; it is part of
     neither ``vision_seconds`` nor ``prefill_seconds``. ``decode_tokens_per_second`` counts the
     tokens after the first; None when there is only one.

@@ -63,6 +63,21 @@ def stored_isa(manifest: Manifest) -> Int8Isa:
     return "none" if grouped else "vnni"
 
 
+def on_the_host(estimate: MemoryEstimate) -> MemoryEstimate:
+    """An artifact made for a GPU may run on the CPU, if asked to: what would lie there lies here.
+
+    An upper bound of what was planned: pixels and features count on both sides. What the CPU's
+    kernels need beside it, in float32 where the graph is float16, is not planned at all.
+    """
+    if not estimate.device:
+        return estimate
+    phases = {
+        name: terms + replace(estimate.device[name], driver_context=0)
+        for name, terms in estimate.host.items()
+    }
+    return MemoryEstimate(device={}, host=phases)
+
+
 def certain_phases(
     manifest: Manifest, context_tokens: int, cache: CacheType | None = None
 ) -> tuple[MemoryTerms, MemoryTerms]:

@@ -15,13 +15,13 @@ from llava_edge.convert.verify.reference_answer import Positions
 from llava_edge.convert.verify.vision_halves import VisionHalves
 from llava_edge.profiles.buffers import default_cache_type, kv_cache_bytes, kv_cache_shape
 from llava_edge.profiles.formats import PRECISIONS, VisionFormat, weight_bytes
-from llava_edge.profiles.hardware import Int8Isa
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.decoder import Decoder, FillEmbeddings
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.instructions import needs_wide_sums
 from llava_edge.runtime.kv_cache import KVCache
 from llava_edge.runtime.limits import Limits
+from llava_edge.runtime.planned_memory import stored_isa
 from llava_edge.runtime.prompt_embedder import PromptEmbedder, TileEncoder
 from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
 from llava_edge.runtime.request import PromptOptions, Request, VideoInput
@@ -232,7 +232,7 @@ class Subject:
         manifest = self.artifact.manifest
         stored = manifest.precision.language_model
         precision = stored if stored in PRECISIONS else "fp16"
-        isa: Int8Isa = "none" if manifest.precision.int8_route == "nbits" else "vnni"
+        isa = stored_isa(manifest)
         sizes = weight_bytes(self.dims, precision, manifest.flavour, isa, resident=True)
         count = self.dims.text.num_hidden_layers
         cache = kv_cache_bytes(

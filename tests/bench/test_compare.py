@@ -8,7 +8,7 @@ import pytest
 
 from llava_edge.bench import cli
 from llava_edge.bench.bench_file import read_bench
-from llava_edge.bench.compare import compare, findings_table, machine_change
+from llava_edge.bench.compare import compare, findings_table, machine_change, verdict_of
 from llava_edge.bench.compare_notes import compare_notes
 from llava_edge.bench.student_t import compare_means, t_quantile
 from llava_edge.profiles.errors import RequestError
@@ -26,6 +26,19 @@ def test_an_unchanged_build_is_not_flagged_over_many_reruns(noise: float) -> Non
         assert _worse(old, document(seed, noise=noise)) == []
 
 
+@pytest.mark.parametrize("noise", [0.03, 0.13])
+@pytest.mark.parametrize("rounds", [12, 25])
+def test_a_drift_that_the_yardstick_does_not_see_is_no_slower_build(
+    noise: float, rounds: int
+) -> None:
+    old = document(0, noise=noise, drift=0.4 * noise, rounds=rounds)
+    for seed in range(1, 41):
+        assert _worse(old, document(seed, noise=noise, drift=0.4 * noise, rounds=rounds)) == []
+    # What is as much slower as on the machine that this was measured on is still found.
+    for seed in range(1, 21):
+        assert _worse(old, document(seed, noise=noise, drift=0.4 * noise, rounds=12, slower=2.0))
+
+
 @pytest.mark.parametrize(("noise", "slower"), [(0.01, 1.1), (0.03, 1.3), (0.05, 1.6)])
 def test_a_slower_build_is_flagged_every_time(noise: float, slower: float) -> None:
     old = document(0, noise=noise)
@@ -33,6 +46,31 @@ def test_a_slower_build_is_flagged_every_time(noise: float, slower: float) -> No
         new = document(seed, noise=noise, slower=slower)
         assert _worse(old, new), seed
         assert _worse(new, old) == [], "a faster build is not worse"
+
+
+def test_times_that_other_work_shared_the_cores_of_are_not_judged() -> None:
+    old, new = document(0), document(1, slower=7.0, more_bytes=12 << 20)
+    for busy in (old, new):
+        before = [row["load_average"] for row in busy["rows"]]
+        busy["rows"][0]["load_average"] = [[1.0, 6.5]]
+        findings = compare(old, new)
+        assert {each.verdict for each in findings if each.unit == "s"} == {"not judged"}
+        assert verdict_of(findings) == "worse", "memory is exact all the same"
+        assert verdict_of(compare(old, document(1, slower=7.0))) == (
+            "not judged" if busy is old else "worse"
+        )
+        notes = compare_notes(old, new, findings)
+        assert notes[-1].startswith("times are not judged for that")
+        assert "other work shared the cores): not judged" in findings_table(findings)
+        for row, loads in zip(busy["rows"], before, strict=True):
+            row["load_average"] = loads
+    assert verdict_of(compare(old, new)) == "worse"
+    assert verdict_of(compare(old, document(1))) == "no loss shown"
+    few = document(0, rounds=1)
+    assert verdict_of(compare(few, few)) == "not judged"
+    on_gpu = [document(0, device="cuda"), document(1, device="cuda", slower=2.0)]
+    on_gpu[0]["rows"][0]["load_average"] = [[1.0, 30.0]]
+    assert verdict_of(compare(*on_gpu)) == "worse", "a GPU does not care"
 
 
 def test_every_figure_of_a_much_slower_build_is_named() -> None:
@@ -133,6 +171,7 @@ def test_what_a_reader_must_know_is_said() -> None:
             "int8* (int8, cpu): not asked alike in both files, so left out, and peak "
             "memory with it: 1 image",
             "the new file: Other work shared the 4 cores",
+            "times are not judged for that",
             "* weights drawn at random",
         )
     ):
@@ -143,7 +182,7 @@ def test_a_file_that_is_no_result_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     contents = {"{": "cannot be read", "[]": "no result", "{}": "no result"}
     contents["[" * 100_000] = "cannot be read"
-    contents[json.dumps({**document(0), "schema_version": 2})] = "schema_version 2"
+    contents[json.dumps({**document(0), "schema_version": 1})] = "schema_version 1"
     for content, message in contents.items():
         file.write_text(content)
         with pytest.raises(RequestError, match=message):

@@ -95,3 +95,6 @@ def test_the_command_prints_both(
     with pytest.raises(SystemExit):
         speed_fit.main(["--results", str(file), "--free", "colour"])
     assert "unknown are colour" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        speed_fit.main(["--results", str(file), "--fit", "huge"])
+    assert "holds no times on a CPU of huge; it holds large" in capsys.readouterr().err

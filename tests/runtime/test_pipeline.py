@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import io
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,6 +56,22 @@ def test_an_answer_accounts_for_its_tokens_and_time(model: LlavaEdge, picture: I
     assert timings.decode_tokens_per_second is not None
     assert answer.peak_memory.host_bytes > 1 << 20
     assert (answer.device, answer.engine, answer.degraded) == ("cpu", "ort", ())
+
+
+def test_preparing_a_request_counts_from_the_call(
+    model: LlavaEdge, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = model._requests.capped
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.3)
+        return real(*arguments)
+
+    monkeypatch.setattr(model._requests, "capped", slowly)
+    timings = model.generate("What?", [picture], max_image_tokens=500, max_new_tokens=1).timings
+
+    assert timings.preprocess_seconds >= 0.3
+    assert timings.ttft_seconds >= 0.3
 
 
 def test_one_token_has_no_decode_rate(model: LlavaEdge) -> None:

@@ -44,6 +44,19 @@ def test_a_scale_a_group_takes_more_than_one_a_row(manifest: Manifest) -> None:
     assert weights("nbits") > weights("integer")
 
 
+def test_a_tower_of_codes_lies_alike_beside_groups(manifest: Manifest) -> None:
+    """As when a GPTQ checkpoint with groups is converted on a CPU with int8 instructions."""
+
+    def tower(route: str) -> int:
+        stored = replace(
+            manifest.precision, language_model="int8", int8_route=route, vision_tower="int8"
+        )
+        changed = replace(manifest, precision=stored)
+        return planned_memory(changed, Workload(2048)).host["decode"].vision_tower
+
+    assert tower("nbits") == tower("integer")
+
+
 @pytest.mark.parametrize("name", ["fp16", "int4"])
 def test_other_weights_lie_alike_everywhere(manifest: Manifest, name: str) -> None:
     stored = replace(manifest.precision, language_model=name, int8_route="nbits")

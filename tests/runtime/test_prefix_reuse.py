@@ -154,6 +154,7 @@ def test_a_prompt_that_goes_on_behind_an_answer_reuses_it(pair: Pair) -> None:
         with model._turnstile.turn():
             pieces = model._answerer.pieces(
                 Lowering(lambda: longer),
+                0.0,
                 SamplingOptions(),
                 NUM_TOKENS,
                 0,
