@@ -386,9 +386,7 @@ def test_an_int8_cache_makes_room_on_a_gpu_and_is_predicted_slower() -> None:
 
 def test_an_int8_cache_is_refused_where_no_kernel_reads_it() -> None:
     request = ask("llava-v1.6-mistral-7b", precision="int4", cache="int8")
-    with pytest.raises(
-        RequestError, match=r"int8 was asked, but .* 8\.0 or high.* has 7\.5; use"
-    ):
+    with pytest.raises(RequestError, match=r"int8 was asked, but .* 8\.0 or high.* has 7\.5; use"):
         plan_deployment(load_profile("t4"), request)
     assert plan_deployment(gpu(24 << 30), request).plan.fits
     floats = ask("llava-v1.6-mistral-7b", cache="float32")

@@ -48,8 +48,9 @@ def _changed_scale(copy: Tampered) -> None:
     copy.change_tensor(_PART, scale_names(1)[0], lambda scale: scale / 2)
 
 
-def _channels_reversed(copy: Tampered) -> None:
-    copy.change_tensor(_PART, scale_names(1)[0], lambda scale: scale[..., ::-1])
+def _channels_first(copy: Tampered) -> None:
+    """Bytes of ``[1, head_dim, 1, kv_heads]`` for ``[1, kv_heads, 1, head_dim]``."""
+    copy.change_tensor(_PART, scale_names(1)[0], lambda scale: scale.transpose(0, 3, 2, 1))
 
 
 def _heads_reversed(copy: Tampered) -> None:
@@ -152,9 +153,9 @@ FAULTS = (
         model="int8 cache cuda",
     ),
     _fault(
-        "cuda: channels reversed",
-        "the scales of one layer's keys stand in another order of channels",
-        _channels_reversed,
+        "cuda: channels first",
+        "the scales of one layer's keys lie channel by channel, not head by head",
+        _channels_first,
         "structure",
         where="artifact",
         model="int8 cache cuda",
