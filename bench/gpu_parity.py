@@ -16,8 +16,9 @@ import numpy as np
 
 from llava_edge.bench.gpu_models import GPU_MODELS, GpuModel
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.bounds import GAP, bounds_for
+from llava_edge.runtime.bounds import bounds_for
 from llava_edge.runtime.cuda_options import CudaOptions
+from llava_edge.runtime.engine_arguments import add_cache_argument, asked_cache
 from llava_edge.runtime.session import Array
 
 _SHOWN = 4
@@ -31,11 +32,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("reference", type=Path)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--cuda", default="{}", help="JSON: fields of CudaOptions")
+    add_cache_argument(parser)
     options = parser.parse_args(argv)
     cuda = CudaOptions(**json.loads(options.cuda))
     with (
         LlavaEdge.load(
-            options.artifact, options.device, allow_slow=options.device == "cpu", cuda=cuda
+            options.artifact,
+            options.device,
+            allow_slow=options.device == "cpu",
+            cuda=cuda,
+            cache=asked_cache(options.cache),
         ) as model,
         np.load(options.reference, allow_pickle=False) as kept,
     ):
@@ -53,9 +59,9 @@ def compare(model: LlavaEdge, asked: GpuModel, kept: Any) -> dict[str, Any]:
 
     Returns:
         Counts, the largest gap of logits as a share of their range beside the bound of
-        verification, the share of positions with the same largest logit, and the first
-        differences; by how much the reference itself preferred its token there tells a near tie
-        from a fault.
+        verification (with what an int8 cache may add, where the model has one), the share of
+        positions with the same largest logit, and the first differences; by how much the reference
+        itself preferred its token there tells a near tie from a fault.
     """
     same, gap, agreed, positions = 0, 0.0, 0, 0
     differing: list[dict[str, Any]] = []
@@ -72,16 +78,18 @@ def compare(model: LlavaEdge, asked: GpuModel, kept: Any) -> dict[str, Any]:
         agreed += int((ours.argmax(axis=1) == rows.argmax(axis=1)).sum())
         positions += len(rows)
     manifest = model.artifact.manifest
-    bounds = bounds_for(manifest.flavour, manifest.precision)
+    int8_cache = model.cache == "int8"
+    bounds = bounds_for(manifest.flavour, manifest.precision, int8_cache=int8_cache)
     return {
         "prompts": len(questions),
         "same": same,
         "positions": positions,
         "same_largest_logit": agreed / positions,
         "logits_gap": gap,
-        "logits_bound": bounds.value("decode_logits", GAP),
+        "logits_bound": bounds.answer_gap("decode_logits"),
         "differing": differing[:_SHOWN],
         "device": model.device,
+        "cache": model.cache,
         "engine": model.engine,
         "off_device": list(model.off_device),
     }

@@ -28,6 +28,12 @@ _CPU_PATIENCE = 6
 _MANIFEST = "manifest.json"
 _CHECKPOINT = "checkpoint"
 _BYTES_A_WEIGHT = {_CHECKPOINT: 2.0, "fp16": 2.0, "int8": 1.2, "int4": 0.7}
+_WITH_INT8_CACHE = ", int8 cache"
+
+
+def with_int8_cache(precision: str) -> str:
+    """Name of the artifact of that precision which has a decoder graph with an int8 cache too."""
+    return precision + _WITH_INT8_CACHE
 
 
 @dataclass
@@ -94,29 +100,39 @@ class GpuPlace:
             partial.rename(folder)
         return folder
 
-    def artifact(self, model: GpuModel, precision: str, bound: float) -> Path:
+    def artifact(self, model: GpuModel, part: str, bound: float) -> Path:
         """An artifact of the cuda flavour, converted if it is not there; goes on where it was.
 
-        Random weights are rounded to nearest; the trained model is solved and verified.
+        Random weights are rounded to nearest, and one sample says how wide their int8 cache is; the
+        trained model is solved, calibrated and verified.
+
+        Args:
+            model: whose.
+            part: a precision, or ``with_int8_cache`` of one.
+            bound: seconds that it may take.
         """
-        folder = self.work / model.name / precision
+        folder = self.work / model.name / part
         if (folder / _MANIFEST).exists():
             return folder
         checkpoint = self.checkpoint(model, bound)
-        self._check_disk(model, precision)
+        self._check_disk(model, part)
+        precision = part.removesuffix(_WITH_INT8_CACHE)
         options: list[object] = ["--profile", self.board, "--precision", precision]
+        if part != precision:
+            options += ["--cache", "int8"]
         if model.context is not None:
             options += ["--context", model.context]
         if not model.is_trained:
             options += ["--verify", "none"]
             options += ["--quantizer", "rtn"] if precision != "fp16" else []
-        elif precision != "fp16":
+            options += ["--samples", 1] if part != precision else []
+        elif part != "fp16":
             calibration = self.work / model.name / "calibration"
             if not calibration.exists():
                 write_calibration(calibration)
             options += ["--calibration", calibration]
         self._note(
-            f"{model.name} {precision}",
+            f"{model.name} {part}",
             lambda: self.run(
                 edge_command("convert", *map(str, (checkpoint, folder, *options)), "--json"), bound
             ),
@@ -133,7 +149,8 @@ class GpuPlace:
         self.made[name] = {"seconds": spent.seconds, "peak_host_bytes": spent.peak_bytes}
 
     def _check_disk(self, model: GpuModel, part: str) -> None:
-        needed = int(model.parameters * _BYTES_A_WEIGHT[part])
+        kind = part.removesuffix(_WITH_INT8_CACHE)
+        needed = int(model.parameters * _BYTES_A_WEIGHT[kind])
         self.work.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.work).free
         if free < needed:

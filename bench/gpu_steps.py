@@ -16,11 +16,12 @@ from typing import Any
 
 from llava_edge.bench.gpu_kernels import kernel_sizes
 from llava_edge.bench.gpu_models import GpuModel
-from llava_edge.bench.gpu_place import GpuPlace
+from llava_edge.bench.gpu_place import GpuPlace, with_int8_cache
 from llava_edge.bench.machine_card import Rates
 from llava_edge.bench.speed_cases import FULL, TEXT
 from llava_edge.bench.speed_rows import SpeedRow
 from llava_edge.bench.speed_run import SpeedRound, SpeedSettings, measure_round
+from llava_edge.profiles.buffers import CacheType
 from llava_edge.profiles.errors import EngineError
 from llava_edge.profiles.speed import streamed_bytes
 from llava_edge.runtime.artifact import Artifact, open_artifact
@@ -42,6 +43,9 @@ CHOICES: Mapping[str, Mapping[str, Any]] = {
     **{f"chunk {tokens}": {"prefill_chunk": tokens} for tokens in (256, 512, 1024, 2048, 4096)},
 }
 """Settings of a round beside those of the artifact as it is."""
+
+INT8_CACHE = "cache = int8"
+"""A choice at every precision, of an artifact of its own: its scales take a calibration."""
 
 _OF_QUANTISED = ("graph", "chunk 512", "chunk 2048")
 
@@ -104,6 +108,10 @@ def _steps_of(model: GpuModel, precisions: Sequence[str]) -> Iterator[GpuStep]:
             yield from _limits(model, precision)
     if model.has_choices:
         yield from _deciding(model, precisions)
+    if model.has_choices or model.is_trained:
+        # Last: conversions of their own, which nothing else waits for.
+        for precision in precisions:
+            yield from _with_int8_cache(model, precision)
 
 
 def _deciding(model: GpuModel, precisions: Sequence[str]) -> Iterator[GpuStep]:
@@ -124,22 +132,30 @@ def _deciding(model: GpuModel, precisions: Sequence[str]) -> Iterator[GpuStep]:
         yield from _limits(model, precision)
 
 
+def _with_int8_cache(model: GpuModel, precision: str) -> Iterator[GpuStep]:
+    """Answers, then time and memory, beside those of the float16 cache."""
+    part, asked = with_int8_cache(precision), {"cache": "int8"}
+    act, name = _parity(model, part, "int8"), f"{model.name} {precision} {INT8_CACHE}"
+    yield GpuStep(f"{name}, parity", act, model, ("checkpoint", part), asked)
+    yield _round(model, precision, 0, INT8_CACHE, asked, part)
+
+
 def _limits(model: GpuModel, precision: str) -> Iterator[GpuStep]:
     for name, share in LIMITS.items():
         act = _limited(model, precision, share)
         yield GpuStep(f"{model.name} {precision} {name}", act, model, (precision,))
 
 
-def _parity(model: GpuModel, precision: str) -> Act:
+def _parity(model: GpuModel, part: str, cache: str = "auto") -> Act:
     def act(place: GpuPlace, _: Entries) -> dict[str, Any]:
-        artifact = place.artifact(model, precision, _MAKING)
+        artifact = place.artifact(model, part, _MAKING)
         kept = place.work / model.name / "answers.npz"
         if not kept.exists():
             checkpoint = place.checkpoint(model, _MAKING)
             asked = ("answers", model.name, checkpoint, kept)
             place.module("gpu_reference", *asked, bound=_ASKING)
         found: dict[str, Any] = place.module(
-            "gpu_parity", model.name, artifact, kept, bound=_ASKING
+            "gpu_parity", model.name, artifact, kept, "--cache", cache, bound=_ASKING
         )
         return found
 
@@ -168,15 +184,18 @@ def _round(
     number: int,
     choice: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    part: str | None = None,
 ) -> GpuStep:
+    part = part or precision
+
     def act(place: GpuPlace, entries: Entries) -> dict[str, Any]:
-        folder = place.artifact(model, precision, _MAKING)
+        folder = place.artifact(model, part, _MAKING)
         return measured_round(place, entries, folder, number, asked)
 
     asked = {**(settings or {})}
     asked |= {"cases": (TEXT, FULL) if choice else (TEXT, FULL, *_THREE), "contexts": CONTEXTS}
     name = f"{model.name} {precision} " + (choice or f"round {number}")
-    return GpuStep(name, act, model, (precision,), asked)
+    return GpuStep(name, act, model, (part,), asked)
 
 
 def _limited(model: GpuModel, precision: str, share: float) -> Act:
@@ -255,26 +274,27 @@ def round_figures(folder: Path, made: SpeedRound, bandwidth: float) -> dict[str,
     """A round as the ledger keeps it."""
     artifact = open_artifact(folder)
     row = SpeedRow(folder.name, artifact, [made], Rates(bandwidth, 1.0)).to_json()
-    kept = ("precision", "device", "engine", "off_device", "context_tokens", "peak_memory")
+    kept = ("precision", "device", "engine", "off_device", "context_tokens", "cache", "peak_memory")
     return {
         **{name: row[name] for name in kept},
         "parameters": row["parameters"],
         "artifact_bytes": row["artifact_bytes"],
         "predicted_memory": row["predicted_memory"],
         "load_seconds": row["load_seconds"]["median"],
-        "cases": [_case(artifact, case, bandwidth) for case in row["cases"]],
+        "cases": [_case(artifact, case, row["cache"], bandwidth) for case in row["cases"]],
     }
 
 
-def _case(artifact: Artifact, case: Mapping[str, Any], bandwidth: float) -> dict[str, Any]:
+def _case(
+    artifact: Artifact, case: Mapping[str, Any], cache: CacheType, bandwidth: float
+) -> dict[str, Any]:
     manifest = artifact.manifest
     names = ("name", "num_images", "grid", "height", "width", "prompt_tokens", "answer_tokens")
     figures = ("ttft_seconds", "prefill_tokens_per_second", "decode_tokens_per_second")
     rate = case["decode_tokens_per_second"]["median"]
     context = case["prompt_tokens"] + case["answer_tokens"] // 2
-    streamed = streamed_bytes(
-        manifest.model, manifest.precision.language_model, manifest.flavour, "none", context
-    )
+    precision = manifest.precision.language_model
+    streamed = streamed_bytes(manifest.model, precision, manifest.flavour, "none", context, cache)
     return {
         **{name: case[name] for name in names},
         **{name: case[name]["median"] for name in figures},

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llava_edge.bench.gpu_models import GpuModel
-from llava_edge.bench.gpu_steps import CARD, CHOICES, CONTEXTS, LIMITS, REFERENCE
+from llava_edge.bench.gpu_steps import CARD, CHOICES, CONTEXTS, INT8_CACHE, LIMITS, REFERENCE
 from llava_edge.bench.memory_fit import holds
 from llava_edge.bench.speed_cases import FULL, TEXT
 
@@ -47,11 +47,11 @@ def _tables_of(model: GpuModel, precisions: Sequence[str], entries: Entries) -> 
     rows = []
     if reference:
         rows.append(_row(f"{REFERENCE} fp16", reference, None, {}, {}))
-    for precision, rounds in named.items():
-        parity = _measured(entries, f"{model.name} {precision} parity")
-        if rounds or parity:
-            over = {REFERENCE: reference, "fp16": named.get("fp16", [])}
-            rows.append(_row(precision, rounds, rounds[0] if rounds else None, parity, over))
+    over = {REFERENCE: reference, "fp16": named.get("fp16", [])}
+    for precision, own in named.items():
+        for name, rounds, parity in _caches(model, precision, own, entries):
+            if rounds or parity:
+                rows.append(_row(name, rounds, rounds[0] if rounds else None, parity, over))
     if rows:
         yield f"### {model.name}\n\n" + _markdown(heads, rows)
     limits = [
@@ -71,6 +71,16 @@ def _tables_of(model: GpuModel, precisions: Sequence[str], entries: Entries) -> 
         yield _markdown(["tiles at a time", "ms a tile"], rows)
 
 
+def _caches(
+    model: GpuModel, precision: str, own: Sequence[Entries], entries: Entries
+) -> Iterator[tuple[str, Sequence[Entries], Entries]]:
+    """What a row is called, its rounds and its parity: with the float16 cache and an int8 one."""
+    yield precision, own, _measured(entries, f"{model.name} {precision} parity")
+    name = f"{model.name} {precision} {INT8_CACHE}"
+    rounds = [entry] if (entry := _measured(entries, name)) else []
+    yield f"{precision}, {INT8_CACHE}", rounds, _measured(entries, f"{name}, parity")
+
+
 def _choices(
     model: GpuModel,
     precisions: Sequence[str],
@@ -82,7 +92,7 @@ def _choices(
         made = {"as it is": named[precision][0]} if named[precision] else {}
         made |= {
             choice: entry
-            for choice in CHOICES
+            for choice in (*CHOICES, INT8_CACHE)
             if (entry := _measured(entries, f"{model.name} {precision} {choice}"))
         }
         for choice, entry in made.items() if len(made) > 1 else ():

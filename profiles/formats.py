@@ -85,6 +85,23 @@ def vision_obstacle(precision: str, flavour: Flavour, int8_isa: Int8Isa) -> str 
     return None
 
 
+def int8_cache_obstacle(compute_capability: str | None) -> str | None:
+    """Why a GPU cannot take an int8 KV cache; None where it can, or where it is not known.
+
+    ONNX Runtime reads codes by XQA or, dequantised, by flash attention; both begin at 8.0. Its
+    other kernels do not look at the cache's type, so what they would answer is no answer.
+
+    Args:
+        compute_capability: such as ``8.9``.
+    """
+    if compute_capability is None or int(compute_capability.split(".")[0]) >= 8:
+        return None
+    return (
+        f"ONNX Runtime reads such a cache on GPUs of compute capability 8.0 or higher, and this "
+        f"one has {compute_capability}"
+    )
+
+
 def default_vision(precision: str, flavour: Flavour, int8_isa: Int8Isa) -> VisionFormat:
     """The tower's format where nothing else was asked: 8 bits wherever it can take them."""
     possible = vision_obstacle(precision, flavour, int8_isa) is None

@@ -366,7 +366,7 @@ def _device_phases(
     run = MemoryTerms(
         prompt_embeddings=prompt_embedding_bytes(text, chunk, "cuda"),
         prefill_activations=_decoder_activations(text, chunk, "cuda", precision, factor),
-        attention_workspace=_cuda_attention(text, chunk, work.context_tokens, machine),
+        attention_workspace=_cuda_attention(text, chunk, work, machine),
     )
     prefill = encode + run
     decode = prefill + MemoryTerms(logits=logits_bytes(text, _STEP_TOKENS))
@@ -466,13 +466,21 @@ def _decoder_activations(
     return int(tokens * (max(attention, mlp) * size + extra) * factor)
 
 
-def _cuda_attention(text: TextDims, tokens: int, context: int, machine: Machine) -> int:
+def _cuda_attention(text: TextDims, tokens: int, work: Workload, machine: Machine) -> int:
     """Flash attention keeps a float32 sum a head and row; before 8.0 keys and values are expanded.
 
-    Source: ONNX Runtime, docs/contrib_ops/cuda/gqa.md (order of back ends).
+    An int8 cache is dequantised into float16, one layer at a time and its whole capacity, wherever
+    XQA does not read the codes themselves: for every prompt, and for steps where the provider's
+    release, the heads or the scales do not suit it. So it is counted always.
+
+    Source: ONNX Runtime, docs/contrib_ops/cuda/gqa.md (order of back ends), and
+    ``GQABufferRequirements`` of its CUDA provider.
     """
     sums = tokens * text.num_attention_heads * 4 * 2
     rotated = tokens * (text.query_size + 2 * text.key_value_size) * 2
     major = int((machine.compute_capability or "8.0").split(".")[0])
-    expanded = 2 * context * text.query_size * 2 if major < 8 else 0
-    return sums + rotated + expanded
+    expanded = 2 * work.context_tokens * text.query_size * 2 if major < 8 else 0
+    dequantised = 0
+    if work.cache == "int8":
+        dequantised = 2 * work.context_tokens * text.key_value_size * activation_bytes("cuda")
+    return sums + rotated + expanded + dequantised

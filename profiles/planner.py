@@ -26,6 +26,7 @@ from llava_edge.profiles.formats import (
     PrecisionName,
     VisionFormat,
     default_vision,
+    int8_cache_obstacle,
     vision_obstacle,
 )
 from llava_edge.profiles.grids import GridChoice, asked_grid, asked_pinpoints, stock_grids
@@ -287,7 +288,10 @@ class _Search:
         return self.request.num_frames * video_tokens_per_frame(variant.dims.vision)
 
     def size(self, variant: Variant, precision: str, grid: GridChoice, context: int) -> _Sized:
-        """On one device, else on as few as hold it; where none do, the spread that lacks least."""
+        """On one device, else on as few as hold it; where none do, the spread that lacks least.
+
+        An int8 cache is the artifact's own, which is run on one device.
+        """
         work = Workload(
             context_tokens=context,
             num_images=self.request.num_images,
@@ -304,7 +308,7 @@ class _Search:
         host_over = host.total - host_budget if apart and host_budget is not None else 0
         over = max(estimate.peak.total - budget, host_over)
         single = _Sized(estimate.peak, host, self.engine(), 1, over)
-        if single.fits or self.profile.num_devices == 1:
+        if single.fits or self.profile.num_devices == 1 or self.request.cache == "int8":
             return single
         text = variant.dims.text
         nearest = single
@@ -402,6 +406,8 @@ class _Search:
                 f"{format_bytes(host_budget)}"
             )
         where = f" on each of {sized.num_devices} devices" if sized.num_devices > 1 else ""
+        if self.request.cache == "int8" and self.profile.num_devices > 1:
+            where = " on the one device that an int8 cache is for"
         return (
             f"needs {format_bytes(sized.terms.total)}{where}, {_exact(over)} more than "
             f"{format_bytes(budget)}"
@@ -459,6 +465,12 @@ class _Search:
             notes.append(
                 "the tower is planned at int8; calibration may leave layers in fp16, and the plan "
                 "is then made again with them (--vision-precision fp16 turns it off)."
+            )
+        if self.request.cache == "int8" and self.profile.flavour == "cuda":
+            notes.append(
+                "an int8 cache on a GPU is planned for kernels that first make float16 of one "
+                "layer's codes: that memory is counted in attention_workspace, and decoding is "
+                "predicted slower than with a float16 cache. Neither was measured on a GPU."
             )
         if c.sized.engine == "tensorrt-rtx" and self.profile.rtx_target is None:
             notes.append(
@@ -531,8 +543,8 @@ def _check(profile: HardwareProfile, request: PlanRequest) -> None:
     if request.cache == "float16" and profile.flavour == "cpu":
         faults.append("cache float16 does not go with the cpu flavour; use float32 or int8")
     if request.cache == "float32" and profile.flavour == "cuda":
-        faults.append("cache float32 does not go with the cuda flavour; use float16")
-    if request.cache == "int8" and profile.flavour == "cuda":
-        faults.append("cache int8 is for the cpu flavour; use float16")
+        faults.append("cache float32 does not go with the cuda flavour; use float16 or int8")
+    if request.cache == "int8" and (why := int8_cache_obstacle(capability)):
+        faults.append(f"cache int8 was asked, but {why}; use float16")
     if faults:
         raise RequestError(f"This plan cannot be made: {'; '.join(faults)}.")

@@ -109,6 +109,9 @@ def predict_speed(
         context = prompt + ANSWER_TOKENS // 2
         isa = stored_isa or profile.int8_isa
         streamed = streamed_bytes(dims, precision, flavour, isa, context, kind)
+        if flavour == "cuda" and kind == "int8":
+            # As for memory: codes become float16, which is written and read, at every step.
+            streamed += 2 * kv_cache_bytes(dims.text, context, "float16")
         quantised = flavour == "cuda" and precision == "int4"
         share = shares["bandwidth_int4" if quantised else "bandwidth"]
         seconds = streamed / (profile.bandwidth * share * scale) + shares["step"]

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from llava_edge.profiles.buffers import MIN_TEXT_TOKENS, CacheType, video_tokens_per_frame
-from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.errors import EngineError, RequestError
+from llava_edge.profiles.formats import int8_cache_obstacle
 from llava_edge.profiles.memory import MemoryTerms, Workload
-from llava_edge.profiles.nvml import read_gpus
+from llava_edge.profiles.nvml import Gpu, read_gpus
 from llava_edge.runtime.arguments import require_count
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.host_memory import available_host_bytes
@@ -59,14 +60,13 @@ def fit_at_load(
 
     Raises:
         RequestError: what was asked is out of range.
-        EngineError: the artifact has no decoder graph with that cache.
+        EngineError: the artifact has no decoder graph with that cache, or the GPU cannot take it.
         OutOfMemoryError: not even what loading certainly takes is free.
     """
     manifest = artifact.manifest
     planned = manifest.context_tokens
-    kinds = [choose_cache(cache, manifest)]
-    if cache == "auto":
-        kinds += [kind for kind in manifest.decoders if kind not in kinds]
+    gpus = read_gpus().gpus[:1] if device == "cuda" else ()
+    kinds = _possible_kinds(manifest, cache, gpus)
     if asked is not None:
         require_count("context_tokens", asked, 1)
         if asked > planned:
@@ -74,7 +74,7 @@ def fit_at_load(
                 f"a context of {asked} tokens was asked; the artifact was made for 1 to "
                 f"{planned}. Convert again with --context for a longer one."
             )
-    fit = _fitting(manifest, device, vision_cache_bytes, kinds, asked)
+    fit = _fitting(manifest, device, gpus, vision_cache_bytes, kinds, asked)
     if device == "cpu":
         check_host_memory(artifact, fit.context_tokens, vision_cache_bytes, fit.cache)
     return fit
@@ -89,15 +89,31 @@ def least_context(manifest: Manifest) -> int:
     return min(manifest.context_tokens, media + MIN_TEXT_TOKENS)
 
 
+def _possible_kinds(manifest: Manifest, cache: AskedCache, gpus: Sequence[Gpu]) -> list[CacheType]:
+    """Types of the cache to choose from, the preferred one first."""
+    kinds = [choose_cache(cache, manifest)]
+    obstacles = (int8_cache_obstacle(gpu.compute_capability) for gpu in gpus)
+    obstacle = next((each for each in obstacles if each), None)
+    if kinds == ["int8"] and obstacle:
+        raise EngineError(
+            f"an int8 cache was asked, but {obstacle}. Load without cache (--cache), with a "
+            "shorter context if memory is short."
+        )
+    if cache == "auto":
+        others = (kind for kind in manifest.decoders if kind not in kinds)
+        kinds += [kind for kind in others if kind != "int8" or not obstacle]
+    return kinds
+
+
 def _fitting(
     manifest: Manifest,
     device: DeviceKind,
+    gpus: Sequence[Gpu],
     vision_cache_bytes: int,
     kinds: Sequence[CacheType],
     asked: int | None,
 ) -> LoadFit:
     host = available_host_bytes()
-    gpus = read_gpus().gpus[:1] if device == "cuda" else ()
 
     def lacks(context: int, kind: CacheType) -> str:
         estimate = planned_memory(manifest, _workload(manifest, context, kind))

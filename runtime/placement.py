@@ -67,7 +67,7 @@ def choose_cache(asked: AskedCache, manifest: Manifest) -> CacheType:
     if asked in manifest.decoders:
         return asked
     advice = "Load without cache (--cache)"
-    if asked == "int8" and manifest.flavour == "cpu":
+    if asked == "int8":
         advice += ", or convert again with --cache int8"
     raise EngineError(
         f"a cache of {asked} was asked; this artifact of the {manifest.flavour} flavour has "

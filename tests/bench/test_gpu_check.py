@@ -23,7 +23,7 @@ from llava_edge.bench.gpu_check import Runner
 from llava_edge.bench.gpu_kernels import LAYOUTS, kernel_sizes, product_model, weight_bytes
 from llava_edge.bench.gpu_models import GPU_MODELS, PRECISIONS, GpuModel
 from llava_edge.bench.gpu_parity import compare
-from llava_edge.bench.gpu_place import GpuPlace
+from llava_edge.bench.gpu_place import GpuPlace, with_int8_cache
 from llava_edge.bench.gpu_steps import CARD, GpuStep
 from llava_edge.bench.gpu_steps import gpu_steps as all_steps
 from llava_edge.bench.gpu_table import gpu_tables
@@ -53,12 +53,22 @@ def test_the_way_goes_through_with_the_cpu_provider(tmp_path: Path) -> None:
     entries = found["entries"]
     assert entries["tiny fp16 parity"]["same"] == 4
     assert entries["tiny fp16 parity"]["logits_gap"] <= entries["tiny fp16 parity"]["logits_bound"]
+    for precision in ("fp16", "int4"):
+        coded = entries[f"tiny {precision} cache = int8, parity"]
+        assert (coded["cache"], coded["prompts"]) == ("int8", 4)
+        assert coded["logits_gap"] != entries[f"tiny {precision} parity"]["logits_gap"]
+        timed = entries[f"tiny {precision} cache = int8"]
+        assert (timed["cache"], timed["cases"][0]["name"]) == ("int8", "text")
+    # Of random weights at int4 quantising loses more than the bound, which does not speak of it.
+    coded = entries["tiny fp16 cache = int8, parity"]
+    assert coded["logits_gap"] <= coded["logits_bound"]
     cases = {case["name"]: case for case in entries["tiny fp16 round 0"]["cases"]}
     reference = {c["name"]: c for c in entries["tiny transformers round 0"]["cases"]}
     assert {"text", "1 image", "3 images", "text 1,024"} <= set(cases)
     for name, case in cases.items():
         assert reference[name]["prompt_tokens"] == case["prompt_tokens"]
-    assert not (tmp_path / "cpu/tiny/fp16").exists(), "artifacts are removed behind the last step"
+    left = {folder.name for folder in (tmp_path / "cpu/tiny").iterdir() if folder.is_dir()}
+    assert not left, "artifacts are removed behind the last step"
 
     started = time.perf_counter()
     again = run_fresh(command).result()
@@ -263,7 +273,57 @@ def test_steps_ask_for_what_there_is() -> None:
         settings = dict(each.settings)
         CudaOptions(**settings.get("cuda", {}))
         SpeedSettings(**settings)
-        assert {*each.parts} <= {"checkpoint", *PRECISIONS}
+        assert {*each.parts} <= {"checkpoint", *PRECISIONS, *map(with_int8_cache, PRECISIONS)}
+
+
+def test_an_int8_cache_is_measured_beside_the_float16_one_of_every_precision() -> None:
+    models = [GPU_MODELS[name] for name in ("pages", "7b", "13b")]
+    steps = {each.name: each for each in all_steps(models, PRECISIONS)}
+
+    coded = {name: step for name, step in steps.items() if "cache = int8" in name}
+    assert {*coded} == {
+        f"{model} {precision} cache = int8{what}"
+        for model in ("pages", "7b")
+        for precision in PRECISIONS
+        for what in ("", ", parity")
+    }
+    for name, each in coded.items():
+        assert each.settings["cache"] == "int8"
+        assert with_int8_cache(name.split()[1]) in each.parts
+    # Nothing waits for it, and no precision's own artifact does so on the disk.
+    names = [*steps]
+    first = names.index("7b fp16 cache = int8, parity")
+    assert all("7b" not in name or "cache = int8" in name for name in names[first:])
+
+
+def test_an_artifact_with_an_int8_cache_lies_apart_and_calibrates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = GpuPlace(tmp_path, "cpu", "a100", time.monotonic() + 100)
+    for part in ("checkpoint", "calibration"):
+        for model in ("tiny", "pages"):
+            (tmp_path / model / part).mkdir(parents=True)
+    asked: list[Sequence[str]] = []
+
+    class Made:
+        seconds, peak_bytes = 1.0, 1
+
+    monkeypatch.setattr(place, "run", lambda command, _: asked.append(command) or Made())
+    part = with_int8_cache("fp16")
+    folder = place.artifact(TINY, part, 10.0)
+    plain = place.artifact(TINY, "fp16", 10.0)
+    place.artifact(GPU_MODELS["pages"], part, 10.0)
+
+    assert folder != plain
+    assert {"tiny fp16", f"tiny {part}", f"pages {part}"} == {*place.made}
+    first, second, third = (" ".join(command) for command in asked)
+    assert f"{folder} --profile a100 --precision fp16 --cache int8" in first
+    assert first.endswith("--verify none --samples 1 --json")
+    assert "--cache" not in second
+    assert "--samples" not in second
+    assert "--cache int8" in third
+    assert f"--calibration {tmp_path / 'pages' / 'calibration'}" in third
+    assert "--verify" not in third
 
 
 def test_a_round_is_asked_as_its_step_says() -> None:
@@ -326,7 +386,8 @@ def tiny(
     make_checkpoint: Callable[..., Path], make_artifact: Callable[..., Path]
 ) -> tuple[Path, Path]:
     checkpoint = make_checkpoint("tiny", **TINY.sizes)
-    return checkpoint, make_artifact(checkpoint, profile="a100", context_tokens=TINY.context)
+    wishes = {"context_tokens": TINY.context, "cache": "int8"}
+    return checkpoint, make_artifact(checkpoint, profile="a100", **wishes)
 
 
 def test_answers_are_compared_with_those_of_transformers(tiny: tuple[Path, Path]) -> None:
@@ -346,10 +407,16 @@ def test_answers_are_compared_with_those_of_transformers(tiny: tuple[Path, Path]
         spoilt["ids 1"][2] += 1
         spoilt["logits 2"][3, 5] += 4.0
         worse = compare(model, TINY, spoilt)
+    with LlavaEdge.load(artifact, "cpu", allow_slow=True, cache="int8") as model:
+        coded = compare(model, TINY, kept)
 
     assert (found["prompts"], found["same"]) == (4, 4)
     assert found["logits_gap"] <= found["logits_bound"]
     assert found["same_largest_logit"] == 1.0
+    # Codes lose more than float16 does, and are allowed what they may lose.
+    assert (found["cache"], coded["cache"]) == ("float16", "int8")
+    assert found["logits_gap"] < coded["logits_gap"] <= coded["logits_bound"]
+    assert coded["logits_bound"] > found["logits_bound"]
     assert worse["same"] == 3
     assert worse["differing"][0]["prompt"] == 1
     assert worse["differing"][0]["position"] == 2
@@ -457,6 +524,10 @@ def test_the_table_sets_figures_beside_transformers_and_the_plan() -> None:
         "7b fp16 round 1": entry(60.0, 15 * gib, 15 * gib + 5, cases),
         "7b int4 round 0": entry(110.0, 6 * gib, 5 * gib, cases),
         "7b int8 round 0": {"error": "it took longer than 300 s"},
+        "7b fp16 cache = int8": entry(40.0, 14 * gib, 14 * gib + 5, cases),
+        "7b fp16 cache = int8, parity": {
+            **{"same": 3, "prompts": 4, "logits_gap": 0.02, "logits_bound": 0.2}
+        },
         "7b fp16 graph": entry(99.0, 15 * gib, 15 * gib, cases),
         "7b int4 limit = 0.9 plan": {"limit_bytes": gib, "answered": False, "said": "memory"},
     }
@@ -468,6 +539,9 @@ def test_the_table_sets_figures_beside_transformers_and_the_plan() -> None:
     assert cells[1:7] == ["fp16", "", "", "15.00", "15.00", "yes"]
     assert cells[7:16] == ["0.250", "0.250", "0.250", "55.0", "", "80%", "2.75", "1.00", ""]
     assert "| 6.00 | 5.00 | NO |" in table
+    said = "| fp16, cache = int8 | 3 of 4 | 2.0e-02 / 2.0e-01 | 14.00 | 14.00 | yes |"
+    assert f"{said} 0.250 | 0.250 | 0.250 | 40.0 |  | 80% | 2.00 | 0.73 |" in table
+    assert "| fp16 | cache = int8 | 0.250 | 0.250 | 40.0 |  | 14.00 |" in table
     assert "| 110.0 |  | 80% | 5.50 | 2.00 |" in table
     assert "int8" not in rows
     assert "| fp16 | graph | 0.250 | 0.250 | 99.0 |  | 15.00 |" in table

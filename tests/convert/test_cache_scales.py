@@ -176,14 +176,37 @@ def test_a_conversion_that_was_stopped_goes_on_and_calibrates_once_more(
     assert set(open_artifact(conversion.folder).manifest.decoders) == {"float32", "int8"}
 
 
-def test_the_cuda_flavour_has_none(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_gpu_without_a_kernel_for_it_gets_none(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     request = ConvertRequest(
         checkpoint=str(make_checkpoint("odd", backbone="mistral")),
         out=tmp_path / "artifact",
-        profile=load_profile("a100"),
+        profile=load_profile("t4"),
         wishes=PlanRequest(precision="fp16", cache="int8"),
         verify="none",
     )
-    with pytest.raises(RequestError, match="cache int8 is for the cpu flavour; use float16"):
+    with pytest.raises(RequestError, match=r"cache int8 was asked, but .* this one has 7\.5"):
         convert_checkpoint(request, no_progress, print)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_cuda_flavour_has_scales_of_its_own_float16_cache(
+    make_checkpoint: Callable[..., Path], make_artifact: Callable[..., Path], artifact: Artifact
+) -> None:
+    checkpoint = make_checkpoint("odd", backbone="mistral")
+    made = open_artifact(make_artifact(checkpoint, cache="int8", profile="a100"))
+    manifest = made.manifest
+
+    assert set(manifest.decoders) == {"float16", "int8"}
+    inputs = {tensor.name: tensor.dtype for tensor in manifest.decoders["int8"].inputs}
+    assert inputs["past_key_values.0.key"] == "int8"
+    assert inputs["inputs_embeds"] == "float16"
+    found, same = (
+        read_scales(GraphFile(each.path(each.manifest.decoders["int8"].file), "decoder"), 2)
+        for each in (made, artifact)
+    )
+    for ours, theirs in zip(found, same, strict=True):
+        # The same samples and weights: another rounding of what was seen, and no more.
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(ours, theirs, rtol=0.02)

@@ -184,6 +184,27 @@ def test_cards_without_flash_attention_need_expanded_keys(dims: ModelDims) -> No
     assert grown == 2 * 3440 * 4096 * 2
 
 
+def test_an_int8_cache_on_a_gpu_is_half_as_large_and_one_layer_is_dequantised(
+    dims: ModelDims,
+) -> None:
+    text = dims.text
+    floats, codes = (
+        estimate_memory(dims, "int4", Workload(3440, cache=kind), CUDA).device["prefill"].as_dict()
+        for kind in ("float16", "int8")
+    )
+    scales = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
+    assert 2 * (codes["kv_cache"] - scales) == floats["kv_cache"]
+    # Keys and values of one layer, all positions, float16: what the float cache takes of a layer.
+    scratch = codes["attention_workspace"] - floats["attention_workspace"]
+    assert scratch == 2 * text.num_key_value_heads * 3440 * text.head_dim * 2
+    assert scratch * text.num_hidden_layers == floats["kv_cache"]
+    changed = {name for name in codes if codes[name] != floats[name]}
+    assert changed == {"kv_cache", "attention_workspace", "allocator_slack"}
+    # A processor reads codes as they are.
+    cpu = (estimate_memory(dims, "int4", Workload(3440, cache=c), CPU) for c in (None, "int8"))
+    assert len({each.host["prefill"].attention_workspace for each in cpu}) == 1
+
+
 def test_terms_of_two_parts_add_term_by_term() -> None:
     both = MemoryTerms(kv_cache=2, logits=3) + MemoryTerms(kv_cache=5)
     assert (both.kv_cache, both.logits, both.total) == (7, 3, 10)

@@ -366,6 +366,45 @@ def test_a_smaller_cache_type_fits_more_context() -> None:
     assert narrow.context_tokens > wide.context_tokens
 
 
+def test_an_int8_cache_makes_room_on_a_gpu_and_is_predicted_slower() -> None:
+    board = load_profile("rtx-4070-12gb")
+    request = ask("llava-v1.6-vicuna-13b", precision="int4")
+    wide = plan_deployment(board, request)
+    narrow = plan_deployment(board, replace(request, cache="int8"))
+    assert narrow.plan.context_tokens > wide.plan.context_tokens
+
+    same = replace(request, cache="int8", context_tokens=wide.plan.context_tokens)
+    coded = plan_deployment(board, same)
+    floats, codes = (each.plan.memory.terms for each in (wide, coded))
+    assert 0.5 < codes["kv_cache"] / floats["kv_cache"] < 0.51
+    assert codes["attention_workspace"] > floats["attention_workspace"]
+    rates = [each.plan.predicted.decode_tokens_per_second or 0.0 for each in (wide, coded)]
+    assert 0 < rates[1] < rates[0]
+    assert any("Neither was measured on a GPU" in note for note in coded.notes)
+    assert not any("int8 cache" in note for note in wide.notes)
+
+
+def test_an_int8_cache_is_refused_where_no_kernel_reads_it() -> None:
+    request = ask("llava-v1.6-mistral-7b", precision="int4", cache="int8")
+    with pytest.raises(RequestError, match=r"int8 was asked, but .* 8\.0 or high.* has 7\.5; use"):
+        plan_deployment(load_profile("t4"), request)
+    assert plan_deployment(gpu(24 << 30), request).plan.fits
+    floats = ask("llava-v1.6-mistral-7b", cache="float32")
+    with pytest.raises(RequestError, match=r"float32 does not go .*; use float16 or int8"):
+        plan_deployment(load_profile("a100"), floats)
+
+
+def test_an_int8_cache_is_never_spread_over_devices() -> None:
+    board = load_profile("4xa100")
+    request = ask("llava-next-110b", precision="fp16")
+    assert plan_deployment(board, request).plan.fits
+
+    plan = plan_deployment(board, replace(request, cache="int8")).plan
+
+    assert not plan.fits
+    assert "on the one device that an int8 cache is for" in plan.rejected[0].reason
+
+
 def test_a_folder_plans_like_a_published_variant(tmp_path: Path) -> None:
     config = {
         "model_type": "llava_next",

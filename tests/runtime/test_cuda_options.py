@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 from llava_edge.profiles.errors import OutOfMemoryError, RequestError
 from llava_edge.profiles.nvml import read_gpus
 from llava_edge.runtime import LlavaEdge, session
+from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.cuda_options import CudaOptions
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.session import Session, SessionOptions
@@ -202,6 +204,39 @@ def test_a_replayed_graph_answers_as_plain_steps_do(
     # A recorded step is given the capacity as the total, which may split attention in another way.
     for plain, replayed in zip(found[False], found[True], strict=True):
         assert np.abs(plain - replayed).max() <= BOUND * np.ptp(plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [False, True])
+def test_an_int8_cache_on_a_gpu_gives_the_logits_that_the_processor_gives(
+    make_checkpoint: Callable[..., Path],
+    make_artifact: Callable[..., Path],
+    picture: Image.Image,
+    graph: bool,
+) -> None:
+    if not read_gpus().gpus:
+        pytest.skip("there is no NVIDIA GPU")
+    # Heads of 64 in groups of 4: what the fast kernel for codes takes, where there is one.
+    sizes = {"hidden_size": 512, "heads": 8, "kv_heads": 2, "intermediate_size": 512}
+    checkpoint = make_checkpoint("odd", backbone="mistral", **sizes)
+    opened = open_artifact(
+        make_artifact(checkpoint, profile="a100", context_tokens=1024, cache="int8")
+    )
+    # Chunks as well: behind the first one attention reads codes of the one before.
+    chunked = replace(opened, manifest=replace(opened.manifest, prefill_chunk=64))
+    options: dict[str, Any] = {"engine": "ort", "allow_slow": True}
+    options["cuda"] = CudaOptions(graph=graph)
+    kinds: tuple[tuple[Any, Any], ...] = (("cpu", "float16"), ("cpu", "int8"), ("cuda", "int8"))
+    found = {}
+    for device, cache in kinds:
+        with LlavaEdge.over(chunked, device, cache=cache, **options) as model:
+            found[device, cache] = model.teacher_forced_logits("What?", [picture], range(9, 25))
+            assert model.cache == cache
+    wanted = found["cpu", "int8"]
+    lost = np.abs(wanted - found["cpu", "float16"]).max()
+
+    # Beside rounding, a first chunk may be attended before its keys become codes.
+    assert np.abs(found["cuda", "int8"] - wanted).max() <= lost + 0.015 * np.ptp(wanted)
 
 
 @pytest.mark.gpu

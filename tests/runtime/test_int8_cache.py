@@ -50,11 +50,27 @@ def test_the_weights_are_stored_once(artifact: Path) -> None:
     assert second < weights / 4
 
 
-@pytest.mark.parametrize("cache", ["float32", "int8"])
+@pytest.fixture(scope="module")
+def for_gpus(make_checkpoint: Callable[..., Path], make_artifact: Callable[..., Path]) -> Path:
+    checkpoint = make_checkpoint("odd", backbone="mistral")
+    return make_artifact(checkpoint, cache="int8", profile="a100", context_tokens=2048)
+
+
+@pytest.mark.parametrize(
+    ("made", "cache"),
+    [
+        ("artifact", "float32"),
+        ("artifact", "int8"),
+        ("for_gpus", "float16"),
+        ("for_gpus", "int8"),
+    ],
+)
 def test_the_cache_is_of_the_type_that_was_asked_and_as_large_as_the_plan_says(
-    artifact: Path, cache: Any, picture: Image.Image
+    made: str, cache: Any, picture: Image.Image, request: pytest.FixtureRequest
 ) -> None:
-    with LlavaEdge.load(artifact, threads=1, cache=cache, context_tokens=500) as model:
+    folder = request.getfixturevalue(made)
+    options: dict[str, Any] = {"threads": 1, "context_tokens": 500, "allow_slow": True}
+    with LlavaEdge.load(folder, cache=cache, **options) as model:
         held = model._decoder.cache
         before = {name: buffer.address for name, buffer in held._buffers.items()}
         answer = model.generate("What is this?", [picture], max_new_tokens=5)
@@ -72,21 +88,31 @@ def test_the_cache_is_of_the_type_that_was_asked_and_as_large_as_the_plan_says(
         assert held.part(0, "key").shape[1] == answer.prompt_tokens + 4
 
 
+@pytest.mark.parametrize("made", ["artifact", "for_gpus"])
 def test_answers_are_close_to_those_with_a_float_cache(
-    artifact: Path, picture: Image.Image
+    made: str, picture: Image.Image, request: pytest.FixtureRequest
 ) -> None:
+    folder = request.getfixturevalue(made)
     logits = {}
-    for cache in ("float32", "int8"):
-        with LlavaEdge.load(artifact, threads=1, cache=cache) as model:  # type: ignore[arg-type]
+    for cache in ("auto", "int8"):
+        with LlavaEdge.load(
+            folder,
+            threads=1,
+            cache=cache,  # type: ignore[arg-type]
+            allow_slow=True,
+        ) as model:
             logits[cache] = model.teacher_forced_logits("What is it?", [picture], range(9, 25))
 
-    gap = np.abs(logits["int8"] - logits["float32"]).max() / np.ptp(logits["float32"])
+    gap = np.abs(logits["int8"] - logits["auto"]).max() / np.ptp(logits["auto"])
     assert 0 < gap < 0.05
 
 
-def test_the_float_cache_is_what_is_taken_unasked(artifact: Path) -> None:
-    with LlavaEdge.load(artifact, threads=1) as model:
-        assert model.cache == "float32"
+@pytest.mark.parametrize(("made", "own"), [("artifact", "float32"), ("for_gpus", "float16")])
+def test_the_float_cache_is_what_is_taken_unasked(
+    made: str, own: str, request: pytest.FixtureRequest
+) -> None:
+    with LlavaEdge.load(request.getfixturevalue(made), threads=1, allow_slow=True) as model:
+        assert model.cache == own
         assert not any(b.dtype == np.int8 for b in model._decoder.cache._buffers.values())
 
 
@@ -120,19 +146,15 @@ def test_what_an_artifact_does_not_have_is_refused_with_the_next_step(
         LlavaEdge.load(plain, cache="fp8")  # type: ignore[arg-type]
 
 
-def test_a_cuda_artifact_has_its_own_type_only(artifact: Path) -> None:
-    manifest = open_artifact(artifact).manifest
-    own = replace(
-        manifest,
-        flavour="cuda",
-        precision=replace(manifest.precision, computes="float16"),
-        decoder_int8_cache=None,
-    )
+def test_a_cuda_artifact_has_its_own_types(for_gpus: Path) -> None:
+    manifest = open_artifact(for_gpus).manifest
+    assert choose_cache("auto", manifest) == choose_cache("float16", manifest) == "float16"
+    assert choose_cache("int8", manifest) == "int8"
+    with pytest.raises(EngineError, match=r"float32 was asked; .* cuda .* has float16 and int8"):
+        choose_cache("float32", manifest)
 
-    assert choose_cache("auto", own) == choose_cache("float16", own) == "float16"
-    with pytest.raises(EngineError) as refused:
-        choose_cache("int8", own)
-    assert "convert again" not in str(refused.value)
+    with pytest.raises(EngineError, match=r"has float16.*convert again with --cache int8"):
+        choose_cache("int8", replace(manifest, decoder_int8_cache=None))
 
 
 def test_less_memory_is_asked_for(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

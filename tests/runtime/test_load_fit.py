@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llava_edge.profiles.buffers import MIN_TEXT_TOKENS, CacheType
-from llava_edge.profiles.errors import OutOfMemoryError, RequestError
+from llava_edge.profiles.errors import EngineError, OutOfMemoryError, RequestError
 from llava_edge.profiles.memory import Workload
 from llava_edge.profiles.nvml import Gpu, GpuReport
 from llava_edge.runtime import LlavaEdge, load_fit, placement
@@ -165,6 +165,45 @@ def test_a_gpu_that_others_use_as_well(
     assert with_gpu(estimate.device_bytes, 1 << 40) == 1000
     # One memory for both, as on a Jetson.
     assert with_gpu(None, estimate.device_bytes + host) == 1000
+
+
+def test_a_gpu_takes_an_int8_cache_where_its_kernels_read_one(
+    make_checkpoint: Callable[..., Path],
+    make_artifact: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Four layers: of two, dequantising one would take what the codes save.
+    checkpoint = make_checkpoint("odd", layers=4)
+    made = make_artifact(checkpoint, profile="a100", context_tokens=2048, cache="int8")
+    opened = open_artifact(made)
+    floats, codes = (
+        planned_memory(
+            opened.manifest,
+            Workload(
+                2048, tiles_per_image=5, cache=kind, chunk_tokens=opened.manifest.prefill_chunk
+            ),
+        ).device_bytes
+        for kind in ("float16", "int8")
+    )
+    assert codes < floats
+    free(monkeypatch, 1 << 40)
+
+    def with_gpu(capability: str | None, **asked: object) -> LoadFit:
+        gpu = Gpu("a GPU", None, floats - 1, capability)
+        monkeypatch.setattr(load_fit, "read_gpus", lambda: GpuReport((gpu,)))
+        return fit_at_load(opened, "cuda", **asked)  # type: ignore[arg-type]
+
+    for capability in ("8.0", "12.0", None):
+        fit = with_gpu(capability)
+        assert (fit.context_tokens, fit.cache) == (2048, "int8")
+        assert fit.degraded[0].startswith("cache lowered from float16 to int8")
+        assert with_gpu(capability, cache="int8") == LoadFit(2048, "int8")
+    old = with_gpu("7.5")
+    assert (old.context_tokens < 2048, old.cache) == (True, "float16")
+    with pytest.raises(EngineError, match=r"int8 cache was asked, but .* this one has 7\.5"):
+        with_gpu("7.5", cache="int8")
+    # No GPU's kernels run where a processor does the work.
+    assert fit_at_load(opened, "cpu", cache="int8").cache == "int8"
 
 
 def test_the_loaded_model_and_its_answers_say_so(

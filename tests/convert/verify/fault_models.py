@@ -65,6 +65,7 @@ MODELS: Mapping[str, Model] = {
     "gptq": Model("mistral", precision="int4", changes={"layers": 2}, alters="act-order"),
     "system": Model("llama", alters="system turn"),
     "int8 cache": Model("llama", cache="int8", alters="quiet values"),
+    "int8 cache cuda": Model("llama", cache="int8", alters="quiet values", board="a100"),
     "video": Model("llama", changes={"model_type": "llava_next_video", "image_size": 56}),
 }
 """What faults are planted in: every bias, gain, class and position embedding is random."""

@@ -48,6 +48,20 @@ def _changed_scale(copy: Tampered) -> None:
     copy.change_tensor(_PART, scale_names(1)[0], lambda scale: scale / 2)
 
 
+def _channels_first(copy: Tampered) -> None:
+    """Bytes of ``[1, head_dim, 1, kv_heads]`` for ``[1, kv_heads, 1, head_dim]``."""
+    copy.change_tensor(_PART, scale_names(1)[0], lambda scale: scale.transpose(0, 3, 2, 1))
+
+
+def _heads_reversed(copy: Tampered) -> None:
+    copy.change_tensor(_PART, scale_names(1)[1], lambda scale: scale[:, ::-1])
+
+
+def _per_tensor(copy: Tampered) -> None:
+    node = "language_model.layers.1.self_attn.attention"
+    copy.set_attributes(_PART, node, k_quant_type="PER_TENSOR")
+
+
 def _another_window(copy: Tampered) -> None:
     node = "language_model.layers.0.self_attn.attention"
     copy.set_attributes(_PART, node, local_window_size=16)
@@ -72,8 +86,8 @@ def _codes_off_by_one_row(patch: _Patch) -> None:
 def _fault(
     id_: str, wrong: str, plant: Callable[[Any], None], stage: str = "int8_cache", **more: Any
 ) -> Fault:
-    where = more.pop("where", "conversion")
-    return Fault(id_, "int8 cache", wrong, where, stage, plant, model="int8 cache", **more)
+    where, model = more.pop("where", "conversion"), more.pop("model", "int8 cache")
+    return Fault(id_, "int8 cache", wrong, where, stage, plant, model=model, **more)
 
 
 FAULTS = (
@@ -119,5 +133,54 @@ FAULTS = (
         "keys and values lie one position later",
         _codes_off_by_one_row,
         where="runtime",
+    ),
+    _fault(
+        "cuda: k and v scales swapped",
+        "calibration gives keys the scales of values, and values those of keys",
+        _largest(lambda largest: largest[::-1]),
+        model="int8 cache cuda",
+    ),
+    _fault(
+        "cuda: halved scales",
+        "the scales of layer 1 are half of what they must be",
+        _largest(_halved),
+        model="int8 cache cuda",
+    ),
+    _fault(
+        "cuda: scales too wide",
+        "all scales are 16 times the largest",
+        _largest(_wide),
+        model="int8 cache cuda",
+    ),
+    _fault(
+        "cuda: channels first",
+        "the scales of one layer's keys lie channel by channel, not head by head",
+        _channels_first,
+        "structure",
+        where="artifact",
+        model="int8 cache cuda",
+    ),
+    _fault(
+        "cuda: heads reversed",
+        "the scales of one layer's values are those of another head",
+        _heads_reversed,
+        "structure",
+        where="artifact",
+        model="int8 cache cuda",
+    ),
+    _fault(
+        "cuda: one scale a tensor",
+        "attention of layer 1 takes the scales of keys for one of the whole tensor",
+        _per_tensor,
+        "structure",
+        where="artifact",
+        model="int8 cache cuda",
+    ),
+    _fault(
+        "cuda: codes in another row",
+        "keys and values lie one position later",
+        _codes_off_by_one_row,
+        where="runtime",
+        model="int8 cache cuda",
     ),
 )

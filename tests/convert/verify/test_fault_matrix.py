@@ -20,7 +20,7 @@ PARTS = {
     "quantisation": 6,
     "runtime": 6,
     "video": 7,
-    "int8 cache": 8,
+    "int8 cache": 15,
 }
 
 
