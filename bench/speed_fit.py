@@ -193,7 +193,7 @@ def non_negative(
 def table(
     given: Sequence[Sample], fitted: Mapping[str, float], shipped: Mapping[str, float]
 ) -> str:
-    """Markdown: constants, then measured over predicted of each sample by both."""
+    """Markdown: constants, then each sample as measured and as predicted by both."""
     both = {**shipped, **fitted}
     lines = ["| constant | shipped | fitted |", "|---|---|---|"]
     lines += [f"| {name} | {shipped[name]:.3g} | {fitted[name]:.3g} |" for name in sorted(fitted)]

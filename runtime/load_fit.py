@@ -21,7 +21,7 @@ from llava_edge.runtime.host_memory import available_host_bytes
 from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.placement import AskedCache, check_host_memory, choose_cache
-from llava_edge.runtime.planned_memory import planned_memory
+from llava_edge.runtime.planned_memory import on_the_host, planned_memory
 from llava_edge.runtime.session import DeviceKind
 
 
@@ -117,6 +117,8 @@ def _fitting(
 
     def lacks(context: int, kind: CacheType) -> str:
         estimate = planned_memory(manifest, _workload(manifest, context, kind))
+        if device == "cpu":
+            estimate = on_the_host(estimate)
         needed = vision_cache_bytes + _beside_process(estimate.host_peak)
         for gpu in gpus:
             if gpu.free_bytes is None:
@@ -124,9 +126,6 @@ def _fitting(
                 needed += estimate.device_bytes
             elif estimate.device_bytes > gpu.free_bytes:
                 return _sentence(estimate.device_bytes, gpu.free_bytes, "on the GPU")
-        if device == "cpu" and estimate.device:
-            # Made for a GPU and run on the CPU: what would lie there lies here.
-            needed += replace(estimate.device_peak, driver_context=0).total
         return "" if host is None or needed <= host else _sentence(needed, host, "in host memory")
 
     wanted = manifest.context_tokens if asked is None else asked
