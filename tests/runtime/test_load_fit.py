@@ -167,6 +167,29 @@ def test_a_gpu_that_others_use_as_well(
     assert with_gpu(None, estimate.device_bytes + host) == 1000
 
 
+def test_what_was_made_for_a_gpu_takes_its_memory_from_the_host_on_a_cpu(
+    make_checkpoint: Callable[..., Path],
+    make_artifact: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = make_artifact(make_checkpoint("odd"), profile="a100", context_tokens=2048)
+    opened = open_artifact(made)
+    work = Workload(1000, tiles_per_image=5, chunk_tokens=opened.manifest.prefill_chunk)
+    estimate = planned_memory(opened.manifest, work)
+    both = max(
+        estimate.host[phase].total
+        - estimate.host[phase].process
+        + terms.total
+        - terms.driver_context
+        for phase, terms in estimate.device.items()
+    )
+
+    free(monkeypatch, both)
+    assert fit_at_load(opened, "cpu").context_tokens == 1000
+    free(monkeypatch, both - 1)
+    assert fit_at_load(opened, "cpu").context_tokens == 999
+
+
 def test_a_gpu_takes_an_int8_cache_where_its_kernels_read_one(
     make_checkpoint: Callable[..., Path],
     make_artifact: Callable[..., Path],
