@@ -1,6 +1,7 @@
 """The decoder graph: one graph for prompt and decode, its cache updated in place.
 
-    inputs_embeds [1, tokens, hidden], seqlens_k, total_sequence_length, logits_to_keep,
+    inputs_embeds [1, tokens, hidden], seqlens_k, total_sequence_length, logits_to_keep
+    (cuda flavour: logits_start, its negative),
     past_key_values.N.{key,value} [1, kv_heads, capacity, head_dim]
         → logits float32 [1, logits_to_keep, vocab], present.N.{key,value}
 
@@ -30,6 +31,7 @@ from llava_edge.convert.linear_ops import (
 )
 from llava_edge.convert.weights import Array, TensorSource, vectors
 from llava_edge.profiles.model_dims import TextDims
+from llava_edge.runtime.kept_logits import LOGITS_START, LOGITS_TO_KEEP
 
 
 def rope_tables(text: TextDims, num_positions: int) -> tuple[Array, Array]:
@@ -75,7 +77,8 @@ def build_decoder_graph(
         "seqlens_k": g.input("seqlens_k", "int32", [1]),
         "total_sequence_length": g.input("total_sequence_length", "int32", []),
     }
-    keep = g.input("logits_to_keep", "int64", [])
+    starts = compute == np.float16
+    kept = g.input(*((LOGITS_START, "int64", [1]) if starts else (LOGITS_TO_KEEP, "int64", [])))
     cosine, sine = rope_tables(text, context_tokens)
     inputs["cos_cache"] = g.vector("cos_cache", cosine)
     inputs["sin_cache"] = g.vector("sin_cache", sine)
@@ -101,7 +104,7 @@ def build_decoder_graph(
         normed, residual = _add_norm(g, text, source, norm, residual, mixed)
         delta = _mlp(g, text, ops, f"{prefix}.mlp", normed)
     assert delta is not None
-    logits = _head(g, text, source, ops, residual, delta, keep)
+    logits = _head(g, text, source, ops, residual, delta, kept)
     # float32 in both flavours: sampling never sees fp16 ties.
     g.output(logits, "logits", "float32", [1, "logits_to_keep", text.vocab_size])
     if num_best:
@@ -225,13 +228,15 @@ def _head(
     ops: LinearOps,
     residual: ir.Value,
     delta: ir.Value,
-    keep: ir.Value,
+    kept: ir.Value,
 ) -> ir.Value:
-    # Slicing from −keep: 0 starts at the first position, which is "all", as in the reference.
-    start = g.op("Unsqueeze", g.op("Neg", keep), g.integers(0))
+    # From the end: 0 starts at the first position, which is "all", as in the reference.
+    start = kept
+    if kept.name == LOGITS_TO_KEEP:
+        start = g.op("Unsqueeze", g.op("Neg", kept), g.integers(0))
     end, axis = g.integers(np.iinfo(np.int64).max), g.integers(1)
-    kept = [g.op("Slice", value, start, end, axis) for value in (residual, delta)]
-    normed, _ = _add_norm(g, text, source, "language_model.norm", kept[0], kept[1])
+    last = [g.op("Slice", value, start, end, axis) for value in (residual, delta)]
+    normed, _ = _add_norm(g, text, source, "language_model.norm", last[0], last[1])
     logits = ops.head(g, normed, text.hidden_size, text.vocab_size)
     if g.compute == np.float32:
         return logits

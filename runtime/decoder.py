@@ -16,6 +16,7 @@ from llava_edge.profiles.errors import PromptError
 from llava_edge.profiles.model_dims import TextDims
 from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.best_logits import BestLogits
+from llava_edge.runtime.kept_logits import kept_logits
 from llava_edge.runtime.kv_cache import KVCache
 from llava_edge.runtime.session import Array, Buffer, Session
 
@@ -66,7 +67,8 @@ class Decoder:
         # Lengths: total minus one on the device, the total itself in host memory.
         self._last = Buffer((1,), np.int32, device)
         self._total = Buffer.over(np.array(capacity, np.int32))
-        self._keep = Buffer.over(np.array(1, np.int64))
+        ((self._keep_name, one),) = kept_logits(session, 1).items()
+        self._keep = Buffer.over(one)
         self._logits = Buffer((1, 1, text.vocab_size), np.float32, device)
         self._row = Buffer((1, 1, text.hidden_size), dtype, device)
         self._num_best = num_best
@@ -84,7 +86,7 @@ class Decoder:
             {
                 "seqlens_k": self._last,
                 "total_sequence_length": self._total,
-                "logits_to_keep": self._keep,
+                self._keep_name: self._keep,
             }
         )
         binding.output("logits", self._logits)
@@ -151,7 +153,7 @@ class Decoder:
         if keep > 1:
             shape = (1, keep, logits.shape[-1])
             logits = Buffer(shape, np.float32, self._session.device)
-        self._keep.write(np.array(keep, np.int64))
+        self._ask_logits(keep)
         self._prefill.input("inputs_embeds", rows)
         self._prefill.output("logits", logits)
         try:
@@ -160,8 +162,12 @@ class Decoder:
             # Buffers of one call must not outlive it: a binding would pin their memory.
             self._prefill.input("inputs_embeds", self._row)
             self._prefill.output("logits", self._logits)
-            self._keep.write(np.array(1, np.int64))
+            self._ask_logits(1)
         return logits
+
+    def _ask_logits(self, count: int) -> None:
+        """Of the last ``count`` positions of the next run."""
+        self._keep.write(kept_logits(self._session, count)[self._keep_name])
 
     @property
     def picks_best(self) -> bool:
@@ -221,12 +227,12 @@ class Decoder:
             )
         bound = self._rows(count)
         bound.embeddings.write(rows[None])
-        self._keep.write(np.array(count, np.int64))
+        self._ask_logits(count)
         first, before = self.length + 1, self._session.run_seconds
         try:
             self._run(bound.binding, count)
         finally:
-            self._keep.write(np.array(1, np.int64))
+            self._ask_logits(1)
         self.step_seconds += self._session.run_seconds - before
         self.cache.rewind(first)
         self._on_trial = count - 1

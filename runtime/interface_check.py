@@ -7,11 +7,13 @@ fail at the first question, far from its cause.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 
 from llava_edge.profiles.buffers import BEST_TOKENS, cache_scale_shape
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.profiles.model_dims import ModelDims, TextDims
 from llava_edge.runtime.artifact import Artifact
+from llava_edge.runtime.kept_logits import LOGITS_START, LOGITS_TO_KEEP
 from llava_edge.runtime.manifest import Manifest, TensorSpec
 from llava_edge.runtime.onnx_header import ELEMENT_TYPES, OnnxHeader, read_onnx_header
 from llava_edge.runtime.pooling import POOLING
@@ -89,7 +91,8 @@ def interface_faults(manifest: Manifest) -> Iterator[str]:
     logits: Expected = {"logits": ("float32", (1, None, dims.text.vocab_size))}
     for cache, spec in manifest.decoders.items():
         what = "decoder" if cache == compute else f"decoder with {cache} cache:"
-        inputs = _decoder_inputs(dims, compute) | _caches(dims, cache, "past_key_values")
+        asked = {tensor.name for tensor in spec.inputs}
+        inputs = _decoder_inputs(dims, compute, asked) | _caches(dims, cache, "past_key_values")
         yield from _faults(f"{what} inputs", spec.inputs, inputs)
         outputs = logits | _caches(dims, cache, "present")
         # Not every artifact has them: the runtime then takes all logits.
@@ -99,12 +102,15 @@ def interface_faults(manifest: Manifest) -> Iterator[str]:
         yield from _faults(f"{what} outputs", spec.outputs, outputs)
 
 
-def _decoder_inputs(dims: ModelDims, compute: str) -> Expected:
+def _decoder_inputs(dims: ModelDims, compute: str, asked: AbstractSet[str]) -> Expected:
+    # The cuda flavour has the second form; its artifacts of before have the first.
+    start = LOGITS_START in asked and compute == "float16"
+    kept: Expected = {LOGITS_START: ("int64", (1,))} if start else {LOGITS_TO_KEEP: ("int64", ())}
     return {
         "inputs_embeds": (compute, (1, None, dims.text.hidden_size)),
         "seqlens_k": ("int32", (1,)),
         "total_sequence_length": ("int32", ()),
-        "logits_to_keep": ("int64", ()),
+        **kept,
     }
 
 

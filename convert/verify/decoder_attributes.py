@@ -12,6 +12,7 @@ from llava_edge.convert.verify.graph_attributes import (
     WiringError,
 )
 from llava_edge.convert.verify.graph_file import attribute
+from llava_edge.runtime.kept_logits import LOGITS_START, LOGITS_TO_KEEP
 
 _LENGTHS = ("seqlens_k", "total_sequence_length")
 _FLOAT = 1
@@ -104,7 +105,7 @@ def _head(walk: GraphWalk) -> LinearAttributes:
 
 
 def _final_norm(walk: GraphWalk, hidden: str) -> tuple[NormAttributes, str, str]:
-    """The last norm, and the residual and delta in front of the cut to ``logits_to_keep``."""
+    """The last norm, and the residual and delta in front of the cut to the kept positions."""
     norm, last_residual, last_delta, _ = walk.rms_norm(hidden)
     values: list[str] = []
     for name in (last_residual, last_delta):
@@ -112,10 +113,12 @@ def _final_norm(walk: GraphWalk, hidden: str) -> tuple[NormAttributes, str, str]
             raise WiringError(f"{walk.graph.label}, node {norm.node}: it adds no layer's output")
         node, value, _, axes, _ = walk.cut(name)
         walk.expect(node, "axes", axes, [1])
-        start = walk.made_by(node.input[1], "Unsqueeze")
-        walk.expect_numbers(start, 1, "axes", [0])
-        negative = walk.made_by(start.input[0], "Neg")
-        walk.expect(negative, "what it negates", negative.input[0], "logits_to_keep")
+        if node.input[1] != LOGITS_START:
+            # As an input it is what the runtime writes; of the other name it is worked out here.
+            start = walk.made_by(node.input[1], "Unsqueeze")
+            walk.expect_numbers(start, 1, "axes", [0])
+            negative = walk.made_by(start.input[0], "Neg")
+            walk.expect(negative, "what it negates", negative.input[0], LOGITS_TO_KEEP)
         values.append(value)
     return norm, values[0], values[1]
 

@@ -23,10 +23,12 @@ from onnx import TensorProto, helper
 from llava_edge.convert.verify.graph_view import GraphView
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.profiles.model_dims import ModelDims, TextDims
+from llava_edge.runtime.kept_logits import LOGITS_START, LOGITS_TO_KEEP
 from llava_edge.runtime.session import Session, SessionOptions
 
 _INPUT_NORM = "language_model.layers.{}.input_layernorm"
 _FINAL_NORM = "language_model.norm"
+_KEPT = (LOGITS_TO_KEEP, LOGITS_START)
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class DecoderGraph:
             if value.name in read and (value.name not in made) and value.name != "inputs_embeds"
         ]
         embeds = next(value for value in graph.input if value.name == "inputs_embeds")
-        keep = next(value for value in graph.input if value.name == "logits_to_keep")
+        keep = next(value for value in graph.input if value.name in _KEPT)
         outputs = [value for value in graph.output if value.name in made and value.name != "logits"]
         width = text.vocab_size if has_head else text.hidden_size
         logits = helper.make_tensor_value_info(
@@ -108,7 +110,7 @@ class DecoderGraph:
         )
         others = [helper.make_empty_tensor_value_info(name) for name in extra if name != "logits"]
         names = [value.name for value in inputs]
-        if "logits_to_keep" not in names:
+        if keep.name not in names:
             inputs.append(keep)
         small = helper.make_graph(
             nodes,
@@ -135,7 +137,7 @@ class DecoderGraph:
 
         Keys are canonical module names; ``…self_attn.qkv`` stands for the three projections side by
         side, ``…self_attn`` for what the output projection reads. The last layer brings the final
-        norm and the head, whose rows are those that ``logits_to_keep`` asks for.
+        norm and the head, whose rows are those that are asked for.
         """
         prefix = f"language_model.layers.{layer}"
         attention = self._view.node(f"{prefix}.self_attn.attention")
@@ -205,13 +207,19 @@ class DecoderGraph:
             helper.make_node("Constant", [], [name], value=_tensor(array, name))
             for name, array in numbers.items()
         ]
+        start, place = [], LOGITS_START
+        if not any(value.name == LOGITS_START for value in self._view.model.graph.input):
+            place = "slice_start"
+            start = [
+                helper.make_node("Neg", [LOGITS_TO_KEEP], ["slice_minus"]),
+                helper.make_node("Unsqueeze", ["slice_minus", "slice_zero"], [place]),
+            ]
         return [
             *constants,
             helper.make_node("Add", [residual, delta], ["slice_sum"]),
-            helper.make_node("Neg", ["logits_to_keep"], ["slice_minus"]),
-            helper.make_node("Unsqueeze", ["slice_minus", "slice_zero"], ["slice_start"]),
+            *start,
             helper.make_node(
-                "Slice", ["slice_sum", "slice_start", "slice_end", "slice_axis"], ["slice_rows"]
+                "Slice", ["slice_sum", place, "slice_end", "slice_axis"], ["slice_rows"]
             ),
             helper.make_node("Cast", ["slice_rows"], ["logits"], to=TensorProto.FLOAT),
         ]

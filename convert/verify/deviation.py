@@ -20,6 +20,7 @@ from llava_edge.convert.verify.subject import Subject
 from llava_edge.convert.verify.vision_values import VisionValues
 from llava_edge.runtime.bounds import Bounds
 from llava_edge.runtime.certificate import Deviation
+from llava_edge.runtime.kept_logits import kept_logits
 from llava_edge.runtime.pooling import POOLING, pooling_index
 from llava_edge.runtime.session import Array, Session
 
@@ -145,18 +146,18 @@ def _run_layer(
     names = list(values.values())
     cut = subject.graph.slice(layer, layer + 1, names)
     session = cut.open(subject.options)
-    feeds = _feeds(subject, rows, cut.text.num_key_value_heads, len(answer.positions.kept))
+    feeds = _feeds(subject, rows, cut.text.num_key_value_heads)
+    feeds |= kept_logits(session, len(answer.positions.kept))
     return dict(zip(values, session.run(feeds, names), strict=True))
 
 
-def _feeds(subject: Subject, rows: Array, heads: int, keep: int) -> dict[str, Array]:
+def _feeds(subject: Subject, rows: Array, heads: int) -> dict[str, Array]:
     count = len(rows)
     shape = (1, heads, count, subject.dims.text.head_dim)
     return {
         "inputs_embeds": rows[None].astype(subject.dtype),
         "seqlens_k": np.array([count - 1], np.int32),
         "total_sequence_length": np.array(count, np.int32),
-        "logits_to_keep": np.array(keep, np.int64),
         "past_key_values.0.key": np.zeros(shape, subject.dtype),
         "past_key_values.0.value": np.zeros(shape, subject.dtype),
     }

@@ -19,6 +19,7 @@ from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.decoder import Decoder, FillEmbeddings
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.instructions import needs_wide_sums
+from llava_edge.runtime.kept_logits import kept_logits
 from llava_edge.runtime.kv_cache import KVCache
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.planned_memory import stored_isa
@@ -197,7 +198,7 @@ class Subject:
                 "inputs_embeds": rows[None, start:stop].astype(self.dtype),
                 "seqlens_k": np.array([stop - 1], np.int32),
                 "total_sequence_length": np.array(positions.total, np.int32),
-                "logits_to_keep": np.array(1, np.int64),
+                **kept_logits(session, 1),
                 "past_key_values.0.key": caches[0],
                 "past_key_values.0.value": caches[1],
             }
@@ -214,7 +215,7 @@ class Subject:
         session = self.graph.slice(count, count).open(self.options)
         feeds = {
             "inputs_embeds": states[None].astype(self.dtype),
-            "logits_to_keep": np.array(0, np.int64),
+            **kept_logits(session, 0),
         }
         (logits,) = session.run(feeds, ["logits"])
         found: Array = logits[0]

@@ -105,8 +105,10 @@ def _first_position(copy: Tampered) -> None:
     graph = copy.model("decoder").graph
     for node in copy.nodes("decoder", "Slice"):
         keep = f"{node.name}_keep"
-        unsqueeze = helper.make_node("Unsqueeze", ["logits_to_keep", "int64_0"], [keep], keep)
-        graph.node.insert(list(graph.node).index(node), unsqueeze)
+        count = helper.make_node("Unsqueeze", ["logits_to_keep", "int64_0"], [keep], keep)
+        if any(value.name == "logits_start" for value in graph.input):
+            count = helper.make_node("Neg", ["logits_start"], [keep], keep)
+        graph.node.insert(list(graph.node).index(node), count)
         copy.set_constant("decoder", node.name, 1, np.array([0], np.int64))
         node.input[2] = keep
 

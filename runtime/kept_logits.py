@@ -1,0 +1,31 @@
+"""How a decoder graph is told which positions to give logits for: the last ones, by their number.
+
+The cpu flavour has the reference's input, the number itself. The cuda flavour has the place where
+the kept positions start, counted from the end: what cuts rows reads it as it is in host memory.
+Working it out of the number would be nodes of the graph, and ONNX Runtime runs those on the GPU,
+with a copy there and one back in every run; it does not record a graph that has such copies.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llava_edge.runtime.session import Array, Session
+
+LOGITS_TO_KEEP = "logits_to_keep"
+"""int64 scalar: so many of the last positions; 0 means all."""
+
+LOGITS_START = "logits_start"
+"""int64 [1]: ``-logits_to_keep``; 0 means all here too."""
+
+
+def kept_logits(session: Session, count: int) -> dict[str, Array]:
+    """The input that asks for logits of the last ``count`` positions, by its name.
+
+    Args:
+        session: a decoder graph, or a part of one.
+        count: 0 asks for all positions.
+    """
+    if session.has_input(LOGITS_START):
+        return {LOGITS_START: np.array([-count], np.int64)}
+    return {LOGITS_TO_KEEP: np.array(count, np.int64)}

@@ -1,0 +1,29 @@
+/* Device memory of the stand-in, shared by its files. */
+#ifndef STAND_IN_MEMORY_H
+#define STAND_IN_MEMORY_H
+
+#include <stddef.h>
+
+/* What a device pointer stands for on the host; NULL where [pointer, pointer + size) is not within
+   one allocation. The pointer itself cannot be read: its pages are not accessible. */
+void *stand_in_host_view(const void *pointer, size_t size);
+
+/* Whether a pointer lies in the device's address range. */
+int stand_in_is_device(const void *pointer);
+
+/* An allocation of at least size bytes, NULL where the device has no room left. */
+void *stand_in_take(size_t size);
+
+/* Gives an allocation back; 0 where it is none. */
+int stand_in_give(void *pointer);
+
+/* Bytes in use now, at most since the last reset, and of the whole device; the context is counted. */
+size_t stand_in_used(void);
+size_t stand_in_peak(void);
+size_t stand_in_total(void);
+void stand_in_reset_peak(void);
+
+/* The context is created by the first call that needs one, as the driver does it. */
+void stand_in_need_context(void);
+
+#endif
