@@ -8,6 +8,7 @@ READY := $(VENV)/ready
 INTEROP := .venv-interop
 GPU_VENV := .venv-gpu
 GPU_EXTRAS := gpu,cuda,convert,bench,dev,tensorrt,video
+STAND_IN := build/cuda-stand-in
 
 PROFILE ?= cpu-16gb
 CHECKPOINT ?=
@@ -21,7 +22,7 @@ MODELS ?=
 SECONDS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo convert test test-gpu gpu-suite gpu-check gpu-measure test-slow faults fuzz soak test-interop bench bench-convert bench-pages lint typecheck format clean
+.PHONY: help install demo convert test test-cuda test-gpu gpu-suite gpu-check gpu-measure test-slow faults fuzz soak test-interop bench bench-convert bench-pages lint typecheck format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,7 +41,19 @@ convert: $(READY) ## make convert PROFILE=a100 [CHECKPOINT=folder or hub id | MO
 	$(BIN)/llava-edge convert $(CHECKPOINT) $(if $(OUT),--out $(OUT)) $(if $(MODEL),--model $(MODEL)) --profile $(PROFILE) $(if $(PRECISION),--precision $(PRECISION))
 
 test: $(READY) ## the test suite without its slow proofs, on all cores
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow and not gpu"
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow and not gpu and not stand_in"
+
+$(STAND_IN)/ready: $(READY) constraints.txt
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade --target $(STAND_IN)/site onnxruntime-gpu
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade --target $(STAND_IN)/headers nvidia-cuda-runtime nvidia-cuda-crt
+	@touch $@
+
+$(STAND_IN)/lib/ready: $(STAND_IN)/ready $(wildcard tests/cuda_stand_in/*.[ch]) tests/cuda_stand_in/build.py
+	$(BIN)/python -m tests.cuda_stand_in.build $(STAND_IN)/headers $(STAND_IN)/lib
+	@touch $@
+
+test-cuda: $(STAND_IN)/lib/ready ## ONNX Runtime's CUDA provider without a GPU: placement, memory, copies, launches, recording
+	LD_LIBRARY_PATH=$(CURDIR)/$(STAND_IN)/lib PYTHONPATH=$(CURDIR)/$(STAND_IN)/site $(BIN)/python -m pytest -m stand_in tests/cuda_stand_in
 
 test-gpu: ## what needs an NVIDIA GPU, in .venv-gpu with onnxruntime-gpu
 	$(MAKE) VENV=$(GPU_VENV) EXTRAS=$(GPU_EXTRAS) gpu-suite
