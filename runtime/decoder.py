@@ -152,7 +152,7 @@ class Decoder:
         logits = self._logits
         if keep > 1:
             shape = (1, keep, logits.shape[-1])
-            logits = Buffer(shape, np.float32, self._session.device)
+            logits = Buffer.unwritten(shape, np.float32, self._session.device)
         self._ask_logits(keep)
         self._prefill.input("inputs_embeds", rows)
         self._prefill.output("logits", logits)
@@ -326,11 +326,7 @@ class Decoder:
         return self._several[count]
 
     def _device_rows(self, rows: Array) -> Buffer:
-        if self._session.device == "cpu":
-            return Buffer.over(rows)
-        buffer = Buffer(rows.shape, self._dtype, self._session.device)
-        buffer.write(rows)
-        return buffer
+        return Buffer.holding(rows, self._session.device)
 
     def _run(
         self, binding: Any, num_tokens: int, *, shrink: bool = False, replay: bool = False

@@ -52,9 +52,8 @@ class DeviceBatches(ABC):
             EngineError: what runs the tower, or CUDA, failed.
         """
         for start in range(0, len(pixel_values), self._tiles_per_batch):
-            tiles = pixel_values[start : start + self._tiles_per_batch]
-            pixels = Buffer(tiles.shape, np.float16, self._device)
-            pixels.write(tiles)
+            tiles = pixel_values[start : start + self._tiles_per_batch].astype(np.float16)
+            pixels = Buffer.holding(tiles, self._device)
             self._encode_batch(pixels, rows.address(first_row + start * self._feature_shape[0]))
 
     @abstractmethod

@@ -19,7 +19,7 @@ class DeviceRows:
     def __init__(self, shape: tuple[int, int], cuda: CudaRuntime) -> None:
         self.shape = shape
         self._cuda = cuda
-        self._buffer = Buffer(shape, np.float16, "cuda")
+        self._buffer = Buffer.unwritten(shape, np.float16, "cuda")
         self._row_bytes = shape[1] * np.dtype(np.float16).itemsize
 
     def address(self, row: int) -> int:

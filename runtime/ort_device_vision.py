@@ -35,7 +35,7 @@ class OrtDeviceEncoder(DeviceBatches):
 
     def _encode_batch(self, pixels: Buffer, target: int) -> None:
         shape = (pixels.shape[0], *self._feature_shape)
-        features = Buffer(shape, np.float16, self._session.device)
+        features = Buffer.unwritten(shape, np.float16, self._session.device)
         binding = self._session.binding()
         binding.input("pixel_values", pixels)
         binding.output("image_features", features)

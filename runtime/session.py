@@ -45,8 +45,8 @@ _WARNINGS, _ERRORS = 2, 3
 """ONNX Runtime's levels of what it writes to stderr."""
 _OUT_OF_MEMORY = (
     *("failed to allocate memory", "out of memory", "bad allocation", "bad_alloc"),
-    # What an arena says of its limit.
-    "available memory of",
+    # What an arena says of its limit, and cuBLAS of its workspace (CUBLAS_STATUS_ALLOC_FAILED).
+    *("available memory of", "cublas failure 3"),
 )
 
 
@@ -84,7 +84,7 @@ class Buffer:
 
     def __init__(self, shape: Sequence[int], dtype: type[np.generic], device: DeviceKind) -> None:
         self.shape = tuple(shape)
-        self.dtype = np.dtype(dtype)
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
         self.device = device
         self.array: Array | None = None
         what = f"a buffer {self.dtype.name}{list(self.shape)}"
@@ -96,9 +96,40 @@ class Buffer:
                 self.array = zeros
                 self.value = ort.OrtValue.ortvalue_from_numpy(zeros)
             else:
-                _preload_cuda()
-                _take_exact_memory()
-                self.value = _on_device(zeros, device)
+                self.value = Buffer.holding(zeros, device).value
+
+    @classmethod
+    def holding(cls, array: Array, device: DeviceKind) -> Buffer:
+        """A buffer with the content of an array: copied to another device, shared on the CPU."""
+        contiguous = np.ascontiguousarray(array)
+        if device == "cpu":
+            return cls.over(contiguous)
+        return cls._outside(contiguous.shape, contiguous.dtype, device, contiguous)
+
+    @classmethod
+    def unwritten(cls, shape: Sequence[int], dtype: type[np.generic], device: DeviceKind) -> Buffer:
+        """A buffer that a run writes whole before anybody reads it; zeros on the CPU.
+
+        Zeros for another device are made on the host and copied: for features of a full image that
+        takes longer than a part of what computes them.
+        """
+        if device == "cpu":
+            return cls(shape, dtype, device)
+        return cls._outside(shape, np.dtype(dtype), device, None)
+
+    @classmethod
+    def _outside(
+        cls, shape: Sequence[int], dtype: np.dtype[Any], device: DeviceKind, array: Array | None
+    ) -> Buffer:
+        buffer = cls.__new__(cls)
+        buffer.shape, buffer.dtype, buffer.device = tuple(shape), dtype, device
+        buffer.array = None
+        with _mapped_errors(f"allocating a buffer {dtype.name}{list(shape)} on {device}"):
+            _preload_cuda()
+            _take_exact_memory()
+            given = _room_on_device(buffer.shape, dtype, device) if array is None else None
+            buffer.value = given if array is None else _on_device(array, device)
+        return buffer
 
     @classmethod
     def over(cls, array: Array) -> Buffer:
@@ -181,6 +212,10 @@ def _take_exact_memory() -> None:
 
 def _on_device(array: Array, device: DeviceKind) -> Any:
     return ort.OrtValue.ortvalue_from_numpy(array, device, 0)
+
+
+def _room_on_device(shape: tuple[int, ...], dtype: np.dtype[Any], device: DeviceKind) -> Any:
+    return ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, device, 0)
 
 
 @dataclass(frozen=True)
@@ -423,11 +458,11 @@ def _mapped_errors(act: str) -> Iterator[None]:
 
 def _map_error(error: Exception, act: str) -> Exception:
     text = str(error).strip().replace("\n", " ")
-    if isinstance(error, MemoryError) or any(mark in text.lower() for mark in _OUT_OF_MEMORY):
-        return OutOfMemoryError(
-            f"memory ran out while {act}: {text[:300]}. Use a smaller context, a lower grid, or "
-            "an artifact of lower precision."
-        )
     # What CUDA said stands at the end, behind where in the source it was said.
     shown = text if len(text) <= 500 else f"{text[:150]} … {text[-350:]}"
+    if isinstance(error, MemoryError) or any(mark in text.lower() for mark in _OUT_OF_MEMORY):
+        return OutOfMemoryError(
+            f"memory ran out while {act}: {shown}. Use a smaller context, a lower grid, or "
+            "an artifact of lower precision."
+        )
     return EngineError(f"ONNX Runtime {ort.__version__} failed while {act}: {shown}")

@@ -54,17 +54,14 @@ class VisionEncoder:
         binding = self._session.binding()
         if self._pools:
             index = pooling_index(self._vision, out.shape[1])
-            pooling = Buffer(index.shape, np.int64, self._session.device)
-            pooling.write(index)
-            binding.input(POOLING, pooling)
+            binding.input(POOLING, Buffer.holding(index, self._session.device))
         if self._session.device == "cpu":
             binding.input("pixel_values", Buffer.over(tiles))
             binding.output("image_features", Buffer.over(out))
             binding.run(shrink=True)
             return
-        pixels = Buffer(tiles.shape, self._dtype, self._session.device)
-        pixels.write(tiles)
-        features = Buffer(out.shape, self._dtype, self._session.device)
+        pixels = Buffer.holding(tiles, self._session.device)
+        features = Buffer.unwritten(out.shape, self._dtype, self._session.device)
         binding.input("pixel_values", pixels)
         binding.output("image_features", features)
         binding.run()

@@ -179,10 +179,12 @@ def install(
     """Make this process believe in a GPU; its device memory and provider are the CPU's."""
     providers = {"cpu": "CPUExecutionProvider", "cuda": "CPUExecutionProvider"}
     monkeypatch.setattr(session, "_PROVIDERS", providers)
+    as_value = onnxruntime.OrtValue.ortvalue_from_numpy
+    # A copy, as on a device: what the host writes into the array later must not be seen.
+    monkeypatch.setattr(session, "_on_device", lambda array, _: as_value(array.copy()))
+    # Memory that nobody wrote holds anything but zeros.
     monkeypatch.setattr(
-        session,
-        "_on_device",
-        lambda array, _: onnxruntime.OrtValue.ortvalue_from_numpy(array),
+        session, "_room_on_device", lambda shape, dtype, _: as_value(np.full(shape, 77, dtype))
     )
     monkeypatch.setattr(CudaRuntime, "open", lambda: CudaRuntime(cudart))
     monkeypatch.setitem(sys.modules, "tensorrt", None)

@@ -49,7 +49,9 @@ int cublasGetMathMode(Handle *handle, int *mode) {
 }
 
 const char *cublasGetStatusName(int status) { return status ? "CUBLAS_STATUS" : "CUBLAS_STATUS_SUCCESS"; }
-const char *cublasGetStatusString(int status) { return status ? "failed" : "success"; }
+const char *cublasGetStatusString(int status) {
+    return status == 3 ? "the resource allocation failed" : status ? "failed" : "success";
+}
 
 #define PRODUCT(product)                                                                                  \
     int product(Handle *handle) {                                                                         \

@@ -40,8 +40,10 @@ def empty_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "InferenceSession", without_options)
     names = {"cpu": "CPUExecutionProvider", "cuda": TAKES_NOTHING}
     monkeypatch.setattr(session, "_PROVIDERS", names)
+    as_value = onnxruntime.OrtValue.ortvalue_from_numpy
+    monkeypatch.setattr(session, "_on_device", lambda array, _: as_value(array.copy()))
     monkeypatch.setattr(
-        session, "_on_device", lambda array, _: onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        session, "_room_on_device", lambda shape, dtype, _: as_value(np.full(shape, 77, dtype))
     )
 
 
