@@ -39,7 +39,7 @@ from llava_edge.profiles.plan import (
     RejectedCandidate,
 )
 from llava_edge.profiles.sizes import format_bytes
-from llava_edge.profiles.speed import Prediction, predict_speed
+from llava_edge.profiles.speed import Prediction, predict_speed, steps_read_codes
 from llava_edge.profiles.variants import Variant, candidates
 
 Prefer = Literal["largest", "quality", "speed"]
@@ -467,10 +467,15 @@ class _Search:
                 "is then made again with them (--vision-precision fp16 turns it off)."
             )
         if self.request.cache == "int8" and self.profile.flavour == "cuda":
+            steps = (
+                "steps read the codes"
+                if steps_read_codes(c.variant.dims.text)
+                else "so do steps, as this model's heads do not suit the kernels that read codes, "
+                "and decoding is predicted slower than with a float16 cache"
+            )
             notes.append(
-                "an int8 cache on a GPU is planned for kernels that first make float16 of one "
-                "layer's codes: that memory is counted in attention_workspace, and decoding is "
-                "predicted slower than with a float16 cache. Neither was measured on a GPU."
+                "with an int8 cache on a GPU, prompts make float16 of one layer's codes, counted "
+                f"in attention_workspace; {steps}. Its speed was not measured on a GPU."
             )
         if c.sized.engine == "tensorrt-rtx" and self.profile.rtx_target is None:
             notes.append(

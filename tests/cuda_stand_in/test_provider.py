@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from llava_edge.profiles.errors import EngineError
+from llava_edge.profiles.speed import steps_read_codes
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.cuda_options import CudaOptions
 from llava_edge.runtime.decoder import Decoder
@@ -60,7 +61,7 @@ def prefill(decoder: Decoder, tokens: int = PROMPT) -> None:
 
 def step(cuda: StandIn, decoder: Decoder) -> Record:
     with cuda.record() as record:
-        decoder.step_best(np.zeros(512, np.float16))
+        decoder.step_best(np.zeros(decoder._hidden, np.float16))
     return record
 
 
@@ -142,6 +143,30 @@ def test_a_step_with_an_int8_cache_reads_the_codes(
 
     assert kernels["kernel_mha"] == kernels["ScaleHeadsByChannelScaleKernel"] == LAYERS
     assert not any(name.startswith("Dequantize") for name in kernels)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"),
+    [(4, 4, 128), (4, 2, 128), (7, 1, 128), (8, 1, 64), (4, 1, 96)],
+)
+def test_the_speed_model_knows_which_heads_read_codes(
+    cuda: StandIn,
+    make_checkpoint: Callable[..., Path],
+    make_artifact: Callable[..., Path],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> None:
+    sizes = {**SIZES, "heads": heads, "kv_heads": kv_heads, "hidden_size": heads * head_dim}
+    checkpoint = make_checkpoint("tiny", **{**sizes, "layers": 1})
+    how = {"profile": "a100", "precision": "fp16", "context_tokens": CONTEXT, "cache": "int8"}
+    artifact = open_artifact(make_artifact(checkpoint, **how))
+
+    kernels = settled(cuda, decoder_of(artifact, "int8")).counted()
+
+    reads = steps_read_codes(artifact.manifest.model.text)
+    assert kernels["kernel_mha"] == (1 if reads else 0)
+    assert kernels["DequantizeKVPairKernel"] == (0 if reads else 1)
 
 
 @pytest.mark.parametrize("cache", ["float16", "int8"])

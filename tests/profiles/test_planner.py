@@ -366,7 +366,7 @@ def test_a_smaller_cache_type_fits_more_context() -> None:
     assert narrow.context_tokens > wide.context_tokens
 
 
-def test_an_int8_cache_makes_room_on_a_gpu_and_is_predicted_slower() -> None:
+def test_an_int8_cache_makes_room_on_a_gpu_and_is_slower_without_a_kernel_for_it() -> None:
     board = load_profile("rtx-4070-12gb")
     request = ask("llava-v1.6-vicuna-13b", precision="int4")
     wide = plan_deployment(board, request)
@@ -380,8 +380,31 @@ def test_an_int8_cache_makes_room_on_a_gpu_and_is_predicted_slower() -> None:
     assert codes["attention_workspace"] > floats["attention_workspace"]
     rates = [each.plan.predicted.decode_tokens_per_second or 0.0 for each in (wide, coded)]
     assert 0 < rates[1] < rates[0]
-    assert any("Neither was measured on a GPU" in note for note in coded.notes)
+    assert any("so do steps, as this model's heads do not suit" in note for note in coded.notes)
     assert not any("int8 cache" in note for note in wide.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "reads"),
+    [
+        ("llava-v1.6-mistral-7b", True),
+        ("llama3-llava-next-8b", True),
+        ("llava-v1.6-vicuna-7b", False),
+        ("llava-v1.6-34b", False),
+        ("llava-next-72b", False),
+        ("llava-next-110b", True),
+    ],
+)
+def test_steps_that_read_codes_are_predicted_faster(name: str, reads: bool) -> None:
+    board = load_profile("h200")
+    rates, notes = [], ()
+    for kind in (None, "int8"):
+        request = ask(name, precision="int4", cache=kind, context_tokens=8192)
+        result = plan_deployment(board, request)
+        rates.append(result.plan.predicted.decode_tokens_per_second or 0.0)
+        notes = result.notes
+    assert (rates[1] > rates[0]) is reads
+    assert any("steps read the codes" in note for note in notes) is reads
 
 
 def test_an_int8_cache_is_refused_where_no_kernel_reads_it() -> None:
