@@ -40,6 +40,9 @@ CHOICES: Mapping[str, Mapping[str, Any]] = {
     "all logits": {"cuda": {"best_on_device": False}},
     "features on the device": {"cuda": {"features_on_device": True}},
     "doubling arena": {"cuda": {"exact_arena": False}},
+    # XQA takes three launches a layer and a fill, flash attention one; a switch of ONNX Runtime's.
+    "flash steps": {"environment": {"ORT_ENABLE_XQA": "0"}},
+    "graph, flash steps": {"cuda": {"graph": True}, "environment": {"ORT_ENABLE_XQA": "0"}},
     **{f"chunk {tokens}": {"prefill_chunk": tokens} for tokens in (256, 512, 1024, 2048, 4096)},
 }
 """Settings of a round beside those of the artifact as it is."""
@@ -47,7 +50,7 @@ CHOICES: Mapping[str, Mapping[str, Any]] = {
 INT8_CACHE = "cache = int8"
 """A choice at every precision, of an artifact of its own: its scales take a calibration."""
 
-_OF_QUANTISED = ("graph", "chunk 512", "chunk 2048")
+_OF_QUANTISED = ("graph", "flash steps", "graph, flash steps", "chunk 512", "chunk 2048")
 
 Entries = Mapping[str, Any]
 Act = Callable[[GpuPlace, Entries], dict[str, Any]]

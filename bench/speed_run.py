@@ -38,6 +38,7 @@ class SpeedSettings:
         contexts: lengths of prompts of text that are asked as well, to see how decoding falls.
         prefill_chunk: positions computed at once in prefill; None for the artifact's own.
         cuda: fields of ``CudaOptions`` that differ from their defaults.
+        environment: variables of the process that is measured, beside this one's.
         timeout_seconds: of a round; None for no limit.
     """
 
@@ -55,6 +56,7 @@ class SpeedSettings:
     contexts: tuple[int, ...] = ()
     prefill_chunk: int | None = None
     cuda: Mapping[str, bool | int] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
     timeout_seconds: float | None = None
 
     def arguments(self) -> list[str]:
@@ -186,7 +188,8 @@ def measure_round(artifact: str, number: int, settings: SpeedSettings) -> SpeedR
     command = [*probe, "--round", str(number), *settings.arguments()]
     try:
         look = watch.look if watch else None
-        spent = run_fresh(command, look=look, timeout_seconds=settings.timeout_seconds)
+        bound = settings.timeout_seconds
+        spent = run_fresh(command, settings.environment, look=look, timeout_seconds=bound)
     except subprocess.CalledProcessError as error:
         raise EngineError(_reason(artifact, error)) from error
     found = spent.result()
