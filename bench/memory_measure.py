@@ -32,7 +32,7 @@ Report = Callable[[str], None]
 BOARDS: dict[DeviceKind, str] = {"cpu": "cpu-16gb", "cuda": "a100"}
 """Profiles that artifacts are converted for."""
 
-_TOKENS: dict[DeviceKind, int] = {"cpu": 4, "cuda": 40}
+_TOKENS: dict[DeviceKind, int] = {"cpu": 4, "cuda": 160}
 """Tokens of the answer; on a GPU enough for the longest draft, which the plan counts."""
 
 CACHE_NAMES = {cache: flag for flag, cache in CACHE_FLAGS.items()}
