@@ -112,7 +112,7 @@ def measure_cases(
     measurements = []
     for case in cases:
         entry = kept.get(case.name)
-        if entry is None or entry["case"] != case.as_dict() or entry["settings"] != asked:
+        if entry is None or entry["case"] != case.as_dict() or entry.get("settings") != asked:
             report(f"{case.name}: measuring")
             entry = {"settings": asked, **measure_case(case, work / case.name, settings)}
             kept[case.name] = entry

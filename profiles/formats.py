@@ -302,9 +302,7 @@ def weight_bytes(
     )
 
 
-def weight_tensors(
-    dims: ModelDims, precision: str, vision: VisionFormat
-) -> list[tuple[int, int]]:
+def weight_tensors(dims: ModelDims, precision: str, vision: VisionFormat) -> list[tuple[int, int]]:
     """Bytes and number of equal tensors that weights of the cuda flavour lie in; no vectors.
 
     Queries, keys and values are one matrix there.

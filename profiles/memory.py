@@ -31,15 +31,8 @@ from llava_edge.profiles.buffers import (
     video_feature_bytes,
 )
 from llava_edge.profiles.constants import Constants, memory_constants
-from llava_edge.profiles.device_arena import (
-    cublas_bytes,
-    dequantised_bytes,
-    head_bytes,
-    kernel_bytes,
-    layer_bytes,
-    tower_bytes,
-)
 from llava_edge.profiles.device_pages import unused_cache_bytes, unused_weight_bytes
+from llava_edge.profiles.device_runs import DecoderRuns, cublas_bytes, tower_bytes
 from llava_edge.profiles.formats import (
     VisionFormat,
     WeightBytes,
@@ -370,35 +363,42 @@ def _device_phases(
         logits=logits_bytes(text),
         allocator_slack=unused_cache_bytes(text, context, cache),
     )
-    factor = c["activation_factor"]
     batch = work.batch_tiles or tiles_per_batch("cuda", work.tiles_per_image)
     # Each session's arena keeps what it once took, so the tower's part stays through prefill.
     encode = ready + MemoryTerms(
         pixel_values=pixel_value_bytes(dims.vision, batch) // 2,
         image_features=batch * dims.vision.num_patches * text.hidden_size * 2,
-        vision_activations=int(tower_bytes(dims, batch) * factor),
+        vision_activations=int(tower_bytes(dims, batch) * c["activation_factor"]),
     )
     chunk = prefill_chunk_tokens(work.chunk_tokens, context)
-    quantised, limit = precision != "fp16", c.bytes("dequant_scratch_limit")
-    kernels = kernel_bytes(
+    runs = DecoderRuns(
         text,
         chunk,
-        context,
-        int8_cache=cache == "int8",
-        dequantised=dequantised_bytes(text, limit) if quantised else 0,
+        step_tokens=0,
+        context_tokens=context,
+        has_int8_cache=cache == "int8",
+        dequantises=precision != "fp16",
+        most_dequantised=c.bytes("dequant_scratch_limit"),
         compute_capability=capability,
     )
-    prefill = encode + MemoryTerms(
-        prompt_embeddings=prompt_embedding_bytes(text, chunk, "cuda"),
-        prefill_activations=int(layer_bytes(text, chunk) * factor),
-        attention_workspace=int(kernels * factor),
-    )
-    decode = prefill + MemoryTerms(
-        logits=logits_bytes(text, _STEP_TOKENS),
-        engine_workspace=head_bytes(text, _STEP_TOKENS, precision, limit),
+    prefill = encode + _device_run(runs, c["activation_factor"])
+    decode = (
+        encode
+        + _device_run(replace(runs, step_tokens=_STEP_TOKENS), c["activation_factor"])
+        + MemoryTerms(logits=logits_bytes(text, _STEP_TOKENS))
     )
     phases = dict(zip(PHASES, (loaded, encode, prefill, decode), strict=True))
     return {n: p.with_slack(c.bytes("slack"), c["slack_share"]) for n, p in phases.items()}
+
+
+def _device_run(runs: DecoderRuns, factor: float) -> MemoryTerms:
+    activations, dequantised, attention = (int(part * factor) for part in runs.by_cause())
+    return MemoryTerms(
+        prompt_embeddings=prompt_embedding_bytes(runs.text, runs.chunk_tokens, "cuda"),
+        prefill_activations=activations,
+        attention_workspace=attention,
+        engine_workspace=dequantised,
+    )
 
 
 def _cuda_host_phases(dims: ModelDims, work: Workload, c: Constants) -> Phases:
