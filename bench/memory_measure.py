@@ -32,9 +32,6 @@ Report = Callable[[str], None]
 BOARDS: dict[DeviceKind, str] = {"cpu": "cpu-16gb", "cuda": "a100"}
 """Profiles that artifacts are converted for."""
 
-_TOKENS: dict[DeviceKind, int] = {"cpu": 4, "cuda": 160}
-"""Tokens of the answer; on a GPU enough for the longest draft, which the plan counts."""
-
 CACHE_NAMES = {cache: flag for flag, cache in CACHE_FLAGS.items()}
 
 
@@ -157,7 +154,7 @@ def measure_case(case: MemoryCase, folder: Path, settings: MeasureSettings) -> d
         shutil.rmtree(checkpoint)
         images = _write_images(case, folder)
         probe = [sys.executable, "-m", "llava_edge.bench.memory_probe", str(artifact), *images]
-        probe += ["--device", settings.device, "--tokens", str(_TOKENS[settings.device])]
+        probe += ["--device", settings.device]
         probe += ["--prompt-tokens", str(case.prompt_tokens), "--threads", str(settings.threads)]
         found = _call([*probe, *cache, "--prefill-chunk", str(settings.prefill_chunk)])
         return {"case": case.as_dict(), "config": config, **json.loads(found.splitlines()[-1])}

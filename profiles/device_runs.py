@@ -18,6 +18,10 @@ from llava_edge.profiles.model_dims import ModelDims, TextDims
 _HALF, _FLOAT = 2, 4
 _SMALL = 256
 """Lengths of sequences and the like, a piece each."""
+_PART_ROWS = 32_768
+"""Rows that are dequantised at once of a weight with more than twice as many, and too many bytes.
+
+Source: ONNX Runtime, docs/contrib_ops/cuda/matmul_nbits.md, "Chunked variant"."""
 _CUBLAS_HANDLES = 4
 """One for each session and one for each stream that a session runs on."""
 
@@ -31,11 +35,11 @@ class DecoderRuns:
         chunk_tokens: positions of a chunk; two whole ones are run and, since the last of a prompt
             may have any length, some shorter.
         step_tokens: positions of the largest step: a token and its draft; 0 for no step at all.
-        context_tokens: positions of the cache.
+        context_tokens: positions of the cache; only an int8 cache and cards before 8.0 ask.
         has_int8_cache: whether the cache holds codes.
         dequantises: whether weights are quantised: products of several rows bring a whole weight
             into float16.
-        most_dequantised: bytes above which a weight is dequantised part by part.
+        most_dequantised: bytes above which a weight of many rows is dequantised part by part.
         attends: whether attention's own memory is counted.
         compute_capability: of the GPU.
     """
@@ -52,31 +56,43 @@ class DecoderRuns:
 
     def by_cause(self) -> tuple[int, int, int]:
         """Bytes that activations take, more that dequantised weights do, and attention beside."""
-        bare = _arena_bytes(replace(self, dequantises=False, attends=False))
-        whole = _arena_bytes(replace(self, attends=False)) if self.dequantises else bare
-        return bare, whole - bare, _arena_bytes(self) - whole
+        # What does not matter is left out, so that plans of many contexts are counted once.
+        matters = self.has_int8_cache or self.compute_capability < (8, 0)
+        known = self if matters else replace(self, context_tokens=0)
+        products = replace(known, context_tokens=0, has_int8_cache=False, attends=False)
+        bare = _arena_bytes(replace(products, dequantises=False))
+        # More tensors may happen to fit better, which is no reason to count less.
+        whole = max(bare, _arena_bytes(products))
+        return bare, whole - bare, max(0, _arena_bytes(known) - whole)
 
 
 @lru_cache(maxsize=256)
 def _arena_bytes(runs: DecoderRuns) -> int:
     arena, chunk = DeviceArena(), runs.chunk_tokens
-    _run(arena, runs, chunk, is_first=True)
+    run_once(arena, runs, chunk, is_first=True)
     for tokens in (chunk, chunk // 2, chunk // 4, chunk // 8, 1):
-        _run(arena, runs, max(1, tokens))
+        run_once(arena, runs, max(1, tokens))
     if runs.step_tokens:
-        _run(arena, runs, runs.step_tokens, kept=runs.step_tokens)
+        run_once(arena, runs, runs.step_tokens, kept=runs.step_tokens)
     return arena.nbytes
 
 
-def _run(
+def run_once(
     arena: DeviceArena, runs: DecoderRuns, tokens: int, *, is_first: bool = False, kept: int = 1
 ) -> None:
-    """Two layers: later ones find all that they need.
+    """Let an arena grow by one run: two layers and the head; later layers find all they need.
 
     ONNX Runtime plans tensors of one shape into one buffer and holds it until the last of them has
     been used, so buffers stay from the layer that first needs them to the end: four of the
     residual's width, one of packed queries, keys and values, three inner ones. What a kernel asks
     for beside its output comes and goes.
+
+    Args:
+        arena: as earlier runs left it.
+        runs: what runs.
+        tokens: positions of this run.
+        is_first: whether nothing lies in the cache yet.
+        kept: positions whose logits are computed.
     """
     text = runs.text
     hidden, inner, query = text.hidden_size, text.intermediate_size, text.query_size
@@ -89,7 +105,9 @@ def _run(
     def weight(rows: int, columns: int, count: int) -> None:
         # One row is multiplied with the codes themselves.
         if runs.dequantises and count > 1:
-            arena.pass_through(min(rows * columns * _HALF, runs.most_dequantised))
+            nbytes = rows * columns * _HALF
+            in_parts = nbytes > runs.most_dequantised and rows > 2 * _PART_ROWS
+            arena.pass_through(_PART_ROWS * columns * _HALF if in_parts else nbytes)
 
     def attention() -> None:
         if runs.attends:
