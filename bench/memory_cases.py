@@ -59,8 +59,13 @@ class MemoryCase:
         """Plain data, to compare with what a file of results was measured on."""
         return asdict(self)
 
-    def workload(self, dims: ModelDims) -> Workload:
-        """What the memory model is asked about this case."""
+    def workload(self, dims: ModelDims, chunk_tokens: int = 512) -> Workload:
+        """What the memory model is asked about this case.
+
+        Args:
+            dims: of the model.
+            chunk_tokens: positions computed at once in prefill.
+        """
         vision = dims.vision
         pinpoints = grid_pinpoints(self.grid, vision.image_size)
         layout = AnyRes(vision.image_size, vision.patch_size, pinpoints).layout(
@@ -72,6 +77,7 @@ class MemoryCase:
             tiles_per_image=layout.num_tiles,
             image_pixels=self.image_height * self.image_width,
             cache=self.cache,
+            chunk_tokens=chunk_tokens,
         )
 
 
@@ -86,6 +92,38 @@ def draw_cases(seed: int) -> tuple[MemoryCase, ...]:
     cases += [_small(seed, number) for number in range(4)]
     cases += [_large(seed, number) for number in range(4)]
     return tuple(cases)
+
+
+_WIDE: tuple[dict[str, int | str], ...] = (
+    {"backbone": "mistral", "hidden_size": 4096, "heads": 32, "kv_heads": 8},
+    {"backbone": "llama", "hidden_size": 4096, "heads": 32, "kv_heads": 32},
+    {"backbone": "qwen2", "hidden_size": 3584, "heads": 28, "kv_heads": 4},
+    {"backbone": "llama", "hidden_size": 5120, "heads": 40, "kv_heads": 40},
+)
+_INNER = (14_336, 11_008, 18_944, 13_824)
+_VOCABULARY = (32_064, 32_064, 152_064, 32_064)
+
+
+def draw_wide_cases(seed: int) -> tuple[MemoryCase, ...]:
+    """Four cases for a GPU, whose memory follows widths.
+
+    They are those of Mistral 7B, Vicuna 7B, Qwen2 7B and Vicuna 13B, with two layers, and of CLIP-L
+    with three: depth costs time in conversion and nothing on the device but its weights.
+    """
+    return tuple(_wide(seed, number) for number in range(len(_WIDE)))
+
+
+def _wide(seed: int, number: int) -> MemoryCase:
+    draw = random.Random(f"{seed}/wide/{number}")
+    sizes: dict[str, int | str] = {
+        **_CLIP_L,
+        "vision_layers": 3,
+        **_WIDE[number],
+        "intermediate_size": _INNER[number],
+        "layers": 2,
+        "vocab_size": _VOCABULARY[number],
+    }
+    return _finish(draw, f"wide-{number}", sizes, ("1x2", "2x2"), draw.randint(1, 3), 0.9)
 
 
 def _tiny(seed: int, number: int) -> MemoryCase:

@@ -6,8 +6,9 @@ fitted on six of them; the other six are predicted. A prediction holds when
 
     measured <= predicted <= 1.05 x measured + 64 MiB
 
-``--precision`` and ``--int8-cache`` ask whether what ships holds for other artifacts; nothing is
-fitted then.
+``--precision`` and ``--int8-cache`` ask whether what ships holds for other artifacts, and
+``--device cuda`` whether it holds for the memory of a GPU, as its driver counts it, over these and
+four wide models; nothing is fitted then.
 
 Measurements are kept in the work folder: run the command again to go on, or to fit anew.
 """
@@ -23,12 +24,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llava_edge.bench.memory_cases import draw_cases
-from llava_edge.bench.memory_measure import Measurement, measure_cases
+from llava_edge.bench.memory_cases import draw_cases, draw_wide_cases
+from llava_edge.bench.memory_measure import Measurement, MeasureSettings, measure_cases
 from llava_edge.profiles.constants import Constants, memory_constants
 from llava_edge.profiles.formats import PRECISIONS, VisionFormat
+from llava_edge.profiles.hardware import Flavour
 from llava_edge.profiles.memory import Machine, MemoryEstimate, estimate_memory
 from llava_edge.profiles.parameters import total_parameters
+from llava_edge.runtime.session import DeviceKind
 
 MIB = 1 << 20
 MARGIN = 16 * MIB
@@ -60,7 +63,7 @@ class Row:
     @property
     def measured(self) -> int:
         """Bytes that were measured."""
-        return self.measurement.host_bytes
+        return self.measurement.measured_bytes
 
     @property
     def holds(self) -> bool:
@@ -88,8 +91,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="fp16", help="of the language model"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--prefill-chunk", type=int, default=0, help="positions computed at once; 0: as converted"
+    )
     options = parser.parse_args(argv)
     cases = draw_cases(options.seed)
+    if options.device == "cuda":
+        cases += draw_wide_cases(options.seed)
     if options.only:
         cases = tuple(case for case in cases if case.name in options.only)
     options.work.mkdir(parents=True, exist_ok=True)
@@ -100,16 +109,19 @@ def main(argv: list[str] | None = None) -> int:
     if options.int8_cache:
         cases = tuple(replace(case, cache="int8") for case in cases)
         name += "-int8-cache"
+    if options.device == "cuda":
+        name += "-cuda"
+    settings = MeasureSettings(options.device, options.threads, options.prefill_chunk)
     results = options.work / f"{name}.json"
-    measurements = measure_cases(cases, options.work, results, _say, options.threads)
-    fits = options.precision == "fp16" and not options.int8_cache
-    constants = fit(measurements[::2]) if fits else memory_constants()["cpu"]
+    measurements = measure_cases(cases, options.work, results, _say, settings)
+    fits = options.precision == "fp16" and not options.int8_cache and options.device == "cpu"
+    constants = fit(measurements[::2]) if fits else memory_constants()[options.device]
     rows = [
         predict(measurement, constants, is_fitted=fits and index % 2 == 0)
         for index, measurement in enumerate(measurements)
     ]
     print(table(rows))
-    print(json.dumps(_result(rows, constants)))
+    print(json.dumps(_result(rows, constants, options.device)))
     return 0 if all(row.holds for row in rows) else 1
 
 
@@ -140,17 +152,19 @@ def fit(measurements: Sequence[Measurement]) -> Constants:
 def predict(measurement: Measurement, constants: Constants, *, is_fitted: bool) -> Row:
     """A measurement beside what the model says with these constants."""
     estimate = _estimate(measurement, constants)
-    phase = max(estimate.host, key=lambda name: estimate.host[name].total)
-    return Row(measurement, estimate.host_bytes, phase, is_fitted)
+    phases = estimate.device or estimate.host
+    phase = max(phases, key=lambda name: phases[name].total)
+    return Row(measurement, estimate.peak.total, phase, is_fitted)
 
 
 def _estimate(measurement: Measurement, constants: Constants) -> MemoryEstimate:
     dims = measurement.dims
-    work = measurement.case.workload(dims)
-    groups = {**memory_constants(), "cpu": constants}
+    work = measurement.case.workload(dims, measurement.chunk_tokens)
+    flavour: Flavour = "cpu" if measurement.device_bytes is None else "cuda"
+    machine = Machine(flavour, compute_capability=measurement.compute_capability)
+    groups = {**memory_constants(), flavour: constants}
     vision = VisionFormat("fp16")
-    precision = measurement.case.precision
-    return estimate_memory(dims, precision, work, Machine("cpu"), groups, vision)
+    return estimate_memory(dims, measurement.case.precision, work, machine, groups, vision)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -179,9 +193,9 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _result(rows: Sequence[Row], constants: Constants) -> dict[str, Any]:
-    names = ("process", *CANDIDATES)
-    shipped = memory_constants()["cpu"]
+def _result(rows: Sequence[Row], constants: Constants, device: DeviceKind) -> dict[str, Any]:
+    names = ("process", *CANDIDATES) if device == "cpu" else tuple(constants.values)
+    shipped = memory_constants()[device]
     return {
         "constants": {name: constants[name] for name in names},
         "shipped_constants": {name: shipped[name] for name in names},

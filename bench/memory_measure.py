@@ -14,18 +14,23 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from llava_edge.bench.fresh_process import edge_command
 from llava_edge.bench.memory_cases import MemoryCase
 from llava_edge.bench.whole_file import write_whole
 from llava_edge.profiles.buffers import CACHE_FLAGS
 from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.runtime.session import DeviceKind
 
 Report = Callable[[str], None]
+
+BOARDS: dict[DeviceKind, str] = {"cpu": "cpu-16gb", "cuda": "a100"}
+"""Profiles that artifacts are converted for."""
 
 CACHE_NAMES = {cache: flag for flag, cache in CACHE_FLAGS.items()}
 
@@ -39,7 +44,10 @@ class Measurement:
         config: ``config.json`` of its checkpoint.
         host_bytes: VmHWM of the process that answered.
         prompt_tokens: tokens of the prompt as it was.
-        steps: (step, resident bytes, peak bytes), in order.
+        steps: (step, bytes held, most so far), in order; of the device where that was measured.
+        device_bytes: what the process held on the GPU; None on the CPU.
+        chunk_tokens: positions computed at once in prefill.
+        compute_capability: of the GPU.
     """
 
     case: MemoryCase
@@ -47,6 +55,14 @@ class Measurement:
     host_bytes: int
     prompt_tokens: int
     steps: tuple[tuple[str, int, int], ...] = ()
+    device_bytes: int | None = None
+    chunk_tokens: int = 512
+    compute_capability: str | None = None
+
+    @property
+    def measured_bytes(self) -> int:
+        """Of the memory that the case was measured for."""
+        return self.host_bytes if self.device_bytes is None else self.device_bytes
 
     @property
     def dims(self) -> ModelDims:
@@ -54,8 +70,27 @@ class Measurement:
         return ModelDims.from_config(self.config)
 
 
+@dataclass(frozen=True)
+class MeasureSettings:
+    """How cases are measured.
+
+    Attributes:
+        device: where artifacts run and what is measured: the host's memory, or the GPU's.
+        threads: of the process that answers; 0 for every physical core.
+        prefill_chunk: positions computed at once in prefill; 0 for the artifact's own.
+    """
+
+    device: DeviceKind = "cpu"
+    threads: int = 0
+    prefill_chunk: int = 0
+
+
 def measure_cases(
-    cases: Sequence[MemoryCase], work: Path, results: Path, report: Report, threads: int = 0
+    cases: Sequence[MemoryCase],
+    work: Path,
+    results: Path,
+    report: Report,
+    settings: MeasureSettings = MeasureSettings(),
 ) -> list[Measurement]:
     """Measure every case that ``results`` does not hold yet, smallest first as they come.
 
@@ -64,34 +99,37 @@ def measure_cases(
         work: folder for one model at a time.
         results: JSON file that keeps what was measured.
         report: told what is going on.
-        threads: of the process that answers; 0 for every physical core.
+        settings: how.
 
     Raises:
         subprocess.CalledProcessError: a command failed.
     """
     kept = json.loads(results.read_text("utf-8")) if results.exists() else {}
+    asked = asdict(settings)
     measurements = []
     for case in cases:
         entry = kept.get(case.name)
-        if entry is None or entry["case"] != case.as_dict() or entry["threads"] != threads:
+        if entry is None or entry["case"] != case.as_dict() or entry.get("settings") != asked:
             report(f"{case.name}: measuring")
-            entry = {"threads": threads, **measure_case(case, work / case.name, threads)}
+            entry = {"settings": asked, **measure_case(case, work / case.name, settings)}
             kept[case.name] = entry
             write_whole(results, json.dumps(kept, indent=1) + "\n")
-        measurements.append(
-            Measurement(
-                case,
-                entry["config"],
-                entry["host_bytes"],
-                entry["prompt_tokens"],
-                tuple(tuple(step) for step in entry["steps"]),
-            )
+        measurement = Measurement(
+            case,
+            entry["config"],
+            entry["host_bytes"],
+            entry["prompt_tokens"],
+            tuple(tuple(step) for step in entry["steps"]),
+            entry.get("device_bytes"),
+            entry["chunk_tokens"],
+            entry.get("compute_capability"),
         )
-        report(f"{case.name}: {entry['host_bytes'] / 2**20:.1f} MiB")
+        measurements.append(measurement)
+        report(f"{case.name}: {measurement.measured_bytes / 2**20:.1f} MiB")
     return measurements
 
 
-def measure_case(case: MemoryCase, folder: Path, threads: int = 0) -> dict[str, Any]:
+def measure_case(case: MemoryCase, folder: Path, settings: MeasureSettings) -> dict[str, Any]:
     """Write, convert and run one case; the folder is gone afterwards."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -102,22 +140,23 @@ def measure_case(case: MemoryCase, folder: Path, threads: int = 0) -> dict[str, 
         _call([*writer, *changes, "--seed", str(case.seed)])
         config = json.loads((checkpoint / "config.json").read_text("utf-8"))
         fill_tokenizer(checkpoint / "tokenizer.json", int(case.sizes["vocab_size"]))
-        program = str(Path(sys.executable).with_name("llava-edge"))
-        convert = [program, "convert", str(checkpoint), str(artifact)]
+        convert = edge_command("convert", str(checkpoint), str(artifact))
         convert += ["--precision", case.precision]
         if case.precision != "fp16":
             # Solving takes long, and so does calibrating a tower; sizes are the same without.
             convert += ["--quantizer", "rtn", "--vision-precision", "fp16"]
-        board = ["--profile", "cpu-16gb", "--verify", "none"]
+        board = ["--profile", BOARDS[settings.device], "--verify", "none"]
         cache = [] if case.cache is None else ["--cache", CACHE_NAMES[case.cache]]
+        # The scales of a GPU's int8 cache are calibrated; their size is the same with one sample.
+        samples = ["--samples", "1"] if case.cache == "int8" and settings.device == "cuda" else []
         size = ["--grid", case.grid, "--context", str(case.context)]
-        _call([*convert, *board, *size, *cache])
+        _call([*convert, *board, *size, *cache, *samples])
         shutil.rmtree(checkpoint)
         images = _write_images(case, folder)
         probe = [sys.executable, "-m", "llava_edge.bench.memory_probe", str(artifact), *images]
-        found = _call(
-            [*probe, *cache, "--prompt-tokens", str(case.prompt_tokens), "--threads", str(threads)]
-        )
+        probe += ["--device", settings.device]
+        probe += ["--prompt-tokens", str(case.prompt_tokens), "--threads", str(settings.threads)]
+        found = _call([*probe, *cache, "--prefill-chunk", str(settings.prefill_chunk)])
         return {"case": case.as_dict(), "config": config, **json.loads(found.splitlines()[-1])}
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,17 +1,26 @@
 """``python -m llava_edge.bench.memory_probe ARTIFACT IMAGE…``: one question, and what it took.
 
 Runs in a process of its own, because the peak of a process never goes down. Prints one JSON object:
-peak and resident bytes at each step of loading and answering.
+bytes held and the most so far at each step of loading and answering, of the host or of the device.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
+from llava_edge.profiles.buffers import MAX_DRAFT_TOKENS
+from llava_edge.profiles.errors import EngineError
+from llava_edge.profiles.nvml import process_bytes, read_gpus
 from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.engine_arguments import add_cache_argument, asked_cache
 
 _SENTENCE = "Describe what is shown in this image, please. "
@@ -25,32 +34,73 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt-tokens", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=4)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--prefill-chunk", type=int, default=0)
     add_cache_argument(parser)
     options = parser.parse_args(argv)
-    steps = Steps()
+    on_gpu = options.device == "cuda"
+    steps = Steps(device_bytes if on_gpu else resident_bytes)
     steps("imported", 0, 0)
-    with LlavaEdge.load(
-        options.artifact,
+    artifact = open_artifact(options.artifact)
+    chunk = options.prefill_chunk or artifact.manifest.prefill_chunk
+    artifact = replace(artifact, manifest=replace(artifact.manifest, prefill_chunk=chunk))
+    with LlavaEdge.over(
+        artifact,
+        options.device,
         threads=options.threads,
         cache=asked_cache(options.cache),
+        engine="ort",
         prefix_reuse=False,
+        strict_device=on_gpu,
         progress=steps,
     ) as model:
         steps("loaded", 0, 0)
         prompt = _prompt(model, options.images, options.prompt_tokens)
         answer = model.generate(
-            prompt, options.images, max_new_tokens=options.tokens, progress=steps
+            prompt,
+            options.images,
+            max_new_tokens=options.tokens,
+            progress=steps,
         )
         steps("answered", 0, 0)
+        if on_gpu:
+            # The largest step of all, which no question is sure to bring: a token and its draft.
+            hidden = artifact.manifest.model.text.hidden_size
+            model._decoder.try_steps(np.zeros((1 + MAX_DRAFT_TOKENS, hidden), np.float16))
+            steps("longest step", 0, 0)
     result = {
         "host_bytes": answer.peak_memory.host_bytes,
         "prompt_tokens": answer.prompt_tokens,
         "image_tokens": answer.image_tokens,
         "ttft_seconds": answer.timings.ttft_seconds,
+        "chunk_tokens": chunk,
         "steps": steps.found,
     }
+    if on_gpu:
+        result["device_bytes"] = steps.found[-1][2]
+        if not result["device_bytes"]:
+            raise EngineError("the driver does not say what this process holds on the GPU")
+        result["compute_capability"] = read_gpus().gpus[0].compute_capability
     print(json.dumps(result))
     return 0
+
+
+def resident_bytes() -> tuple[int, int]:
+    """Resident bytes of this process, and their peak."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    fields = {line.partition(":")[0]: line.partition(":")[2].split() for line in lines}
+    resident, peak = (int(fields[name][0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    return resident, peak
+
+
+def device_bytes() -> tuple[int, int]:
+    """Bytes of this process on the device, twice: the driver keeps no peak.
+
+    None is needed: weights come in pieces of their own size, and what runs took stays with the
+    provider's arenas, so the most is held when a request ends.
+    """
+    held = process_bytes(os.getpid())
+    return (held, held) if held is not None else (0, 0)
 
 
 def _prompt(model: LlavaEdge, images: list[Path], num_tokens: int) -> str:
@@ -61,21 +111,24 @@ def _prompt(model: LlavaEdge, images: list[Path], num_tokens: int) -> str:
 
 
 class Steps:
-    """Notes resident and peak bytes at each step of progress.
+    """Notes held and most bytes at each step of progress.
+
+    Args:
+        read: bytes held now, and the most that were.
 
     Attributes:
-        found: (step, resident bytes, peak bytes), in order.
+        found: (step, bytes held, most so far), in order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, read: Callable[[], tuple[int, int]]) -> None:
+        self._read = read
         self.found: list[tuple[str, int, int]] = []
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Note one step; each stage is noted when it begins, ends and in between."""
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        fields = {line.partition(":")[0]: line.partition(":")[2].split() for line in lines}
-        resident, peak = (int(fields[name][0]) * 1024 for name in ("VmRSS", "VmHWM"))
-        self.found.append((f"{stage} {done}/{total}" if total else stage, resident, peak))
+        held, most = self._read()
+        most = max(most, self.found[-1][2] if self.found else 0)
+        self.found.append((f"{stage} {done}/{total}" if total else stage, held, most))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,11 @@ def default_cache_type(flavour: Flavour) -> CacheType:
     return "float32" if flavour == "cpu" else "float16"
 
 
+def cache_value_bytes(cache: CacheType) -> int:
+    """Bytes of one key or value."""
+    return _CACHE_BYTES[cache]
+
+
 def kv_cache_shape(text: TextDims, context_tokens: int) -> tuple[int, int, int, int]:
     """Shape of the keys, or of the values, of one layer."""
     return (1, text.num_key_value_heads, context_tokens, text.head_dim)

@@ -84,7 +84,7 @@ def device_terms(
 ) -> MemoryTerms:
     """Terms of the device that holds most; the tower is counted in full on each."""
     groups = memory_constants() if constants is None else constants
-    c = groups["cuda"]
+    c = groups["distributed"]
     text, vision = dims.text, dims.vision
     share = parallel.tensor
     # The longest stage of an uneven pipeline.
@@ -106,8 +106,8 @@ def device_terms(
         image_features=2 * workload.num_tiles * vision.num_patches * hidden,
         prefill_activations=int(workload.chunk_tokens * widest * 2 * c["activation_factor"]),
         logits=4 * text.vocab_size,
-        engine_workspace=groups["distributed"].bytes("engine_workspace"),
-        driver_context=c.bytes("driver_context"),
+        engine_workspace=c.bytes("engine_workspace"),
+        driver_context=groups["cuda"].bytes("driver_context"),
     )
     return terms.with_slack(c.bytes("slack"), c["slack_share"])
 

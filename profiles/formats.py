@@ -10,7 +10,7 @@ MatMulIntegerToFloat one int32 sum a column.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from llava_edge.profiles.errors import RequestError
@@ -204,6 +204,11 @@ class WeightFormat:
         route = int8_route(_BITS[self.precision], self.group, self.flavour, self.int8_isa)
         return self.file_bytes(matrix) + (4 if route == "integer" else 8) * self._groups(matrix)
 
+    def tensor_bytes(self, matrix: Matrix) -> tuple[int, int]:
+        """Bytes of the weights, and of the scales, of one of the matrices in the artifact."""
+        one = replace(matrix, count=1)
+        return self._packed(one), self._groups(one) * activation_bytes(self.flavour)
+
     def _packed(self, matrix: Matrix) -> int:
         columns = matrix.columns
         if self._repeats_scales:
@@ -295,6 +300,35 @@ def weight_bytes(
         projector=projector_parameters(dims) * float_bytes - saved(projector_matrices(dims)),
         embeddings=0 if resident else (text.vocab_size * text.hidden_size + newline) * _FP16_BYTES,
     )
+
+
+def weight_tensors(dims: ModelDims, precision: str, vision: VisionFormat) -> list[tuple[int, int]]:
+    """Bytes and number of equal tensors that weights of the cuda flavour lie in; no vectors.
+
+    Queries, keys and values are one matrix there.
+    """
+    text, v = dims.text, dims.vision
+    parts = part_precisions(precision, vision.precision)
+    body = WeightFormat(parts.language_model, group_size(text, precision, "cuda"), "cuda")
+    head = WeightFormat(parts.lm_head, head_group_size(text, precision, "cuda"), "cuda", "none")
+    floats = WeightFormat("fp16", PER_CHANNEL, "cuda")
+    layers, hidden, inner = text.num_hidden_layers, text.hidden_size, text.intermediate_size
+    formats = [
+        (body, Matrix(text.query_size + 2 * text.key_value_size, hidden, layers)),
+        (body, Matrix(hidden, text.query_size, layers)),
+        (body, Matrix(inner, hidden, 2 * layers)),
+        (body, Matrix(hidden, inner, layers)),
+        (head, head_matrix(text)),
+        (floats, Matrix(3 * v.patch_size**2, v.hidden_size, 1)),
+        (floats, Matrix(v.num_patches + 1, v.hidden_size, 1)),
+    ]
+    formats += [(floats, matrix) for matrix in (*vision_matrices(dims), *projector_matrices(dims))]
+    return [
+        (nbytes, matrix.count)
+        for form, matrix in formats
+        for nbytes in form.tensor_bytes(matrix)
+        if nbytes
+    ]
 
 
 def head_matrix(text: TextDims) -> Matrix:

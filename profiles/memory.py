@@ -31,6 +31,8 @@ from llava_edge.profiles.buffers import (
     video_feature_bytes,
 )
 from llava_edge.profiles.constants import Constants, memory_constants
+from llava_edge.profiles.device_pages import unused_cache_bytes, unused_weight_bytes
+from llava_edge.profiles.device_runs import DecoderRuns, cublas_bytes, tower_bytes
 from llava_edge.profiles.formats import (
     VisionFormat,
     WeightBytes,
@@ -116,9 +118,10 @@ class MemoryTerms:
         return MemoryTerms(**{name: mine[name] + theirs[name] for name in mine})
 
     def with_slack(self, slack: int, share: float) -> MemoryTerms:
-        """The same with the allocator's part: a constant and a share of everything else."""
+        """The same with more for the allocator: a constant and a share of everything else."""
         # Parts in a million keep the sum in integers, so that it is the same on every machine.
-        return replace(self, allocator_slack=slack + self.total * round(share * 1e6) // 1_000_000)
+        more = slack + self.total * round(share * 1e6) // 1_000_000
+        return replace(self, allocator_slack=self.allocator_slack + more)
 
 
 # Requests are planned as well, so this is asked hundreds of times before a first token.
@@ -206,6 +209,12 @@ class Machine:
     int8_isa: Int8Isa = "vnni"
     compute_capability: str | None = None
 
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Compute capability as numbers; of an A100 where it is not known."""
+        major, minor = (self.compute_capability or "8.0").split(".")
+        return int(major), int(minor)
+
     @classmethod
     def of(cls, profile: HardwareProfile) -> Machine:
         """That part of ``profile``."""
@@ -272,7 +281,7 @@ def _cpu_phases(
     pixels = MemoryTerms(pixel_values=pixel_value_bytes(dims.vision, work.num_tiles))
     media = pixels + MemoryTerms(image_features=_features(dims, work, "cpu"))
     factor = c["activation_factor"]
-    activations = _vision_activations(dims, batch, "cpu", factor, vision.precision)
+    activations = _vision_activations(dims, batch, factor, vision.precision)
     # Images are decoded and cut before the first tile is encoded.
     encode = max(
         ready + pixels + MemoryTerms(image_decoding=_image_decoding(dims.vision, work)),
@@ -284,11 +293,11 @@ def _cpu_phases(
     phases = {
         "load": loaded + MemoryTerms(load_transient=transient),
         "encode": encode,
-        "prefill": ready + media + _decoder_run(text, chunk, "cpu", precision, factor, c),
+        "prefill": ready + media + _decoder_run(text, chunk, precision, factor, c),
         "decode": ready
         + pixels
         + MemoryTerms(logits=logits_bytes(text, _STEP_TOKENS))
-        + _decoder_run(text, _STEP_TOKENS, "cpu", precision, factor, c),
+        + _decoder_run(text, _STEP_TOKENS, precision, factor, c),
     }
     return {n: p.with_slack(c.bytes("slack"), c["slack_share"]) for n, p in phases.items()}
 
@@ -322,12 +331,12 @@ def _load_transient(
 
 
 def _decoder_run(
-    text: TextDims, tokens: int, flavour: Flavour, precision: str, factor: float, c: Constants
+    text: TextDims, tokens: int, precision: str, factor: float, c: Constants
 ) -> MemoryTerms:
     return MemoryTerms(
-        prompt_embeddings=prompt_embedding_bytes(text, tokens, flavour),
-        prefill_activations=_decoder_activations(text, tokens, flavour, precision, factor),
-        attention_workspace=c.bytes("attention_block") if flavour == "cpu" else 0,
+        prompt_embeddings=prompt_embedding_bytes(text, tokens, "cpu"),
+        prefill_activations=_decoder_activations(text, tokens, precision, factor),
+        attention_workspace=c.bytes("attention_block"),
     )
 
 
@@ -339,39 +348,57 @@ def _device_phases(
     machine: Machine,
     c: Constants,
 ) -> Phases:
-    text = dims.text
-    isa = machine.int8_isa
-    weights = weight_bytes(dims, precision, "cuda", isa, resident=True, vision=vision)
-    scratch = 0
-    if precision != "fp16":
-        largest = max(2 * m.rows * m.columns for m in decoder_matrices(text))
-        scratch = min(largest, c.bytes("dequant_scratch_limit"))
-    ready = _weights(weights) + MemoryTerms(
-        rope_tables=rope_table_bytes(text, work.context_tokens, "cuda"),
+    text, context = dims.text, work.context_tokens
+    weights = weight_bytes(dims, precision, "cuda", machine.int8_isa, resident=True, vision=vision)
+    capability = machine.capability
+    loaded = _weights(weights) + MemoryTerms(
+        rope_tables=rope_table_bytes(text, context, "cuda"),
         driver_context=c.bytes("driver_context"),
-        engine_workspace=c.bytes("engine_workspace") + scratch,
+        engine_workspace=cublas_bytes(capability),
+        allocator_slack=unused_weight_bytes(dims, precision, vision),
     )
-    loaded = ready
-    ready += MemoryTerms(kv_cache=_cache(text, work, "cuda"), logits=logits_bytes(text))
-    factor = c["activation_factor"]
+    cache = work.cache or default_cache_type("cuda")
+    ready = loaded + MemoryTerms(
+        kv_cache=_cache(text, work, "cuda"),
+        logits=logits_bytes(text),
+        allocator_slack=unused_cache_bytes(text, context, cache),
+    )
     batch = work.batch_tiles or tiles_per_batch("cuda", work.tiles_per_image)
     # Each session's arena keeps what it once took, so the tower's part stays through prefill.
-    tower = MemoryTerms(
+    encode = ready + MemoryTerms(
         pixel_values=pixel_value_bytes(dims.vision, batch) // 2,
         image_features=batch * dims.vision.num_patches * text.hidden_size * 2,
-        vision_activations=_vision_activations(dims, batch, "cuda", factor),
+        vision_activations=int(tower_bytes(dims, batch) * c["activation_factor"]),
     )
-    encode = ready + tower
-    chunk = prefill_chunk_tokens(work.chunk_tokens, work.context_tokens)
-    run = MemoryTerms(
-        prompt_embeddings=prompt_embedding_bytes(text, chunk, "cuda"),
-        prefill_activations=_decoder_activations(text, chunk, "cuda", precision, factor),
-        attention_workspace=_cuda_attention(text, chunk, work, machine),
+    chunk = prefill_chunk_tokens(work.chunk_tokens, context)
+    runs = DecoderRuns(
+        text,
+        chunk,
+        step_tokens=0,
+        context_tokens=context,
+        has_int8_cache=cache == "int8",
+        dequantises=precision != "fp16",
+        most_dequantised=c.bytes("dequant_scratch_limit"),
+        compute_capability=capability,
     )
-    prefill = encode + run
-    decode = prefill + MemoryTerms(logits=logits_bytes(text, _STEP_TOKENS))
+    prefill = encode + _device_run(runs, c["activation_factor"])
+    decode = (
+        encode
+        + _device_run(replace(runs, step_tokens=_STEP_TOKENS), c["activation_factor"])
+        + MemoryTerms(logits=logits_bytes(text, _STEP_TOKENS))
+    )
     phases = dict(zip(PHASES, (loaded, encode, prefill, decode), strict=True))
     return {n: p.with_slack(c.bytes("slack"), c["slack_share"]) for n, p in phases.items()}
+
+
+def _device_run(runs: DecoderRuns, factor: float) -> MemoryTerms:
+    activations, dequantised, attention = (int(part * factor) for part in runs.by_cause())
+    return MemoryTerms(
+        prompt_embeddings=prompt_embedding_bytes(runs.text, runs.chunk_tokens, "cuda"),
+        prefill_activations=activations,
+        attention_workspace=attention,
+        engine_workspace=dequantised,
+    )
 
 
 def _cuda_host_phases(dims: ModelDims, work: Workload, c: Constants) -> Phases:
@@ -425,10 +452,8 @@ def _image_decoding(vision: VisionDims, work: Workload) -> int:
     return max(image, video_decoding_bytes(PLANNED_VIDEO_PIXELS) if work.num_frames else 0)
 
 
-def _vision_activations(
-    dims: ModelDims, tiles: int, flavour: Flavour, factor: float, precision: str = "fp16"
-) -> int:
-    """One batch inside a tower block or the projector, whichever is larger.
+def _vision_activations(dims: ModelDims, tiles: int, factor: float, precision: str) -> int:
+    """One batch inside a tower block or the projector on the CPU, whichever is larger.
 
     Attention holds residual, normed, packed and reordered queries, keys and values, and the scores
     before and after softmax; the MLP its input, residual and two inner tensors. At 8 bits a layer's
@@ -445,42 +470,20 @@ def _vision_activations(
         mlp += tokens * v.intermediate_size * 5 // 4
         projector += v.num_patches * max(v.feature_size, dims.text.hidden_size) * 5 // 4
     elements = max(attention, mlp, projector) + tokens * hidden * (len(v.feature_layers) - 1)
-    return int(tiles * elements * activation_bytes(flavour) * factor)
+    return int(tiles * elements * activation_bytes("cpu") * factor)
 
 
-def _decoder_activations(
-    text: TextDims, tokens: int, flavour: Flavour, precision: str, factor: float
-) -> int:
-    """One chunk inside a decoder layer: attention or MLP, whichever is larger.
+def _decoder_activations(text: TextDims, tokens: int, precision: str, factor: float) -> int:
+    """One chunk inside a decoder layer on the CPU: attention or MLP, whichever is larger.
 
     Attention holds residual, normed, packed and rotated queries, keys and values and its output;
-    the MLP residual, normed, gate, its sigmoid, their product and up. A quantised layer on the CPU
-    adds its input as integers and, scaled row by row, as float32.
+    the MLP residual, normed, gate, its sigmoid, their product and up. A quantised layer adds its
+    input as integers and, scaled row by row, as float32.
     """
-    size = activation_bytes(flavour)
+    size = activation_bytes("cpu")
     packed = text.query_size + 2 * text.key_value_size
     attention = 3 * text.hidden_size + 2 * packed + text.query_size
     mlp = 2 * text.hidden_size + 4 * text.intermediate_size
     widest = max(text.intermediate_size, text.query_size, text.hidden_size)
-    extra = widest * (size + 1) if flavour == "cpu" and precision != "fp16" else 0
+    extra = widest * (size + 1) if precision != "fp16" else 0
     return int(tokens * (max(attention, mlp) * size + extra) * factor)
-
-
-def _cuda_attention(text: TextDims, tokens: int, work: Workload, machine: Machine) -> int:
-    """Flash attention keeps a float32 sum a head and row; before 8.0 keys and values are expanded.
-
-    An int8 cache is dequantised into float16, one layer at a time and its whole capacity, wherever
-    XQA does not read the codes themselves: for every prompt, and for steps where the provider's
-    release, the heads or the scales do not suit it. So it is counted always.
-
-    Source: ONNX Runtime, docs/contrib_ops/cuda/gqa.md (order of back ends), and
-    ``GQABufferRequirements`` of its CUDA provider.
-    """
-    sums = tokens * text.num_attention_heads * 4 * 2
-    rotated = tokens * (text.query_size + 2 * text.key_value_size) * 2
-    major = int((machine.compute_capability or "8.0").split(".")[0])
-    expanded = 2 * work.context_tokens * text.query_size * 2 if major < 8 else 0
-    dequantised = 0
-    if work.cache == "int8":
-        dequantised = 2 * work.context_tokens * text.key_value_size * activation_bytes("cuda")
-    return sums + rotated + expanded + dequantised

@@ -7,9 +7,15 @@ import pytest
 from tokenizers import Tokenizer
 
 from llava_edge.bench import memory_measure
-from llava_edge.bench.memory_cases import MemoryCase, draw_cases
+from llava_edge.bench.memory_cases import MemoryCase, draw_cases, draw_wide_cases
 from llava_edge.bench.memory_fit import MARGIN, MIB, fit, holds, predict, table
-from llava_edge.bench.memory_measure import Measurement, fill_tokenizer, measure_cases
+from llava_edge.bench.memory_measure import (
+    Measurement,
+    MeasureSettings,
+    fill_tokenizer,
+    measure_cases,
+)
+from llava_edge.bench.memory_probe import Steps
 from llava_edge.convert.random_spec import RandomSpec
 from llava_edge.profiles.constants import memory_constants
 from llava_edge.profiles.memory import Machine, estimate_memory
@@ -100,9 +106,14 @@ def test_what_was_measured_is_not_measured_again(
 ) -> None:
     asked = []
 
-    def measure(case: MemoryCase, folder: Path, threads: int) -> dict[str, Any]:
+    def measure(case: MemoryCase, folder: Path, settings: MeasureSettings) -> dict[str, Any]:
         asked.append(case.name)
-        found = {"host_bytes": 5, "prompt_tokens": 2, "steps": [["imported", 1, 2]]}
+        found = {
+            "host_bytes": 5,
+            "prompt_tokens": 2,
+            "steps": [["imported", 1, 2]],
+            "chunk_tokens": 512,
+        }
         return {"case": case.as_dict(), "config": {}, **found}
 
     monkeypatch.setattr(memory_measure, "measure_case", measure)
@@ -115,6 +126,10 @@ def test_what_was_measured_is_not_measured_again(
     # Another question under the same name is another measurement.
     measure_cases([replace(first, context=9)], tmp_path, results, lambda _: None)
     assert asked[3:] == [first.name]
+    # So is one by other settings.
+    settings = MeasureSettings(prefill_chunk=128)
+    measure_cases([second], tmp_path, results, lambda _: None, settings)
+    assert asked[4:] == [second.name]
     assert list(json.loads(results.read_text("utf-8"))) == [c.name for c in (first, second, third)]
 
 
@@ -133,6 +148,74 @@ def test_a_tokenizer_is_filled_to_the_vocabulary_and_keeps_its_control_tokens(
     assert {i: t.content for i, t in after.get_added_tokens_decoder().items()} == added
     text = "What is shown in this image?"
     assert after.decode(after.encode(text).ids).strip() == text
+
+
+def on_a_gpu(case: MemoryCase, capability: str, **changes: Any) -> Measurement:
+    """A measurement of a GPU that holds what is planned for it, and 10 MiB less."""
+    config = RandomSpec(**case.sizes).config(image_token_id=1)  # type: ignore[arg-type]
+    found = Measurement(case, config, 1, 0, (), 0, 2048, capability)
+    found = replace(found, **changes)
+    machine = Machine("cuda", compute_capability=capability)
+    work = case.workload(found.dims, found.chunk_tokens)
+    planned = estimate_memory(found.dims, case.precision, work, machine).device_bytes
+    return replace(found, device_bytes=planned - 10 * MIB)
+
+
+def test_a_gpu_is_compared_with_what_is_planned_for_its_memory_and_its_kind() -> None:
+    case = draw_wide_cases(0)[0]
+    constants = memory_constants()["cuda"]
+    rows = [
+        predict(on_a_gpu(case, *asked), constants, is_fitted=False)
+        for asked in (("8.0",), ("7.5",), ("9.0",))
+    ]
+    assert all(row.holds and row.predicted - row.measured == 10 * MIB for row in rows)
+    assert len({row.predicted for row in rows}) == 3
+    assert {row.phase for row in rows} == {"decode"}
+    shorter = predict(on_a_gpu(case, "8.0", chunk_tokens=256), constants, is_fitted=False)
+    assert shorter.predicted < rows[0].predicted - 200 * MIB
+
+
+def test_wide_cases_have_released_widths_and_leave_a_dimension_of_each_kind() -> None:
+    cases = draw_wide_cases(0)
+    assert cases == draw_wide_cases(0) != draw_wide_cases(1)
+    heads = [(case.sizes["heads"], case.sizes["kv_heads"]) for case in cases]
+    assert heads == [(32, 8), (32, 32), (28, 4), (40, 40)]
+
+
+def test_an_artifact_for_a_gpu_is_converted_for_one_and_asked_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[list[str]] = []
+
+    def call(command: list[str]) -> str:
+        called.append(command)
+        if "llava_edge.convert.random_cli" in command:
+            (tmp_path / "case" / "checkpoint").mkdir()
+            (tmp_path / "case" / "checkpoint" / "config.json").write_text("{}", "utf-8")
+        return '{"device_bytes": 7}\n'
+
+    monkeypatch.setattr(memory_measure, "_call", call)
+    monkeypatch.setattr(memory_measure, "fill_tokenizer", lambda *_: None)
+    case = replace(ODD, cache="int8", precision="int4")
+    settings = MeasureSettings("cuda", prefill_chunk=256)
+    found = memory_measure.measure_case(case, tmp_path / "case", settings)
+    assert found["device_bytes"] == 7
+    _, convert, probe = (" ".join(command) for command in called)
+    assert "--profile a100" in convert
+    assert "--cache int8" in convert
+    assert "--samples 1" in convert
+    assert "--device cuda" in probe
+    assert "--cache int8" in probe
+    assert "--prefill-chunk 256" in probe
+
+
+def test_steps_keep_the_most_where_the_reader_knows_no_peak() -> None:
+    held = iter([(5, 5), (9, 9), (7, 7)])
+    steps = Steps(lambda: next(held))
+    for done in range(3):
+        steps("tiles", done, 2)
+    steps_found = [(name, most) for name, _, most in steps.found]
+    assert steps_found == [("tiles 0/2", 5), ("tiles 1/2", 9), ("tiles 2/2", 9)]
 
 
 def test_a_small_artifact_in_a_fresh_process_stays_within_its_prediction(tmp_path: Path) -> None:

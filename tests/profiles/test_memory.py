@@ -178,10 +178,11 @@ def test_a_unified_board_adds_device_and_host(dims: ModelDims) -> None:
 
 
 def test_cards_without_flash_attention_need_expanded_keys(dims: ModelDims) -> None:
-    old = estimate_memory(dims, "int4", Workload(3440), Machine("cuda", compute_capability="7.5"))
-    new = estimate_memory(dims, "int4", Workload(3440), CUDA)
+    old = estimate_memory(dims, "fp16", Workload(3440), Machine("cuda", compute_capability="7.5"))
+    new = estimate_memory(dims, "fp16", Workload(3440), CUDA)
     grown = old.device["prefill"].attention_workspace - new.device["prefill"].attention_workspace
-    assert grown == 2 * 3440 * 4096 * 2
+    # Keys and values, and what buffers of activations leave of where they lay.
+    assert 3 < grown / (3440 * 4096 * 2) < 4
 
 
 def test_an_int8_cache_on_a_gpu_is_half_as_large_and_one_layer_is_dequantised(
@@ -189,15 +190,17 @@ def test_an_int8_cache_on_a_gpu_is_half_as_large_and_one_layer_is_dequantised(
 ) -> None:
     text = dims.text
     floats, codes = (
-        estimate_memory(dims, "int4", Workload(3440, cache=kind), CUDA).device["prefill"].as_dict()
+        estimate_memory(dims, "fp16", Workload(3440, cache=kind), CUDA).device["prefill"].as_dict()
         for kind in ("float16", "int8")
     )
     scales = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
     assert 2 * (codes["kv_cache"] - scales) == floats["kv_cache"]
-    # Keys and values of one layer, all positions, float16: what the float cache takes of a layer.
+    # Keys and values of one layer, all positions, float16: what the float cache takes of a layer;
+    # with the queries they lie in a region of their own, beside that of the first chunk's.
     scratch = codes["attention_workspace"] - floats["attention_workspace"]
-    assert scratch == 2 * text.num_key_value_heads * 3440 * text.head_dim * 2
-    assert scratch * text.num_hidden_layers == floats["kv_cache"]
+    layer = floats["kv_cache"] / text.num_hidden_layers
+    chunk = 512 * (text.query_size + 4 * text.key_value_size) * 2
+    assert layer < scratch < layer + 1.5 * chunk
     changed = {name for name in codes if codes[name] != floats[name]}
     assert changed == {"kv_cache", "attention_workspace", "allocator_slack"}
     # A processor reads codes as they are.

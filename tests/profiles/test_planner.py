@@ -377,7 +377,8 @@ def test_an_int8_cache_makes_room_on_a_gpu_and_is_slower_without_a_kernel_for_it
     coded = plan_deployment(board, same)
     floats, codes = (each.plan.memory.terms for each in (wide, coded))
     assert 0.5 < codes["kv_cache"] / floats["kv_cache"] < 0.51
-    assert codes["attention_workspace"] > floats["attention_workspace"]
+    # What dequantised weights take serves one layer's dequantised cache as well.
+    assert codes["attention_workspace"] == floats["attention_workspace"] == 0
     rates = [each.plan.predicted.decode_tokens_per_second or 0.0 for each in (wide, coded)]
     assert 0 < rates[1] < rates[0]
     assert any("so do steps, as this model's heads do not suit" in note for note in coded.notes)

@@ -195,8 +195,8 @@ def test_a_gpu_takes_an_int8_cache_where_its_kernels_read_one(
     make_artifact: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Four layers: of two, dequantising one would take what the codes save.
-    checkpoint = make_checkpoint("odd", layers=4)
+    # Ten layers: of a few, dequantising one would take what the codes save.
+    checkpoint = make_checkpoint("odd", layers=10)
     made = make_artifact(checkpoint, profile="a100", context_tokens=2048, cache="int8")
     opened = open_artifact(made)
     floats, codes = (
