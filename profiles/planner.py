@@ -475,7 +475,7 @@ class _Search:
             )
             notes.append(
                 "with an int8 cache on a GPU, prompts make float16 of one layer's codes, counted "
-                f"in prefill_activations; {steps}. Its speed was not measured on a GPU."
+                f"in attention_workspace; {steps}. Its speed was not measured on a GPU."
             )
         if c.sized.engine == "tensorrt-rtx" and self.profile.rtx_target is None:
             notes.append(
