@@ -113,8 +113,8 @@ def _final_norm(walk: GraphWalk, hidden: str) -> tuple[NormAttributes, str, str]
             raise WiringError(f"{walk.graph.label}, node {norm.node}: it adds no layer's output")
         node, value, _, axes, _ = walk.cut(name)
         walk.expect(node, "axes", axes, [1])
-        if node.input[1] != LOGITS_START:
-            # As an input it is what the runtime writes; of the other name it is worked out here.
+        if node.input[1] != LOGITS_START or walk.graph.producer(LOGITS_START) is not None:
+            # As an input it is what the runtime writes; anything else is worked out here.
             start = walk.made_by(node.input[1], "Unsqueeze")
             walk.expect_numbers(start, 1, "axes", [0])
             negative = walk.made_by(start.input[0], "Neg")

@@ -215,6 +215,15 @@ def logits_from_the_start(copy: Tampered) -> None:
     copy.bypass("decoder", negative.name)
 
 
+def start_by_name_alone(copy: Tampered) -> None:
+    """A value of the name that the other flavour's input has, made of the number as it is."""
+    logits_from_the_start(copy)
+    (count,) = [n for n in copy.nodes("decoder", "Unsqueeze") if "logits_to_keep" in n.input]
+    for node in copy.nodes("decoder", "Slice"):
+        node.input[1] = "logits_start"
+    count.output[0] = "logits_start"
+
+
 def key_as_value(copy: Tampered) -> None:
     squeezed = [n for n in copy.nodes("vision", "Squeeze") if n.input[0] == "Split_0.2"]
     squeezed[0].input[0] = "Split_0.1"
@@ -312,6 +321,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "caches of two layers swapped": (caches_swapped, "cache is ('past_key_values.1.key'"),
     "logits from the start": (logits_from_the_start, "Neg must be there"),
+    "a start by name alone": (start_by_name_alone, "Neg must be there"),
     "bias dropped in the decoder": (
         bias_dropped("decoder", f"{LAYER}.1.self_attn.q_proj"),
         "node language_model.layers.1.self_attn.q_proj: it reads nothing where "
