@@ -131,8 +131,8 @@ def steps_read_codes(text: TextDims) -> bool:
     """Whether a decode step on a GPU reads an int8 cache as it is, without making float16 of it.
 
     Prompts never do. Source: kernels of ONNX Runtime's XQA in the CUDA provider of 1.31.1, and what
-    it launches for heads and groups of all variants (``make test-cuda``). Below compute capability
-    8.0 it runs no int8 cache at all.
+    it launches for the groups of all variants (1, 4, 7 and 8 of 128; ``make test-cuda``). Below
+    compute capability 8.0 it runs no int8 cache at all.
     """
     heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
     return text.head_dim in _XQA_HEAD_DIMS and heads in {n * kv_heads for n in _XQA_INT8_GROUPS}

@@ -101,7 +101,7 @@ class Buffer:
     @classmethod
     def holding(cls, array: Array, device: DeviceKind) -> Buffer:
         """A buffer with the content of an array: copied to another device, shared on the CPU."""
-        contiguous = np.ascontiguousarray(array)
+        contiguous = np.asarray(array, order="C")
         if device == "cpu":
             return cls.over(contiguous)
         return cls._outside(contiguous.shape, contiguous.dtype, device, contiguous)
@@ -110,8 +110,7 @@ class Buffer:
     def unwritten(cls, shape: Sequence[int], dtype: type[np.generic], device: DeviceKind) -> Buffer:
         """A buffer that a run writes whole before anybody reads it; zeros on the CPU.
 
-        Zeros for another device are made on the host and copied: for features of a full image that
-        takes longer than a part of what computes them.
+        Zeros for another device would be made on the host and copied.
         """
         if device == "cpu":
             return cls(shape, dtype, device)

@@ -104,6 +104,12 @@ def _head(walk: GraphWalk) -> LinearAttributes:
     return walk.linear("logits")
 
 
+def _is_given(walk: GraphWalk, name: str) -> bool:
+    """Whether whoever runs the graph says what a value is, and nothing in the graph does."""
+    made = walk.graph.producer(name) is not None or name in walk.graph.initializers
+    return name in walk.graph.inputs and not made
+
+
 def _final_norm(walk: GraphWalk, hidden: str) -> tuple[NormAttributes, str, str]:
     """The last norm, and the residual and delta in front of the cut to the kept positions."""
     norm, last_residual, last_delta, _ = walk.rms_norm(hidden)
@@ -113,7 +119,7 @@ def _final_norm(walk: GraphWalk, hidden: str) -> tuple[NormAttributes, str, str]
             raise WiringError(f"{walk.graph.label}, node {norm.node}: it adds no layer's output")
         node, value, _, axes, _ = walk.cut(name)
         walk.expect(node, "axes", axes, [1])
-        if node.input[1] != LOGITS_START or walk.graph.producer(LOGITS_START) is not None:
+        if node.input[1] != LOGITS_START or not _is_given(walk, LOGITS_START):
             # As an input it is what the runtime writes; anything else is worked out here.
             start = walk.made_by(node.input[1], "Unsqueeze")
             walk.expect_numbers(start, 1, "axes", [0])

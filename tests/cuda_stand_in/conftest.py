@@ -7,7 +7,7 @@ import pytest
 from tests.cuda_stand_in.record import StandIn
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def cuda() -> StandIn:
     try:
         return StandIn()

@@ -1,5 +1,5 @@
-/* Registering and launching kernels. Nothing is computed: a launch is checked as the driver would check
-   it, and written down. */
+/* Registering and launching kernels. Nothing is computed: code and sizes of a launch are checked, and
+   it is written down. */
 
 #include <cuda_runtime_api.h>
 #include <stdlib.h>

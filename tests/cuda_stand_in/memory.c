@@ -168,5 +168,8 @@ void *stand_in_host_view(const void *pointer, size_t size) {
 
 size_t stand_in_used(void) { return used; }
 size_t stand_in_peak(void) { return peak; }
-size_t stand_in_total(void) { return total; }
+size_t stand_in_total(void) {
+    pthread_once(&once, reserve);
+    return total;
+}
 void stand_in_reset_peak(void) { peak = used; }

@@ -147,7 +147,7 @@ def test_a_step_with_an_int8_cache_reads_the_codes(
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"),
-    [(4, 4, 128), (4, 2, 128), (7, 1, 128), (8, 1, 64), (4, 1, 96)],
+    [(4, 4, 128), (4, 2, 128), (5, 1, 128), (7, 1, 128), (8, 1, 128), (4, 1, 64), (4, 1, 96)],
 )
 def test_the_speed_model_knows_which_heads_read_codes(
     cuda: StandIn,

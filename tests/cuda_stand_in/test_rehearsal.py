@@ -36,6 +36,8 @@ def test_steps_of_the_check_run(cuda: StandIn, work: Path, words: tuple[str, ...
 
     done = subprocess.run(command, capture_output=True, text=True)
 
+    assert done.returncode in (0, 1), done.stderr
+    assert asked(*words)
     entries: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])["entries"]
     assert "Stand-in" in entries[CARD]["gpus"][0]["name"]
     for name in asked(*words):

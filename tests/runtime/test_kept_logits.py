@@ -74,8 +74,12 @@ def number_instead_of_start(folder: Path, target: Path) -> Path:
     first = next(n for n, node in enumerate(model.graph.node) if LOGITS_START in node.input)
     nodes = [
         helper.make_node("Neg", [LOGITS_TO_KEEP], ["minus"], "Neg_0"),
-        helper.make_node("Unsqueeze", ["minus", "first_axis"], [LOGITS_START], "Unsqueeze_0"),
+        helper.make_node("Unsqueeze", ["minus", "first_axis"], ["start"], "Unsqueeze_0"),
     ]
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            if name == LOGITS_START:
+                node.input[place] = "start"
     for offset, node in enumerate(nodes):
         model.graph.node.insert(first + offset, node)
     path.write_bytes(model.SerializeToString())

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
 from llava_edge.convert.verify.structure import structure_stage
@@ -224,6 +224,14 @@ def start_by_name_alone(copy: Tampered) -> None:
     count.output[0] = "logits_start"
 
 
+def constant_start(copy: Tampered) -> None:
+    """A constant of the name that the other flavour's input has."""
+    graph = copy.model("decoder").graph
+    graph.initializer.append(helper.make_tensor("logits_start", TensorProto.INT64, [1], [-1]))
+    for node in copy.nodes("decoder", "Slice"):
+        node.input[1] = "logits_start"
+
+
 def key_as_value(copy: Tampered) -> None:
     squeezed = [n for n in copy.nodes("vision", "Squeeze") if n.input[0] == "Split_0.2"]
     squeezed[0].input[0] = "Split_0.1"
@@ -321,6 +329,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "caches of two layers swapped": (caches_swapped, "cache is ('past_key_values.1.key'"),
     "logits from the start": (logits_from_the_start, "Neg must be there"),
+    "a constant start": (constant_start, "logits_start"),
     "a start by name alone": (start_by_name_alone, "Neg must be there"),
     "bias dropped in the decoder": (
         bias_dropped("decoder", f"{LAYER}.1.self_attn.q_proj"),
