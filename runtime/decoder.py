@@ -141,7 +141,7 @@ class Decoder:
             rows = chunk[:, : stop - start]
             fill(start, stop, rows[0])
             keep = logits_to_keep if start == last_start else 1
-            buffer = self._device_rows(rows)
+            buffer = Buffer.holding(rows, self._session.device)
             if place is not None:
                 place(start, stop, buffer.address)
             logits = self._run_chunk(buffer, stop - start, keep)
@@ -324,9 +324,6 @@ class Decoder:
             binding.output("logits", logits)
             self._several[count] = _Rows(embeddings, logits, binding)
         return self._several[count]
-
-    def _device_rows(self, rows: Array) -> Buffer:
-        return Buffer.holding(rows, self._session.device)
 
     def _run(
         self, binding: Any, num_tokens: int, *, shrink: bool = False, replay: bool = False

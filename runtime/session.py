@@ -126,8 +126,10 @@ class Buffer:
         with _mapped_errors(f"allocating a buffer {dtype.name}{list(shape)} on {device}"):
             _preload_cuda()
             _take_exact_memory()
-            given = _room_on_device(buffer.shape, dtype, device) if array is None else None
-            buffer.value = given if array is None else _on_device(array, device)
+            if array is None:
+                buffer.value = _room_on_device(buffer.shape, dtype, device)
+            else:
+                buffer.value = _on_device(array, device)
         return buffer
 
     @classmethod
@@ -300,6 +302,8 @@ class Session:
                 model, settings, providers=[(provider, asked)], enable_fallback=0
             )
         _OPEN.add(self)
+        # Asked at every run that wants logits of several positions.
+        self._inputs = frozenset(given.name for given in self._session.get_inputs())
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         # ONNX Runtime goes on with the CPU where a provider's libraries do not load.
         if provider not in self.providers:
@@ -335,7 +339,7 @@ class Session:
 
     def has_input(self, name: str) -> bool:
         """Whether the graph is given a value of that name."""
-        return any(given.name == name for given in self._session.get_inputs())
+        return name in self._inputs
 
     def binding(self) -> Binding:
         """A fresh, empty set of bound inputs and outputs."""

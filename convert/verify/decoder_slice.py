@@ -201,14 +201,16 @@ class DecoderGraph:
         numbers = {
             "slice_axis": np.array([1], np.int64),
             "slice_end": np.array([np.iinfo(np.int64).max], np.int64),
-            "slice_zero": np.array([0], np.int64),
         }
+        given = any(value.name == LOGITS_START for value in self._view.model.graph.input)
+        if not given:
+            numbers["slice_zero"] = np.array([0], np.int64)
         constants = [
             helper.make_node("Constant", [], [name], value=_tensor(array, name))
             for name, array in numbers.items()
         ]
         start, place = [], LOGITS_START
-        if not any(value.name == LOGITS_START for value in self._view.model.graph.input):
+        if not given:
             place = "slice_start"
             start = [
                 helper.make_node("Neg", [LOGITS_TO_KEEP], ["slice_minus"]),
