@@ -14,9 +14,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from llava_edge.profiles.buffers import MAX_DRAFT_TOKENS
 from llava_edge.profiles.errors import EngineError
 from llava_edge.profiles.nvml import process_bytes, read_gpus
 from llava_edge.runtime import LlavaEdge
@@ -63,11 +60,6 @@ def main(argv: list[str] | None = None) -> int:
             progress=steps,
         )
         steps("answered", 0, 0)
-        if on_gpu:
-            # The largest step of all, which no question is sure to bring: a token and its draft.
-            hidden = artifact.manifest.model.text.hidden_size
-            model._decoder.try_steps(np.zeros((1 + MAX_DRAFT_TOKENS, hidden), np.float16))
-            steps("longest step", 0, 0)
     result = {
         "host_bytes": answer.peak_memory.host_bytes,
         "prompt_tokens": answer.prompt_tokens,
@@ -96,8 +88,8 @@ def resident_bytes() -> tuple[int, int]:
 def device_bytes() -> tuple[int, int]:
     """Bytes of this process on the device, twice: the driver keeps no peak.
 
-    None is needed: weights come in pieces of their own size, and what runs took stays with the
-    provider's arenas, so the most is held when a request ends.
+    None is needed: weights come in pieces of their own size, and what the largest runs took when
+    the artifact was loaded stays with the provider's arenas.
     """
     held = process_bytes(os.getpid())
     return (held, held) if held is not None else (0, 0)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from llava_edge.profiles.buffers import runs_before_requests
 from llava_edge.profiles.device_arena import DeviceArena, Piece
 from llava_edge.profiles.device_pages import paged
 from llava_edge.profiles.model_dims import ModelDims, TextDims
@@ -70,8 +71,8 @@ class DecoderRuns:
 def _arena_bytes(runs: DecoderRuns) -> int:
     arena, chunk = DeviceArena(), runs.chunk_tokens
     run_once(arena, runs, chunk, is_first=True)
-    for tokens in (chunk, chunk // 2, chunk // 4, chunk // 8, 1):
-        run_once(arena, runs, max(1, tokens))
+    for tokens in runs_before_requests(chunk):
+        run_once(arena, runs, tokens)
     if runs.step_tokens:
         run_once(arena, runs, runs.step_tokens, kept=runs.step_tokens)
     return arena.nbytes

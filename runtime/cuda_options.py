@@ -29,6 +29,9 @@ class CudaOptions:
         memory_limit_bytes: of the memory that each session takes for weights and activations; 0
             sets none. The KV cache and the context of the driver lie outside.
         exact_arena: memory grows by what is asked for; off, ONNX Runtime doubles it.
+        warm_up: run the largest batch and the largest chunk when the artifact is loaded. It takes
+            then what any request will, so that requests of any order stay within the plan; kernels
+            are there, and a decode step is recorded, before the first request.
     """
 
     graph: bool = False
@@ -37,6 +40,7 @@ class CudaOptions:
     weight_only_gemm: bool = False
     memory_limit_bytes: int = 0
     exact_arena: bool = True
+    warm_up: bool = True
 
     def __post_init__(self) -> None:
         require_count("memory_limit_bytes", self.memory_limit_bytes, 0)

@@ -1,7 +1,8 @@
 """The CUDA runtime library through ctypes: streams, copies on the device, and what GPU it is.
 
-Memory itself is ONNX Runtime's (``Buffer``): its addresses are plain integers, valid for every
-library of the process. The runtime comes with ONNX Runtime's CUDA packages; nothing more is needed.
+Memory that a graph reads or writes is ONNX Runtime's (``Buffer``). Addresses of both are plain
+integers, valid for every library of the process. The runtime comes with ONNX Runtime's CUDA
+packages; nothing more is needed.
 """
 
 from __future__ import annotations
@@ -76,6 +77,20 @@ class CudaRuntime:
             "pip install 'onnxruntime-gpu[cuda]'"
         )
 
+    def allocate(self, nbytes: int) -> int:
+        """Memory of the driver's own; the address. Its content is whatever lay there.
+
+        Raises:
+            OutOfMemoryError: there is none.
+        """
+        address = ctypes.c_void_p()
+        self._call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(nbytes))
+        return int(address.value or 0)
+
+    def free(self, address: int) -> None:
+        """Give back what ``allocate`` gave; waits for what the device has to do."""
+        self._call("cudaFree", ctypes.c_void_p(address))
+
     def upload(self, address: int, array: Array) -> None:
         """Enqueue a copy of a contiguous host array to the device."""
         self._copy(address, array.ctypes.data, array.nbytes, _TO_DEVICE)
@@ -139,8 +154,12 @@ class CudaRuntime:
             raise EngineError(f"the CUDA runtime has no {function}; it is too old.") from error
         if code == _SUCCESS:
             return
-        kind = OutOfMemoryError if code == _OUT_OF_MEMORY else EngineError
-        raise kind(f"CUDA failed in {function} with code {code} ({self._meaning(code)}).")
+        said = f"CUDA failed in {function} with code {code} ({self._meaning(code)})."
+        if code == _OUT_OF_MEMORY:
+            # It stays on record and would be taken for the failure of whoever asks next.
+            self._library.cudaGetLastError()
+            raise OutOfMemoryError(f"{said} Use fewer images, a lower grid, or a smaller context.")
+        raise EngineError(said)
 
     def _meaning(self, code: int) -> str:
         describe = self._library.cudaGetErrorString

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from llava_edge.profiles.buffers import MAX_DRAFT_TOKENS
 from llava_edge.profiles.errors import PromptError
 from llava_edge.profiles.model_dims import TextDims
 from llava_edge.runtime.allocation import allocate
@@ -40,6 +41,7 @@ class Decoder:
         int8_cache: whether the session's graph has an int8 cache instead.
 
     Attributes:
+        chunk_tokens: as given.
         step_seconds: time spent inside ONNX Runtime by all decode steps so far, on trial or not.
     """
 
@@ -56,7 +58,7 @@ class Decoder:
     ) -> None:
         device = session.device
         self.capacity = capacity
-        self._chunk_tokens = chunk_tokens
+        self.chunk_tokens = chunk_tokens
         self._session = session
         self._dtype = dtype
         self._text = text
@@ -79,6 +81,9 @@ class Decoder:
         self._on_trial = 0
         self._widest = (self._row, self._logits)
         self._several: dict[int, _Rows] = {}
+        if device != "cpu":
+            # Before anything that comes and goes, whose place they would take for good.
+            self._widen(min(1 + MAX_DRAFT_TOKENS, capacity))
 
     def _bind(self) -> Any:
         binding = self._session.binding()
@@ -128,7 +133,7 @@ class Decoder:
                 f"{num_tokens} tokens were asked behind {self.length}; the context holds "
                 f"{self.capacity}. Shorten the prompt, lower the grid, or load a larger context."
             )
-        size = min(num_tokens, self._chunk_tokens)
+        size = min(num_tokens, self.chunk_tokens)
         last_start = (num_tokens - 1) // size * size
         if not 1 <= logits_to_keep <= num_tokens - last_start:
             raise ValueError(
@@ -145,6 +150,8 @@ class Decoder:
             if place is not None:
                 place(start, stop, buffer.address)
             logits = self._run_chunk(buffer, stop - start, keep)
+            # Not two at once on a GPU.
+            del buffer
         kept: Array = logits.read()[0]
         return kept
 
@@ -308,15 +315,18 @@ class Decoder:
         assert self._cache is not None
         return self._cache
 
+    def _widen(self, count: int) -> None:
+        self._several.clear()
+        device = self._session.device
+        self._widest = (
+            Buffer((1, count, self._hidden), self._dtype, device),
+            Buffer((1, count, self._logits.shape[-1]), np.float32, device),
+        )
+
     def _rows(self, count: int) -> _Rows:
         """What runs that many positions: bound once, in memory for the most that were asked."""
         if count > self._widest[0].shape[1]:
-            self._several.clear()
-            device = self._session.device
-            self._widest = (
-                Buffer((1, count, self._hidden), self._dtype, device),
-                Buffer((1, count, self._logits.shape[-1]), np.float32, device),
-            )
+            self._widen(count)
         if count not in self._several:
             embeddings, logits = (buffer.first(count) for buffer in self._widest)
             binding = self._bind()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 
 from llava_edge.runtime.cuda_runtime import CudaRuntime
-from llava_edge.runtime.session import Array, Buffer
+from llava_edge.runtime.session import Array
 
 
 class DeviceRows:
-    """A matrix of float16 rows in device memory.
+    """A matrix of float16 rows in device memory, of the driver's own, given back with the object.
+
+    Each request has its own number of tiles. ONNX Runtime's memory for buffers never shrinks, and
+    would keep a piece for each that was larger than all before.
 
     Args:
         shape: (rows, hidden).
@@ -19,12 +24,14 @@ class DeviceRows:
     def __init__(self, shape: tuple[int, int], cuda: CudaRuntime) -> None:
         self.shape = shape
         self._cuda = cuda
-        self._buffer = Buffer.unwritten(shape, np.float16, "cuda")
         self._row_bytes = shape[1] * np.dtype(np.float16).itemsize
+        self._address = cuda.allocate(shape[0] * self._row_bytes)
+        # With the process the driver takes it back itself, and may be gone by then.
+        weakref.finalize(self, cuda.free, self._address).atexit = False
 
     def address(self, row: int) -> int:
         """Device address of a row."""
-        return self._buffer.address + row * self._row_bytes
+        return self._address + row * self._row_bytes
 
     def write(self, row: int, values: Array) -> None:
         """Set one row from host values (hidden,)."""

@@ -8,8 +8,11 @@ with a copy there and one back in every run; it does not record a graph that has
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
+from llava_edge.profiles.errors import EngineError
 from llava_edge.runtime.session import Array, Session
 
 LOGITS_TO_KEEP = "logits_to_keep"
@@ -29,3 +32,20 @@ def kept_logits(session: Session, count: int) -> dict[str, Array]:
     if session.has_input(LOGITS_START):
         return {LOGITS_START: np.array([-count], np.int64)}
     return {LOGITS_TO_KEEP: np.array(count, np.int64)}
+
+
+def check_recordable(inputs: Collection[str]) -> None:
+    """Refuse to record the steps of a decoder graph that works the place out itself.
+
+    Args:
+        inputs: names of the graph's inputs.
+
+    Raises:
+        EngineError: it does.
+    """
+    if LOGITS_START not in inputs:
+        raise EngineError(
+            "graph (CudaOptions) asks for decode steps to be recorded; ONNX Runtime does not "
+            f"record the decoder of this artifact, which has the input {LOGITS_TO_KEEP} in place "
+            f"of {LOGITS_START}. Convert the checkpoint again, or load without graph."
+        )

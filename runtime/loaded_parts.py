@@ -15,6 +15,7 @@ from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.host_memory import map_large_blocks
 from llava_edge.runtime.instructions import needs_wide_sums
+from llava_edge.runtime.kept_logits import check_recordable
 from llava_edge.runtime.load_fit import LoadFit, least_context
 from llava_edge.runtime.load_options import LoadOptions
 from llava_edge.runtime.ort_device_vision import OrtDeviceEncoder
@@ -26,6 +27,7 @@ from llava_edge.runtime.session import DeviceKind, Session, SessionOptions
 from llava_edge.runtime.tokenizer import Tokenizer
 from llava_edge.runtime.tower import Tower, open_tower
 from llava_edge.runtime.vision import VisionEncoder
+from llava_edge.runtime.warm_up import warm_up
 
 
 @dataclass(frozen=True)
@@ -102,15 +104,17 @@ def open_parts(
             return OrtDeviceEncoder(session, CudaRuntime.open(), batch, shape)
         return VisionEncoder(session, dims, batch, dtype)
 
-    progress("loading", 0, 2)
+    graph = manifest.decoders[fit.cache]
+    if device == "cuda" and cuda.graph:
+        check_recordable({tensor.name for tensor in graph.inputs})
+    progress("loading", 0, 3)
     tower = open_tower(
         artifact, device, options.engine, open_ort, trust_engines=options.trust_engines
     )
-    progress("loading", 1, 2)
-    graph = manifest.decoders[fit.cache]
+    progress("loading", 1, 3)
     session = Session(artifact.path(graph.file), settings)
     off_device.extend(f"decoder: {node}" for node in session.off_device)
-    progress("loading", 2, 2)
+    progress("loading", 2, 3)
     encoder = cached_encoder(tower.encoder, dims, dtype, options.vision_cache_bytes)
     embedder = PromptEmbedder(dims, tokens.image, table, encoder, dtype, batch, tokens.video)
     outputs = {tensor.name: tensor.shape for tensor in graph.outputs}
@@ -124,6 +128,9 @@ def open_parts(
         int(picked[-1]),
         int8_cache=fit.cache == "int8",
     )
+    if device == "cuda" and cuda.warm_up:
+        warm_up(tower.encoder, decoder, dims, batch)
+    progress("loading", 3, 3)
     answerer = Answerer(
         tower,
         device,

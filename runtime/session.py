@@ -11,7 +11,7 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -41,6 +41,7 @@ DeviceKind = Literal["cpu", "cuda"]
 _PROVIDERS: dict[DeviceKind, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _RECORD = "session.record_ep_graph_assignment_info"
 _GRAPH_ID = "gpu_graph_id"
+_SHRINK = "memory.enable_memory_arena_shrinkage"
 _WARNINGS, _ERRORS = 2, 3
 """ONNX Runtime's levels of what it writes to stderr."""
 _OUT_OF_MEMORY = (
@@ -275,6 +276,7 @@ class Session:
     ) -> None:
         self.device = options.device
         self.run_seconds = 0.0
+        self._is_recorded = False
         settings = ort.SessionOptions()
         for key, value in entries.items():
             settings.add_session_config_entry(key, value)
@@ -317,8 +319,7 @@ class Session:
         # measured on a full-size tower, the arena's peak is 0.4 GiB below plain allocation's.
         self._shrinking = ort.RunOptions()
         if options.device == "cpu":
-            key = "memory.enable_memory_arena_shrinkage"
-            self._shrinking.add_run_config_entry(key, "cpu:0")
+            self._shrinking.add_run_config_entry(_SHRINK, "cpu:0")
         # Everything of other shapes than the one recorded has to be kept out of the recording.
         self._replaying = ort.RunOptions()
         if self.captures:
@@ -362,10 +363,29 @@ class Session:
         options = self._shrinking if shrink or self.captures else None
         try:
             self._session.run_with_iobinding(binding, self._replaying if replay else options)
+            self._is_recorded |= replay and self.captures
         except Exception as error:
-            raise _map_error(error, "running the graph") from error
+            mapped = _map_error(error, "running the graph")
+            if isinstance(mapped, OutOfMemoryError):
+                self._give_back(binding)
+            raise mapped from error
         finally:
             self.run_seconds += time.perf_counter() - start
+
+    def _give_back(self, binding: Any) -> None:
+        """What a run took on a GPU until it failed, which smaller ones might have no use for.
+
+        ONNX Runtime does that at the end of a run, one that fails as well, if it was asked to at
+        its beginning. A recording keeps the addresses that it saw.
+        """
+        if self.device == "cpu" or self._is_recorded:
+            return
+        options = ort.RunOptions()
+        options.add_run_config_entry(_SHRINK, "gpu:0")
+        if self.captures:
+            options.add_run_config_entry(_GRAPH_ID, NO_CAPTURE)
+        with suppress(Exception):
+            self._session.run_with_iobinding(binding, options)
 
 
 _OPEN: weakref.WeakSet[Session] = weakref.WeakSet()

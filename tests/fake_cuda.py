@@ -19,6 +19,7 @@ import pytest
 
 from llava_edge.runtime import session
 from llava_edge.runtime.cuda_runtime import CudaRuntime
+from llava_edge.runtime.session import Buffer
 
 UPLOAD, DOWNLOAD, MOVE = 1, 2, 3
 STREAM = 77
@@ -34,6 +35,7 @@ class FakeCudart:
         self.calls: list[tuple[Any, ...]] = []
         self.fails: dict[str, int] = {}
         self.cudaGetErrorString = _Describe()
+        self.held: dict[int, Any] = {}
 
     def copied(self, kind: int) -> int:
         """Bytes of all copies of a kind."""
@@ -58,6 +60,19 @@ class FakeCudart:
     def cudaStreamCreateWithFlags(self, stream: Any, flags: Any) -> int:  # noqa: N802
         stream._obj.value = STREAM
         return self._code("cudaStreamCreateWithFlags")
+
+    def cudaMalloc(self, address: Any, nbytes: Any) -> int:  # noqa: N802
+        memory = ctypes.create_string_buffer(nbytes.value)
+        address._obj.value = ctypes.addressof(memory)
+        self.held[address._obj.value] = memory
+        return self._code("cudaMalloc")
+
+    def cudaFree(self, address: Any) -> int:  # noqa: N802
+        del self.held[address.value]
+        return self._code("cudaFree")
+
+    def cudaGetLastError(self) -> int:  # noqa: N802
+        return self._code("cudaGetLastError")
 
     def cudaMemcpyAsync(  # noqa: N802
         self, target: Any, source: Any, count: Any, kind: Any, stream: Any
@@ -179,6 +194,14 @@ def install(
     """Make this process believe in a GPU; its device memory and provider are the CPU's."""
     providers = {"cpu": "CPUExecutionProvider", "cuda": "CPUExecutionProvider"}
     monkeypatch.setattr(session, "_PROVIDERS", providers)
+    keep_on_host(monkeypatch)
+    monkeypatch.setattr(CudaRuntime, "open", lambda: CudaRuntime(cudart))
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", library)
+
+
+def keep_on_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers of another device lie in host memory, apart from the arrays they were made of."""
     as_value = onnxruntime.OrtValue.ortvalue_from_numpy
     # A copy, as on a device: what the host writes into the array later must not be seen.
     monkeypatch.setattr(session, "_on_device", lambda array, _: as_value(array.copy()))
@@ -186,6 +209,7 @@ def install(
     monkeypatch.setattr(
         session, "_room_on_device", lambda shape, dtype, _: as_value(np.full(shape, 77, dtype))
     )
-    monkeypatch.setattr(CudaRuntime, "open", lambda: CudaRuntime(cudart))
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", library)
+    by_address = Buffer.by_address.fget
+    assert by_address is not None
+    here = property(lambda buffer: ("cpu", *by_address(buffer)[1:]))
+    monkeypatch.setattr(Buffer, "by_address", here)

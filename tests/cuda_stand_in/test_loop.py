@@ -6,16 +6,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from llava_edge.profiles.errors import OutOfMemoryError
+from llava_edge.profiles.errors import EngineError, OutOfMemoryError
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.cuda_options import CudaOptions
 from tests.cuda_stand_in.record import StandIn
 from tests.cuda_stand_in.test_provider import CONTEXT, SIZES
+from tests.runtime.test_artifact import edit_manifest, relist
+from tests.runtime.test_kept_logits import name_the_number, number_instead_of_start
 
 pytestmark = pytest.mark.stand_in
 
@@ -79,14 +82,70 @@ def test_features_stay_on_the_device(cuda: StandIn, artifact: Path) -> None:
     assert max(record.copies("device to device")) >= 576 * 512 * 2
 
 
-def test_memory_stays_where_it_is(cuda: StandIn, artifact: Path) -> None:
-    with load(artifact) as model:
-        for number in range(3):
-            model.generate("What is it?", [picture(number)], max_new_tokens=4)
-        settled = cuda.used
-        for number in range(12):
-            model.generate("What is it?", [picture(number)], max_new_tokens=4)
-        assert cuda.used == settled
+def mixed(model: LlavaEdge) -> None:
+    """Requests of rising and of falling length, with and without pictures and drafts."""
+    for words in (1, 9, 40, 90, 150, 60, 3):
+        model.generate("word " * words, max_new_tokens=3)
+        model.generate("word " * words, max_new_tokens=9, prompt_lookup_num_tokens=8)
+    for number, (width, height) in enumerate(((20, 20), (60, 200), (112, 84), (30, 40))):
+        model.generate("It?", [picture(number, width, height)], max_new_tokens=3)
+    model.generate("And?", [picture(5), picture(6, 60, 200)], max_new_tokens=3)
+
+
+@pytest.fixture(scope="session")
+def of_many_heads(make_checkpoint: Callable[..., Path], make_artifact: Callable[..., Path]) -> Path:
+    """As many as a 7B has: attention of few heads is split among a GPU's processors.
+
+    That takes memory which short prompts need and longer ones do not.
+    """
+    sizes = {**SIZES, "hidden_size": 2048, "heads": 32, "kv_heads": 8, "layers": 2}
+    return make_artifact(
+        make_checkpoint("tiny", **sizes), profile="a100", precision="fp16", context_tokens=CONTEXT
+    )
+
+
+@pytest.mark.parametrize("choice", [{}, {"graph": True}, {"features_on_device": True}])
+def test_all_memory_is_taken_when_the_artifact_is_loaded(
+    cuda: StandIn, of_many_heads: Path, choice: dict[str, int]
+) -> None:
+    with load(of_many_heads, **choice) as model:
+        loaded = cuda.used
+        mixed(model)
+        assert cuda.used == loaded
+    empty = cuda.used
+
+    with load(of_many_heads, warm_up=False, **choice) as model:
+        before = cuda.used
+        mixed(model)
+        # What was there already is not the same each time.
+        assert cuda.used - before > (loaded - empty) / 4
+
+
+def test_what_a_failed_run_took_is_given_back(cuda: StandIn, artifact: Path) -> None:
+    def prefill(model: LlavaEdge, tokens: int) -> int:
+        """Bytes in use behind it."""
+        model._decoder.rewind(0)
+        model._decoder.prefill(tokens, lambda start, stop, out: out.fill(0))
+        return cuda.used
+
+    with load(artifact, warm_up=False) as model:
+        small, large = (prefill(model, tokens) for tokens in (8, 1500))
+    left = []
+    # Weights count as well under a limit: below some it does not even load.
+    for eighths in range(1, 17):
+        limit = (large - small) * eighths // 8 + MIB
+        with (
+            suppress(OutOfMemoryError),
+            load(artifact, warm_up=False, memory_limit_bytes=limit) as model,
+        ):
+            loaded = cuda.used
+            try:
+                prefill(model, 1500)
+            except OutOfMemoryError:
+                left.append(cuda.used - loaded)
+    assert len(left) >= 3
+    # Some stays: a page that weights share, buffers for steps.
+    assert max(left) <= 4 * MIB
 
 
 def test_a_closed_model_gives_its_memory_back(cuda: StandIn, artifact: Path) -> None:
@@ -102,7 +161,7 @@ def test_a_closed_model_gives_its_memory_back(cuda: StandIn, artifact: Path) -> 
 def test_a_request_gives_way_to_the_limit_of_the_provider(cuda: StandIn, artifact: Path) -> None:
     """Between what loading takes and what the largest request takes, smaller ones are answered."""
     question = "What is it? " * 40
-    with load(artifact) as model:
+    with load(artifact, warm_up=False) as model:
         model.generate("What?", max_new_tokens=2)
         small = cuda.used
         whole = model.generate(question, [picture(1), picture(2)], max_new_tokens=2)
@@ -125,6 +184,15 @@ def test_a_request_gives_way_to_the_limit_of_the_provider(cuda: StandIn, artifac
     assert said[0] != ()
     assert said[-1] == ()
     assert said == sorted(said, key=lambda degraded: (degraded != ("refused",), degraded == ()))
+
+
+def test_an_artifact_of_before_is_not_recorded_and_told_so(artifact: Path, tmp_path: Path) -> None:
+    old = number_instead_of_start(artifact, tmp_path / "old")
+    relist(old, "decoder/model.onnx")
+    edit_manifest(old, name_the_number)
+
+    with pytest.raises(EngineError, match="Convert the checkpoint again, or load without graph"):
+        load(old, graph=True)
 
 
 @pytest.mark.parametrize("mebibytes", [2, 4, 16])

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 
+from llava_edge.profiles.buffers import runs_before_requests
 from llava_edge.profiles.device_arena import DeviceArena
 from llava_edge.profiles.device_pages import (
     PAGE,
@@ -68,6 +69,45 @@ def test_later_chunks_take_more_where_the_cache_holds_codes_alone() -> None:
         before = arena.nbytes
         run_once(arena, runs, 2048)
         assert arena.nbytes - before == grown * MIB
+
+
+@pytest.mark.parametrize("name", ["llava-v1.6-mistral-7b", "llava-v1.6-vicuna-13b"])
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("kind", ["float16", "codes", "7.5"])
+@pytest.mark.parametrize("chunk", [512, 2048])
+def test_behind_the_runs_at_loading_no_prompt_takes_more(
+    name: str, quantised: bool, kind: str, chunk: int
+) -> None:
+    """Of whatever length, behind whatever was asked before."""
+    runs = replace(
+        {"float16": RUNS, "codes": CODES, "7.5": OLD}[kind],
+        text=find_variant(name).dims.text,
+        dequantises=quantised,
+        chunk_tokens=chunk,
+    )
+    arena = DeviceArena()
+    run_once(arena, runs, chunk, is_first=True)
+    for tokens in runs_before_requests(chunk):
+        run_once(arena, runs, tokens)
+    run_once(arena, runs, 33, kept=33)
+    taken = arena.nbytes
+    # What a run does follows from the regions, and those stay as they are.
+    for tokens in (*range(1, chunk, 37), chunk):
+        for is_first in (True, False):
+            run_once(arena, runs, tokens, is_first=is_first)
+    for tokens in range(1, 34):
+        run_once(arena, runs, tokens, kept=tokens)
+    assert arena.nbytes == taken
+
+
+def test_small_prompts_first_leave_regions_that_large_ones_have_no_use_for() -> None:
+    for runs in (RUNS, QUANTISED, CODES, OLD):
+        planned = sum(runs.by_cause())
+        arena = DeviceArena()
+        for tokens in (60, 600, 1600, 2048):
+            run_once(arena, runs, tokens, is_first=True)
+        run_once(arena, runs, 2048)
+        assert arena.nbytes > planned
 
 
 def test_a_draft_brings_the_whole_head_into_float16() -> None:

@@ -8,6 +8,7 @@ import pytest
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError
 from llava_edge.runtime import cuda_runtime
 from llava_edge.runtime.cuda_runtime import CudaRuntime
+from llava_edge.runtime.device_rows import DeviceRows
 from tests.fake_cuda import STREAM, FakeCudart
 
 
@@ -38,6 +39,32 @@ def test_copies_carry_their_bytes_and_kind() -> None:
         ("cudaStreamSynchronize",),
         ("cudaStreamDestroy",),
     ]
+
+
+def test_rows_of_features_are_given_back_with_their_object() -> None:
+    library = FakeCudart()
+    cuda = CudaRuntime(library)
+    rows = DeviceRows((3, 4), cuda)
+    assert [len(memory) for memory in library.held.values()] == [24]
+    rows.write(1, np.arange(4, dtype=np.float32))
+    assert rows.read()[1].tolist() == [0, 1, 2, 3]
+
+    cuda.close()
+    del rows
+
+    assert library.held == {}
+    assert library.calls[-1] == ("cudaFree",)
+
+
+def test_memory_that_is_not_there_is_not_held_against_the_next_call() -> None:
+    library = FakeCudart()
+    cuda = CudaRuntime(library)
+    library.fails["cudaMalloc"] = 2
+
+    with pytest.raises(OutOfMemoryError, match=r"cudaMalloc with code 2 .*Use fewer images"):
+        DeviceRows((3, 4), cuda)
+
+    assert library.calls[-1] == ("cudaGetLastError",)
 
 
 @pytest.mark.parametrize(("code", "kind"), [(2, OutOfMemoryError), (35, EngineError)])

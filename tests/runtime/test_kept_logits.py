@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +12,18 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from llava_edge.profiles.errors import ArtifactError
+from llava_edge.profiles.errors import ArtifactError, EngineError
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.interface_check import check_interfaces
-from llava_edge.runtime.kept_logits import LOGITS_START, LOGITS_TO_KEEP, kept_logits
-from llava_edge.runtime.sealed_json import seal
+from llava_edge.runtime.kept_logits import (
+    LOGITS_START,
+    LOGITS_TO_KEEP,
+    check_recordable,
+    kept_logits,
+)
 from llava_edge.runtime.session import Session, SessionOptions
+from tests.runtime.test_artifact import edit_manifest, relist
 
 GRAPH = "decoder/model.onnx"
 
@@ -52,16 +55,6 @@ def test_each_flavour_has_its_input(
     assert value.shape == asked.shape
 
 
-def rewrite(folder: Path, name: str, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the manifest, enter a changed file into it, and seal it again."""
-    path = folder / "manifest.json"
-    document = json.loads(path.read_bytes())
-    data = (folder / name).read_bytes()
-    document["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    change(document)
-    path.write_bytes(seal(document))
-
-
 def number_instead_of_start(folder: Path, target: Path) -> Path:
     """The artifact as a converter of before would have written it, for the cuda flavour."""
     shutil.copytree(folder, target)
@@ -86,6 +79,13 @@ def number_instead_of_start(folder: Path, target: Path) -> Path:
     return target
 
 
+def name_the_number(manifest: dict[str, Any]) -> None:
+    """What the manifest of such an artifact says."""
+    for tensor in manifest["decoder"]["inputs"]:
+        if tensor["name"] == LOGITS_START:
+            tensor.update(name=LOGITS_TO_KEEP, shape=[])
+
+
 def test_a_cuda_artifact_with_the_number_still_answers(
     make_checkpoint: Callable[..., Path],
     make_artifact: Callable[..., Path],
@@ -94,12 +94,8 @@ def test_a_cuda_artifact_with_the_number_still_answers(
     made = artifact_for("a100", make_checkpoint, make_artifact)
     old = number_instead_of_start(made, tmp_path / "old")
 
-    def back(manifest: dict[str, Any]) -> None:
-        for tensor in manifest["decoder"]["inputs"]:
-            if tensor["name"] == LOGITS_START:
-                tensor.update(name=LOGITS_TO_KEEP, shape=[])
-
-    rewrite(old, GRAPH, back)
+    relist(old, GRAPH)
+    edit_manifest(old, name_the_number)
     answers = []
     for folder in (made, old):
         with LlavaEdge.load(folder, device="cpu", allow_slow=True) as model:
@@ -127,6 +123,13 @@ def test_the_start_is_not_an_input_of_the_cpu_flavour(
         if value.name == LOGITS_TO_KEEP:
             value.CopyFrom(helper.make_tensor_value_info(LOGITS_START, TensorProto.INT64, [1]))
     (copy / GRAPH).write_bytes(model.SerializeToString())
-    rewrite(copy, GRAPH, rename)
+    relist(copy, GRAPH)
+    edit_manifest(copy, rename)
     with pytest.raises(ArtifactError, match="not those of the model"):
         check_interfaces(open_artifact(copy))
+
+
+def test_recording_a_graph_with_the_number_is_refused_with_what_to_do() -> None:
+    check_recordable({"inputs_embeds", LOGITS_START})
+    with pytest.raises(EngineError, match=r"graph .CudaOptions.* Convert the checkpoint again"):
+        check_recordable({"inputs_embeds", LOGITS_TO_KEEP})

@@ -18,6 +18,7 @@ from llava_edge.runtime import LlavaEdge, session
 from llava_edge.runtime.node_placement import size_nodes
 from llava_edge.runtime.onnx_header import read_onnx_header
 from llava_edge.runtime.session import Session, SessionOptions
+from tests.fake_cuda import keep_on_host
 
 TAKES_NOTHING = "AzureExecutionProvider"
 
@@ -40,11 +41,7 @@ def empty_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "InferenceSession", without_options)
     names = {"cpu": "CPUExecutionProvider", "cuda": TAKES_NOTHING}
     monkeypatch.setattr(session, "_PROVIDERS", names)
-    as_value = onnxruntime.OrtValue.ortvalue_from_numpy
-    monkeypatch.setattr(session, "_on_device", lambda array, _: as_value(array.copy()))
-    monkeypatch.setattr(
-        session, "_room_on_device", lambda shape, dtype, _: as_value(np.full(shape, 77, dtype))
-    )
+    keep_on_host(monkeypatch)
 
 
 def graph_of(artifact: Path, part: str) -> Path:
