@@ -12,7 +12,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from llava_edge.profiles.buffers import MAX_DRAFT_TOKENS, runs_before_requests
+from llava_edge.profiles.buffers import (
+    MAX_DRAFT_TOKENS,
+    runs_before_requests,
+    video_tokens_per_frame,
+)
 from llava_edge.profiles.errors import OutOfMemoryError
 from llava_edge.profiles.model_dims import ModelDims
 from llava_edge.runtime.decoder import Decoder
@@ -60,10 +64,11 @@ def _run_tower(encoder: TileEncoder | DeviceEncoder, dims: ModelDims, batch_tile
     vision, hidden = dims.vision, dims.text.hidden_size
     tiles = np.zeros((batch_tiles, 3, vision.image_size, vision.image_size), np.float32)
     if isinstance(encoder, VisionEncoder):
-        encoder.encode(tiles, np.zeros((batch_tiles, vision.num_patches, hidden), np.float16))
+        for rows in [vision.num_patches, *([video_tokens_per_frame(vision)] * dims.takes_video)]:
+            encoder.encode(tiles, np.zeros((batch_tiles, rows, hidden), np.float16))
     elif isinstance(encoder, OrtDeviceEncoder):
-        rows = encoder.new_rows((batch_tiles * vision.num_patches, hidden))
-        encoder.encode_rows(tiles, rows, 0)
+        matrix = encoder.new_rows((batch_tiles * vision.num_patches, hidden))
+        encoder.encode_rows(tiles, matrix, 0)
 
 
 def _run_prompts(decoder: Decoder, hidden: int) -> None:

@@ -96,17 +96,40 @@ def read_vision(walk: GraphWalk) -> VisionAttributes:
 def _unpooled(walk: GraphWalk, value: str) -> tuple[str, bool]:
     """What is pooled for the projector, and whether anything is.
 
-    The mean must be over the patches that the input ``pooling`` names, all of them and once.
+    The mean must be over the patches that the input ``pooling`` names, all of them and once: a
+    product with equal shares, or the ReduceMean of artifacts that were converted before.
     """
     node = walk.graph.producer(value)
-    if node is None or node.op_type != "ReduceMean":
+    if node is None or node.op_type not in ("MatMul", "ReduceMean"):
         return value, False
-    walk.expect_numbers(node, 1, "axes", [2])
-    walk.expect(node, "keepdims", attribute(node, "keepdims", 1), 0)
-    gather = walk.made_by(node.input[0], "Gather")
+    if node.op_type == "MatMul":
+        _equal_shares(walk, node.input[0])
+        gathered = node.input[1]
+    else:
+        walk.expect_numbers(node, 1, "axes", [2])
+        walk.expect(node, "keepdims", attribute(node, "keepdims", 1), 0)
+        gathered = node.input[0]
+    gather = walk.made_by(gathered, "Gather")
     walk.expect(gather, "axis", attribute(gather, "axis", 0), 1)
     walk.expect(gather, "its indices", gather.input[1], POOLING)
     return str(gather.input[0]), True
+
+
+def _equal_shares(walk: GraphWalk, value: str) -> None:
+    """As many shares as ``pooling`` names patches for a token, each one over their number."""
+    expand = walk.made_by(value, "Expand")
+    divide = walk.made_by(expand.input[0], "Div")
+    walk.expect_numbers(divide, 0, "what is shared", [1])
+    number = str(divide.input[1])
+    # Casts may have been taken out of the wiring.
+    if (cast := walk.graph.producer(number)) is not None and cast.op_type == "Cast":
+        number = str(cast.input[0])
+    walk.expect(divide, "what it divides by", number, expand.input[1])
+    shape = walk.made_by(expand.input[1], "Shape")
+    walk.expect(shape, "whose shape it takes", shape.input[0], POOLING)
+    walk.expect(
+        shape, "start and end", (attribute(shape, "start", 0), attribute(shape, "end")), (1, 2)
+    )
 
 
 def _features(walk: GraphWalk, value: str) -> tuple[list[str], tuple[int, ...]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -69,6 +70,23 @@ def test_requests_of_all_kinds_are_answered(artifact: Path, choice: dict[str, in
         assert answer.degraded == ()
         assert answer.token_ids
         assert answer.peak_memory.device_bytes
+
+
+def test_a_video_is_answered_without_cudnn(
+    cuda: StandIn, make_checkpoint: Callable[..., Path], make_artifact: Callable[..., Path]
+) -> None:
+    """Its frames are pooled; ONNX Runtime has kernels for a mean that need a library more."""
+    checkpoint = make_checkpoint("odd", model_type="llava_next_video", image_size=56)
+    artifact = make_artifact(checkpoint, profile="a100", context_tokens=1024)
+    frames = np.zeros((8, 60, 80, 3), np.uint8)
+    with load(artifact) as model:
+        loaded = cuda.used
+        for count in (1, 3, 8):
+            answer = model.generate("What?", video=frames, num_frames=count, max_new_tokens=3)
+            assert answer.video_tokens == 4 * count
+            assert answer.off_device == ()
+        assert model.generate("And this?", [picture(1)], max_new_tokens=3).image_tokens
+        assert cuda.used == loaded
 
 
 def test_features_stay_on_the_device(cuda: StandIn, artifact: Path) -> None:

@@ -19,6 +19,7 @@ from llava_edge.runtime import LlavaEdge, session
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.cuda_options import CudaOptions
 from llava_edge.runtime.decoder import Decoder
+from llava_edge.runtime.request import VideoInput
 from llava_edge.runtime.session import Session, SessionOptions
 
 BOUND = 1.5e-2
@@ -254,6 +255,24 @@ def test_features_left_on_the_device_lead_to_the_same_answer(
     assert found[0].token_ids == found[1].token_ids
     # The context of the driver alone takes hundreds of MiB.
     assert all(answer.peak_memory.device_bytes for answer in found)
+
+
+@pytest.mark.gpu
+def test_a_video_on_a_gpu_gives_the_logits_that_the_processor_gives(
+    make_checkpoint: Callable[..., Path], make_artifact: Callable[..., Path]
+) -> None:
+    if not read_gpus().gpus:
+        pytest.skip("there is no NVIDIA GPU")
+    checkpoint = make_checkpoint("odd", model_type="llava_next_video", image_size=56)
+    artifact = make_artifact(checkpoint, profile="a100", context_tokens=1024)
+    frames = np.random.default_rng(0).integers(0, 256, (8, 60, 80, 3), np.uint8)
+    found = []
+    for device in ("cpu", "cuda"):
+        with LlavaEdge.load(artifact, device, engine="ort", allow_slow=True) as model:
+            clip = VideoInput(frames, 8)
+            found.append(model.teacher_forced_logits("What?", (), range(9, 25), video=clip))
+
+    assert np.abs(found[0] - found[1]).max() <= BOUND * np.ptp(found[0])
 
 
 @pytest.mark.gpu

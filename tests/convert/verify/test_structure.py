@@ -512,6 +512,65 @@ def test_a_fault_in_another_form_is_found_and_named(
     assert sentence in result.detail
 
 
+def as_before(copy: Tampered) -> None:
+    """The mean of patches as artifacts were given it before: a ReduceMean."""
+    graph = copy.model("vision").graph
+    (expand,) = (node for node in graph.node if node.op_type == "Expand" and "Div" in node.input[0])
+    (product,) = (node for node in graph.node if expand.output[0] in node.input)
+    graph.initializer.append(numpy_helper.from_array(np.array([2]), "pooled_axis"))
+    mean = ["ReduceMean", [product.input[1], "pooled_axis"], list(product.output), "ReduceMean_0"]
+    place = list(graph.node).index(product)
+    graph.node.remove(product)
+    graph.node.insert(place, helper.make_node(*mean, keepdims=0))
+
+
+def other_axis(copy: Tampered) -> None:
+    as_before(copy)
+    copy.set_constant("vision", "ReduceMean_0", 1, np.array([1]))
+
+
+POOLED: dict[str, tuple[Fault, str]] = {
+    "as now": (lambda copy: None, ""),
+    "as before": (as_before, ""),
+    "as before, mean of tokens": (other_axis, "axes is [1], must be [2]"),
+    "twice the mean": (
+        lambda copy: copy.set_constant("vision", "Div_0", 0, np.array([2], np.float32)),
+        "node Div_0: what is shared is [2.0], must be [1]",
+    ),
+    "shares of another number": (
+        lambda copy: copy.rewire("vision", "Div_0", 1, "one"),
+        "node Div_0: what it divides by is one, must be Shape_1",
+    ),
+    "shares by tokens": (
+        attributes("vision", "Shape_1", start=0, end=1),
+        "node Shape_1: start and end is (0, 1), must be (1, 2)",
+    ),
+    "shares by tiles": (
+        lambda copy: copy.rewire("vision", "Shape_1", 0, "pixel_values"),
+        "node Shape_1: whose shape it takes is pixel_values, must be pooling",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_patches_of_a_frame_are_averaged(
+    make_checkpoint: Callable[..., Path],
+    make_form: Callable[[Path, str], Path],
+    opened: Opened,
+    tmp_path: Path,
+    name: str,
+) -> None:
+    fault, sentence = POOLED[name]
+    checkpoint = make_checkpoint("odd", model_type="llava_next_video", image_size=56)
+    copy = Tampered(make_form(checkpoint, "fp16"), tmp_path / "copy")
+    fault(copy)
+
+    result = row(opened, copy.seal(), checkpoint)
+
+    assert (result.verdict == "fail") == bool(sentence)
+    assert sentence in result.detail
+
+
 def test_scaling_that_was_dropped_is_found(
     make_checkpoint: Callable[..., Path],
     make_form: Callable[[Path, str], Path],
