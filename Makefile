@@ -22,7 +22,7 @@ MODELS ?=
 SECONDS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo convert test test-cuda test-gpu gpu-suite gpu-check gpu-measure test-slow faults fuzz soak test-interop bench bench-convert bench-pages lint typecheck format clean
+.PHONY: help install demo convert test test-cuda stand-in test-gpu gpu-suite gpu-check gpu-measure test-slow faults fuzz soak test-interop bench bench-convert bench-pages lint typecheck format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,7 +53,10 @@ $(STAND_IN)/lib/ready: $(STAND_IN)/ready $(wildcard tests/cuda_stand_in/*.[ch]) 
 	@touch $@
 
 test-cuda: $(STAND_IN)/lib/ready ## ONNX Runtime's CUDA provider without a GPU: placement, memory, copies, launches, recording
-	LD_LIBRARY_PATH=$(CURDIR)/$(STAND_IN)/lib PYTHONPATH=$(CURDIR)/$(STAND_IN)/site $(BIN)/python -m pytest -m stand_in tests/cuda_stand_in
+	$(MAKE) stand-in RUN="-m pytest -m stand_in tests/cuda_stand_in"
+
+stand-in: $(STAND_IN)/lib/ready ## make stand-in RUN="-m tests.cuda_stand_in.look ARTIFACT": Python over the same stand-in for CUDA
+	LD_LIBRARY_PATH=$(CURDIR)/$(STAND_IN)/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH} PYTHONPATH=$(CURDIR)/$(STAND_IN)/site $(BIN)/python $(RUN)
 
 test-gpu: ## what needs an NVIDIA GPU, in .venv-gpu with onnxruntime-gpu
 	$(MAKE) VENV=$(GPU_VENV) EXTRAS=$(GPU_EXTRAS) gpu-suite

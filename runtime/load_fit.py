@@ -116,7 +116,7 @@ def _fitting(
     host = available_host_bytes()
 
     def lacks(context: int, kind: CacheType) -> str:
-        estimate = planned_memory(manifest, _workload(manifest, context, kind))
+        estimate = planned_memory(manifest, largest_request(manifest, context, kind))
         if device == "cpu":
             estimate = on_the_host(estimate)
         needed = vision_cache_bytes + _beside_process(estimate.host_peak)
@@ -148,7 +148,7 @@ def _fitting(
     return LoadFit(fits, last, (*coarser, shorter))
 
 
-def _workload(manifest: Manifest, context: int, cache: CacheType) -> Workload:
+def largest_request(manifest: Manifest, context: int, cache: CacheType) -> Workload:
     """The largest request of the artifact's plan."""
     anyres = ImageProcessor(manifest.image_processing).anyres
     video = manifest.video_processing

@@ -19,6 +19,7 @@
 
 typedef struct Block {
     size_t start, size; /* offsets from the begin of the range */
+    size_t asked;       /* of the size, what may be touched */
     int taken, small;
     struct Block *next;
 } Block;
@@ -93,6 +94,7 @@ void *stand_in_take(size_t size) {
     stand_in_need_context();
     int small = size < PAGE / 2;
     size_t unit = small ? GRAIN : PAGE;
+    size_t asked = size;
     size = size ? (size + unit - 1) / unit * unit : unit;
     pthread_mutex_lock(&lock);
     Block *block = find(size, small);
@@ -103,6 +105,7 @@ void *stand_in_take(size_t size) {
     if (!small && block && used + size > total) block = NULL;
     if (block) {
         split(block, size)->taken = 1;
+        block->asked = asked;
         if (!small) count(size);
     }
     pthread_mutex_unlock(&lock);
@@ -161,7 +164,7 @@ void *stand_in_host_view(const void *pointer, size_t size) {
     void *found = NULL;
     pthread_mutex_lock(&lock);
     for (Block *block = blocks; block && block->start <= start; block = block->next)
-        if (block->taken && start + size <= block->start + block->size) found = view + start;
+        if (block->taken && start + size <= block->start + block->asked) found = view + start;
     pthread_mutex_unlock(&lock);
     return found;
 }

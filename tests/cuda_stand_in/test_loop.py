@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -213,17 +214,27 @@ def test_an_artifact_of_before_is_not_recorded_and_told_so(artifact: Path, tmp_p
         load(old, graph=True)
 
 
-@pytest.mark.parametrize("mebibytes", [2, 4, 16])
-def test_a_device_that_is_too_small_is_said_in_words(artifact: Path, mebibytes: int) -> None:
+def run(artifact: Path, **device: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, on a device of these variables."""
     program = (
         "import sys; from llava_edge.runtime.cli import main;"
         "sys.exit(main(['run', sys.argv[1], '--device', 'cuda', '--prompt', 'What?', '--json']))"
     )
-    small = {**os.environ, "STAND_IN_MEMORY": str(mebibytes * MIB)}
+    command = [sys.executable, "-c", program, str(artifact)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **device})
 
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(artifact)], capture_output=True, text=True, env=small
-    )
+
+@pytest.mark.parametrize("capability", ["7.5", "8.6", "8.9", "9.0", "12.0"])
+def test_every_generation_has_its_kernels(artifact: Path, capability: str) -> None:
+    done = run(artifact, STAND_IN_CAPABILITY=capability)
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["off_device"] == []
+
+
+@pytest.mark.parametrize("mebibytes", [2, 4, 16])
+def test_a_device_that_is_too_small_is_said_in_words(artifact: Path, mebibytes: int) -> None:
+    done = run(artifact, STAND_IN_MEMORY=str(mebibytes * MIB))
 
     assert done.returncode == OutOfMemoryError.exit_code, done.stderr
     assert "Traceback" not in done.stderr

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llava_edge.bench.gpu_steps import CHOICES
 from llava_edge.profiles.errors import EngineError
 from llava_edge.profiles.speed import steps_read_codes
 from llava_edge.runtime.artifact import Artifact, open_artifact
@@ -134,6 +135,20 @@ def test_what_a_step_copies(cuda: StandIn, make: Callable[..., Artifact], precis
     assert sorted(record.copies("device to host")) == [IDS // 2, IDS]
     assert record.copies("device to device") == [ROW, ROW]
     assert record.taken() == []
+
+
+def test_steps_take_flash_attention_where_they_are_told_to(
+    cuda: StandIn, make: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The choice "flash steps" of ``gpu-check``: ONNX Runtime looks when a session is opened."""
+    (choice,) = CHOICES["flash steps"].values()
+    for name, value in choice.items():
+        monkeypatch.setenv(name, value)
+
+    kernels = settled(cuda, decoder_of(make("fp16"))).counted()
+
+    assert kernels["kernel_mha"] == kernels["UnpackRoPEAppend"] == 0
+    assert sum(count for name, count in kernels.items() if "flash" in name) >= LAYERS
 
 
 def test_a_step_with_an_int8_cache_reads_the_codes(

@@ -71,6 +71,15 @@ def test_the_host_cannot_read_device_memory() -> None:
     assert done.returncode == -signal.SIGSEGV
 
 
+def test_what_was_not_asked_for_is_not_there(cuda: StandIn) -> None:
+    """Of a page and a half, two are taken."""
+    host, pointer = np.zeros(4 * MIB, np.uint8), take(cuda, 3 * MIB)
+    found = [copy(cuda, pointer, host.ctypes.data, 3 * MIB + more, TO_DEVICE) for more in (0, 1)]
+
+    assert cuda.library.cudaFree(ctypes.c_void_p(pointer)) == 0
+    assert found == [0, INVALID_VALUE]
+
+
 @pytest.mark.parametrize("case", ["behind its end", "host for device", "device for host"])
 def test_a_copy_that_leaves_its_place_is_refused(cuda: StandIn, memory: int, case: str) -> None:
     host = np.zeros(4096, np.uint8)

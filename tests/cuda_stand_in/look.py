@@ -1,0 +1,125 @@
+"""``python -m tests.cuda_stand_in.look ARTIFACT``: what an artifact has a GPU do.
+
+Launches and copies of a decode step and of a batch of tiles, and memory when the artifact is loaded
+and behind requests of all lengths, beside the plan. Prints one JSON object; run it by
+``make stand-in RUN="-m tests.cuda_stand_in.look ARTIFACT"``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_edge.bench.speed_cases import draw_picture
+from llava_edge.profiles.buffers import MAX_DRAFT_TOKENS
+from llava_edge.profiles.errors import PromptError
+from llava_edge.profiles.memory import Machine, MemoryTerms, estimate_memory
+from llava_edge.profiles.nvml import read_gpus
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.artifact import Artifact, open_artifact
+from llava_edge.runtime.cuda_options import CudaOptions
+from llava_edge.runtime.engine_arguments import add_cache_argument, asked_cache
+from llava_edge.runtime.load_fit import largest_request
+from llava_edge.runtime.request import PromptOptions
+from tests.cuda_stand_in.record import StandIn
+
+MIB = 1 << 20
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Load, look, print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--cuda", default="{}", help="JSON: fields of CudaOptions")
+    parser.add_argument("--requests", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    add_cache_argument(parser)
+    options = parser.parse_args(argv)
+    cuda, artifact = StandIn(), open_artifact(options.artifact)
+    with LlavaEdge.over(
+        artifact,
+        "cuda",
+        cache=asked_cache(options.cache),
+        engine="ort",
+        prefix_reuse=False,
+        cuda=CudaOptions(**json.loads(options.cuda)),
+    ) as model:
+        loaded, draw = cuda.used, random.Random(options.seed)
+        for number in range(options.requests):
+            ask(model, draw, number)
+        result = {
+            "loaded_mib": loaded / MIB,
+            "behind_requests_mib": cuda.used / MIB,
+            # The stand-in knows nothing of a driver's context, unless it is told a size.
+            "planned_without_context_mib": planned(artifact, model).total / MIB,
+            "step": asked_of(cuda, step(model)),
+            "tiles": asked_of(cuda, tiles(model)),
+        }
+    print(json.dumps(result))
+    return 0
+
+
+def ask(model: LlavaEdge, draw: random.Random, number: int) -> None:
+    """One request: none to two pictures, a few words to many, drafts or none."""
+    sizes = [
+        (draw.randint(50, 900), draw.randint(50, 900)) for _ in range(draw.choice((0, 0, 1, 2)))
+    ]
+    pictures = [draw_picture((number, place), *size) for place, size in enumerate(sizes)]
+    words = draw.choice((5, 50, 200, 600))
+    draft = draw.choice((0, MAX_DRAFT_TOKENS))
+    try:
+        model.generate("word " * words, pictures, max_new_tokens=6, prompt_lookup_num_tokens=draft)
+    except PromptError as error:
+        # Longer than the context.
+        print(error, file=sys.stderr)
+
+
+def planned(artifact: Artifact, model: LlavaEdge) -> MemoryTerms:
+    """The plan for this device, less the driver's context."""
+    manifest = artifact.manifest
+    work = largest_request(manifest, model.context_tokens, model.cache)
+    machine = Machine("cuda", compute_capability=read_gpus().gpus[0].compute_capability)
+    precision = manifest.precision.language_model
+    terms = estimate_memory(manifest.model, precision, work, machine).device_peak
+    return MemoryTerms(**{**terms.as_dict(), "driver_context": 0})
+
+
+def step(model: LlavaEdge) -> Callable[[], object]:
+    """A decode step behind one position."""
+    decoder = model._decoder
+    row = np.zeros(model.artifact.manifest.model.text.hidden_size, np.float16)
+    decoder.rewind(0)
+    decoder.prefill(1, lambda start, stop, out: out.fill(0))
+    return lambda: decoder.step_best(row)
+
+
+def tiles(model: LlavaEdge) -> Callable[[], object]:
+    """The tiles of a whole picture, with all that a request does of them."""
+    request = model._requests.build("What?", [draw_picture((0,), 672, 672)], PromptOptions())
+    return lambda: model._answerer._embedder.features(request.pixel_values)
+
+
+def asked_of(cuda: StandIn, act: Callable[[], object]) -> dict[str, Any]:
+    """Launches by kernel, bytes of copies and allocations; of the third time it is done."""
+    for _ in range(3):
+        with cuda.record() as record:
+            act()
+    kernels = record.counted()
+    directions = ("host to device", "device to host", "device to device")
+    return {
+        "launches": kernels.total(),
+        "kernels": dict(kernels.most_common()),
+        "copies": {direction: record.copies(direction) for direction in directions},
+        "taken": record.taken(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
