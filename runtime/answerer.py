@@ -246,6 +246,8 @@ class Answerer:
         return roomy if roomy < capacity else needed
 
     def _steps(self, request: Request, most: int, needs_few: bool) -> PlainSteps:
+        if not self._decoder.drafts:
+            most = 0
         rows = allocate((1 + most, self._table.hidden_size), self._dtype, "embeddings of a draft")
 
         def embed(tokens: Sequence[int]) -> Array:

@@ -41,7 +41,8 @@ class Decoder:
         int8_cache: whether the session's graph has an int8 cache instead.
 
     Attributes:
-        chunk_tokens: as given.
+        chunk_tokens: as given, unless memory does not suffice for so many.
+        drafts: whether there is memory for runs of several positions whose logits are all wanted.
         step_seconds: time spent inside ONNX Runtime by all decode steps so far, on trial or not.
     """
 
@@ -59,6 +60,7 @@ class Decoder:
         device = session.device
         self.capacity = capacity
         self.chunk_tokens = chunk_tokens
+        self.drafts = True
         self._session = session
         self._dtype = dtype
         self._text = text

@@ -22,6 +22,9 @@ class DeviceBatches(ABC):
         tiles_per_batch: tiles computed at once.
         feature_shape: (patches, hidden) of one tile.
         device: where pixels go.
+
+    Attributes:
+        tiles_per_batch: as given, unless memory does not suffice for so many.
     """
 
     def __init__(
@@ -32,7 +35,7 @@ class DeviceBatches(ABC):
         device: DeviceKind = "cuda",
     ) -> None:
         self._cuda = cuda
-        self._tiles_per_batch = tiles_per_batch
+        self.tiles_per_batch = tiles_per_batch
         self._feature_shape = feature_shape
         self._device = device
 
@@ -51,8 +54,8 @@ class DeviceBatches(ABC):
         Raises:
             EngineError: what runs the tower, or CUDA, failed.
         """
-        for start in range(0, len(pixel_values), self._tiles_per_batch):
-            tiles = pixel_values[start : start + self._tiles_per_batch].astype(np.float16)
+        for start in range(0, len(pixel_values), self.tiles_per_batch):
+            tiles = pixel_values[start : start + self.tiles_per_batch].astype(np.float16)
             pixels = Buffer.holding(tiles, self._device)
             self._encode_batch(pixels, rows.address(first_row + start * self._feature_shape[0]))
 

@@ -41,6 +41,7 @@ class LoadedParts:
         tower: tower and projector.
         decoder: language model and its cache.
         answerer: the way of a request through all of them.
+        degraded: what was given up to fit the memory that was free; empty if nothing.
         off_device: nodes that run elsewhere than asked; see ``Answer``.
     """
 
@@ -50,6 +51,7 @@ class LoadedParts:
     tower: Tower
     decoder: Decoder
     answerer: Answerer
+    degraded: tuple[str, ...]
     off_device: tuple[str, ...]
 
 
@@ -128,8 +130,9 @@ def open_parts(
         int(picked[-1]),
         int8_cache=fit.cache == "int8",
     )
+    degraded = fit.degraded
     if device == "cuda" and cuda.warm_up:
-        warm_up(tower.encoder, decoder, dims, batch)
+        degraded += warm_up(tower.encoder, decoder, dims)
     progress("loading", 3, 3)
     answerer = Answerer(
         tower,
@@ -143,7 +146,8 @@ def open_parts(
         RequestMemory(manifest, device, batch),
         options.prefix_reuse,
         least_context(manifest),
-        fit.degraded,
+        degraded,
         tuple(off_device),
     )
-    return LoadedParts(tokenizer, requests, table, tower, decoder, answerer, tuple(off_device))
+    nodes = tuple(off_device)
+    return LoadedParts(tokenizer, requests, table, tower, decoder, answerer, degraded, nodes)

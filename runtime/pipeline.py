@@ -79,7 +79,7 @@ class LlavaEdge:
         self.device = device
         self.engine: EngineName = parts.tower.engine
         self.cache: CacheType = fit.cache
-        self.degraded = fit.degraded
+        self.degraded = parts.degraded
         self.off_device = parts.off_device
         self._loaded_context = fit.context_tokens
         self._dims = artifact.manifest.model

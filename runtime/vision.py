@@ -20,6 +20,9 @@ class VisionEncoder:
         dims: model dimensions.
         tiles_per_batch: tiles computed at once.
         dtype: float32 (cpu flavour) or float16 (cuda flavour) of pixels and features.
+
+    Attributes:
+        tiles_per_batch: as given, unless memory does not suffice for so many.
     """
 
     def __init__(
@@ -30,7 +33,7 @@ class VisionEncoder:
         dtype: type[np.float32] | type[np.float16],
     ) -> None:
         self._session = session
-        self._tiles_per_batch = tiles_per_batch
+        self.tiles_per_batch = tiles_per_batch
         self._dtype = dtype
         self._vision = dims.vision
         self._pools = session.has_input(POOLING)
@@ -45,8 +48,8 @@ class VisionEncoder:
                 a frame in place of patches a video model pools them.
         """
         num_tiles = pixel_values.shape[0]
-        for start in range(0, num_tiles, self._tiles_per_batch):
-            stop = min(start + self._tiles_per_batch, num_tiles)
+        for start in range(0, num_tiles, self.tiles_per_batch):
+            stop = min(start + self.tiles_per_batch, num_tiles)
             tiles = np.ascontiguousarray(pixel_values[start:stop], self._dtype)
             self._encode_batch(tiles, out[start:stop])
 

@@ -7,8 +7,8 @@ request, the largest batch and chunk leave room for all others (``device_runs`` 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 
@@ -25,15 +25,17 @@ from llava_edge.runtime.prompt_embedder import DeviceEncoder, TileEncoder
 from llava_edge.runtime.session import Array
 from llava_edge.runtime.vision import VisionEncoder
 
-_LOG = logging.getLogger(__name__)
+LEAST_CHUNK = 64
+"""Positions at once below which a chunk gives back little and costs much."""
 
 
 def warm_up(
-    encoder: TileEncoder | DeviceEncoder, decoder: Decoder, dims: ModelDims, batch_tiles: int
-) -> None:
+    encoder: TileEncoder | DeviceEncoder, decoder: Decoder, dims: ModelDims
+) -> tuple[str, ...]:
     """Run tower and decoder at their largest; the decoder is empty behind it.
 
-    Where memory does not suffice for that, it may still do for smaller requests, which then find
+    Where memory does not suffice, tiles and positions are computed fewer at once and drafts are
+    left out: slower, and nothing of an answer is lost. Where not even the least runs, requests find
     out themselves.
 
     Args:
@@ -41,42 +43,76 @@ def warm_up(
             opened, nothing is run.
         decoder: nothing in its cache.
         dims: of the model.
-        batch_tiles: tiles encoded at once.
+
+    Returns:
+        What was given up and why, a sentence each.
 
     Raises:
         EngineError: it does not run.
     """
-    runs: list[tuple[str, Callable[[], None]]] = [
-        ("batch of tiles", lambda: _run_tower(encoder, dims, batch_tiles)),
-        ("chunk of a prompt", lambda: _run_prompts(decoder, dims.text.hidden_size)),
-        ("decode step", lambda: _run_steps(decoder, dims.text.hidden_size)),
-    ]
-    for what, run in runs:
+    said = []
+    if isinstance(encoder, VisionEncoder | OrtDeviceEncoder):
+        asked = encoder.tiles_per_batch
+        fits, why = _most_that_run(asked, 1, lambda tiles: _run_tower(encoder, dims, tiles))
+        encoder.tiles_per_batch = fits
+        if why:
+            said.append(f"tiles encoded {fits} at once, not {asked}: {why}")
+    asked = decoder.chunk_tokens
+    fits, why = _most_that_run(asked, LEAST_CHUNK, lambda tokens: _run_prompts(decoder, tokens))
+    decoder.chunk_tokens = fits
+    if why:
+        said.append(f"prompts computed by {fits} tokens at once, not {asked}: {why}")
+    rows = np.zeros(
+        (min(1 + MAX_DRAFT_TOKENS, decoder.capacity), dims.text.hidden_size), np.float16
+    )
+    try:
+        decoder.rewind(0)
+        decoder.try_steps(rows)
+    except OutOfMemoryError as error:
+        decoder.drafts = False
+        said.append(f"no draft is checked ahead: {error}")
+        # What failed gave everything back.
+        with suppress(OutOfMemoryError):
+            _run_prompts(decoder, decoder.chunk_tokens)
+    # Last: where a step is recorded, all memory is there by now.
+    with suppress(OutOfMemoryError):
+        decoder.rewind(0)
+        decoder.step(rows[0])
+    decoder.rewind(0)
+    return tuple(said)
+
+
+def _most_that_run(asked: int, least: int, run: Callable[[int], None]) -> tuple[int, str]:
+    """The first of a number, its half, and so on, that runs, or the least; why not the first."""
+    size, why = asked, ""
+    while True:
         try:
-            run()
+            run(size)
         except OutOfMemoryError as error:
-            _LOG.warning("the largest %s does not fit; smaller ones may: %s", what, error)
-        finally:
-            decoder.rewind(0)
+            why = str(error)
+        else:
+            return size, why
+        if size <= least:
+            return size, why
+        size = max(least, size // 2)
 
 
-def _run_tower(encoder: TileEncoder | DeviceEncoder, dims: ModelDims, batch_tiles: int) -> None:
+def _run_tower(encoder: VisionEncoder | OrtDeviceEncoder, dims: ModelDims, num_tiles: int) -> None:
     vision, hidden = dims.vision, dims.text.hidden_size
-    tiles = np.zeros((batch_tiles, 3, vision.image_size, vision.image_size), np.float32)
+    tiles = np.zeros((num_tiles, 3, vision.image_size, vision.image_size), np.float32)
     if isinstance(encoder, VisionEncoder):
         for rows in [vision.num_patches, *([video_tokens_per_frame(vision)] * dims.takes_video)]:
-            encoder.encode(tiles, np.zeros((batch_tiles, rows, hidden), np.float16))
-    elif isinstance(encoder, OrtDeviceEncoder):
-        matrix = encoder.new_rows((batch_tiles * vision.num_patches, hidden))
-        encoder.encode_rows(tiles, matrix, 0)
+            encoder.encode(tiles, np.zeros((num_tiles, rows, hidden), np.float16))
+    else:
+        encoder.encode_rows(tiles, encoder.new_rows((num_tiles * vision.num_patches, hidden)), 0)
 
 
-def _run_prompts(decoder: Decoder, hidden: int) -> None:
+def _run_prompts(decoder: Decoder, chunk: int) -> None:
     def fill(_start: int, _stop: int, out: Array) -> None:
         # Not whatever lay there: keys and values that are no numbers would stay in the cache.
         out[...] = 0
 
-    chunk = decoder.chunk_tokens
+    decoder.rewind(0)
     decoder.prefill(chunk, fill)
     for tokens in runs_before_requests(chunk):
         # Behind one position at least: the first chunk is the one above.
@@ -84,11 +120,3 @@ def _run_prompts(decoder: Decoder, hidden: int) -> None:
         if tokens:
             decoder.rewind(min(decoder.length, decoder.capacity - tokens))
             decoder.prefill(tokens, fill)
-
-
-def _run_steps(decoder: Decoder, hidden: int) -> None:
-    rows = np.zeros((min(1 + MAX_DRAFT_TOKENS, decoder.capacity), hidden), np.float16)
-    decoder.try_steps(rows)
-    decoder.rewind(0)
-    # Last: where a step is recorded, all memory is there by now.
-    decoder.step(rows[0])

@@ -19,7 +19,7 @@ import numpy as np
 
 from llava_edge.bench.speed_cases import draw_picture
 from llava_edge.profiles.buffers import MAX_DRAFT_TOKENS
-from llava_edge.profiles.errors import PromptError
+from llava_edge.profiles.errors import EngineError, PromptError
 from llava_edge.profiles.memory import Machine, MemoryTerms, estimate_memory
 from llava_edge.profiles.nvml import read_gpus
 from llava_edge.runtime import LlavaEdge
@@ -76,8 +76,8 @@ def ask(model: LlavaEdge, draw: random.Random, number: int) -> None:
     draft = draw.choice((0, MAX_DRAFT_TOKENS))
     try:
         model.generate("word " * words, pictures, max_new_tokens=6, prompt_lookup_num_tokens=draft)
-    except PromptError as error:
-        # Longer than the context.
+    except (PromptError, EngineError) as error:
+        # Longer than the context, or what lay in memory and passes for logits is no number.
         print(error, file=sys.stderr)
 
 

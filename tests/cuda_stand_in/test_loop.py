@@ -16,6 +16,7 @@ from PIL import Image
 
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError
 from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.cuda_options import CudaOptions
 from tests.cuda_stand_in.record import StandIn
 from tests.cuda_stand_in.test_provider import CONTEXT, SIZES
@@ -177,32 +178,45 @@ def test_a_closed_model_gives_its_memory_back(cuda: StandIn, artifact: Path) -> 
         assert cuda.used <= left
 
 
-def test_a_request_gives_way_to_the_limit_of_the_provider(cuda: StandIn, artifact: Path) -> None:
+@pytest.mark.parametrize("warm_up", [True, False])
+def test_what_does_not_fit_gives_way_to_the_limit_of_the_provider(
+    cuda: StandIn, artifact: Path, warm_up: bool
+) -> None:
     """Between what loading takes and what the largest request takes, smaller ones are answered."""
     question = "What is it? " * 40
+
+    def ask(model: LlavaEdge) -> Answer:
+        return model.generate(question, [picture(1), picture(2)], max_new_tokens=2)
+
     with load(artifact, warm_up=False) as model:
         model.generate("What?", max_new_tokens=2)
         small = cuda.used
-        whole = model.generate(question, [picture(1), picture(2)], max_new_tokens=2)
+    with load(artifact, warm_up=warm_up) as model:
+        whole = ask(model)
         large = cuda.used
     assert whole.degraded == ()
     assert large - small >= MIB
 
-    said = []
-    for eighths in range(1, 8):
+    said: list[str] = []
+    for eighths in (*range(1, 9), 12, 16):
         # Each session has an arena of its own; the decoder's holds weights and activations.
         limit = (large - small) * eighths // 8 + MIB
         try:
-            with load(artifact, memory_limit_bytes=limit) as model:
-                answer = model.generate(question, [picture(1), picture(2)], max_new_tokens=2)
-                said.append(answer.degraded)
+            with load(artifact, memory_limit_bytes=limit, warm_up=warm_up) as model:
+                answer = ask(model)
         except OutOfMemoryError:
-            said.append(("refused",))
+            said.append("refused")
+            continue
+        said.append(" ".join(answer.degraded))
+        if answer.degraded == model.degraded:
+            # Only the work was cut into smaller parts.
+            assert answer.prompt_tokens == whole.prompt_tokens
 
     # From refusals over lesser answers to whole ones, in that order.
-    assert said[0] != ()
-    assert said[-1] == ()
-    assert said == sorted(said, key=lambda degraded: (degraded != ("refused",), degraded == ()))
+    assert said[0]
+    assert not said[-1]
+    assert said == sorted(said, key=lambda why: (why != "refused", not why))
+    assert any("prompts computed by" in why for why in said) == warm_up
 
 
 def test_an_artifact_of_before_is_not_recorded_and_told_so(artifact: Path, tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ from PIL import Image
 from llava_edge.profiles.buffers import runs_before_requests
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError
 from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.cuda_options import CudaOptions
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.session import Buffer, Session
 from llava_edge.runtime.vision import VisionEncoder
-from llava_edge.runtime.warm_up import warm_up
+from llava_edge.runtime.warm_up import LEAST_CHUNK, warm_up
+from tests import fake_cuda
 
 CONTEXT, CHUNK, BATCH = 700, 512, 5
 
@@ -60,12 +62,12 @@ def model(
     folder = make_artifact(make_checkpoint("odd"), profile="a100", context_tokens=CONTEXT)
     with LlavaEdge.load(folder, "cpu", allow_slow=True) as model:
         model._decoder.chunk_tokens = CHUNK
-        model._tower.encoder._tiles_per_batch = BATCH  # type: ignore[union-attr]
+        model._tower.encoder.tiles_per_batch = BATCH  # type: ignore[union-attr]
         yield model
 
 
-def run(model: LlavaEdge) -> None:
-    warm_up(model._tower.encoder, model._decoder, model.artifact.manifest.model, BATCH)
+def run(model: LlavaEdge) -> tuple[str, ...]:
+    return warm_up(model._tower.encoder, model._decoder, model.artifact.manifest.model)
 
 
 def test_the_largest_runs_come_first_and_leave_nothing_behind(
@@ -75,7 +77,7 @@ def test_the_largest_runs_come_first_and_leave_nothing_behind(
     model._decoder.rewind(0)
     asked = Asked(monkeypatch)
 
-    run(model)
+    assert run(model) == ()
 
     assert asked.tiles == [BATCH]
     assert asked.prompts[0] == (0, CHUNK)
@@ -112,24 +114,89 @@ def test_a_context_shorter_than_any_chunk_does(
         assert asked.steps == [min(33, context), 1]
 
 
-def test_what_does_not_fit_is_left_to_requests(
-    model: LlavaEdge, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+class Scarce:
+    """Memory for runs of so many tiles, positions and logits, and of no more."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, tiles: int, tokens: int, logits: int) -> None:
+        encode, chunk, several = (
+            VisionEncoder._encode_batch,
+            Decoder._run_chunk,
+            Decoder.try_steps,
+        )
+
+        def allow(asked: int, most: int) -> None:
+            if asked > most:
+                raise OutOfMemoryError(f"memory ran out for {asked}")
+
+        def encode_batch(encoder: VisionEncoder, pixels: Any, out: Any) -> None:
+            allow(len(pixels), tiles)
+            encode(encoder, pixels, out)
+
+        def run_chunk(decoder: Decoder, rows: Buffer, num_tokens: int, keep: int) -> Buffer:
+            allow(num_tokens, tokens)
+            return chunk(decoder, rows, num_tokens, keep)
+
+        def try_steps(decoder: Decoder, rows: Any) -> Any:
+            allow(len(rows), logits)
+            return several(decoder, rows)
+
+        patch.setattr(VisionEncoder, "_encode_batch", encode_batch)
+        patch.setattr(Decoder, "_run_chunk", run_chunk)
+        patch.setattr(Decoder, "try_steps", try_steps)
+
+
+def test_what_does_not_fit_is_done_in_smaller_parts(
+    model: LlavaEdge, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = Asked(monkeypatch)
-    real = Session.run_bound
+    asked = {"max_new_tokens": 12, "prompt_lookup_num_tokens": 8}
+    whole = model.generate("What? What? What?", [picture], **asked)
+    model._decoder.rewind(0)
+    Scarce(monkeypatch, tiles=2, tokens=70, logits=1)
 
-    def scarce(session: Session, *arguments: Any, **options: Any) -> None:
-        if len(asked.prompts) == 1 and not asked.steps:
-            raise OutOfMemoryError("memory ran out while running the graph")
-        real(session, *arguments, **options)
+    said = run(model)
 
-    monkeypatch.setattr(Session, "run_bound", scarce)
-
-    run(model)
-
-    assert "the largest chunk of a prompt does not fit; smaller ones may" in caplog.text
-    assert asked.steps == [33, 1]
+    assert [line.partition(":")[0] for line in said] == [
+        "tiles encoded 2 at once, not 5",
+        "prompts computed by 64 tokens at once, not 512",
+        "no draft is checked ahead",
+    ]
+    assert "memory ran out for 512" not in said[1]
+    assert "memory ran out for 128" in said[1]
     assert model._decoder.length == 0
+    again = model.generate("What? What? What?", [picture], **asked)
+    assert again.prompt_tokens > 64
+    assert again.token_ids == whole.token_ids
+    assert again.draft_tokens == 0
+
+
+def test_where_not_even_the_least_fits_requests_find_out(
+    model: LlavaEdge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Scarce(monkeypatch, tiles=0, tokens=10, logits=0)
+
+    said = run(model)
+
+    assert said[1].startswith(f"prompts computed by {LEAST_CHUNK} tokens at once, not 512")
+    assert model.generate("?", max_new_tokens=2, raw=True).token_ids
+    with pytest.raises(OutOfMemoryError):
+        model.generate("What? " * 30, max_new_tokens=2)
+
+
+def test_what_was_given_up_is_said_by_the_model_and_by_every_answer(
+    make_checkpoint: Callable[..., Path],
+    make_artifact: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = make_artifact(make_checkpoint("odd"), profile="a100", context_tokens=CONTEXT)
+    fake_cuda.install(monkeypatch, fake_cuda.FakeCudart(), None)
+    monkeypatch.setattr("llava_edge.runtime.placement.available_devices", lambda: ("cuda", "cpu"))
+    Scarce(monkeypatch, tiles=8, tokens=100, logits=99)
+
+    for ready in (True, False):
+        with LlavaEdge.load(folder, "cuda", engine="ort", cuda=CudaOptions(warm_up=ready)) as model:
+            found = [line.partition(":")[0] for line in model.degraded]
+            assert found == (["prompts computed by 87 tokens at once, not 700"] if ready else [])
+            assert model.generate("What?", max_new_tokens=2).degraded == model.degraded
 
 
 def test_what_does_not_run_is_an_error(model: LlavaEdge, monkeypatch: pytest.MonkeyPatch) -> None:
