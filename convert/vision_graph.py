@@ -101,13 +101,17 @@ def _pooled(g: GraphBuilder, features: ir.Value) -> ir.Value:
 
     As a product of equal shares [pooled] with the patches: ONNX Runtime's CUDA provider takes cuDNN
     for a ReduceMean, which nothing else here needs. On the CPU both give the same bits.
+
+    Ones over their own sum, so that no number is cast: islands of float32 in a float16 graph follow
+    values that are floats from the start.
     """
     pooling = g.input(POOLING, "int64", ["tokens", "pooled"])
     # [tiles, tokens, pooled, width]
     gathered = g.op("Gather", features, pooling, axis=1)
-    pooled = g.op("Shape", pooling, start=1, end=2)
-    share = g.op("Div", g.vector("one", np.ones(1)), g.op("Cast", pooled, to=g.compute_type))
-    return g.op("MatMul", g.op("Expand", share, pooled), gathered)
+    ones = g.op("Expand", g.vector("one", np.ones(1)), g.op("Shape", pooling, start=1, end=2))
+    total = g.op("MatMul", ones, g.op("Unsqueeze", ones, g.integers(1)))
+    shares = g.op("Div", ones, total)
+    return g.op("MatMul", shares, gathered)
 
 
 def _embed(p: _Parts, pixels: ir.Value) -> ir.Value:

@@ -116,20 +116,19 @@ def _unpooled(walk: GraphWalk, value: str) -> tuple[str, bool]:
 
 
 def _equal_shares(walk: GraphWalk, value: str) -> None:
-    """As many shares as ``pooling`` names patches for a token, each one over their number."""
-    expand = walk.made_by(value, "Expand")
-    divide = walk.made_by(expand.input[0], "Div")
-    walk.expect_numbers(divide, 0, "what is shared", [1])
-    number = str(divide.input[1])
-    # Casts may have been taken out of the wiring.
-    if (cast := walk.graph.producer(number)) is not None and cast.op_type == "Cast":
-        number = str(cast.input[0])
-    walk.expect(divide, "what it divides by", number, expand.input[1])
+    """As many ones as ``pooling`` names patches for a token, over their sum."""
+    divide = walk.made_by(value, "Div")
+    ones = str(divide.input[0])
+    total = walk.made_by(divide.input[1], "MatMul")
+    column = walk.made_by(total.input[1], "Unsqueeze")
+    walk.expect_numbers(column, 1, "axes", [1])
+    walk.expect(total, "what it adds up", [total.input[0], column.input[0]], [ones, ones])
+    expand = walk.made_by(ones, "Expand")
+    walk.expect_numbers(expand, 0, "what it repeats", [1])
     shape = walk.made_by(expand.input[1], "Shape")
     walk.expect(shape, "whose shape it takes", shape.input[0], POOLING)
-    walk.expect(
-        shape, "start and end", (attribute(shape, "start", 0), attribute(shape, "end")), (1, 2)
-    )
+    places = attribute(shape, "start", 0), attribute(shape, "end")
+    walk.expect(shape, "start and end", places, (1, 2))
 
 
 def _features(walk: GraphWalk, value: str) -> tuple[list[str], tuple[int, ...]]:

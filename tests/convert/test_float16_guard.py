@@ -22,6 +22,7 @@ from llava_edge.convert.vision_graph import build_vision_graph
 from llava_edge.convert.vision_trace import VisionTrace
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.runtime.pooling import POOLING, pooling_index
 from llava_edge.runtime.session import Session, SessionOptions
 from tests.convert.test_vision_int8 import tiles_of
 from tests.convert.verify.checkpoint_changes import Tensors, rewrite
@@ -63,7 +64,13 @@ def guard(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[...,
         for path in paths.values():
             path.mkdir()
         build_vision_graph(checkpoint.dims, checkpoint, np.float32).save(paths["exact"])
-        trace = VisionTrace(paths["exact"] / "model.onnx", tiles.pixel_values)
+        vision = checkpoint.dims.vision
+        given = {POOLING: pooling_index(vision, vision.num_patches)}
+        trace = VisionTrace(
+            paths["exact"] / "model.onnx",
+            tiles.pixel_values,
+            given=given if checkpoint.dims.takes_video else None,
+        )
 
         def save(graph: GraphBuilder) -> None:
             (tmp_path / "vision").mkdir()
@@ -263,13 +270,14 @@ def test_all_parts_of_what_was_put_together_are_kept(
     assert found.cosine(found.guarded) >= 0.9999
 
 
+@pytest.mark.parametrize("model_type", ["llava_next", "llava_next_video"])
 def test_where_islands_do_not_do_the_whole_tower_is_kept(
-    guard: Callable[..., Guarded], monkeypatch: pytest.MonkeyPatch
+    guard: Callable[..., Guarded], monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:
     monkeypatch.setattr(float16_guard, "COSINE_LOSS", 1e-9)
-    found = guard(vision_layers=4)
+    found = guard(vision_layers=4, model_type=model_type, image_size=56)
     assert list(found.facts["tile_cosine_loss"])[-1] == "whole"
-    # All but the node that reads a shape.
+    # All but nodes that read shapes.
     assert 0.95 < found.facts["float32_share"] < 1.0
     names = [entry["value"] for each in found.facts["islands"].values() for entry in each]
     assert names == ["all"] * len(found.facts["largest_by_layer"])
@@ -278,6 +286,7 @@ def test_where_islands_do_not_do_the_whole_tower_is_kept(
     halves = [tensor for tensor in stored if tensor.data_type == TensorProto.FLOAT16]
     assert weights == sum(int(np.prod(tensor.dims)) for tensor in halves)
     onnx.checker.check_model(str(found.guarded), full_check=True)
+    Session(found.guarded, SessionOptions())
 
 
 def test_what_is_not_a_number_stays_the_largest() -> None:

@@ -515,8 +515,8 @@ def test_a_fault_in_another_form_is_found_and_named(
 def as_before(copy: Tampered) -> None:
     """The mean of patches as artifacts were given it before: a ReduceMean."""
     graph = copy.model("vision").graph
-    (expand,) = (node for node in graph.node if node.op_type == "Expand" and "Div" in node.input[0])
-    (product,) = (node for node in graph.node if expand.output[0] in node.input)
+    (divide,) = (node for node in graph.node if node.op_type == "Div")
+    (product,) = (node for node in graph.node if divide.output[0] in node.input)
     graph.initializer.append(numpy_helper.from_array(np.array([2]), "pooled_axis"))
     mean = ["ReduceMean", [product.input[1], "pooled_axis"], list(product.output), "ReduceMean_0"]
     place = list(graph.node).index(product)
@@ -529,17 +529,20 @@ def other_axis(copy: Tampered) -> None:
     copy.set_constant("vision", "ReduceMean_0", 1, np.array([1]))
 
 
+POOLED_SUM = "MatMul_7"
+"""Behind two products of attention a block and the patch embedding's."""
+
 POOLED: dict[str, tuple[Fault, str]] = {
     "as now": (lambda copy: None, ""),
     "as before": (as_before, ""),
     "as before, mean of tokens": (other_axis, "axes is [1], must be [2]"),
-    "twice the mean": (
-        lambda copy: copy.set_constant("vision", "Div_0", 0, np.array([2], np.float32)),
-        "node Div_0: what is shared is [2.0], must be [1]",
+    "ones that are twos": (
+        lambda copy: copy.set_constant("vision", "Expand_1", 0, np.array([2], np.float32)),
+        "node Expand_1: what it repeats is [2.0], must be [1]",
     ),
-    "shares of another number": (
-        lambda copy: copy.rewire("vision", "Div_0", 1, "one"),
-        "node Div_0: what it divides by is one, must be Shape_1",
+    "over another sum": (
+        lambda copy: copy.rewire("vision", POOLED_SUM, 0, "one"),
+        f"node {POOLED_SUM}: what it adds up is ['one', 'Expand_1'], must be",
     ),
     "shares by tokens": (
         attributes("vision", "Shape_1", start=0, end=1),
