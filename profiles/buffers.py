@@ -75,17 +75,8 @@ def prefill_chunk_tokens(default_chunk: int, context_tokens: int) -> int:
     return max(1, min(default_chunk, context_tokens))
 
 
-def runs_before_requests(chunk_tokens: int) -> tuple[int, ...]:
-    """Positions of the runs behind a whole first chunk that a GPU's decoder makes at loading.
-
-    In this order they leave memory in which prompts of every length find room, whatever was asked
-    before; the plan goes through the same runs.
-    """
-    return tuple(max(1, chunk_tokens // share) for share in (1, 2, 4, 8, chunk_tokens))
-
-
 def prompt_embedding_bytes(text: TextDims, chunk_tokens: int, flavour: Flavour) -> int:
-    """One chunk of ``inputs_embeds`` and the fp16 rows that are read into it."""
+    """One chunk of ``inputs_embeds`` in host memory and the fp16 rows that are read into it."""
     return chunk_tokens * text.hidden_size * (_activation(flavour) + 2)
 
 

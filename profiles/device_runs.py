@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from llava_edge.profiles.buffers import runs_before_requests
 from llava_edge.profiles.device_arena import DeviceArena, Piece
 from llava_edge.profiles.device_pages import paged
 from llava_edge.profiles.model_dims import ModelDims, TextDims
@@ -33,8 +32,7 @@ class DecoderRuns:
 
     Attributes:
         text: sizes.
-        chunk_tokens: positions of a chunk; two whole ones are run and, since the last of a prompt
-            may have any length, some shorter.
+        chunk_tokens: positions of a chunk; two whole ones are run.
         step_tokens: positions of the largest step: a token and its draft; 0 for no step at all.
         context_tokens: positions of the cache; only an int8 cache and cards before 8.0 ask.
         has_int8_cache: whether the cache holds codes.
@@ -70,9 +68,9 @@ class DecoderRuns:
 @lru_cache(maxsize=256)
 def _arena_bytes(runs: DecoderRuns) -> int:
     arena, chunk = DeviceArena(), runs.chunk_tokens
+    # In the order in which the runtime warms up; prompts of every length find room then.
     run_once(arena, runs, chunk, is_first=True)
-    for tokens in runs_before_requests(chunk):
-        run_once(arena, runs, tokens)
+    run_once(arena, runs, chunk)
     if runs.step_tokens:
         run_once(arena, runs, runs.step_tokens, kept=runs.step_tokens)
     return arena.nbytes

@@ -394,7 +394,8 @@ def _device_phases(
 def _device_run(runs: DecoderRuns, factor: float) -> MemoryTerms:
     activations, dequantised, attention = (int(part * factor) for part in runs.by_cause())
     return MemoryTerms(
-        prompt_embeddings=prompt_embedding_bytes(runs.text, runs.chunk_tokens, "cuda"),
+        # One chunk at a time, as it is read.
+        prompt_embeddings=runs.chunk_tokens * runs.text.hidden_size * activation_bytes("cuda"),
         prefill_activations=activations,
         attention_workspace=attention,
         engine_workspace=dequantised,

@@ -207,7 +207,7 @@ class Answerer:
             # ONNX Runtime keeps what it once took, so what it holds now is the most it held.
             peak_memory=PeakMemory(
                 host_bytes=peak_host_bytes(),
-                device_bytes=process_bytes(os.getpid()) if self._device == "cuda" else None,
+                device_bytes=max(begun.device_bytes, self._device_bytes()) or None,
             ),
             device=self._device,
             engine=self._tower.engine,
@@ -297,6 +297,8 @@ class Answerer:
         encoded = time.perf_counter()
         logits = self._prefill(rest, embeddings, watch)
         prefilled = time.perf_counter()
+        # Features that stay on a device are there until here.
+        device_bytes = self._device_bytes()
         indexing, gathering = embeddings.index_seconds, embeddings.gather_seconds
         begun = _Begun(
             logits=logits,
@@ -304,9 +306,14 @@ class Answerer:
             vision_seconds=encoded - started - indexing,
             prefill_seconds=prefilled - encoded - gathering,
             packing_seconds=indexing + gathering,
+            device_bytes=device_bytes,
         )
         self._pace.report(num_tiles, begun.vision_seconds, rest.num_tokens, begun.prefill_seconds)
         return begun
+
+    def _device_bytes(self) -> int:
+        on_gpu = self._device == "cuda"
+        return (process_bytes(os.getpid()) or 0) if on_gpu else 0
 
     def _prefill(
         self, request: Request, embeddings: PromptEmbeddings, progress: ReportProgress
@@ -325,10 +332,14 @@ class Answerer:
 
 @dataclass(frozen=True)
 class _Begun:
-    """Logits (vocab,) of a prompt's last position, and what it took to get there."""
+    """Logits (vocab,) of a prompt's last position, and what it took to get there.
+
+    ``device_bytes`` are this process's on a GPU by then; 0 where there is none or nobody says.
+    """
 
     logits: Array
     reused: int
     vision_seconds: float
     prefill_seconds: float
     packing_seconds: float
+    device_bytes: int

@@ -8,7 +8,9 @@ packages; nothing more is needed.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError
@@ -45,6 +47,7 @@ class CudaRuntime:
 
     def __init__(self, library: Any) -> None:
         self._library = library
+        self._process = os.getpid()
         count = ctypes.c_int()
         self._call("cudaGetDeviceCount", ctypes.byref(count))
         if count.value < 1:
@@ -88,8 +91,14 @@ class CudaRuntime:
         return int(address.value or 0)
 
     def free(self, address: int) -> None:
-        """Give back what ``allocate`` gave; waits for what the device has to do."""
-        self._call("cudaFree", ctypes.c_void_p(address))
+        """Give back what ``allocate`` gave; waits for what the device has to do.
+
+        Nothing is raised, since nobody is there to hear it when an object ends: a device that fails
+        says so at the next call, and memory of the parent is no matter of a child of ``fork()``.
+        """
+        if os.getpid() == self._process:
+            with suppress(EngineError):
+                self._call("cudaFree", ctypes.c_void_p(address))
 
     def upload(self, address: int, array: Array) -> None:
         """Enqueue a copy of a contiguous host array to the device."""

@@ -145,7 +145,8 @@ class Buffer:
     def first(self, count: int) -> Buffer:
         """The first ``count`` rows of a buffer ``[1, rows, width]``: the same memory.
 
-        ONNX Runtime has no tensor that is a part of another, so it is bound by its address.
+        ONNX Runtime has no tensor that is a part of another, so it is bound by its address. Bound
+        as an output, it has a value of its own: only these rows are copied where it is read.
         """
         part = Buffer.__new__(Buffer)
         part.shape, part.dtype, part.device = (1, count, self.shape[-1]), self.dtype, self.device
@@ -170,7 +171,7 @@ class Buffer:
         """The content as numpy: the memory itself on the CPU, a copy elsewhere."""
         if self.array is not None:
             return self.array
-        if self.whole is not None:
+        if self.whole is not None and self.value is None:
             return self.whole.read()[:, : self.shape[1]]
         copied: Array = self.value.numpy()
         return copied
@@ -413,6 +414,8 @@ class Binding:
         self._session = session
         self._binding = binding
         self._bound: dict[str, Buffer] = {}
+        # In the order in which ONNX Runtime lists them: by their first binding.
+        self._outputs: list[str] = []
 
     def input(self, name: str, buffer: Buffer) -> None:
         """Bind an input; binding a name again replaces it."""
@@ -430,6 +433,10 @@ class Binding:
                 self._binding.bind_ortvalue_output(name, buffer.value)
             else:
                 self._binding.bind_output(name, *buffer.by_address)
+            if name not in self._outputs:
+                self._outputs.append(name)
+            if buffer.whole is not None:
+                buffer.value = self._binding.get_outputs()[self._outputs.index(name)]
         self._bound[f"out {name}"] = buffer
 
     def inputs(self, buffers: Mapping[str, Buffer]) -> None:
@@ -487,5 +494,10 @@ def _map_error(error: Exception, act: str) -> Exception:
         return OutOfMemoryError(
             f"memory ran out while {act}: {shown}. Use a smaller context, a lower grid, or "
             "an artifact of lower precision."
+        )
+    if "cudnn is unavailable" in text.lower():
+        return EngineError(
+            f"a part of this graph needs cuDNN, which is not installed ({act}: {shown}). Convert "
+            "the checkpoint again: what is converted now needs none."
         )
     return EngineError(f"ONNX Runtime {ort.__version__} failed while {act}: {shown}")

@@ -12,11 +12,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from llava_edge.profiles.buffers import (
-    MAX_DRAFT_TOKENS,
-    runs_before_requests,
-    video_tokens_per_frame,
-)
+from llava_edge.profiles.buffers import MAX_DRAFT_TOKENS, video_tokens_per_frame
 from llava_edge.profiles.errors import OutOfMemoryError
 from llava_edge.profiles.model_dims import ModelDims
 from llava_edge.runtime.decoder import Decoder
@@ -53,12 +49,14 @@ def warm_up(
     said = []
     if isinstance(encoder, VisionEncoder | OrtDeviceEncoder):
         asked = encoder.tiles_per_batch
-        fits, why = _most_that_run(asked, 1, lambda tiles: _run_tower(encoder, dims, tiles))
+        fits, why, _ = _most_that_run(asked, 1, lambda tiles: _run_tower(encoder, dims, tiles))
         encoder.tiles_per_batch = fits
         if why:
             said.append(f"tiles encoded {fits} at once, not {asked}: {why}")
     asked = decoder.chunk_tokens
-    fits, why = _most_that_run(asked, LEAST_CHUNK, lambda tokens: _run_prompts(decoder, tokens))
+    fits, why, ran = _most_that_run(
+        asked, LEAST_CHUNK, lambda tokens: _run_prompts(decoder, tokens)
+    )
     decoder.chunk_tokens = fits
     if why:
         said.append(f"prompts computed by {fits} tokens at once, not {asked}: {why}")
@@ -74,16 +72,21 @@ def warm_up(
         # What failed gave everything back.
         with suppress(OutOfMemoryError):
             _run_prompts(decoder, decoder.chunk_tokens)
-    # Last: where a step is recorded, all memory is there by now.
-    with suppress(OutOfMemoryError):
-        decoder.rewind(0)
-        decoder.step(rows[0])
     decoder.rewind(0)
+    # Last: all memory is there by now, and a session that has recorded gives none back any more.
+    if ran:
+        with suppress(OutOfMemoryError):
+            decoder.step(rows[0])
+        decoder.rewind(0)
     return tuple(said)
 
 
-def _most_that_run(asked: int, least: int, run: Callable[[int], None]) -> tuple[int, str]:
-    """The first of a number, its half, and so on, that runs, or the least; why not the first."""
+def _most_that_run(asked: int, least: int, run: Callable[[int], None]) -> tuple[int, str, bool]:
+    """The first of a number, its half, and so on, that runs, or the least.
+
+    Returns:
+        It; why it is not the first; whether it ran.
+    """
     size, why = asked, ""
     while True:
         try:
@@ -91,9 +94,9 @@ def _most_that_run(asked: int, least: int, run: Callable[[int], None]) -> tuple[
         except OutOfMemoryError as error:
             why = str(error)
         else:
-            return size, why
+            return size, why, True
         if size <= least:
-            return size, why
+            return size, why, False
         size = max(least, size // 2)
 
 
@@ -114,9 +117,8 @@ def _run_prompts(decoder: Decoder, chunk: int) -> None:
 
     decoder.rewind(0)
     decoder.prefill(chunk, fill)
-    for tokens in runs_before_requests(chunk):
-        # Behind one position at least: the first chunk is the one above.
-        tokens = min(tokens, decoder.capacity - 1)
-        if tokens:
-            decoder.rewind(min(decoder.length, decoder.capacity - tokens))
-            decoder.prefill(tokens, fill)
+    # Behind one position at least, which is no first chunk and may take other kernels.
+    later = min(chunk, decoder.capacity - 1)
+    if later:
+        decoder.rewind(min(decoder.length, decoder.capacity - later))
+        decoder.prefill(later, fill)

@@ -52,11 +52,13 @@ def main(argv: list[str] | None = None) -> int:
         cuda=CudaOptions(**json.loads(options.cuda)),
     ) as model:
         loaded, draw = cuda.used, random.Random(options.seed)
+        cuda.forget_peak()
         for number in range(options.requests):
             ask(model, draw, number)
         result = {
             "loaded_mib": loaded / MIB,
             "behind_requests_mib": cuda.used / MIB,
+            "most_in_requests_mib": cuda.peak / MIB,
             # The stand-in knows nothing of a driver's context, unless it is told a size.
             "planned_without_context_mib": planned(artifact, model).total / MIB,
             "step": asked_of(cuda, step(model)),

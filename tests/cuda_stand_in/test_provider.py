@@ -137,6 +137,21 @@ def test_what_a_step_copies(cuda: StandIn, make: Callable[..., Artifact], precis
     assert record.taken() == []
 
 
+@pytest.mark.parametrize("rows", [2, 5, 33])
+def test_only_the_rows_of_a_draft_come_back(
+    cuda: StandIn, make: Callable[..., Artifact], rows: int
+) -> None:
+    decoder = decoder_of(make("fp16"))
+    prefill(decoder)
+    for _ in range(2):
+        decoder.rewind(PROMPT)
+        with cuda.record() as record:
+            decoder.try_steps(np.zeros((rows, decoder._hidden), np.float16))
+
+    assert record.copies("device to host") == [4 * rows * SIZES["vocab_size"]]
+    assert record.taken() == []
+
+
 def test_steps_take_flash_attention_where_they_are_told_to(
     cuda: StandIn, make: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,6 @@ from dataclasses import replace
 
 import pytest
 
-from llava_edge.profiles.buffers import runs_before_requests
 from llava_edge.profiles.device_arena import DeviceArena
 from llava_edge.profiles.device_pages import (
     PAGE,
@@ -87,8 +86,7 @@ def test_behind_the_runs_at_loading_no_prompt_takes_more(
     )
     arena = DeviceArena()
     run_once(arena, runs, chunk, is_first=True)
-    for tokens in runs_before_requests(chunk):
-        run_once(arena, runs, tokens)
+    run_once(arena, runs, chunk)
     run_once(arena, runs, 33, kept=33)
     taken = arena.nbytes
     # What a run does follows from the regions, and those stay as they are.

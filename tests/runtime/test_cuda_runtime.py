@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
@@ -54,6 +56,23 @@ def test_rows_of_features_are_given_back_with_their_object() -> None:
 
     assert library.held == {}
     assert library.calls[-1] == ("cudaFree",)
+
+
+def test_what_fails_or_belongs_to_another_process_is_not_given_back_aloud(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    library = FakeCudart()
+    cuda = CudaRuntime(library)
+    rows, others = DeviceRows((3, 4), cuda), DeviceRows((3, 4), cuda)
+    library.fails["cudaFree"] = 700
+    # Warnings are errors here, and so is what a finalizer does not catch.
+    del rows
+    assert library.calls[-1] == ("cudaFree",)
+
+    calls = len(library.calls)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    del others
+    assert len(library.calls) == calls
 
 
 def test_memory_that_is_not_there_is_not_held_against_the_next_call() -> None:

@@ -46,6 +46,18 @@ def test_memory_beyond_the_limit_of_an_arena_has_run_out() -> None:
     assert isinstance(error, OutOfMemoryError)
 
 
+def test_an_artifact_that_needs_cudnn_is_to_be_converted_again() -> None:
+    """What ONNX Runtime 1.31.1 says of the mean that video towers had before."""
+    said = (
+        "Non-zero status code returned while running ReduceMean node. Name:'ReduceMean_0' Status "
+        "Message: cuDNN is unavailable for CUDA Execution Provider: dlopen failed for libcudnn.so"
+    )
+    error = _map_error(RuntimeError(said), "running the graph")
+
+    assert isinstance(error, EngineError)
+    assert "Convert the checkpoint again" in str(error)
+
+
 @pytest.mark.parametrize("shared", [True, False], ids=["host", "device"])
 def test_the_first_rows_of_a_buffer_are_its_own_memory(shared: bool) -> None:
     whole = Buffer((1, 4, 3), np.float32, "cpu")
