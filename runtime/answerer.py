@@ -297,8 +297,8 @@ class Answerer:
         encoded = time.perf_counter()
         logits = self._prefill(rest, embeddings, watch)
         prefilled = time.perf_counter()
-        # Features that stay on a device are there until here.
-        device_bytes = self._device_bytes()
+        # Features that stay on a device are gone at the end; for others the driver is asked once.
+        device_bytes = self._device_bytes() if embeddings.on_device else 0
         indexing, gathering = embeddings.index_seconds, embeddings.gather_seconds
         begun = _Begun(
             logits=logits,
@@ -334,7 +334,7 @@ class Answerer:
 class _Begun:
     """Logits (vocab,) of a prompt's last position, and what it took to get there.
 
-    ``device_bytes`` are this process's on a GPU by then; 0 where there is none or nobody says.
+    ``device_bytes`` are this process's on a GPU with features that are not kept; 0 without any.
     """
 
     logits: Array

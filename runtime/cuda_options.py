@@ -29,9 +29,10 @@ class CudaOptions:
         memory_limit_bytes: of the memory that each session takes for weights and activations; 0
             sets none. The KV cache and the context of the driver lie outside.
         exact_arena: memory grows by what is asked for; off, ONNX Runtime doubles it.
-        warm_up: run the largest batch and the largest chunk when the artifact is loaded. It takes
-            then what any request will, so that requests of any order stay within the plan; kernels
-            are there, and a decode step is recorded, before the first request.
+        warm_up: run the largest batch, chunk and steps when the artifact is loaded. It takes then
+            what any request will, so that requests of any order stay within the plan; what does not
+            fit is done in smaller parts (``LlavaEdge.degraded``). Kernels are there, and a decode
+            step is recorded, before the first request.
     """
 
     graph: bool = False

@@ -83,6 +83,11 @@ class PromptEmbeddings:
         features = self._features
         return features.read() if isinstance(features, DeviceRows) else features
 
+    @property
+    def on_device(self) -> bool:
+        """Whether features lie on a device, for as long as this object is there."""
+        return isinstance(self._features, DeviceRows)
+
     def place(self, start: int, stop: int, address: int) -> None:
         """Copy what ``fill`` left out, features on the device, to the rows at ``address``."""
         if not isinstance(self._features, DeviceRows):
