@@ -50,7 +50,7 @@ def test_the_runtime_takes_the_chunk_that_the_plan_counted_with(
 
     with LlavaEdge.load(made, threads=1, allow_slow=True) as model:
         assert board.prefill_chunk == 512
-        assert model._decoder._chunk_tokens == 512
+        assert model._decoder.chunk_tokens == 512
 
 
 def test_the_checkpoints_own_order_of_candidates_is_kept(folder: Path) -> None:

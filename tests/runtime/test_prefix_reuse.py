@@ -284,7 +284,7 @@ def test_after_any_history_an_answer_is_that_of_a_fresh_model(
     pair: Pair, history: list[tuple[list[str], list[int], str]]
 ) -> None:
     # Small chunks, so that a failing prefill leaves a part of the prompt behind.
-    pair.reusing._decoder._chunk_tokens = 16
+    pair.reusing._decoder.chunk_tokens = 16
     for segments, order, end in history:
         prompt = "".join(segments)
         pictures = [IMAGES[i] for i in order][: prompt.count("<image>")]
