@@ -14,6 +14,8 @@ from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
 from llava_edge.convert.verify.structure import structure_stage
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.certificate import StageResult
+from llava_edge.runtime.session import Session, SessionOptions
+from llava_edge.runtime.vision import VisionEncoder
 from tests.checkpoint_layouts import as_original
 from tests.convert.verify.conftest import BACKBONES, FORMS, SIZES
 from tests.convert.verify.tamper import Tampered
@@ -572,6 +574,28 @@ def test_patches_of_a_frame_are_averaged(
 
     assert (result.verdict == "fail") == bool(sentence)
     assert sentence in result.detail
+
+
+def test_the_mean_has_the_bits_that_it_had_before(
+    make_checkpoint: Callable[..., Path], make_form: Callable[[Path, str], Path], tmp_path: Path
+) -> None:
+    made = make_form(make_checkpoint("odd", model_type="llava_next_video", image_size=56), "fp16")
+    copy = Tampered(made, tmp_path / "copy")
+    as_before(copy)
+    frames = np.random.default_rng(0).standard_normal((3, 3, 56, 56), np.float32)
+    found = []
+    for folder in (made, copy.seal()):
+        artifact = open_artifact(folder)
+        dims = artifact.manifest.model
+        session = Session(artifact.path(artifact.manifest.vision.file), SessionOptions())
+        # Frames, four patches a token, and tiles, one patch a token.
+        for rows in (4, 16):
+            out = np.empty((3, rows, dims.text.hidden_size), np.float32)
+            VisionEncoder(session, dims, 1, np.float32).encode(frames, out)
+            found.append(out)
+
+    np.testing.assert_array_equal(found[0], found[2])
+    np.testing.assert_array_equal(found[1], found[3])
 
 
 def test_scaling_that_was_dropped_is_found(
