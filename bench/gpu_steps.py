@@ -10,29 +10,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from llava_edge.bench.gpu_kernels import kernel_sizes
 from llava_edge.bench.gpu_models import GpuModel
 from llava_edge.bench.gpu_place import GpuPlace, with_int8_cache
-from llava_edge.bench.machine_card import Rates
+from llava_edge.bench.gpu_round import ROUND_SECONDS, largest_session, measured_round
 from llava_edge.bench.speed_cases import FULL, TEXT
-from llava_edge.bench.speed_rows import SpeedRow
-from llava_edge.bench.speed_run import SpeedRound, SpeedSettings, measure_round
-from llava_edge.profiles.buffers import CacheType
 from llava_edge.profiles.errors import EngineError
-from llava_edge.profiles.speed import streamed_bytes
-from llava_edge.runtime.artifact import Artifact, open_artifact
 
 CARD = "device"
 CONTEXTS = (1024, 4096)
 REFERENCE = "transformers"
 LIMITS = {"limit = plan": 1.0, "limit = 0.9 plan": 0.9}
 _THREE = ("3 images", "3 images, 1x2", "3 images, base")
-_MAKING, _ASKING, _ROUND = 590.0, 400.0, 300.0
-_OUTSIDE_ARENAS = ("driver_context_bytes", "kv_cache_bytes")
+_MAKING, _ASKING = 590.0, 400.0
 
 CHOICES: Mapping[str, Mapping[str, Any]] = {
     "graph": {"cuda": {"graph": True}},
@@ -125,7 +118,7 @@ def _deciding(model: GpuModel, precisions: Sequence[str]) -> Iterator[GpuStep]:
     sizes = json.dumps(kernel_sizes(model.sizes))
     yield GpuStep(
         f"{model.name} kernels",
-        lambda place, _: place.module("gpu_kernels", sizes, bound=_ROUND),
+        lambda place, _: place.module("gpu_kernels", sizes, bound=ROUND_SECONDS),
         model,
     )
     for precision in reversed(precisions):
@@ -193,12 +186,16 @@ def _round(
 
     def act(place: GpuPlace, entries: Entries) -> dict[str, Any]:
         folder = place.artifact(model, part, _MAKING)
-        return measured_round(place, entries, folder, number, asked)
+        return measured_round(place, _bandwidth(entries), folder, number, asked)
 
     asked = {**(settings or {})}
     asked |= {"cases": (TEXT, FULL) if choice else (TEXT, FULL, *_THREE), "contexts": CONTEXTS}
     name = f"{model.name} {precision} " + (choice or f"round {number}")
     return GpuStep(name, act, model, (part,), asked)
+
+
+def _bandwidth(entries: Entries) -> float:
+    return float(entries[CARD]["bandwidth_bytes_per_second"])
 
 
 def _limited(model: GpuModel, precision: str, share: float) -> Act:
@@ -207,11 +204,10 @@ def _limited(model: GpuModel, precision: str, share: float) -> Act:
     def act(place: GpuPlace, entries: Entries) -> dict[str, Any]:
         folder = place.artifact(model, precision, _MAKING)
         planned = entries[f"{model.name} {precision} round 0"]["predicted_memory"]
-        outside = sum(planned["terms"].get(name, 0) for name in _OUTSIDE_ARENAS)
-        limit = int((planned["device_bytes"] - outside) * share)
+        limit = int(largest_session(planned) * share)
         asked = {"cuda": {"memory_limit_bytes": limit}, "cases": (TEXT, FULL), "contexts": ()}
         try:
-            found = measured_round(place, entries, folder, 0, asked)
+            found = measured_round(place, _bandwidth(entries), folder, 0, asked)
         except EngineError as error:
             return {"limit_bytes": limit, "answered": False, "said": str(error)}
         return {"limit_bytes": limit, "answered": True, **found}
@@ -226,7 +222,7 @@ def _reference_round(model: GpuModel, precision: str, number: int) -> Act:
         asked.write_text(json.dumps(entries[f"{model.name} {precision} round 0"]["cases"]))
         checkpoint = place.checkpoint(model, _MAKING)
         found: dict[str, Any] = place.module(
-            "gpu_reference", "time", checkpoint, asked, "--round", number, bound=_ROUND
+            "gpu_reference", "time", checkpoint, asked, "--round", number, bound=ROUND_SECONDS
         )
         return found
 
@@ -236,72 +232,7 @@ def _reference_round(model: GpuModel, precision: str, number: int) -> Act:
 def _vision(model: GpuModel, precision: str) -> Act:
     def act(place: GpuPlace, _: Entries) -> dict[str, Any]:
         artifact = place.artifact(model, precision, _MAKING)
-        found: dict[str, Any] = place.module("gpu_vision", artifact, bound=_ROUND)
+        found: dict[str, Any] = place.module("gpu_vision", artifact, bound=ROUND_SECONDS)
         return found
 
     return act
-
-
-def measured_round(
-    place: GpuPlace,
-    entries: Entries,
-    folder: Path,
-    number: int,
-    asked: Mapping[str, Any],
-) -> dict[str, Any]:
-    """One round over one artifact: what a row of the table needs of it.
-
-    Args:
-        place: where.
-        entries: with that of the device.
-        folder: the artifact.
-        number: other words and pictures in each.
-        asked: fields of ``SpeedSettings``.
-
-    Raises:
-        EngineError: it failed.
-        subprocess.TimeoutExpired: it took too long.
-    """
-    settings = SpeedSettings(
-        device=place.device,
-        allow_slow=place.device == "cpu",
-        engine="ort",
-        timeout_seconds=max(1.0, min(_ROUND, place.seconds_left)),
-    )
-    made = measure_round(str(folder), number, replace(settings, **asked))
-    card = entries[CARD]
-    return round_figures(folder, made, card["bandwidth_bytes_per_second"])
-
-
-def round_figures(folder: Path, made: SpeedRound, bandwidth: float) -> dict[str, Any]:
-    """A round as the ledger keeps it."""
-    artifact = open_artifact(folder)
-    row = SpeedRow(folder.name, artifact, [made], Rates(bandwidth, 1.0)).to_json()
-    kept = ("precision", "device", "engine", "off_device", "context_tokens", "cache", "peak_memory")
-    return {
-        **{name: row[name] for name in kept},
-        "parameters": row["parameters"],
-        "artifact_bytes": row["artifact_bytes"],
-        "predicted_memory": row["predicted_memory"],
-        "load_seconds": row["load_seconds"]["median"],
-        "cases": [_case(artifact, case, row["cache"], bandwidth) for case in row["cases"]],
-    }
-
-
-def _case(
-    artifact: Artifact, case: Mapping[str, Any], cache: CacheType, bandwidth: float
-) -> dict[str, Any]:
-    manifest = artifact.manifest
-    names = ("name", "num_images", "grid", "height", "width", "prompt_tokens", "answer_tokens")
-    figures = ("ttft_seconds", "prefill_tokens_per_second", "decode_tokens_per_second")
-    rate = case["decode_tokens_per_second"]["median"]
-    context = case["prompt_tokens"] + case["answer_tokens"] // 2
-    precision = manifest.precision.language_model
-    streamed = streamed_bytes(manifest.model, precision, manifest.flavour, "none", context, cache)
-    return {
-        **{name: case[name] for name in names},
-        **{name: case[name]["median"] for name in figures},
-        "stages": {name: spread["median"] for name, spread in case["stages"].items()},
-        "degraded": list(case["degraded"]),
-        "roofline_fraction": rate * streamed / bandwidth,
-    }

@@ -24,6 +24,7 @@ from llava_edge.bench.gpu_kernels import LAYOUTS, kernel_sizes, product_model, w
 from llava_edge.bench.gpu_models import GPU_MODELS, PRECISIONS, GpuModel
 from llava_edge.bench.gpu_parity import compare
 from llava_edge.bench.gpu_place import GpuPlace, with_int8_cache
+from llava_edge.bench.gpu_round import largest_session
 from llava_edge.bench.gpu_steps import CARD, GpuStep
 from llava_edge.bench.gpu_steps import gpu_steps as all_steps
 from llava_edge.bench.gpu_table import gpu_tables
@@ -362,7 +363,12 @@ def test_the_limit_leaves_out_what_lies_outside_and_a_refusal_is_a_result(
     (tmp_path / "tiny/fp16").mkdir(parents=True)
     (tmp_path / "tiny/fp16/manifest.json").touch()
     terms = {"kv_cache_bytes": 300, "driver_context_bytes": 200, "decoder_weights_bytes": 500}
-    entries = {"tiny fp16 round 0": {"predicted_memory": {"device_bytes": 1000, "terms": terms}}}
+    terms |= {"vision_tower_bytes": 90, "vision_activations_bytes": 10, "pixel_values_bytes": 7}
+    planned = {"device_bytes": 1107, "terms": terms}
+    entries = {
+        "device": {"bandwidth_bytes_per_second": 1e12},
+        "tiny fp16 round 0": {"predicted_memory": planned},
+    }
     asked: list[Any] = []
 
     def measured(*given: Any) -> dict[str, Any]:
@@ -379,6 +385,8 @@ def test_the_limit_leaves_out_what_lies_outside_and_a_refusal_is_a_result(
     assert asked == [{"memory_limit_bytes": 500}, {"memory_limit_bytes": 450}]
     assert (runs["answered"], refused["answered"]) == (True, False)
     assert "memory ran out" in refused["said"]
+    # A tower that takes more than the decoder is what the limit has to hold.
+    assert largest_session({**planned, "terms": {**terms, "vision_tower_bytes": 550}}) == 560
 
 
 @pytest.fixture(scope="module")
