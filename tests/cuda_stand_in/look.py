@@ -12,14 +12,16 @@ import json
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llava_edge.bench.gpu_round import largest_session
 from llava_edge.bench.speed_cases import draw_picture
-from llava_edge.profiles.buffers import MAX_DRAFT_TOKENS
-from llava_edge.profiles.errors import EngineError, PromptError
+from llava_edge.profiles.buffers import MAX_DRAFT_TOKENS, CacheType
+from llava_edge.profiles.errors import LlavaEdgeError
 from llava_edge.profiles.memory import Machine, MemoryTerms, estimate_memory
 from llava_edge.profiles.nvml import read_gpus
 from llava_edge.runtime import LlavaEdge
@@ -27,6 +29,7 @@ from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.cuda_options import CudaOptions
 from llava_edge.runtime.engine_arguments import add_cache_argument, asked_cache
 from llava_edge.runtime.load_fit import largest_request
+from llava_edge.runtime.placement import choose_cache
 from llava_edge.runtime.request import PromptOptions
 from tests.cuda_stand_in.record import StandIn
 
@@ -38,29 +41,35 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--cuda", default="{}", help="JSON: fields of CudaOptions")
+    parser.add_argument(
+        "--limit", type=float, help="the provider's, as a share of the larger session's plan"
+    )
     parser.add_argument("--requests", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     add_cache_argument(parser)
     options = parser.parse_args(argv)
     cuda, artifact = StandIn(), open_artifact(options.artifact)
+    cache = asked_cache(options.cache)
+    plan = planned(artifact, choose_cache(cache, artifact.manifest))
+    chosen = CudaOptions(**json.loads(options.cuda))
+    if options.limit:
+        terms = {f"{name}_bytes": nbytes for name, nbytes in plan.as_dict().items()}
+        session = largest_session({"terms": terms, "device_bytes": plan.total})
+        chosen = replace(chosen, memory_limit_bytes=int(session * options.limit))
     with LlavaEdge.over(
-        artifact,
-        "cuda",
-        cache=asked_cache(options.cache),
-        engine="ort",
-        prefix_reuse=False,
-        cuda=CudaOptions(**json.loads(options.cuda)),
+        artifact, "cuda", cache=cache, engine="ort", prefix_reuse=False, cuda=chosen
     ) as model:
         loaded, draw = cuda.used, random.Random(options.seed)
         cuda.forget_peak()
-        for number in range(options.requests):
-            ask(model, draw, number)
+        refused = [ask(model, draw, number) for number in range(options.requests)]
         result = {
+            "degraded": [line.partition(":")[0] for line in model.degraded],
+            "refused": list(filter(None, refused)),
             "loaded_mib": loaded / MIB,
             "behind_requests_mib": cuda.used / MIB,
             "most_in_requests_mib": cuda.peak / MIB,
             # The stand-in knows nothing of a driver's context, unless it is told a size.
-            "planned_without_context_mib": planned(artifact, model).total / MIB,
+            "planned_without_context_mib": plan.total / MIB,
             "step": asked_of(cuda, step(model)),
             "tiles": asked_of(cuda, tiles(model)),
         }
@@ -68,8 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def ask(model: LlavaEdge, draw: random.Random, number: int) -> None:
-    """One request: none to two pictures, a few words to many, drafts or none."""
+def ask(model: LlavaEdge, draw: random.Random, number: int) -> str:
+    """One request: none to two pictures, a few words to many, drafts or none; why it is refused."""
     sizes = [
         (draw.randint(50, 900), draw.randint(50, 900)) for _ in range(draw.choice((0, 0, 1, 2)))
     ]
@@ -78,15 +87,16 @@ def ask(model: LlavaEdge, draw: random.Random, number: int) -> None:
     draft = draw.choice((0, MAX_DRAFT_TOKENS))
     try:
         model.generate("word " * words, pictures, max_new_tokens=6, prompt_lookup_num_tokens=draft)
-    except (PromptError, EngineError) as error:
+    except LlavaEdgeError as error:
         # Longer than the context, or what lay in memory and passes for logits is no number.
-        print(error, file=sys.stderr)
+        return str(error)
+    return ""
 
 
-def planned(artifact: Artifact, model: LlavaEdge) -> MemoryTerms:
+def planned(artifact: Artifact, cache: CacheType) -> MemoryTerms:
     """The plan for this device, less the driver's context."""
     manifest = artifact.manifest
-    work = largest_request(manifest, model.context_tokens, model.cache)
+    work = largest_request(manifest, manifest.context_tokens, cache)
     machine = Machine("cuda", compute_capability=read_gpus().gpus[0].compute_capability)
     precision = manifest.precision.language_model
     terms = estimate_memory(manifest.model, precision, work, machine).device_peak

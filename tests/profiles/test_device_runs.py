@@ -11,7 +11,7 @@ from llava_edge.profiles.device_pages import (
 )
 from llava_edge.profiles.device_runs import DecoderRuns, cublas_bytes, run_once, tower_bytes
 from llava_edge.profiles.formats import VisionFormat, weight_bytes, weight_tensors
-from llava_edge.profiles.variants import find_variant
+from llava_edge.profiles.variants import find_variant, load_variants
 
 MIB = 1 << 20
 DIMS = find_variant("llava-v1.6-mistral-7b").dims
@@ -70,7 +70,7 @@ def test_later_chunks_take_more_where_the_cache_holds_codes_alone() -> None:
         assert arena.nbytes - before == grown * MIB
 
 
-@pytest.mark.parametrize("name", ["llava-v1.6-mistral-7b", "llava-v1.6-vicuna-13b"])
+@pytest.mark.parametrize("name", [variant.name for variant in load_variants()])
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("kind", ["float16", "codes", "7.5"])
 @pytest.mark.parametrize("chunk", [512, 2048])
