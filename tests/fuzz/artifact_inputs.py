@@ -95,7 +95,7 @@ def _strange(random: Random, old: Any) -> Any:
     return random.choice((None, True, False, [], {}, "", 0, 1, [[]], {"a": 1}, *numbers, *texts))
 
 
-def _damage_document(random: Random, document: Any) -> str:
+def damage_document(random: Random, document: Any) -> str:
     """One to three values, keys or places of a document."""
     said = []
     for _ in range(random.choice((1, 1, 1, 2, 3))):
@@ -130,7 +130,7 @@ def _damage_document(random: Random, document: Any) -> str:
     return "; ".join(said)
 
 
-def _damage_text(random: Random, data: bytes) -> bytes:
+def damage_text(random: Random, data: bytes) -> bytes:
     """JSON text beyond what a serialiser writes."""
     act = random.randrange(6)
     text = data.decode()
@@ -168,12 +168,12 @@ def _manifest(random: Random, folder: Path) -> str:
     data = (folder / MANIFEST).read_bytes()
     act = random.randrange(10)
     if act < 2:
-        damaged = _damage_text(random, data)
+        damaged = damage_text(random, data)
         replace(folder / MANIFEST, _seal_text(damaged) if act else damaged)
         said = "text"
     else:
         document = json.loads(data)
-        said = _damage_document(random, document)
+        said = damage_document(random, document)
         try:
             replace(folder / MANIFEST, seal(document))
         except LlavaEdgeError:
@@ -186,11 +186,11 @@ def _manifest(random: Random, folder: Path) -> str:
 def _certificate(random: Random, folder: Path) -> str:
     data = (folder / CERTIFICATE).read_bytes()
     if random.random() < 0.3:
-        damaged = _damage_text(random, data)
+        damaged = damage_text(random, data)
         replace(folder / CERTIFICATE, _seal_text(damaged) if random.random() < 0.5 else damaged)
         return "certificate: text"
     document = json.loads(data)
-    said = _damage_document(random, document)
+    said = damage_document(random, document)
     try:
         replace(folder / CERTIFICATE, seal(document))
     except LlavaEdgeError:
@@ -206,10 +206,10 @@ def _tensors_file(random: Random, folder: Path, name: str) -> str:
     act, said = random.randrange(6), "bytes"
     if act < 3:
         document = json.loads(header)
-        said = _damage_document(random, document)
+        said = damage_document(random, document)
         header = json.dumps(document).encode()
     elif act == 3:
-        header = _damage_text(random, header)
+        header = damage_text(random, header)
     elif act == 4:
         bits = random.choice(
             (b"\x00\x7c", b"\xff\xff", b"\x00\x00\x80\x7f", b"\xff" * 8, b"\0" * 8)
@@ -248,14 +248,14 @@ def _tokenizer(random: Random, folder: Path) -> str:
     act, said = random.randrange(8), "text"
     document = json.loads(data)
     if act < 3:
-        said = _damage_document(random, document)
+        said = damage_document(random, document)
         data = json.dumps(document).encode()
     elif act == 3:
-        data = _damage_text(random, data)
+        data = damage_text(random, data)
     elif act == 4:
         data = mutated(random, data, [data])
     else:
-        said, change = random.choice(_TOKENIZERS)
+        said, change = random.choice(TOKENIZERS)
         change(document)
         data = json.dumps(document).encode()
     replace(folder / name, data)
@@ -286,7 +286,7 @@ def _split(pattern: str) -> dict[str, Any]:
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
-_TOKENIZERS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
+TOKENIZERS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
     ("doubles 40 times", _set("normalizer", _replacing({"String": "e"}, "ee", 40))),
     ("grows by 100000", _set("normalizer", _replacing({"String": "e"}, "e" * 100_000, 3))),
     ("everything grows", _set("normalizer", _replacing({"Regex": ""}, "abc", 30))),

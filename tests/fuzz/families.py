@@ -27,12 +27,24 @@ import numpy as np
 from llava_edge.profiles.memory import Machine, Workload, estimate_memory
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.limits import Limits
-from tests.fuzz import artifact_inputs, image_inputs, text_inputs, video_inputs
+from llava_edge.runtime.progress import no_progress
+from tests.fuzz import (
+    artifact_inputs,
+    checkpoint_inputs,
+    image_inputs,
+    text_inputs,
+    video_inputs,
+)
 
 Act = Callable[[], object]
 MIB = 1 << 20
 SLACK_BYTES = 64 * MIB
 """What a measured peak may lie above the plan's sum, as everywhere in this project."""
+
+CONVERSION_BYTES = 512 * MIB
+"""What a conversion of so small a checkpoint may use beside the plan's sum."""
+VERIFIED_SHARE = 0.1
+"""Of the checkpoints, how many of those that convert are verified too, which takes longer."""
 
 SMALL = Limits(max_image_pixels=1 << 20, max_video_pixels=1 << 20)
 
@@ -90,6 +102,16 @@ class Bench:
             document = json.loads((self.artifacts / name / "tokenizer.json").read_text("utf-8"))
             known += [token["content"] for token in document["added_tokens"]]
         return sorted(set(known))
+
+    @cached_property
+    def checkpoints(self) -> Mapping[str, Path]:
+        """Sound checkpoints; the libraries that convert them are loaded and warm."""
+        found = checkpoint_inputs.sound_checkpoints(self.artifacts)
+        for path in found.values():
+            out = self.work / "warm" / path.name
+            convert(path, out, "int8", verify=True)
+            shutil.rmtree(out)
+        return found
 
     def probe(self) -> tuple[int, ...]:
         """Tokens of a fixed question, which must stay the same."""
@@ -297,6 +319,46 @@ def _artifact(damage: str) -> Callable[[Bench, Random, int], Case]:
     return make
 
 
+def _checkpoint(damage: str) -> Callable[[Bench, Random, int], Case]:
+    def make(bench: Bench, random: Random, number: int) -> Case:
+        sound = bench.checkpoints[random.choice(sorted(bench.checkpoints))]
+        folder, out = bench.scratch / "checkpoint", bench.scratch / "out"
+        told = checkpoint_inputs.damaged_checkpoint(random, sound, folder, damage)
+        precision = random.choice(("fp16", "fp16", "int8", "int4"))
+        verify = random.random() < VERIFIED_SHARE
+
+        def ask() -> object:
+            try:
+                return convert(folder, out, precision, verify=verify)
+            finally:
+                marker = bench.scratch / checkpoint_inputs.MARKER
+                assert not marker.exists(), "code of the checkpoint ran"
+
+        label = f"{damage} of {sound.name} at {precision}: {told}"
+        return Case(label, ask, None, folder, CONVERSION_BYTES, SMALL)
+
+    return make
+
+
+def convert(checkpoint: Path, out: Path, precision: str, *, verify: bool) -> object:
+    """Convert a checkpoint for a CPU board, as the command would."""
+    from llava_edge.convert.pipeline import convert_checkpoint
+    from llava_edge.convert.quantization import QuantizationRequest
+    from llava_edge.convert.request import ConvertRequest
+    from llava_edge.profiles.hardware import load_profile
+    from llava_edge.profiles.planner import PlanRequest
+
+    request = ConvertRequest(
+        checkpoint=str(checkpoint),
+        out=out,
+        profile=load_profile("cpu-16gb"),
+        wishes=PlanRequest(precision=precision),  # type: ignore[arg-type]
+        quantization=QuantizationRequest(quantizer="rtn"),
+        verify="quick" if verify else "none",
+    )
+    return convert_checkpoint(request, no_progress, lambda _: None)
+
+
 def _misbehaving(bench: Bench, random: Random, number: int) -> Case:
     """What a fuzzed runtime must not do, so that the watch over it can be tested."""
 
@@ -339,6 +401,7 @@ FAMILIES: dict[str, Callable[[Bench, Random, int], Case]] = {
     "options": _options,
     "quality": _quality,
     **{damage: _artifact(damage) for damage in artifact_inputs.DAMAGES},
+    **{f"checkpoint-{d}": _checkpoint(d) for d in checkpoint_inputs.DAMAGES},
     "misbehaving": _misbehaving,
 }
 
@@ -356,5 +419,13 @@ COUNTS: dict[str, int] = {
     "embeddings": 150,
     "graph": 700,
     "folder": 60,
+    "checkpoint-config": 400,
+    "checkpoint-index": 150,
+    "checkpoint-header": 350,
+    "checkpoint-words": 400,
+    "checkpoint-template": 250,
+    "checkpoint-processor": 250,
+    "checkpoint-files": 120,
+    "checkpoint-code": 80,
 }
 """Inputs of a family in ``make fuzz``."""
