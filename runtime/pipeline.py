@@ -45,12 +45,12 @@ from llava_edge.runtime.placement import AskedCache, Device, choose_device
 from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.replay import Replay
 from llava_edge.runtime.request import PromptOptions, Request, VideoInput
+from llava_edge.runtime.request_queue import RequestQueue
 from llava_edge.runtime.sampling import SamplingOptions
 from llava_edge.runtime.session import Array, DeviceKind
 from llava_edge.runtime.stream import AnswerStream, Pieces, StreamHandle
 from llava_edge.runtime.time_budget import TimeBudget
 from llava_edge.runtime.tower import AskedEngine
-from llava_edge.runtime.turnstile import Turnstile
 from llava_edge.runtime.verified_here import check_verified_here
 
 
@@ -84,7 +84,7 @@ class LlavaEdge:
         self._loaded_context = fit.context_tokens
         self._dims = artifact.manifest.model
         self._tokens = artifact.manifest.tokens
-        self._turnstile = Turnstile()
+        self._queue = RequestQueue()
         self._tokenizer = parts.tokenizer
         self._requests = parts.requests
         self._table = parts.table
@@ -289,7 +289,7 @@ class LlavaEdge:
                 this request; while iterating as well.
             DeadlineError: while iterating, the time was over before the first token.
         """
-        self._turnstile.require_own_process()
+        self._queue.require_own_process()
         budget = TimeBudget(deadline_seconds)
         requests, capped = self._requests, ""
         if max_image_tokens is not None:
@@ -350,7 +350,7 @@ class LlavaEdge:
         grid: str | None = None,
     ) -> int:
         """Exactly how many tokens a prompt takes, images and video included, before running it."""
-        self._turnstile.require_own_process()
+        self._queue.require_own_process()
         options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
         clip = None if video is None else VideoInput(video, num_frames)
         built = self._requests.build(prompt, images, options, video=clip, with_pixels=False)
@@ -430,7 +430,7 @@ class LlavaEdge:
         """
         request = self._requests.build(prompt, images, options or PromptOptions(), video=video)
         self._check_length(request)
-        with self._turnstile.turn():
+        with self._queue.turn():
             return self._answerer.replay(request, token_ids, on_logits)
 
     @property
@@ -453,7 +453,7 @@ class LlavaEdge:
             EngineError: called from inside a request, as in its ``progress``; that one was told to
                 stop, and no other gets in.
         """
-        with self._turnstile.closing():
+        with self._queue.closing():
             self._table.close()
             tower = self.__dict__.pop("_tower", None)
             if tower is not None:
@@ -489,7 +489,7 @@ class LlavaEdge:
         progress: ReportProgress = no_progress,
         **sampling: Any,
     ) -> AnswerStream:
-        self._turnstile.require_own_process()
+        self._queue.require_own_process()
         require_callable("progress", progress)
         choosing = SamplingOptions(**sampling)
         require_count("max_new_tokens", max_new_tokens, 1)
@@ -498,7 +498,7 @@ class LlavaEdge:
         prepared = time.elapsed
 
         def run(handle: StreamHandle) -> Pieces:
-            with self._turnstile.turn(handle.close, handle.thread, time.remaining):
+            with self._queue.turn(handle.close, handle.thread, time.remaining):
                 if handle.is_cancelled():
                     return None
                 pieces = self._answerer.pieces(

@@ -151,7 +151,7 @@ def test_a_prompt_that_goes_on_behind_an_answer_reuses_it(pair: Pair) -> None:
     logits = []
     for model in (pair.reusing, pair.plain):
         pair.seen.clear()
-        with model._turnstile.turn():
+        with model._queue.turn():
             pieces = model._answerer.pieces(
                 Lowering(lambda: longer),
                 0.0,

@@ -156,7 +156,7 @@ class Pair:
 
     def logits(self, request: Request, token_ids: tuple[int, ...]) -> Array:
         rows: list[Array] = []
-        with self.plain._turnstile.turn():
+        with self.plain._queue.turn():
             self.plain._answerer.replay(
                 request, token_ids, lambda _, logits: rows.append(logits.copy())
             )

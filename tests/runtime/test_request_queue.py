@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from llava_edge.profiles.errors import DeadlineError, EngineError
-from llava_edge.runtime import turnstile as turnstile_module
+from llava_edge.runtime import request_queue as queue_module
+from llava_edge.runtime.request_queue import RequestQueue
 from llava_edge.runtime.stream import AnswerStream, Pieces, StreamHandle
-from llava_edge.runtime.turnstile import Turnstile
 
 
 def started(act: Callable[[], None]) -> threading.Thread:
@@ -35,11 +35,11 @@ def wait_until(holds: Callable[[], bool]) -> None:
     raise AssertionError("it did not come to that")
 
 
-def endless(turnstile: Turnstile) -> AnswerStream:
-    """A stream that holds the turnstile for as long as somebody iterates it."""
+def endless(queue: RequestQueue) -> AnswerStream:
+    """A stream that holds the queue for as long as somebody iterates it."""
 
     def pieces(handle: StreamHandle) -> Pieces:
-        with turnstile.turn(handle.close, handle.thread):
+        with queue.turn(handle.close, handle.thread):
             while not handle.is_cancelled():
                 yield "piece"
         return None
@@ -48,29 +48,29 @@ def endless(turnstile: Turnstile) -> AnswerStream:
 
 
 def test_who_came_first_gets_in_first() -> None:
-    turnstile, order = Turnstile(), []
+    queue, order = RequestQueue(), []
 
     def take(number: int) -> None:
-        with turnstile.turn():
+        with queue.turn():
             order.append(number)
 
     threads = []
-    with turnstile.turn():
+    with queue.turn():
         for number in range(40):
             threads.append(started(lambda number=number: take(number)))
-            wait_until(lambda: len(turnstile._waiting) == len(threads))
+            wait_until(lambda: len(queue._waiting) == len(threads))
 
     assert ended(*threads)
     assert order == list(range(40))
 
 
 def test_who_comes_again_and_again_does_not_keep_others_out() -> None:
-    turnstile, taken = Turnstile(), {"greedy": 0, "modest": 0}
+    queue, taken = RequestQueue(), {"greedy": 0, "modest": 0}
     stop = threading.Event()
 
     def take(name: str) -> None:
         while not stop.is_set():
-            with turnstile.turn():
+            with queue.turn():
                 taken[name] += 1
                 time.sleep(0.001)
 
@@ -83,40 +83,40 @@ def test_who_comes_again_and_again_does_not_keep_others_out() -> None:
 
 
 def test_who_waits_too_long_is_told_and_leaves_the_queue() -> None:
-    turnstile, release = Turnstile(), threading.Event()
+    queue, release = RequestQueue(), threading.Event()
 
     def hold() -> None:
-        with turnstile.turn():
+        with queue.turn():
             release.wait(30)
 
     holder = started(hold)
-    wait_until(lambda: turnstile._holder is not None)
+    wait_until(lambda: queue._holder is not None)
     began = time.monotonic()
     for seconds in (0.2, -1.0):
         with (
             pytest.raises(DeadlineError, match="while other requests"),
-            turnstile.turn(seconds=seconds),
+            queue.turn(seconds=seconds),
         ):
             raise AssertionError("got in")
     assert 0.2 <= time.monotonic() - began < 5
     release.set()
     assert ended(holder)
-    with turnstile.turn(seconds=0.001):
+    with queue.turn(seconds=0.001):
         pass
 
 
 def test_an_error_inside_lets_the_next_one_in() -> None:
-    turnstile = Turnstile()
-    with pytest.raises(ZeroDivisionError), turnstile.turn():
+    queue = RequestQueue()
+    with pytest.raises(ZeroDivisionError), queue.turn():
         raise ZeroDivisionError
 
-    with turnstile.turn():
+    with queue.turn():
         pass
 
 
 def test_closing_stops_the_holder_and_sends_away_who_waits() -> None:
-    turnstile, said = Turnstile(), []
-    stream = endless(turnstile)
+    queue, said = RequestQueue(), []
+    stream = endless(queue)
     began = threading.Event()
 
     def consume() -> None:
@@ -126,7 +126,7 @@ def test_closing_stops_the_holder_and_sends_away_who_waits() -> None:
 
     def ask() -> None:
         try:
-            with turnstile.turn():
+            with queue.turn():
                 said.append("got in")
         except EngineError as error:
             said.append(str(error))
@@ -134,32 +134,32 @@ def test_closing_stops_the_holder_and_sends_away_who_waits() -> None:
     consumer = started(consume)
     assert began.wait(30)
     waiting = [started(ask) for _ in range(5)]
-    wait_until(lambda: len(turnstile._waiting) == 5)
-    with turnstile.closing():
-        inside = turnstile._holder
+    wait_until(lambda: len(queue._waiting) == 5)
+    with queue.closing():
+        inside = queue._holder
 
     assert ended(consumer, *waiting)
     assert inside is not None
     assert said == ["the model is closed; load the artifact again"] * 5
-    with pytest.raises(EngineError, match="the model is closed"), turnstile.turn():
+    with pytest.raises(EngineError, match="the model is closed"), queue.turn():
         pass
 
 
 def test_who_waits_is_sent_away_before_the_holder_ends() -> None:
-    turnstile, refused = Turnstile(), threading.Event()
+    queue, refused = RequestQueue(), threading.Event()
 
     def ask() -> None:
-        with pytest.raises(EngineError, match="closed"), turnstile.turn():
+        with pytest.raises(EngineError, match="closed"), queue.turn():
             pass
         refused.set()
 
     def close() -> None:
-        with turnstile.closing():
+        with queue.closing():
             pass
 
-    with turnstile.turn():
+    with queue.turn():
         asking = started(ask)
-        wait_until(lambda: len(turnstile._waiting) == 1)
+        wait_until(lambda: len(queue._waiting) == 1)
         closing = started(close)
         assert refused.wait(30)
 
@@ -167,18 +167,18 @@ def test_who_waits_is_sent_away_before_the_holder_ends() -> None:
 
 
 def test_two_that_close_at_once_do_so_one_after_the_other() -> None:
-    turnstile, inside, most = Turnstile(), [], []
+    queue, inside, most = RequestQueue(), [], []
 
     def close() -> None:
-        with turnstile.closing():
+        with queue.closing():
             inside.append(1)
             most.append(len(inside))
             time.sleep(0.05)
             inside.pop()
 
-    with turnstile.turn():
+    with queue.turn():
         threads = [started(close) for _ in range(4)]
-        wait_until(lambda: len(turnstile._waiting) == 4)
+        wait_until(lambda: len(queue._waiting) == 4)
         assert not most
 
     assert ended(*threads)
@@ -186,30 +186,30 @@ def test_two_that_close_at_once_do_so_one_after_the_other() -> None:
 
 
 def test_closing_from_inside_a_request_is_refused_and_possible_afterwards() -> None:
-    turnstile = Turnstile()
+    queue = RequestQueue()
     with (
-        turnstile.turn(),
+        queue.turn(),
         pytest.raises(EngineError, match="from inside a request"),
-        turnstile.closing(),
+        queue.closing(),
     ):
         pass
 
-    with turnstile.closing():
+    with queue.closing():
         pass
 
 
 def test_a_stream_dropped_in_a_cycle_does_not_lock_out_its_own_thread() -> None:
-    turnstile = Turnstile()
+    queue = RequestQueue()
     gc.disable()
     try:
-        stream = endless(turnstile)
+        stream = endless(queue)
         next(stream)
         # An exception that a consumer keeps makes such a cycle of its frames.
         cycle = [stream]
         cycle.append(cycle)  # type: ignore[arg-type]
         del stream, cycle
 
-        with turnstile.turn():
+        with queue.turn():
             pass
     finally:
         gc.enable()
@@ -218,13 +218,13 @@ def test_a_stream_dropped_in_a_cycle_does_not_lock_out_its_own_thread() -> None:
 def test_a_stream_dropped_in_a_cycle_does_not_lock_out_who_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(turnstile_module, "_LOOK_SECONDS", 0.05)
-    turnstile = Turnstile()
+    monkeypatch.setattr(queue_module, "_LOOK_SECONDS", 0.05)
+    queue = RequestQueue()
     gc.disable()
     try:
 
         def leave_one() -> None:
-            stream = endless(turnstile)
+            stream = endless(queue)
             next(stream)
             cycle = [stream]
             cycle.append(cycle)  # type: ignore[arg-type]
@@ -233,7 +233,7 @@ def test_a_stream_dropped_in_a_cycle_does_not_lock_out_who_waits(
         got_in = threading.Event()
 
         def ask() -> None:
-            with turnstile.turn():
+            with queue.turn():
                 got_in.set()
 
         assert ended(started(ask))
@@ -243,13 +243,13 @@ def test_a_stream_dropped_in_a_cycle_does_not_lock_out_who_waits(
 
 
 def test_the_thread_that_goes_on_with_a_stream_owns_it() -> None:
-    turnstile = Turnstile()
-    stream = endless(turnstile)
+    queue = RequestQueue()
+    stream = endless(queue)
     assert ended(started(lambda: [next(stream) for _ in range(2)] and None))
 
     # That thread has gone, and its number may be another's now; here it is ours.
     next(stream)
-    with pytest.raises(EngineError, match="still has an open stream"), turnstile.turn():
+    with pytest.raises(EngineError, match="still has an open stream"), queue.turn():
         pass
 
     handed_on = threading.Event()
@@ -257,12 +257,12 @@ def test_the_thread_that_goes_on_with_a_stream_owns_it() -> None:
     def consume() -> None:
         next(stream)
         handed_on.set()
-        wait_until(lambda: len(turnstile._waiting) == 1)
+        wait_until(lambda: len(queue._waiting) == 1)
         stream.close()
 
     consumer = started(consume)
     assert handed_on.wait(30)
-    with turnstile.turn():
+    with queue.turn():
         pass
     assert ended(consumer)
 
