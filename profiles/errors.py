@@ -7,6 +7,7 @@
     │   ├── PromptError                prompt, image marks or context do not go together
     │   ├── ImageError                 an image is refused
     │   ├── VideoError                 a video is refused
+    │   ├── UnknownOptionError         a call has no such option; a TypeError as well
     │   ├── CheckpointError            a checkpoint cannot be converted faithfully
     │   └── OutputExistsError          nothing is overwritten unasked
     ├── HubError              exit 1   the model hub could not be reached or answered
@@ -48,6 +49,10 @@ class BudgetError(RequestError):
 
 class PromptError(RequestError):
     """Prompt, image marks, context length or sampling options do not go together."""
+
+
+class UnknownOptionError(RequestError, TypeError):
+    """A call has no option of that name; Python's own error for it is a ``TypeError``."""
 
 
 class ImageError(RequestError):

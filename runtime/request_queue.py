@@ -1,4 +1,4 @@
-"""Turnstile: one request at a time, the others in the order in which they came.
+"""RequestQueue: a first-in-first-out lock that can be closed.
 
 An open stream never blocks its own thread, a closed model lets nobody wait, and after ``fork()``
 the child is told so.
@@ -7,46 +7,54 @@ the child is told so.
 from __future__ import annotations
 
 import gc
-import math
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from llava_edge.profiles.errors import DeadlineError, EngineError
 
-_LOOK_SECONDS = 5.0
-"""How often whoever waits looks for a stream that nobody can reach any more."""
+CLOSED = "the model is closed; load the artifact again"
+
+_LOCAL = threading.local()
 
 
-class Turnstile:
-    """A lock that is fair and knows who holds it.
+def this_thread() -> object:
+    """An object that no other thread ever has; the system gives a thread's number to later ones."""
+    if not hasattr(_LOCAL, "token"):
+        _LOCAL.token = object()
+    token: object = _LOCAL.token
+    return token
 
-    A stream holds it between tokens, while its thread does other things. A second request from
-    that thread would wait for itself, so it is refused; requests of other threads queue, first come
-    first served.
+
+class RequestQueue:
+    """One holder at a time; the others follow in the order in which they came.
+
+    A stream holds its turn between tokens, while its thread does other things. A second request
+    from that thread would wait for itself, so it is refused.
+
+    A stream that is dropped gives its turn back at once. One that was dropped inside a reference
+    cycle does so when Python's collector finds it; those who wait never start a collection.
 
     It belongs to the process that made it. ONNX Runtime's threads, the CUDA context and locks that
-    other threads held do not come along to a child of ``fork()``, where a request would wait for
-    ever.
+    other threads held do not exist in a child of ``fork()``, where a request would wait for ever.
     """
 
     def __init__(self) -> None:
         # Reentrant: the garbage collector may close a stream, and so give its turn back, in the
         # middle of any method here, in the same thread.
         self._mutex = threading.RLock()
-        self._waiting: deque[_Ticket] = deque()
-        self._holder: _Ticket | None = None
+        self._waiting: deque[_Place] = deque()
+        self._holder: _Place | None = None
         self._closed = False
         self._pid = os.getpid()
 
-    def require_own_process(self) -> None:
-        """Refuse a child of ``fork()``.
+    def require_open(self) -> None:
+        """Refuse a closed queue and a child of ``fork()``.
 
         Raises:
-            EngineError: this is not the process in which the model was loaded.
+            EngineError: says which.
         """
         here = os.getpid()
         if here != self._pid:
@@ -55,20 +63,22 @@ class Turnstile:
                 "by fork(), where the threads of ONNX Runtime do not exist. Load it in the process "
                 "that uses it, or start processes with multiprocessing's method 'spawn'."
             )
+        if self._closed:
+            raise EngineError(CLOSED)
 
     @contextmanager
     def turn(
         self,
         stop: Callable[[], None] | None = None,
-        thread: Callable[[], int] | None = None,
+        thread: Callable[[], object] | None = None,
         seconds: float | None = None,
     ) -> Iterator[None]:
-        """Hold the turnstile, after all who came before.
+        """Hold the queue, after all who came before.
 
         Args:
-            stop: stops whoever holds it; called by ``closing``.
-            thread: says which thread works on it, where that may change; the one that entered, if
-                left out.
+            stop: stops the holder; called by ``closing``.
+            thread: what ``this_thread`` gives in the thread that works on it now; the one that
+                entered, if left out.
             seconds: how long to wait at most; None for as long as it takes.
 
         Raises:
@@ -76,86 +86,77 @@ class Turnstile:
             EngineError: this thread holds it already, it is closed (also while waiting), or this is
                 another process.
         """
-        ticket = self._enter(_Ticket(stop, thread), seconds)
-        try:
+        self.require_open()
+        with self._held(_Place(stop, thread), seconds):
             yield
-        finally:
-            self._leave(ticket)
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Stop whoever holds it, send away who waits, and let nobody in any more.
+        """Stop the holder, send away all who wait, and let nobody in any more.
 
         Raises:
             EngineError: called from inside the request that it would have to wait for.
         """
         if os.getpid() != self._pid:
-            # Nobody works here, and what the locks say is the other process's matter.
+            # Nobody works here, and what the fields hold belongs to the other process.
             self._closed = True
             yield
             return
         with self._mutex:
             self._closed = True
             holder = self._holder
-            for ticket in [ticket for ticket in self._waiting if not ticket.closes]:
-                self._waiting.remove(ticket)
-                ticket.gate.release()
+            for place in [place for place in self._waiting if not place.closes]:
+                self._waiting.remove(place)
+                place.gate.release()
         if holder is not None and holder.stop is not None:
             holder.stop()
-        ticket = self._enter(_Ticket(closes=True))
+        with self._held(_Place(closes=True)):
+            yield
+
+    @contextmanager
+    def _held(self, place: _Place, seconds: float | None = None) -> Iterator[None]:
+        self._refuse_own_thread(place)
+        wait = -1.0 if seconds is None else min(max(seconds, 0.0), threading.TIMEOUT_MAX)
         try:
+            with self._mutex:
+                self._waiting.append(place)
+                self._next()
+            if not place.gate.acquire(timeout=wait):
+                raise DeadlineError(
+                    "the time that was given (deadline_seconds) was over while other requests "
+                    "were answered. Give more time, or ask less at once."
+                )
+            if self._closed and not place.closes:
+                raise EngineError(CLOSED)
             yield
         finally:
-            self._leave(ticket)
+            self._leave(place)
 
-    def _enter(self, ticket: _Ticket, seconds: float | None = None) -> _Ticket:
-        """Wait for the turn of a ticket."""
-        until = math.inf if seconds is None else time.monotonic() + seconds
-        self.require_own_process()
+    def _refuse_own_thread(self, place: _Place) -> None:
         if self._is_mine():
-            # A stream that was dropped in a reference cycle, as an exception makes them, is still
-            # there until the collector finds it.
+            # An exception that the caller kept may hold this thread's last stream in a cycle.
             gc.collect()
-            if self._is_mine():
-                raise EngineError(
-                    "the model cannot be closed from inside a request of it, for which it would "
-                    "have to wait. The request was told to stop: let it end, then close the model."
-                    if ticket.closes
-                    else "this thread still has an open stream, and one model answers one request "
-                    "at a time. Iterate that stream to its end or close it first."
-                )
-        with self._mutex:
-            self._waiting.append(ticket)
-            self._next()
-        try:
-            while not ticket.gate.acquire(timeout=_until(until)):
-                if time.monotonic() >= until:
-                    raise DeadlineError(
-                        "the time that was given (deadline_seconds) was over while other requests "
-                        "were answered. Give more time, or ask less at once."
-                    )
-                # As above, for a stream of another thread: who only waits allocates nothing, so
-                # the collector would never run by itself.
-                gc.collect()
-            if self._closed and not ticket.closes:
-                raise EngineError("the model is closed; load the artifact again")
-        except BaseException:
-            self._leave(ticket)
-            raise
-        return ticket
+        if self._is_mine():
+            raise EngineError(
+                "the model cannot be closed from inside a request of it, for which it would have "
+                "to wait. The request was told to stop: let it end, then close the model."
+                if place.closes
+                else "this thread still has an open stream, and one model answers one request at "
+                "a time. Iterate that stream to its end or close it first."
+            )
 
     def _is_mine(self) -> bool:
         holder = self._holder
-        return holder is not None and holder.thread() == threading.get_ident()
+        return holder is not None and holder.thread() is this_thread()
 
-    def _leave(self, ticket: _Ticket) -> None:
+    def _leave(self, place: _Place) -> None:
         if os.getpid() != self._pid:
             return
         with self._mutex:
-            if self._holder is ticket:
+            if self._holder is place:
                 self._holder = None
-            elif ticket in self._waiting:
-                self._waiting.remove(ticket)
+            elif place in self._waiting:
+                self._waiting.remove(place)
             self._next()
 
     def _next(self) -> None:
@@ -164,25 +165,20 @@ class Turnstile:
             self._holder.gate.release()
 
 
-def _until(moment: float) -> float:
-    """Seconds to wait before looking again."""
-    return max(0.0, min(_LOOK_SECONDS, moment - time.monotonic()))
+class _Place:
+    """A place in the queue. Its gate opens when its turn comes, or when the queue is closed.
 
-
-class _Ticket:
-    """A place in the queue. Its gate opens when its turn comes, or when there is none any more.
-
-    One that ``closes`` gets in although the turnstile is closed.
+    One that ``closes`` gets in although the queue is closed.
     """
 
     def __init__(
         self,
         stop: Callable[[], None] | None = None,
-        thread: Callable[[], int] | None = None,
+        thread: Callable[[], object] | None = None,
         *,
         closes: bool = False,
     ) -> None:
-        entered = threading.get_ident()
+        entered = this_thread()
         self.thread = thread or (lambda: entered)
         self.stop = stop
         self.closes = closes

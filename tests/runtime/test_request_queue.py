@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from llava_edge.profiles.errors import DeadlineError, EngineError
-from llava_edge.runtime import request_queue as queue_module
 from llava_edge.runtime.request_queue import RequestQueue
 from llava_edge.runtime.stream import AnswerStream, Pieces, StreamHandle
 
@@ -215,11 +214,12 @@ def test_a_stream_dropped_in_a_cycle_does_not_lock_out_its_own_thread() -> None:
         gc.enable()
 
 
-def test_a_stream_dropped_in_a_cycle_does_not_lock_out_who_waits(
+def test_who_waits_starts_no_collection_and_gets_in_after_the_next_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(queue_module, "_LOOK_SECONDS", 0.05)
-    queue = RequestQueue()
+    queue, collected = RequestQueue(), []
+    collect = gc.collect
+    monkeypatch.setattr(gc, "collect", lambda *_: collected.append(1))
     gc.disable()
     try:
 
@@ -236,10 +236,57 @@ def test_a_stream_dropped_in_a_cycle_does_not_lock_out_who_waits(
             with queue.turn():
                 got_in.set()
 
-        assert ended(started(ask))
+        waiting = [started(ask) for _ in range(3)]
+        wait_until(lambda: len(queue._waiting) == 3)
+        assert not got_in.wait(0.1)
+        collect()
+
+        assert ended(*waiting)
         assert got_in.is_set()
+        assert not collected
     finally:
         gc.enable()
+
+
+def test_a_thread_is_not_taken_for_one_that_has_gone() -> None:
+    queue, said = RequestQueue(), []
+    streams = [endless(queue)]
+    numbers: list[int] = []
+
+    def leave_it() -> None:
+        numbers.append(threading.get_ident())
+        next(streams[0])
+
+    def ask() -> None:
+        numbers.append(threading.get_ident())
+        with pytest.raises(DeadlineError), queue.turn(seconds=0.01):
+            said.append("got in")
+
+    assert ended(started(leave_it))
+    while len(numbers) < 2 or (numbers[0] not in numbers[1:] and len(numbers) < 20):
+        assert ended(started(ask))
+
+    assert numbers[0] in numbers[1:], "the system gave the number to no other thread"
+    assert not said
+    streams.pop().close()
+
+
+def test_a_stream_that_is_dropped_lets_the_next_one_in_without_a_collection() -> None:
+    queue = RequestQueue()
+    gc.disable()
+    try:
+        dropped = started(lambda: next(endless(queue)) and None)
+        assert ended(dropped)
+        with queue.turn(seconds=5):
+            pass
+    finally:
+        gc.enable()
+
+
+def test_a_wait_may_be_longer_than_the_system_counts() -> None:
+    queue = RequestQueue()
+    with queue.turn(seconds=1e300):
+        pass
 
 
 def test_the_thread_that_goes_on_with_a_stream_owns_it() -> None:
@@ -247,7 +294,7 @@ def test_the_thread_that_goes_on_with_a_stream_owns_it() -> None:
     stream = endless(queue)
     assert ended(started(lambda: [next(stream) for _ in range(2)] and None))
 
-    # That thread has gone, and its number may be another's now; here it is ours.
+    # That thread has gone; here the stream is ours.
     next(stream)
     with pytest.raises(EngineError, match="still has an open stream"), queue.turn():
         pass
