@@ -97,8 +97,8 @@ class Chat:
     template writes), the cache is reused up to the first such id and the rest is computed.
     Pictures and videos before it are not encoded again while the cache holds them.
 
-    Tiles and frames of the whole history stay in host memory (6.5 MiB for a picture of five
-    336-pixel tiles, 1.3 MiB for a frame), as many as fit the context. A message shows one video at
+    Tiles and frames of the whole history stay in host memory (1.6 MiB for a picture of five
+    336-pixel tiles, 0.3 MiB for a frame), as many as fit the context. A message shows one video at
     most; of a conversation's videos each may have as many frames as the artifact was planned for.
     """
 

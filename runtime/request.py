@@ -12,6 +12,7 @@ from llava_edge.runtime.arguments import require_count, require_flag, settle
 from llava_edge.runtime.clip import VideoSource
 from llava_edge.runtime.frame_choice import FrameChoice, require_frame_choice
 from llava_edge.runtime.session import Array
+from llava_edge.runtime.tile_pixels import Pixels
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ class Request:
 
     ids: Array
     layouts: tuple[TileLayout, ...]
-    pixel_values: tuple[Array, ...]
-    frame_pixels: tuple[Array, ...] = ()
+    pixel_values: tuple[Pixels, ...]
+    frame_pixels: tuple[Pixels, ...] = ()
     video_counts: tuple[int, ...] = ()
     placed: tuple[PlacedMedium, ...] = ()
 

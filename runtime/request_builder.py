@@ -30,12 +30,13 @@ from llava_edge.runtime.images import ImageSource, open_image
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.lowering import Step
 from llava_edge.runtime.manifest import Manifest, PromptFormat, VideoProcessing
-from llava_edge.runtime.prepared_image import PreparedImage, digest_tiles
+from llava_edge.runtime.prepared_image import PreparedImage
 from llava_edge.runtime.prepared_video import PreparedVideo
 from llava_edge.runtime.prompt import Piece, compose, raw_pieces, user_message
 from llava_edge.runtime.request import PlacedMedium, PromptOptions, Request, VideoInput
 from llava_edge.runtime.session import Array
 from llava_edge.runtime.tile_picture import draw_tiles, stacked
+from llava_edge.runtime.tile_pixels import digests_of
 from llava_edge.runtime.tokenizer import Tokenizer
 from llava_edge.runtime.video_processor import VideoProcessor
 
@@ -254,7 +255,7 @@ class RequestBuilder:
             ImageError: it is refused.
         """
         tiles = processor.preprocess(open_image(source, self._limits))
-        return PreparedImage(tiles.layout, tiles.pixel_values, digest_tiles(tiles.pixel_values))
+        return PreparedImage(tiles.layout, tiles.pixel_values, digests_of(tiles.pixel_values))
 
     def prepare_video(self, video: VideoInput) -> PreparedVideo:
         """Open a video, choose frames and cut them.
@@ -267,7 +268,7 @@ class RequestBuilder:
         processing = self._video_processing()
         with self._chosen_frames(video) as (clip, numbers):
             pixels = VideoProcessor(processing).preprocess(clip.frames(numbers), len(numbers))
-        return PreparedVideo(pixels, digest_tiles(pixels), self._video_tokens(len(numbers)))
+        return PreparedVideo(pixels, digests_of(pixels), self._video_tokens(len(numbers)))
 
     @contextmanager
     def _chosen_frames(self, video: VideoInput) -> Iterator[tuple[Clip, tuple[int, ...]]]:
