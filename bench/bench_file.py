@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_edge.profiles.errors import RequestError, shorten
+from llava_edge.profiles.errors import RequestError, plain_reason, shorten
 
 SCHEMA_VERSION = 2
 """Of what ``bench --json`` prints; grows when a key changes its meaning."""
@@ -27,7 +27,7 @@ def read_bench(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise RequestError(f"--compare {path} cannot be read: {error}") from error
+        raise RequestError(f"--compare {path} cannot be read: {plain_reason(error)}") from error
     rows = document.get("rows") if isinstance(document, dict) else None
     if not isinstance(rows, list) or not isinstance(document.get("machine"), dict):
         raise RequestError(f"--compare {path} is no result of llava-edge bench --out.")

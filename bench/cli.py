@@ -37,7 +37,13 @@ from llava_edge.bench.speed_rows import SpeedRow, predicted_seconds
 from llava_edge.bench.speed_run import FEWEST_ROUNDS, SpeedSettings, run_speed
 from llava_edge.bench.whole_file import check_writable, write_whole
 from llava_edge.profiles.detect import read_machine
-from llava_edge.profiles.errors import LlavaEdgeError, OutputExistsError, RequestError
+from llava_edge.profiles.errors import (
+    LlavaEdgeError,
+    OutputError,
+    OutputExistsError,
+    RequestError,
+    plain_reason,
+)
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.engine_arguments import (
     add_cache_argument,
@@ -101,12 +107,25 @@ def main(argv: list[str] | None = None) -> int:
 
 def _write(document: Mapping[str, Any], options: argparse.Namespace) -> None:
     print(bench_table(document), file=sys.stderr)
+    failed: list[OutputError] = []
+    texts = {}
     if options.out:
-        write_whole(options.out, json.dumps(document, indent=1) + "\n")
+        texts[options.out] = json.dumps(document, indent=1) + "\n"
     if options.html:
-        write_whole(options.html, report_page(document))
-    if options.json:
+        texts[options.html] = report_page(document)
+    for path, text in texts.items():
+        try:
+            write_whole(path, text)
+        except OutputError as error:
+            failed.append(error)
+    # Hours of work are not lost with a full disk.
+    if options.json or failed:
         print(json.dumps(document))
+    if failed:
+        raise OutputError(
+            f"{' '.join(map(str, failed))} The document stands on stdout instead; make room and "
+            "keep it."
+        )
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -204,9 +223,12 @@ def _measure_quality(
         quality = {**(rows[name]["quality"] or {}), **result.summary()}
         # Figures of the speed run stand where there are any: these are of whatever was asked.
         rows[name] = {**row, **rows[name], "quality": quality}
-        for entry in kept_answers(name, questions, result):
-            print(json.dumps(entry), file=kept)
-        kept.flush()
+        try:
+            for entry in kept_answers(name, questions, result):
+                print(json.dumps(entry), file=kept)
+            kept.flush()
+        except OSError as error:
+            failed[name] = OutputError(f"its answers could not be kept: {plain_reason(error)}")
         for message in result.refused[:_MOST_SHOWN]:
             print(message, file=sys.stderr)
         if len(result.refused) > _MOST_SHOWN:

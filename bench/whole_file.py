@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from uuid import uuid4
 
-from llava_edge.profiles.errors import OutputExistsError, RequestError
+from llava_edge.profiles.errors import OutputError, OutputExistsError, RequestError, plain_reason
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write, replacing what is there.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written.
+        OutputError: the disk is full or the folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Not the file's own name and more, which may be too long where that was not.
     partial = path.with_name(f".partial-{os.getpid()}-{uuid4().hex[:8]}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         # A name that is no UTF-8 stands in it as Python shows it.
         partial.write_text(text, "utf-8", errors="backslashreplace")
         os.replace(partial, path)
+    except OSError as error:
+        raise OutputError(f"{path} could not be written: {plain_reason(error)}.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def check_writable(path: Path | None, option: str, *, force: bool) -> None:

@@ -34,6 +34,7 @@ from llava_edge.runtime.prompt import MARKS, Message, Piece, Text, compose, user
 from llava_edge.runtime.prompt_embedder import PromptEmbedder, TileEncoder
 from llava_edge.runtime.request import Request
 from llava_edge.runtime.session import Session, SessionOptions
+from llava_edge.runtime.tile_pixels import Pixels
 from llava_edge.runtime.tokenizer import Tokenizer
 from llava_edge.runtime.vision import VisionEncoder
 
@@ -302,7 +303,7 @@ class CalibrationModel:
     def _embed(
         self, conversation: Conversation, ids: NDArray[np.int64], layouts: tuple[TileLayout, ...]
     ) -> NDArray[np.float32]:
-        pixel_values: tuple[NDArray[np.float32], ...] = ()
+        pixel_values: tuple[Pixels, ...] = ()
         if conversation.image is not None:
             tiles = self._processor.preprocess(open_image(conversation.image()))
             pixel_values = (tiles.pixel_values,)

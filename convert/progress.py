@@ -24,15 +24,17 @@ class StageBars:
             self.close()
             self._stage = name
             unit = "B" if name not in _STEPS else "steps"
-            # disable=None: no bar where nobody watches.
-            self._bar = tqdm(total=total, unit=unit, unit_scale=True, leave=False, disable=None)
+            # None: no bar where nobody watches, which is also so where there is no stderr.
+            disable = True if sys.stderr is None else None
+            self._bar = tqdm(total=total, unit=unit, unit_scale=True, leave=False, disable=disable)
         assert self._bar is not None
         self._bar.set_description_str(f"{stage:<10}", refresh=False)
         self._bar.update(done - self._bar.n)
 
     def say(self, line: str) -> None:
         """Print a line on stderr, above the bar."""
-        tqdm.write(line, file=sys.stderr)
+        if sys.stderr is not None:
+            tqdm.write(line, file=sys.stderr)
 
     def close(self) -> None:
         """Remove the bar."""

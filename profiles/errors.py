@@ -7,6 +7,7 @@
     │   ├── PromptError                prompt, image marks or context do not go together
     │   ├── ImageError                 an image is refused
     │   ├── VideoError                 a video is refused
+    │   ├── UnknownOptionError         a call has no such option; a TypeError as well
     │   ├── CheckpointError            a checkpoint cannot be converted faithfully
     │   └── OutputExistsError          nothing is overwritten unasked
     ├── HubError              exit 1   the model hub could not be reached or answered
@@ -16,6 +17,7 @@
     ├── EngineError           exit 1   the inference engine failed
     ├── OutOfMemoryError      exit 1   memory ran out where the plan said it would not
     ├── DeadlineError         exit 1   the time that was given is over
+    ├── OutputError           exit 1   what a command prints could not be written
     └── DependencyError       exit 1   an optional package is missing
 
 A message holds four things: what was asked, what was found, the rule, the next step.
@@ -48,6 +50,10 @@ class BudgetError(RequestError):
 
 class PromptError(RequestError):
     """Prompt, image marks, context length or sampling options do not go together."""
+
+
+class UnknownOptionError(RequestError, TypeError):
+    """A call has no option of that name; Python's own error for it is a ``TypeError``."""
 
 
 class ImageError(RequestError):
@@ -94,6 +100,10 @@ class DeadlineError(LlavaEdgeError):
     """The time that a request was given is over, and there is no token yet."""
 
 
+class OutputError(LlavaEdgeError):
+    """Stdout could not be written; what it was to hold is lost."""
+
+
 class DependencyError(LlavaEdgeError):
     """An optional package is missing; the message holds the install command."""
 
@@ -103,3 +113,12 @@ def shorten(items: Sequence[str], limit: int = 5) -> str:
     shown = ", ".join(items[:limit])
     rest = len(items) - limit
     return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def plain_reason(error: Exception) -> str:
+    """Why a file cannot be read or written, without the system's numbers."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 text (byte {error.start})"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__

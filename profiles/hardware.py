@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from llava_edge.profiles.engines import RTX_CAPABILITIES, rtx_target
-from llava_edge.profiles.errors import ProfileError, RequestError, shorten
+from llava_edge.profiles.errors import ProfileError, RequestError, plain_reason, shorten
 from llava_edge.profiles.sizes import parse_bytes
 
 if sys.version_info >= (3, 11):
@@ -129,7 +129,7 @@ def _read_file(path: Path) -> str:
             )
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ProfileError(f"The profile {path} cannot be read: {error}.") from error
+        raise ProfileError(f"The profile {path} cannot be read: {plain_reason(error)}.") from error
 
 
 def parse_profile(text: str, name: str, where: str = "the profile") -> HardwareProfile:

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from llava_edge.profiles.errors import CheckpointError, RequestError
+from llava_edge.profiles.errors import CheckpointError, RequestError, plain_reason
 from llava_edge.profiles.model_dims import ModelDims
 from llava_edge.profiles.parameters import total_parameters
 
@@ -93,7 +93,7 @@ def read_folder(folder: Path) -> Variant:
             raise CheckpointError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes; not a config.")
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
+        raise CheckpointError(f"{path} cannot be read as JSON: {plain_reason(error)}.") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds a {type(config).__name__}, not an object.")
     try:

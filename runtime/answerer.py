@@ -18,6 +18,7 @@ from llava_edge.profiles.errors import OutOfMemoryError
 from llava_edge.profiles.nvml import process_bytes
 from llava_edge.runtime.allocation import allocate, require_free
 from llava_edge.runtime.answer import Answer, PeakMemory, Timings
+from llava_edge.runtime.answer_options import AnswerOptions
 from llava_edge.runtime.cache_contents import CacheContents
 from llava_edge.runtime.decode_steps import BestSteps, DraftedSteps, PlainSteps
 from llava_edge.runtime.decoder import Decoder
@@ -33,7 +34,7 @@ from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
 from llava_edge.runtime.prompt_lookup import PromptLookup
 from llava_edge.runtime.replay import Replay
 from llava_edge.runtime.request import Request
-from llava_edge.runtime.sampling import Sampler, SamplingOptions
+from llava_edge.runtime.sampling import Sampler
 from llava_edge.runtime.session import Array, DeviceKind
 from llava_edge.runtime.stream import Pieces
 from llava_edge.runtime.time_budget import Pace, TimeBudget
@@ -100,10 +101,7 @@ class Answerer:
         self,
         lowering: Lowering,
         preprocess_seconds: float,
-        sampling: SamplingOptions,
-        max_new_tokens: int,
-        prompt_lookup_num_tokens: int,
-        progress: ReportProgress,
+        options: AnswerOptions,
         is_cancelled: Callable[[], bool],
         budget: TimeBudget,
     ) -> Pieces:
@@ -112,10 +110,7 @@ class Answerer:
         Args:
             lowering: the request, with pixels, and what it may give up; it fits the context.
             preprocess_seconds: what the request took to be made ready, from the call on.
-            sampling: how tokens are chosen.
-            max_new_tokens: at least 1.
-            prompt_lookup_num_tokens: longest draft; 0 drafts nothing.
-            progress: told about tiles and prompt chunks.
+            options: how tokens are chosen and how many, and what is told about progress.
             is_cancelled: asked at each tile, chunk and token; the answer then ends without an
                 ``Answer``.
             budget: time for all of it.
@@ -131,12 +126,12 @@ class Answerer:
         while True:
             try:
                 self._decoder.restore()
-                begun = self._begin(lowering, progress, is_cancelled, budget)
+                begun = self._begin(lowering, options.progress, is_cancelled, budget)
                 break
             except CancelledError:
                 return None
             except (TooSlowError, OutOfMemoryError, MemoryError) as error:
-                room = self._shorter_context(lowering.request.num_tokens + max_new_tokens)
+                room = self._shorter_context(lowering.request.num_tokens + options.max_new_tokens)
                 may_shorten = not isinstance(error, TooSlowError) and room is not None
                 if not lowering.can_lower and not may_shorten:
                     raise
@@ -154,20 +149,20 @@ class Answerer:
         lowering.settle()
         request, logits, reused = lowering.request, begun.logits, begun.reused
         sampler = Sampler(
-            sampling,
+            options.sampling,
             self._table.vocab_size,
             self._tokens.num_text_tokens,
             request.ids,
             self._places,
         )
-        steps = self._steps(request, prompt_lookup_num_tokens, sampler.needs_few)
+        steps = self._steps(request, options.prompt_lookup_num_tokens, sampler.needs_few)
         stop_ids = frozenset(self._tokens.stop)
         result = LoopResult()
         decoder = self._tokenizer.stream()
         token_ids: list[int] = []
         text: list[str] = []
         for token in generate_tokens(
-            steps, logits, sampler, stop_ids, max_new_tokens, result, lambda: budget.is_over
+            steps, logits, sampler, stop_ids, options.max_new_tokens, result, lambda: budget.is_over
         ):
             if is_cancelled():
                 return None

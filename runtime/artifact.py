@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_edge.profiles.errors import ArtifactError
+from llava_edge.profiles.errors import ArtifactError, plain_reason
 from llava_edge.runtime.certificate import Certificate
 from llava_edge.runtime.certificate_file import read_certificate
 from llava_edge.runtime.digests import DigestCache, hash_files
@@ -130,7 +130,8 @@ def _resolve(folder: Path) -> Path:
         root = folder.resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise ArtifactError(
-            f"there is no artifact at {folder}: {error}. Convert a checkpoint into it first."
+            f"there is no artifact at {folder}: {plain_reason(error)}. Convert a checkpoint into "
+            "it first."
         ) from error
     if not root.is_dir():
         raise ArtifactError(f"{root} is not a folder. Give the folder that holds {MANIFEST}.")

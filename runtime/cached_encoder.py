@@ -6,7 +6,7 @@ corner and the thumbnail, and only those go through the tower.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -14,9 +14,9 @@ from llava_edge.profiles.errors import EngineError, RequestError
 from llava_edge.profiles.model_dims import ModelDims
 from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.feature_cache import FeatureCache, FeatureKey
-from llava_edge.runtime.prepared_image import digest_tiles
 from llava_edge.runtime.prompt_embedder import DeviceEncoder, TileEncoder
 from llava_edge.runtime.session import Array
+from llava_edge.runtime.tile_pixels import digest_tiles
 
 
 class CachedEncoder:
@@ -35,10 +35,19 @@ class CachedEncoder:
         self._encoder = encoder
         self._cache = cache
 
-    def encode(self, pixel_values: Array, out: Array) -> None:
-        """Tiles float32 (n, 3, T, T) to features (n, patches, hidden), or frames to pooled ones."""
+    def encode(
+        self, pixel_values: Array, out: Array, digests: Sequence[bytes] | None = None
+    ) -> None:
+        """Tiles float32 (n, 3, T, T) to features (n, patches, hidden), or frames to pooled ones.
+
+        Args:
+            pixel_values: tiles or frames.
+            out: for their features.
+            digests: of each of them, always of the same form; computed here if left out.
+        """
         rows = out.shape[1]
-        keys = [(digest, rows) for digest in digest_tiles(pixel_values)]
+        found_by = digest_tiles(pixel_values) if digests is None else digests
+        keys = [(digest, rows) for digest in found_by]
         unknown: dict[FeatureKey, int] = {}
         for index, key in enumerate(keys):
             found = self._cache.find(key)

@@ -11,13 +11,14 @@ than editing the list.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn, get_args
 
 from llava_edge.profiles.errors import PromptError, RequestError
 from llava_edge.runtime.answer import Answer
-from llava_edge.runtime.arguments import require_count, require_flag
+from llava_edge.runtime.answer_options import AnswerOptions
+from llava_edge.runtime.arguments import refuse_unknown, require_count, require_flag, settle
 from llava_edge.runtime.clip import VideoSource
 from llava_edge.runtime.frame_choice import FrameChoice
 from llava_edge.runtime.images import ImageSource
@@ -40,8 +41,10 @@ ChatImage = ImageSource | PreparedImage
 ChatVideo = VideoSource | PreparedVideo
 """A video, or one that ``Chat.prepare_video`` of this very conversation has cut."""
 
-StartAnswer = Callable[..., AnswerStream]
-"""``start(lowering, within_turn, budget=…, **options)``: the options of ``LlavaEdge.stream``."""
+StartAnswer = Callable[[Lowering, AnswerOptions, TimeBudget, WithinTurn], AnswerStream]
+"""``LlavaEdge``'s way to begin an answer."""
+
+_STREAM_OPTIONS = ("num_frames", "frame_choice", "max_image_tokens", "deadline_seconds")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,10 @@ class ChatMessage:
         images: of a user's message, cut already.
         token_ids: of an assistant's message, as they were generated.
         video: of a user's message, cut already.
+
+    Raises:
+        RequestError: a role is unknown, or images or video are not cut already.
+        PromptError: the text is none.
     """
 
     role: Role
@@ -61,6 +68,24 @@ class ChatMessage:
     images: tuple[PreparedImage, ...] = ()
     token_ids: tuple[int, ...] = ()
     video: PreparedVideo | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.role, str) or self.role not in get_args(Role):
+            raise RequestError(f"role is {self.role!r:.60}; roles are {', '.join(get_args(Role))}")
+        if not isinstance(self.text, str):
+            raise PromptError(f"the text of a message is a {type(self.text).__name__}, not a str")
+        images = self.images
+        if not isinstance(images, (list, tuple)) or not all(
+            isinstance(image, PreparedImage) for image in images
+        ):
+            raise RequestError(
+                f"images is {images!r:.60}; a message holds a list of what Chat.prepare gives"
+            )
+        settle(self, images=tuple(images))
+        if self.video is not None and not isinstance(self.video, PreparedVideo):
+            raise RequestError(
+                f"video is {self.video!r:.60}; a message holds what Chat.prepare_video gives"
+            )
 
 
 class Chat:
@@ -72,42 +97,72 @@ class Chat:
     template writes), the cache is reused up to the first such id and the rest is computed.
     Pictures and videos before it are not encoded again while the cache holds them.
 
-    Tiles and frames of the whole history stay in host memory (6.5 MiB for a picture of five
-    336-pixel tiles, 1.3 MiB for a frame), as many as fit the context. A message shows one video at
+    Tiles and frames of the whole history stay in host memory (1.6 MiB for a picture of five
+    336-pixel tiles, 0.3 MiB for a frame), as many as fit the context. A message shows one video at
     most; of a conversation's videos each may have as many frames as the artifact was planned for.
-
-    Attributes:
-        messages: the conversation so far, oldest first: user and assistant in turn. It may be
-            edited; what was left as it was is found in the cache again.
-        system: text of the system turn; None leaves what the template puts in its place.
     """
 
     def __init__(
         self,
         requests: RequestBuilder,
         start: StartAnswer,
+        require_open: Callable[[], None],
         context_tokens: Callable[[], int],
         *,
         system: str | None = None,
         image_marks: bool = True,
         grid: str | None = None,
     ) -> None:
-        require_flag("image_marks", image_marks)
-        self.messages: list[ChatMessage] = []
-        self.system = system
+        self._messages: list[ChatMessage] = []
+        self._system: str | None = None
         self._requests = requests
         self._start = start
+        self._require_open = require_open
         self._context_tokens = context_tokens
-        self._image_marks = image_marks
+        self._image_marks = require_flag("image_marks", image_marks)
         self._grid = grid
         # What the template or the artifact has no place for is refused now, not at the first turn.
-        self._pieces([ChatMessage("user", "?")])
+        self.system = system
         self._processor = requests.processor(grid)
+
+    @property
+    def messages(self) -> list[ChatMessage]:
+        """The conversation so far, oldest first: user and assistant in turn.
+
+        The list may be edited, and another one may be set in its place; what was left as it was is
+        found in the cache again.
+
+        Raises:
+            RequestError: what is set is no list of ``ChatMessage``.
+        """
+        return self._messages
+
+    @messages.setter
+    def messages(self, messages: Sequence[ChatMessage]) -> None:
+        self._messages = _checked(messages)
+
+    @property
+    def system(self) -> str | None:
+        """Text of the system turn; None leaves what the template puts in its place.
+
+        Raises:
+            PromptError: what is set is no text, or the template has no system turn.
+        """
+        return self._system
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        before, self._system = self._system, text
+        try:
+            self._pieces([ChatMessage("user", "?")])
+        except BaseException:
+            self._system = before
+            raise
 
     def send(
         self,
         text: str,
-        images: Sequence[ChatImage] = (),
+        images: Iterable[ChatImage] | None = (),
         video: ChatVideo | None = None,
         **options: Any,
     ) -> Answer:
@@ -122,7 +177,9 @@ class Chat:
 
         Raises:
             ImageError: it is refused.
+            EngineError: the model is closed.
         """
+        self._require_open()
         return self._requests.prepare(image, self._processor)
 
     def prepare_video(
@@ -137,13 +194,15 @@ class Chat:
             VideoError: it is refused, or the model takes none.
             DependencyError: it is to be decoded and PyAV is not installed.
             RequestError: the number of frames or their choice is out of range.
+            EngineError: the model is closed.
         """
+        self._require_open()
         return self._requests.prepare_video(VideoInput(video, num_frames, frame_choice))
 
     def stream(
         self,
         text: str,
-        images: Sequence[ChatImage] = (),
+        images: Iterable[ChatImage] | None = (),
         video: ChatVideo | None = None,
         *,
         num_frames: int | None = None,
@@ -176,12 +235,16 @@ class Chat:
             DependencyError: a video is to be decoded and PyAV is not installed.
             PromptError: the message is empty, or the conversation does not fit the context; says
                 what it takes.
-            RequestError: an option is out of range; while iterating, the conversation went on
-                since this stream was made.
+            RequestError: an option is unknown or out of range; while iterating, the conversation
+                went on since this stream was made.
+            EngineError: the model is closed.
         """
+        self._require_open()
         budget = TimeBudget(deadline_seconds)
-        before = list(self.messages)
-        capped = ""
+        answer_options = AnswerOptions.of("Chat.stream()", _STREAM_OPTIONS, **options)
+        before = _checked(self.messages)
+        images, capped = self._check_message(text, images, before), ""
+        VideoInput.given(None, num_frames, frame_choice)
         if max_image_tokens is not None:
             images, capped = self._capped(images, max_image_tokens)
         message = self._message(text, images, video, num_frames, frame_choice)
@@ -201,15 +264,16 @@ class Chat:
                 self.messages += [message, said]
             return answer
 
-        return self._start(lowering, within_turn, budget=budget, **options)
+        return self._start(lowering, answer_options, budget, within_turn)
 
     def count_tokens(
         self,
         text: str,
-        images: Sequence[ChatImage] = (),
+        images: Iterable[ChatImage] | None = (),
         video: ChatVideo | None = None,
         *,
         num_frames: int | None = None,
+        **unknown: NoReturn,
     ) -> int:
         """Exactly how many tokens the conversation would take with this message, before it is sent.
 
@@ -217,9 +281,14 @@ class Chat:
             ImageError: an image is refused.
             VideoError: the video is refused.
             PromptError: the message is empty, or the history's roles do not alternate.
+            EngineError: the model is closed.
         """
+        self._require_open()
+        refuse_unknown("Chat.count_tokens()", unknown, ("video", "num_frames"))
+        before = _checked(self.messages)
+        images = self._check_message(text, images, before)
         message = self._message(text, images, video, num_frames)
-        return self._request([*self.messages, message]).num_tokens
+        return self._request([*before, message]).num_tokens
 
     def undo(self, turns: int = 1) -> None:
         """Take back the last questions and what was answered to them.
@@ -228,7 +297,7 @@ class Chat:
             RequestError: there are not so many.
         """
         asked = [i for i, message in enumerate(self.messages) if message.role == "user"]
-        require_count("turns", turns, 1)
+        turns = require_count("turns", turns, 1)
         if turns > len(asked):
             raise RequestError(
                 f"{turns} turns were to be taken back; the conversation has {len(asked)}"
@@ -239,6 +308,13 @@ class Chat:
         """Start anew; the system text stays."""
         self.messages.clear()
 
+    def _check_message(
+        self, text: str, images: Iterable[ChatImage] | None, before: Sequence[ChatMessage]
+    ) -> Sequence[ChatImage]:
+        """The images as a list, once all holds that needs none of them to be opened."""
+        self._requests.check_text(text)
+        return self._requests.check_images(images, sum(len(message.images) for message in before))
+
     def _message(
         self,
         text: str,
@@ -247,9 +323,6 @@ class Chat:
         num_frames: int | None,
         frame_choice: FrameChoice = "reference",
     ) -> ChatMessage:
-        self._requests.check_text(text)
-        earlier = sum(len(message.images) for message in self.messages)
-        self._requests.check_images(images, earlier)
         cut = tuple(
             image if isinstance(image, PreparedImage) else self.prepare(image) for image in images
         )
@@ -328,3 +401,21 @@ class Chat:
             "at least one. Take turns back (undo), start anew (reset), show fewer images or "
             "frames, lower the grid, or load or convert with a larger context."
         )
+
+
+def _checked(messages: object) -> list[ChatMessage]:
+    """A list of messages, copied.
+
+    Raises:
+        RequestError: it is none.
+    """
+    if not isinstance(messages, (list, tuple)):
+        raise RequestError(
+            f"messages is a {type(messages).__name__}; it must be a list of ChatMessage"
+        )
+    for place, message in enumerate(messages):
+        if not isinstance(message, ChatMessage):
+            raise RequestError(
+                f"messages[{place}] is a {type(message).__name__}; it must be a ChatMessage"
+            )
+    return list(messages)

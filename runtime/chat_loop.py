@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from llava_edge.profiles.errors import LlavaEdgeError, RequestError
+from llava_edge.profiles.errors import LlavaEdgeError, OutputError, RequestError
 from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.chat import Chat, ChatImage
 from llava_edge.runtime.prepared_video import PreparedVideo
@@ -86,6 +86,9 @@ class ChatLoop:
                 self._command(*line.strip().partition(" ")[::2])
             else:
                 self.say(line.removeprefix("/") if line.startswith("//") else line)
+        except OutputError:
+            # No further answer could be read either.
+            raise
         except LlavaEdgeError as error:
             self._progress.clear()
             self._note(f"error: {error}")

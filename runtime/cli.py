@@ -15,7 +15,8 @@ import os
 import sys
 from importlib.metadata import EntryPoint, entry_points, version
 
-from llava_edge.profiles.errors import DependencyError, LlavaEdgeError
+from llava_edge.profiles.errors import DependencyError, LlavaEdgeError, OutputError
+from llava_edge.runtime.standard_streams import ReaderGoneError, standard_streams
 
 GROUP = "llava_edge.commands"
 _EXTRAS = {
@@ -29,6 +30,19 @@ _INTERRUPTED = 130
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand and return the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
+    with standard_streams():
+        code = _run(arguments)
+        try:
+            # What is still buffered would otherwise be lost without a word at exit.
+            sys.stdout.flush()
+        except ReaderGoneError:
+            return code or 1
+        except OutputError as error:
+            return _report(type(error).__name__, str(error), code or error.exit_code, False)
+        return code
+
+
+def _run(arguments: list[str]) -> int:
     commands = {entry.name: entry for entry in entry_points(group=GROUP)}
     if not arguments or arguments[0] in {"-h", "--help"}:
         print(_usage(commands), file=sys.stderr if not arguments else sys.stdout)
@@ -47,9 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         return _report(type(error).__name__, str(error), error.exit_code, wants_json)
     except KeyboardInterrupt:
         return _report("Interrupted", "interrupted", _INTERRUPTED, wants_json)
-    except BrokenPipeError:
-        # The reader of our output has gone; the interpreter must not complain about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ReaderGoneError:
         return 1
     except SystemExit as stop:
         # argparse has written its message; --help ends here as well.
@@ -60,6 +72,13 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:  # the last resort: whatever it is, the contract of exit holds
         if os.environ.get("LLAVA_EDGE_TRACEBACK"):
             raise
+        if isinstance(error, OSError) and error.strerror:
+            where = f"{error.filename!r:.200}: " if error.filename is not None else ""
+            message = (
+                f"{where}{error.strerror}. The system refused it; LLAVA_EDGE_TRACEBACK=1 shows "
+                "where."
+            )
+            return _report(type(error).__name__, message, 1, wants_json)
         message = (
             f"{type(error).__name__}: {error}. This is a fault of llava-edge, not of the request; "
             "LLAVA_EDGE_TRACEBACK=1 shows where."

@@ -6,9 +6,9 @@ and of session keys that begin with ``ep.cuda.``; all stand in the released 1.31
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from llava_edge.runtime.arguments import require_count
+from llava_edge.runtime.arguments import require_count, require_flag, settle
 
 NO_CAPTURE, CAPTURE = "-1", "1"
 """Values of the run option ``gpu_graph_id``: run as usual, or record once and replay from then."""
@@ -44,7 +44,12 @@ class CudaOptions:
     warm_up: bool = True
 
     def __post_init__(self) -> None:
-        require_count("memory_limit_bytes", self.memory_limit_bytes, 0)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "memory_limit_bytes":
+                settle(self, memory_limit_bytes=require_count(field.name, value, 0))
+            else:
+                settle(self, **{field.name: require_flag(field.name, value)})
 
     def provider_options(self, *, captures: bool) -> dict[str, str]:
         """Options of the CUDA provider for one session.

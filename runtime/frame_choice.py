@@ -16,6 +16,18 @@ from llava_edge.profiles.errors import RequestError, VideoError
 FrameChoice = Literal["reference", "original"]
 
 
+def require_frame_choice(choice: object) -> None:
+    """Refuse what names no rule.
+
+    Raises:
+        RequestError: lists those that there are.
+    """
+    if not isinstance(choice, str) or choice not in get_args(FrameChoice):
+        raise RequestError(
+            f"frame choice {choice!r:.40} is unknown; there are {', '.join(get_args(FrameChoice))}"
+        )
+
+
 def choose_frames(total: int, wanted: int, choice: FrameChoice = "reference") -> tuple[int, ...]:
     """Numbers of the frames, ascending.
 
@@ -28,10 +40,7 @@ def choose_frames(total: int, wanted: int, choice: FrameChoice = "reference") ->
         VideoError: there are fewer frames than wanted.
         RequestError: there is no such rule.
     """
-    if not isinstance(choice, str) or choice not in get_args(FrameChoice):
-        raise RequestError(
-            f"frame choice {choice!r:.40} is unknown; there are {', '.join(get_args(FrameChoice))}"
-        )
+    require_frame_choice(choice)
     if wanted > total:
         raise VideoError(
             f"{wanted} frames were asked for; the video has {total}. Ask for at most {total}."

@@ -19,6 +19,7 @@ from llava_edge.profiles.errors import ImageError
 from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.images import convert_to_rgb
 from llava_edge.runtime.manifest import ImageProcessing
+from llava_edge.runtime.tile_pixels import Pixels, TilePixels
 
 MAX_CROP_RATIO = 100
 """Longest side over shortest of an image of which the middle is cut out: the resized image has as
@@ -30,12 +31,12 @@ class ImageTiles:
     """Tiles of one image.
 
     Attributes:
-        pixel_values: float32, (num_tiles, 3, tile_size, tile_size), normalised; the thumbnail
-            first, then the tiles row by row.
+        pixel_values: float32, (num_tiles, 3, tile_size, tile_size), normalised when it is read;
+            the thumbnail first, then the tiles row by row.
         layout: where they lie and which of their features are kept.
     """
 
-    pixel_values: NDArray[np.float32]
+    pixel_values: Pixels
     layout: TileLayout
 
 
@@ -61,7 +62,7 @@ class ImageProcessor:
         self._normalized = (values.astype(np.float32) - mean) / std
 
     def preprocess(self, image: Image.Image) -> ImageTiles:
-        """Resize, pad, cut and normalise.
+        """Resize, pad and cut.
 
         Args:
             image: as ``open_image`` returns it; other modes are converted as the reference does.
@@ -75,12 +76,13 @@ class ImageProcessor:
         image = convert_to_rgb(image)
         layout = self.anyres.layout(image.height, image.width)
         tile = self.anyres.tile_size
-        pixel_values = allocate((layout.num_tiles, 3, tile, tile), np.float32, "an image's tiles")
+        pixels = allocate((layout.num_tiles, tile, tile, 3), np.uint8, "an image's tiles")
+        tiles = ImageTiles(TilePixels(pixels, self._normalize), layout)
         if self._crops:
-            self._normalize(_center(image, tile), pixel_values[0])
-            return ImageTiles(pixel_values, layout)
+            pixels[0] = _center(image, tile)
+            return tiles
         # The thumbnail does not keep the aspect ratio.
-        self._normalize(_resized(image, tile, tile), pixel_values[0])
+        pixels[0] = _resized(image, tile, tile)
         if layout.rows:
             canvas = allocate(
                 (layout.rows * tile, layout.columns * tile, 3), np.uint8, "an image on its grid"
@@ -92,8 +94,8 @@ class ImageProcessor:
             for index in range(layout.rows * layout.columns):
                 row, column = divmod(index, layout.columns)
                 part = canvas[row * tile : (row + 1) * tile, column * tile : (column + 1) * tile]
-                self._normalize(part, pixel_values[index + 1])
-        return ImageTiles(pixel_values, layout)
+                pixels[index + 1] = part
+        return tiles
 
     def middle(self, image: Image.Image) -> Image.Image | None:
         """The square (T, T) that is seen where only the middle of an image is; else None.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from llava_edge.profiles.errors import RequestError
+from llava_edge.runtime.arguments import require_count, settle
 
 VIDEO_FORMATS = ("MP4", "WEBM", "AVI")
 """Video containers that are told from their content; MOV counts as MP4, Matroska as WEBM."""
@@ -60,22 +61,23 @@ class Limits:
     max_prompt_characters: int = 2**20
 
     def __post_init__(self) -> None:
-        faults = [
-            f"{field.name} is {value!r:.60}; it must be a whole number of at least 1"
-            for field in fields(self)
-            if field.name.startswith("max_")
-            and (
-                not isinstance(value := getattr(self, field.name), int)
-                or isinstance(value, bool)
-                or value < 1
-            )
-        ]
+        faults = []
+        for field in fields(self):
+            if field.name.startswith("max_"):
+                try:
+                    value = require_count(field.name, getattr(self, field.name), 1)
+                    settle(self, **{field.name: value})
+                except RequestError as error:
+                    faults.append(str(error))
         for name, known in (
             ("image_formats", READABLE_FORMATS),
             ("video_formats", VIDEO_FORMATS),
             ("video_codecs", VIDEO_CODECS),
         ):
             given = getattr(self, name)
+            if isinstance(given, (list, set, frozenset)):
+                given = tuple(given)
+                settle(self, **{name: given})
             if not isinstance(given, tuple) or not all(isinstance(item, str) for item in given):
                 faults.append(f"{name} is {given!r:.60}; it must be a tuple of names")
             elif unknown := sorted(set(given) - set(known)):

@@ -68,7 +68,7 @@ def fit_at_load(
     gpus = read_gpus().gpus[:1] if device == "cuda" else ()
     kinds = _possible_kinds(manifest, cache, gpus)
     if asked is not None:
-        require_count("context_tokens", asked, 1)
+        asked = require_count("context_tokens", asked, 1)
         if asked > planned:
             raise RequestError(
                 f"a context of {asked} tokens was asked; the artifact was made for 1 to "

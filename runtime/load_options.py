@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from llava_edge.profiles.errors import RequestError
-from llava_edge.runtime.arguments import require_count, require_flag
+from llava_edge.runtime.arguments import require_count, require_flag, settle
 from llava_edge.runtime.cuda_options import CudaOptions
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.placement import AskedCache
@@ -35,11 +35,16 @@ class LoadOptions:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        require_count("threads", self.threads, 0, MAX_THREADS)
-        require_count("vision_cache_bytes", self.vision_cache_bytes, 0)
+        settle(
+            self,
+            threads=require_count("threads", self.threads, 0, MAX_THREADS),
+            vision_cache_bytes=require_count("vision_cache_bytes", self.vision_cache_bytes, 0),
+        )
+        if self.context_tokens is not None:
+            settle(self, context_tokens=require_count("context_tokens", self.context_tokens, 1))
         # "no" is true as well, and would let engines be opened that nobody trusts.
         for name in ("allow_slow", "trust_engines", "prefix_reuse", "strict_device"):
-            require_flag(name, getattr(self, name))
+            settle(self, **{name: require_flag(name, getattr(self, name))})
         for name, kind in (("cuda", CudaOptions), ("limits", Limits)):
             if not isinstance(value := getattr(self, name), kind):
                 raise RequestError(f"{name} is {value!r:.60}; it must be a {kind.__name__} object")

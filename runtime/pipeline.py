@@ -13,21 +13,20 @@ processes with multiprocessing's method ``spawn``. No network, no torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL.Image import Image
 
-from llava_edge.profiles.buffers import (
-    MAX_DRAFT_TOKENS,
-    CacheType,
-)
+from llava_edge.profiles.buffers import CacheType
 from llava_edge.profiles.engines import EngineName
-from llava_edge.profiles.errors import PromptError
+from llava_edge.profiles.errors import EngineError, PromptError
 from llava_edge.runtime.allocation import allocate, refusals
 from llava_edge.runtime.answer import Answer
-from llava_edge.runtime.arguments import require_callable, require_count, require_flag
+from llava_edge.runtime.answer_options import AnswerOptions
+from llava_edge.runtime.arguments import refuse_unknown, require_callable, require_flag
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.chat import Chat, WithinTurn
 from llava_edge.runtime.clip import VideoSource
@@ -41,17 +40,21 @@ from llava_edge.runtime.load_fit import LoadFit, fit_at_load
 from llava_edge.runtime.load_options import LoadOptions
 from llava_edge.runtime.loaded_parts import open_parts
 from llava_edge.runtime.lowering import Lowering
-from llava_edge.runtime.placement import AskedCache, Device, choose_device
+from llava_edge.runtime.placement import AskedCache, Device, choose_device, require_device
 from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.replay import Replay
 from llava_edge.runtime.request import PromptOptions, Request, VideoInput
-from llava_edge.runtime.sampling import SamplingOptions
+from llava_edge.runtime.request_queue import CLOSED, RequestQueue
 from llava_edge.runtime.session import Array, DeviceKind
 from llava_edge.runtime.stream import AnswerStream, Pieces, StreamHandle
 from llava_edge.runtime.time_budget import TimeBudget
 from llava_edge.runtime.tower import AskedEngine
-from llava_edge.runtime.turnstile import Turnstile
 from llava_edge.runtime.verified_here import check_verified_here
+
+_STREAM_OPTIONS = (
+    *("video", "num_frames", "frame_choice", "raw", "image_marks", "grid"),
+    *("max_image_tokens", "deadline_seconds"),
+)
 
 
 class LlavaEdge:
@@ -84,7 +87,7 @@ class LlavaEdge:
         self._loaded_context = fit.context_tokens
         self._dims = artifact.manifest.model
         self._tokens = artifact.manifest.tokens
-        self._turnstile = Turnstile()
+        self._queue = RequestQueue()
         self._tokenizer = parts.tokenizer
         self._requests = parts.requests
         self._table = parts.table
@@ -111,6 +114,7 @@ class LlavaEdge:
         cuda: CudaOptions | None = None,
         limits: Limits | None = None,
         progress: ReportProgress = no_progress,
+        **unknown: NoReturn,
     ) -> LlavaEdge:
         """Open an artifact.
 
@@ -148,6 +152,7 @@ class LlavaEdge:
             cuda: how a GPU is used; says nothing on the CPU.
             limits: bounds on what is accepted as input.
             progress: told about loading.
+            unknown: none; a misspelt option is named.
 
         Raises:
             ArtifactError: the artifact is damaged, unsafe or not verified.
@@ -158,7 +163,7 @@ class LlavaEdge:
             OutOfMemoryError: cache and weights do not fit what is free now.
             RequestError: an argument is out of range or of another type.
         """
-        require_flag("require_verified", require_verified)
+        require_verified = require_flag("require_verified", require_verified)
         options: dict[str, Any] = {
             "threads": threads,
             "context_tokens": context_tokens,
@@ -169,11 +174,14 @@ class LlavaEdge:
             "prefix_reuse": prefix_reuse,
             "vision_cache_bytes": vision_cache_bytes,
             "strict_device": strict_device,
-            "cuda": cuda or CudaOptions(),
-            "limits": limits or Limits(),
+            "cuda": CudaOptions() if cuda is None else cuda,
+            "limits": Limits() if limits is None else limits,
         }
+        refuse_unknown("load()", unknown, {*options, "device", "require_verified", "progress"})
         # Before anything is opened: what is asked wrongly costs no time.
         LoadOptions(**options)
+        require_callable("progress", progress)
+        require_device(device)
         opened = open_artifact(artifact, require_verified=require_verified)
         model = cls.over(opened, device, progress=progress, **options)
         try:
@@ -210,7 +218,9 @@ class LlavaEdge:
         fit = fit_at_load(artifact, chosen, how.context_tokens, how.vision_cache_bytes, how.cache)
         return cls(artifact, chosen, fit, how, progress)
 
-    def generate(self, prompt: str, images: Sequence[ImageSource] = (), **options: Any) -> Answer:
+    def generate(
+        self, prompt: str, images: Iterable[ImageSource] | None = (), **options: Any
+    ) -> Answer:
         """Answer a question; takes the options of ``stream``.
 
         Returns:
@@ -224,7 +234,7 @@ class LlavaEdge:
     def stream(
         self,
         prompt: str,
-        images: Sequence[ImageSource] = (),
+        images: Iterable[ImageSource] | None = (),
         *,
         video: VideoSource | None = None,
         num_frames: int | None = None,
@@ -242,13 +252,14 @@ class LlavaEdge:
         seed: int | None = None,
         prompt_lookup_num_tokens: int = 0,
         progress: ReportProgress = no_progress,
+        **unknown: NoReturn,
     ) -> AnswerStream:
         """Answer a question piece by piece. Everything about the input is checked at once.
 
         Args:
             prompt: the question. ``<image>`` marks where each image goes; without marks they go
                 where the model's template puts them, first.
-            images: paths, bytes, PIL images or uint8 arrays.
+            images: paths, bytes, PIL images or uint8 arrays; None for none.
             video: path or bytes of a video file, or frames (a list of images, or a uint8 array
                 (frames, height, width, 3)); ``<video>`` marks where it goes.
             num_frames: frames of it to look at; as many as the artifact was planned for, or as
@@ -274,6 +285,7 @@ class LlavaEdge:
                 from the model's own logits either way, whose last bits differ between a run of one
                 position and of several: where two tokens are as good as equal, another may come.
             progress: told about tiles and prompt chunks.
+            unknown: none; a misspelt option is named.
 
         Returns:
             An iterator of text; its ``answer`` is there once it ended.
@@ -283,28 +295,18 @@ class LlavaEdge:
             VideoError: the video is refused.
             DependencyError: a video is to be decoded and PyAV is not installed.
             PromptError: the prompt is empty, too long, or its marks do not match the images.
-            RequestError: a sampling option or the grid is out of range, or images take more than
+            RequestError: an option is unknown or out of range, or images need more than
                 ``max_image_tokens`` on the lowest grid.
+            EngineError: the model is closed.
             OutOfMemoryError: memory does not suffice, with the lowest grid and the context cut to
                 this request; while iterating as well.
             DeadlineError: while iterating, the time was over before the first token.
         """
-        self._turnstile.require_own_process()
+        self._queue.require_open()
         budget = TimeBudget(deadline_seconds)
-        requests, capped = self._requests, ""
-        if max_image_tokens is not None:
-            images, grid, capped = requests.capped(images, grid, max_image_tokens)
-        options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
-        clip = None if video is None else VideoInput(video, num_frames, frame_choice)
-        lowering = Lowering(
-            lambda: requests.build(prompt, images, options, video=clip),
-            lambda: requests.steps(prompt, images, options, clip),
-            capped,
-        )
-        self._check_length(lowering.request)
-        return self._start(
-            lowering,
-            budget=budget,
+        answer_options = AnswerOptions.of(
+            "stream()",
+            _STREAM_OPTIONS,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -313,10 +315,32 @@ class LlavaEdge:
             seed=seed,
             prompt_lookup_num_tokens=prompt_lookup_num_tokens,
             progress=progress,
+            **unknown,
         )
+        requests, capped = self._requests, ""
+        options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
+        clip = VideoInput.given(video, num_frames, frame_choice)
+        # An iterator is read once, and each step that lowers the grid needs the images again.
+        listed = requests.check_images(images)
+        if max_image_tokens is not None:
+            requests.check(prompt, listed, options, clip)
+            listed, grid, capped = requests.capped(listed, grid, max_image_tokens)
+            options = replace(options, grid=grid)
+        lowering = Lowering(
+            lambda: requests.build(prompt, listed, options, video=clip),
+            lambda: requests.steps(prompt, listed, options, clip),
+            capped,
+        )
+        self._check_length(lowering.request)
+        return self._start(lowering, answer_options, budget)
 
     def chat(
-        self, system: str | None = None, *, image_marks: bool = True, grid: str | None = None
+        self,
+        system: str | None = None,
+        *,
+        image_marks: bool = True,
+        grid: str | None = None,
+        **unknown: NoReturn,
     ) -> Chat:
         """Begin a conversation, of which each turn computes only what is new.
 
@@ -324,14 +348,18 @@ class LlavaEdge:
             system: text of the system turn; None leaves what the template puts in its place.
             image_marks: as in ``stream``, for all messages.
             grid: as in ``stream``, for all images.
+            unknown: none; a misspelt option is named.
 
         Raises:
             PromptError: the artifact has no chat template, or it has no system turn.
             RequestError: the grid is unknown or larger than the artifact's.
         """
+        self._queue.require_open()
+        refuse_unknown("chat()", unknown, ("system", "image_marks", "grid"))
         return Chat(
             self._requests,
             self._start,
+            self._queue.require_open,
             lambda: self.context_tokens,
             system=system,
             image_marks=image_marks,
@@ -341,18 +369,21 @@ class LlavaEdge:
     def count_tokens(
         self,
         prompt: str,
-        images: Sequence[ImageSource] = (),
+        images: Iterable[ImageSource] | None = (),
         *,
         video: VideoSource | None = None,
         num_frames: int | None = None,
         raw: bool = False,
         image_marks: bool = True,
         grid: str | None = None,
+        **unknown: NoReturn,
     ) -> int:
         """Exactly how many tokens a prompt takes, images and video included, before running it."""
-        self._turnstile.require_own_process()
+        self._queue.require_open()
+        known = ("video", "num_frames", "raw", "image_marks", "grid")
+        refuse_unknown("count_tokens()", unknown, known)
         options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
-        clip = None if video is None else VideoInput(video, num_frames)
+        clip = VideoInput.given(video, num_frames)
         built = self._requests.build(prompt, images, options, video=clip, with_pixels=False)
         return built.num_tokens
 
@@ -371,6 +402,7 @@ class LlavaEdge:
             PromptError: there is none.
             RequestError: the grid is unknown or larger than the artifact's.
         """
+        self._queue.require_open()
         return self._requests.draw_tiles(images, grid)
 
     def teacher_forced_logits(
@@ -428,9 +460,10 @@ class LlavaEdge:
             ImageError: an image is refused.
             PromptError: as ``stream``, or the tokens do not fit the context.
         """
+        self._queue.require_open()
         request = self._requests.build(prompt, images, options or PromptOptions(), video=video)
         self._check_length(request)
-        with self._turnstile.turn():
+        with self._queue.turn():
             return self._answerer.replay(request, token_ids, on_logits)
 
     @property
@@ -441,8 +474,15 @@ class LlavaEdge:
 
     @property
     def decode_run_seconds(self) -> float:
-        """Time that all decode steps so far spent inside ONNX Runtime; the rest is our loop."""
-        return self._decoder.step_seconds
+        """Time that all decode steps so far spent inside ONNX Runtime; the rest is our loop.
+
+        Raises:
+            EngineError: the model is closed.
+        """
+        decoder: Decoder | None = self.__dict__.get("_decoder")
+        if decoder is None:
+            raise EngineError(CLOSED)
+        return decoder.step_seconds
 
     def close(self) -> None:
         """Stop the request in progress, let go of sessions, cache and files; idempotent.
@@ -453,7 +493,7 @@ class LlavaEdge:
             EngineError: called from inside a request, as in its ``progress``; that one was told to
                 stop, and no other gets in.
         """
-        with self._turnstile.closing():
+        with self._queue.closing():
             self._table.close()
             tower = self.__dict__.pop("_tower", None)
             if tower is not None:
@@ -462,7 +502,15 @@ class LlavaEdge:
             self.__dict__.pop("_answerer", None)
             self.__dict__.pop("_decoder", None)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if not name.startswith("_") and name in self.__dict__:
+            raise AttributeError(
+                f"{name} is what was found when the model was loaded and cannot be set; load again"
+            )
+        super().__setattr__(name, value)
+
     def __enter__(self) -> LlavaEdge:
+        self._queue.require_open()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -481,33 +529,20 @@ class LlavaEdge:
     def _start(
         self,
         lowering: Lowering,
+        options: AnswerOptions,
+        time: TimeBudget,
         within_turn: WithinTurn | None = None,
-        *,
-        budget: TimeBudget | None = None,
-        max_new_tokens: int = 256,
-        prompt_lookup_num_tokens: int = 0,
-        progress: ReportProgress = no_progress,
-        **sampling: Any,
     ) -> AnswerStream:
-        self._turnstile.require_own_process()
-        require_callable("progress", progress)
-        choosing = SamplingOptions(**sampling)
-        require_count("max_new_tokens", max_new_tokens, 1)
-        require_count("prompt_lookup_num_tokens", prompt_lookup_num_tokens, 0, MAX_DRAFT_TOKENS)
-        time = budget or TimeBudget()
         prepared = time.elapsed
 
         def run(handle: StreamHandle) -> Pieces:
-            with self._turnstile.turn(handle.close, handle.thread, time.remaining):
+            with self._queue.turn(handle.close, handle.thread, time.remaining):
                 if handle.is_cancelled():
                     return None
                 pieces = self._answerer.pieces(
                     lowering,
                     prepared,
-                    choosing,
-                    max_new_tokens,
-                    prompt_lookup_num_tokens,
-                    progress,
+                    options,
                     handle.is_cancelled,
                     time,
                 )

@@ -17,6 +17,18 @@ Device = Literal["auto", "cpu", "cuda"]
 AskedCache = Literal["auto", "float32", "float16", "int8"]
 
 
+def require_device(asked: object) -> None:
+    """Refuse what names no device.
+
+    Raises:
+        RequestError: lists those that there are.
+    """
+    if not isinstance(asked, str) or asked not in get_args(Device):
+        raise RequestError(
+            f"device {asked!r:.40} is unknown; devices are {', '.join(get_args(Device))}"
+        )
+
+
 def choose_device(asked: Device, flavour: Flavour, allow_slow: bool) -> DeviceKind:
     """The device for an artifact of a flavour.
 
@@ -24,10 +36,7 @@ def choose_device(asked: Device, flavour: Flavour, allow_slow: bool) -> DeviceKi
         EngineError: the device is not there, or does not suit the flavour.
         RequestError: there is no device of that name.
     """
-    if not isinstance(asked, str) or asked not in get_args(Device):
-        raise RequestError(
-            f"device {asked!r:.40} is unknown; devices are {', '.join(get_args(Device))}"
-        )
+    require_device(asked)
     if flavour == "cpu":
         if asked == "cuda":
             raise EngineError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from llava_edge.profiles.errors import OutputExistsError, RequestError
+from llava_edge.profiles.errors import OutputExistsError, RequestError, plain_reason
 
 
 class PngFile:
@@ -49,6 +49,6 @@ class PngFile:
                 picture.save(file, "PNG")
             os.replace(partial, self.path)
         except OSError as error:
-            raise RequestError(f"{self.path} cannot be written: {error}") from error
+            raise RequestError(f"{self.path} cannot be written: {plain_reason(error)}") from error
         finally:
             partial.unlink(missing_ok=True)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
 from llava_edge.profiles.anyres import AnyRes, TileLayout
-from llava_edge.runtime.session import Array
+from llava_edge.runtime.tile_pixels import Pixels, TilePixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,19 +19,12 @@ class PreparedImage:
     """
 
     layout: TileLayout
-    pixel_values: Array
+    pixel_values: Pixels
     tile_digests: tuple[bytes, ...]
 
     def thumbnail(self, base: AnyRes) -> PreparedImage:
         """The same image on the grid ``base``: its first tile; cut, no other grid is left."""
         layout = base.layout(self.layout.image_height, self.layout.image_width)
-        return PreparedImage(layout, self.pixel_values[:1], self.tile_digests[:1])
-
-
-def digest_tiles(pixel_values: Iterable[Array]) -> tuple[bytes, ...]:
-    """SHA-256 of each tile's values: equal digests mean equal tiles.
-
-    A digest that can be forged would let one picture pass for another, hence no quick checksum;
-    processors with instructions for SHA-256 take less than half of BLAKE2b's time.
-    """
-    return tuple(hashlib.sha256(np.ascontiguousarray(tile).data).digest() for tile in pixel_values)
+        pixels = self.pixel_values
+        first = pixels.keep(1) if isinstance(pixels, TilePixels) else pixels[:1]
+        return PreparedImage(layout, first, self.tile_digests[:1])

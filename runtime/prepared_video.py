@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llava_edge.runtime.session import Array
+from llava_edge.runtime.tile_pixels import Pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,6 +17,6 @@ class PreparedVideo:
         num_tokens: what they cost together.
     """
 
-    frame_pixels: Array
+    frame_pixels: Pixels
     frame_digests: tuple[bytes, ...]
     num_tokens: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import TextIO
@@ -20,13 +21,16 @@ class ProgressLine:
     WIDTH = 24
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = sys.stderr if stream is None else stream
-        self._active = self._stream.isatty()
+        # None where the process was started without stderr; then nobody watches.
+        self._stream: TextIO | None = sys.stderr if stream is None else stream
+        self._active = (
+            self._stream is not None and self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        )
         self._shown = False
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show a bar for one stage."""
-        if not self._active:
+        if not self._active or self._stream is None:
             return
         filled = self.WIDTH * done // max(total, 1)
         bar = "█" * filled + "░" * (self.WIDTH - filled)
@@ -36,7 +40,7 @@ class ProgressLine:
 
     def clear(self) -> None:
         """Remove the line."""
-        if self._shown:
+        if self._shown and self._stream is not None:
             self._stream.write("\r\x1b[2K")
             self._stream.flush()
             self._shown = False

@@ -20,6 +20,7 @@ from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
 from llava_edge.runtime.request import Request
 from llava_edge.runtime.session import Array
+from llava_edge.runtime.tile_pixels import Pixels, digests_of
 
 
 class TileEncoder(Protocol):
@@ -43,6 +44,11 @@ class DeviceEncoder(Protocol):
 @runtime_checkable
 class KnowingEncoder(Protocol):
     """Tower and projector that may have features already."""
+
+    def encode(
+        self, pixel_values: Array, out: Array, digests: Sequence[bytes] | None = None
+    ) -> None:
+        """As ``TileEncoder``, given the digest of each tile."""
 
     def num_unknown(self, digests: Iterable[bytes], rows: int) -> int:
         """How many of these tiles or frames, of so many rows each, are still to be encoded."""
@@ -93,9 +99,9 @@ class PromptEmbedder:
 
     def features(
         self,
-        pixel_values: Sequence[Array],
+        pixel_values: Sequence[Pixels],
         progress: ReportProgress = no_progress,
-        frame_pixels: Sequence[Array] = (),
+        frame_pixels: Sequence[Pixels] = (),
     ) -> Array | DeviceRows:
         """Features of all tiles of all images, and of all frames of all videos.
 
@@ -113,9 +119,9 @@ class PromptEmbedder:
         frames = sum(len(pixels) for pixels in frame_pixels)
         features, encode = self._room(image_feature_shape(self._dims, total, frames))
         done = 0
-        for pixels in self._batches(pixel_values):
+        for pixels, digests in self._batches(pixel_values):
             progress("tiles", done, total)
-            encode(pixels, done * patches)
+            encode(pixels, digests, done * patches)
             done += len(pixels)
         if total:
             progress("tiles", total, total)
@@ -125,7 +131,7 @@ class PromptEmbedder:
 
     def _encode_frames(
         self,
-        frame_pixels: Sequence[Array],
+        frame_pixels: Sequence[Pixels],
         features: Array | DeviceRows,
         first: int,
         progress: ReportProgress,
@@ -136,19 +142,31 @@ class PromptEmbedder:
         assert not isinstance(self._encoder, DeviceEncoder)
         rows = video_tokens_per_frame(self._dims.vision)
         done, total = 0, sum(len(pixels) for pixels in frame_pixels)
-        for frames in self._batches(frame_pixels):
+        for frames, digests in self._batches(frame_pixels):
             progress("frames", done, total)
             out = features[first + done * rows :][: len(frames) * rows]
-            self._encoder.encode(frames, out.reshape(len(frames), rows, -1))
+            self._encode(frames, digests, out.reshape(len(frames), rows, -1))
             done += len(frames)
         progress("frames", total, total)
 
-    def _batches(self, pixels: Sequence[Array]) -> Iterable[Array]:
-        return pixels if self._batch_tiles is None else _batches(pixels, self._batch_tiles)
+    def _encode(self, pixels: Array, digests: tuple[bytes, ...], out: Array) -> None:
+        assert not isinstance(self._encoder, DeviceEncoder)
+        if isinstance(self._encoder, KnowingEncoder):
+            self._encoder.encode(pixels, out, digests)
+        else:
+            self._encoder.encode(pixels, out)
+
+    def _batches(self, media: Sequence[Pixels]) -> Iterator[tuple[Array, tuple[bytes, ...]]]:
+        """Pixels as float32, batch by batch, with their digests where the encoder asks for them."""
+        known = isinstance(self._encoder, KnowingEncoder)
+        for parts in _batches(media, self._batch_tiles):
+            pixels = [media[index][part] for index, part in parts]
+            digests = [digests_of(media[index])[part] for index, part in parts] if known else []
+            yield pixels[0] if len(pixels) == 1 else np.concatenate(pixels), sum(digests, ())
 
     def _room(
         self, shape: tuple[int, int]
-    ) -> tuple[Array | DeviceRows, Callable[[Array, int], None]]:
+    ) -> tuple[Array | DeviceRows, Callable[[Array, tuple[bytes, ...], int], None]]:
         """A matrix that ends with the newline row, and what writes tiles into it from a row on."""
         # Only models without tiles have no newline row, and then nothing refers to it.
         newline = self._table.image_newline
@@ -157,13 +175,13 @@ class PromptEmbedder:
         if isinstance(encoder, DeviceEncoder):
             rows = encoder.new_rows(shape)
             rows.write(shape[0] - 1, last)
-            return rows, lambda pixels, first: encoder.encode_rows(pixels, rows, first)
+            return rows, lambda pixels, _, first: encoder.encode_rows(pixels, rows, first)
         features = allocate(shape, self._dtype, "features of the request's tiles")
         features[-1] = last
 
-        def encode(pixels: Array, first: int) -> None:
+        def encode(pixels: Array, digests: tuple[bytes, ...], first: int) -> None:
             out = features[first : first + len(pixels) * patches]
-            encoder.encode(pixels, out.reshape(len(pixels), patches, -1))
+            self._encode(pixels, digests, out.reshape(len(pixels), patches, -1))
 
         return features, encode
 
@@ -185,19 +203,24 @@ class PromptEmbedder:
         )
 
 
-def _batches(images: Sequence[Array], size: int) -> Iterator[Array]:
-    """Tiles (or frames) of all media in order, ``size`` at a time; copied only where they span."""
-    waiting: list[Array] = []
+def _batches(media: Sequence[Pixels], size: int | None) -> Iterator[list[tuple[int, slice]]]:
+    """Which tiles (or frames) of which media make each batch, in order.
+
+    Args:
+        media: tiles of images, or frames of videos.
+        size: of a batch; None for one batch a medium.
+    """
+    parts: list[tuple[int, slice]] = []
     count = 0
-    for tiles in images:
-        start = 0
+    for index, tiles in enumerate(media):
+        start, most = 0, len(tiles) if size is None else size
         while start < len(tiles):
-            part = tiles[start : start + size - count]
-            waiting.append(part)
-            start += len(part)
-            count += len(part)
-            if count == size:
-                yield waiting[0] if len(waiting) == 1 else np.concatenate(waiting)
-                waiting, count = [], 0
-    if waiting:
-        yield waiting[0] if len(waiting) == 1 else np.concatenate(waiting)
+            stop = min(len(tiles), start + most - count)
+            parts.append((index, slice(start, stop)))
+            count += stop - start
+            start = stop
+            if count == most:
+                yield parts
+                parts, count = [], 0
+    if parts:
+        yield parts

@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from llava_edge.profiles.anyres import TileLayout
-from llava_edge.runtime.arguments import require_flag
+from llava_edge.runtime.arguments import require_count, require_flag, settle
 from llava_edge.runtime.clip import VideoSource
-from llava_edge.runtime.frame_choice import FrameChoice
+from llava_edge.runtime.frame_choice import FrameChoice, require_frame_choice
 from llava_edge.runtime.session import Array
+from llava_edge.runtime.tile_pixels import Pixels
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class PromptOptions:
     grid: str | None = None
 
     def __post_init__(self) -> None:
-        require_flag("raw", self.raw)
-        require_flag("image_marks", self.image_marks)
+        for name in ("raw", "image_marks"):
+            settle(self, **{name: require_flag(name, getattr(self, name))})
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,30 @@ class VideoInput:
         num_frames: frames to look at; None for as many as the artifact was planned for, or as
             there are.
         frame_choice: which ones; see ``choose_frames``.
+
+    Raises:
+        RequestError: the number of frames is below 1, or there is no such choice.
     """
 
     source: VideoSource
     num_frames: int | None = None
     frame_choice: FrameChoice = "reference"
+
+    def __post_init__(self) -> None:
+        if self.num_frames is not None:
+            settle(self, num_frames=require_count("num_frames", self.num_frames, 1))
+        require_frame_choice(self.frame_choice)
+
+    @classmethod
+    def given(
+        cls,
+        source: VideoSource | None,
+        num_frames: int | None = None,
+        frame_choice: FrameChoice = "reference",
+    ) -> VideoInput | None:
+        """A video, or None where there is no source; the other arguments are checked either way."""
+        video = cls(b"" if source is None else source, num_frames, frame_choice)
+        return None if source is None else video
 
 
 @dataclass(frozen=True)
@@ -80,8 +100,8 @@ class Request:
 
     ids: Array
     layouts: tuple[TileLayout, ...]
-    pixel_values: tuple[Array, ...]
-    frame_pixels: tuple[Array, ...] = ()
+    pixel_values: tuple[Pixels, ...]
+    frame_pixels: tuple[Pixels, ...] = ()
     video_counts: tuple[int, ...] = ()
     placed: tuple[PlacedMedium, ...] = ()
 

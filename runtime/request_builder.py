@@ -7,10 +7,12 @@ and their pixels, come out. Knows no session.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from io import IOBase
+from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -28,16 +30,18 @@ from llava_edge.runtime.images import ImageSource, open_image
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.lowering import Step
 from llava_edge.runtime.manifest import Manifest, PromptFormat, VideoProcessing
-from llava_edge.runtime.prepared_image import PreparedImage, digest_tiles
+from llava_edge.runtime.prepared_image import PreparedImage
 from llava_edge.runtime.prepared_video import PreparedVideo
 from llava_edge.runtime.prompt import Piece, compose, raw_pieces, user_message
 from llava_edge.runtime.request import PlacedMedium, PromptOptions, Request, VideoInput
 from llava_edge.runtime.session import Array
 from llava_edge.runtime.tile_picture import draw_tiles, stacked
+from llava_edge.runtime.tile_pixels import digests_of
 from llava_edge.runtime.tokenizer import Tokenizer
 from llava_edge.runtime.video_processor import VideoProcessor
 
 _LONG_CHARACTERS = 32_768
+_ONE_IMAGE = (str, bytes, bytearray, memoryview)
 
 
 class RequestBuilder:
@@ -62,7 +66,7 @@ class RequestBuilder:
     def build(
         self,
         prompt: str,
-        images: Sequence[ImageSource],
+        images: Iterable[ImageSource] | None,
         options: PromptOptions,
         *,
         video: VideoInput | None = None,
@@ -84,8 +88,7 @@ class RequestBuilder:
             PromptError: the prompt is empty or too large, or marks and images do not match.
             RequestError: the grid is unknown or larger than the artifact's.
         """
-        self.check_text(prompt)
-        self.check_images(images)
+        images = self.check(prompt, images, options, video)
         pieces = self._pieces(prompt, len(images), options, num_videos=int(video is not None))
         processor = self.processor(options.grid)
         if with_pixels:
@@ -100,6 +103,31 @@ class RequestBuilder:
                 counts = (self._video_tokens(len(numbers)),)
         ids = self._expand(pieces, [layout.num_image_tokens for layout in layouts], counts)
         return Request(ids, layouts, (), video_counts=counts)
+
+    def check(
+        self,
+        prompt: str,
+        images: Iterable[ImageSource] | None,
+        options: PromptOptions,
+        video: VideoInput | None = None,
+    ) -> Sequence[ImageSource]:
+        """Check all that needs no picture to be opened; takes the arguments of ``build``.
+
+        Returns:
+            The images as a list.
+
+        Raises:
+            PromptError: as ``build``.
+            RequestError: as ``build``.
+            VideoError: the artifact is for no video, or for fewer frames.
+        """
+        self.check_text(prompt)
+        listed = self.check_images(images)
+        self.processor(options.grid)
+        if video is not None:
+            self._check_frames(video)
+        self._pieces(prompt, len(listed), options, num_videos=int(video is not None))
+        return listed
 
     def steps(
         self,
@@ -182,8 +210,7 @@ class RequestBuilder:
             PromptError: what is given is no list of images.
             RequestError: the grid is unknown, or not even thumbnails are within the bound.
         """
-        require_count("max_image_tokens", max_image_tokens, 1)
-        self.check_images(images)
+        max_image_tokens = require_count("max_image_tokens", max_image_tokens, 1)
         opened = [
             source if isinstance(source, PreparedImage) else open_image(source, self._limits)
             for source in images
@@ -228,7 +255,7 @@ class RequestBuilder:
             ImageError: it is refused.
         """
         tiles = processor.preprocess(open_image(source, self._limits))
-        return PreparedImage(tiles.layout, tiles.pixel_values, digest_tiles(tiles.pixel_values))
+        return PreparedImage(tiles.layout, tiles.pixel_values, digests_of(tiles.pixel_values))
 
     def prepare_video(self, video: VideoInput) -> PreparedVideo:
         """Open a video, choose frames and cut them.
@@ -241,23 +268,25 @@ class RequestBuilder:
         processing = self._video_processing()
         with self._chosen_frames(video) as (clip, numbers):
             pixels = VideoProcessor(processing).preprocess(clip.frames(numbers), len(numbers))
-        return PreparedVideo(pixels, digest_tiles(pixels), self._video_tokens(len(numbers)))
+        return PreparedVideo(pixels, digests_of(pixels), self._video_tokens(len(numbers)))
 
     @contextmanager
     def _chosen_frames(self, video: VideoInput) -> Iterator[tuple[Clip, tuple[int, ...]]]:
         """The opened video, and numbers of the frames to look at."""
-        most = self._video_processing().max_frames
-        if video.num_frames is not None:
-            require_count("num_frames", video.num_frames, 1)
-            if video.num_frames > most:
-                raise VideoError(
-                    f"{video.num_frames} frames were asked for; the artifact was planned for at "
-                    f"most {most}. Ask for fewer, or convert again with --video "
-                    f"{video.num_frames}."
-                )
+        most = self._check_frames(video)
         with open_clip(video.source, self._limits) as clip:
             wanted = min(most, clip.total) if video.num_frames is None else video.num_frames
             yield clip, choose_frames(clip.total, wanted, video.frame_choice)
+
+    def _check_frames(self, video: VideoInput) -> int:
+        """Most frames of a video."""
+        most = self._video_processing().max_frames
+        if video.num_frames is not None and video.num_frames > most:
+            raise VideoError(
+                f"{video.num_frames} frames were asked for; the artifact was planned for at most "
+                f"{most}. Ask for fewer, or convert again with --video {video.num_frames}."
+            )
+        return most
 
     def _most_frames(self, video: VideoInput) -> int:
         most = self._video_processing().max_frames
@@ -277,7 +306,7 @@ class RequestBuilder:
 
     def draw_tiles(self, images: Sequence[ImageSource], grid: str | None = None) -> Image:
         """See ``LlavaEdge.draw_tiles``."""
-        self.check_images(images)
+        images = self.check_images(images)
         if not images:
             raise PromptError("tiles were to be drawn, and there is no image; give at least one")
         processor = self.processor(grid)
@@ -358,17 +387,23 @@ class RequestBuilder:
                 f"context holds at most {most}. Shorten the text, or convert with a larger context."
             )
 
-    def check_images(self, images: Sequence[object], num_before: int = 0) -> None:
-        """Refuse what is no list of images, or too many of them.
+    def check_images(self, images: Iterable[Any] | None, num_before: int = 0) -> Sequence[Any]:
+        """A list of what is one, of an iterator, or of None, which is no image.
 
         Raises:
-            PromptError: says which.
+            PromptError: it is none of these, or there are too many.
         """
-        if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
+        if images is None:
+            return ()
+        if isinstance(images, Iterator) and not isinstance(images, IOBase):
+            # One more than are accepted, so that an endless one is refused as well.
+            images = list(islice(images, self._limits.max_images + 1))
+        if not isinstance(images, Sequence) or isinstance(images, _ONE_IMAGE):
             # An array is iterable as well, and its rows would pass for pictures.
+            several = isinstance(images, np.ndarray) and images.ndim == 4
+            way = "Give list(images)" if several else "Wrap the one you have: [image]"
             raise PromptError(
-                f"images is a {type(images).__name__}; it must be a list of images. Wrap the one "
-                "you have: [image]"
+                f"images is a {type(images).__name__}; it must be a list of images. {way}"
             )
         total, most = num_before + len(images), self._limits.max_images
         if total > most:
@@ -376,6 +411,7 @@ class RequestBuilder:
             raise PromptError(
                 f"{len(images)} images were given{earlier}; at most {most} are accepted"
             )
+        return images
 
     def _pieces(
         self, prompt: str, num_images: int, options: PromptOptions, num_videos: int

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 from typing import Any, TextIO, get_args
@@ -30,13 +29,6 @@ def main(argv: list[str] | None = None) -> int:
     drawing = None
     if options.show_tiles is not None:
         drawing = PngFile(options.show_tiles, force=options.force)
-    for output in (sys.stdout, sys.stderr):
-        if isinstance(output, io.TextIOWrapper):
-            # A terminal that is not UTF-8 shows a stand-in rather than ending the answer.
-            output.reconfigure(errors="replace")
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        # Bytes that are no text then reach the prompt's own check, which names them.
-        sys.stdin.reconfigure(errors="surrogateescape")
     progress = ProgressLine()
     model = LlavaEdge.load(
         options.artifact,

@@ -16,7 +16,7 @@ import numpy as np
 
 from llava_edge.profiles.buffers import BEST_TOKENS
 from llava_edge.profiles.errors import EngineError, RequestError
-from llava_edge.runtime.arguments import require_count, require_number
+from llava_edge.runtime.arguments import require_count, require_number, settle
 from llava_edge.runtime.best_logits import BestLogits
 from llava_edge.runtime.session import Array
 
@@ -45,10 +45,10 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "repetition_penalty"):
-            require_number(name, getattr(self, name))
-        require_count("top_k", self.top_k, 0)
+            settle(self, **{name: require_number(name, getattr(self, name))})
+        settle(self, top_k=require_count("top_k", self.top_k, 0))
         if self.seed is not None:
-            require_count("seed", self.seed, 0)
+            settle(self, seed=require_count("seed", self.seed, 0))
         faults = []
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             faults.append(f"temperature {self.temperature} must be 0 (greedy) or larger")

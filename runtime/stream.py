@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator
 
 from llava_edge.profiles.errors import EngineError
 from llava_edge.runtime.answer import Answer
+from llava_edge.runtime.request_queue import this_thread
 
 Pieces = Generator[str, None, Answer | None]
 
@@ -19,14 +20,14 @@ class StreamHandle:
     def __init__(self, stream: AnswerStream) -> None:
         self._stream = weakref.ref(stream)
         self._cancelled = threading.Event()
-        self._thread = threading.get_ident()
+        self._thread = this_thread()
 
     def goes_on(self) -> None:
         """The thread that calls works on it from here on."""
-        self._thread = threading.get_ident()
+        self._thread = this_thread()
 
-    def thread(self) -> int:
-        """Which thread worked on it last."""
+    def thread(self) -> object:
+        """What ``this_thread`` gave in the thread that worked on it last."""
         return self._thread
 
     def cancel(self) -> None:

@@ -56,7 +56,7 @@ class TimeBudget:
         self, seconds: float | None = None, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         if seconds is not None:
-            require_number("deadline_seconds", seconds)
+            seconds = require_number("deadline_seconds", seconds)
             # Written this way round, so that NaN is refused.
             if not seconds > 0:
                 raise RequestError(

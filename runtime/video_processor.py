@@ -17,6 +17,7 @@ from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.frame_resize import resize_middle
 from llava_edge.runtime.image_processor import shorter_side_to
 from llava_edge.runtime.manifest import VideoProcessing
+from llava_edge.runtime.tile_pixels import Pixels, TilePixels
 
 
 class VideoProcessor:
@@ -30,29 +31,26 @@ class VideoProcessor:
         std = np.array(processing.image_std, np.float32)[:, None] * factor
         self._normalized = (np.arange(256, dtype=np.float32) - mean) / std
 
-    def preprocess(self, frames: Iterable[NDArray[np.uint8]], count: int) -> NDArray[np.float32]:
-        """Resize, cut and normalise; one frame at a time is held.
+    def preprocess(self, frames: Iterable[NDArray[np.uint8]], count: int) -> Pixels:
+        """Resize and cut; one whole frame at a time is held.
 
         Args:
             frames: uint8 (height, width, 3).
             count: how many there are.
 
         Returns:
-            float32 (count, 3, T, T).
+            float32 (count, 3, T, T), normalised when it is read.
 
         Raises:
             ImageError: frames are so long that next to nothing of them would be seen.
         """
         side = self._side
-        pixels = allocate((count, 3, side, side), np.float32, "a video's frames")
+        pixels = allocate((count, side, side, 3), np.uint8, "a video's frames")
         for place, frame in enumerate(frames):
             height, width = shorter_side_to(side, *frame.shape[:2])
-            middle = resize_middle(frame, height, width, side)
-            for channel in range(3):
-                np.take(
-                    self._normalized[channel],
-                    middle[..., channel],
-                    out=pixels[place, channel],
-                    mode="clip",
-                )
-        return pixels
+            pixels[place] = resize_middle(frame, height, width, side)
+        return TilePixels(pixels, self._normalize)
+
+    def _normalize(self, frame: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+        for channel in range(3):
+            np.take(self._normalized[channel], frame[..., channel], out=out[channel], mode="clip")

@@ -89,7 +89,7 @@ def encode_sample(sample: Sample, tokenizer: Tokenizer) -> Batch:
         weights += [0.0] * (len(tokens) - 1) + [weight] * len(answer)
     signs, colours, places = _cell_labels(sample.page, len(ids))
     return Batch(
-        pixel_values=tiles.pixel_values,
+        pixel_values=np.asarray(tiles.pixel_values),
         source=np.array([source], np.int64),
         ids=np.array([ids], np.int64),
         positions=np.array([positions], np.int64),

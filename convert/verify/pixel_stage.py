@@ -33,7 +33,7 @@ def pixel_stage(artifact: Artifact, reference: ReferenceProcessor) -> StageResul
         if ours.pixel_values.shape != theirs.shape:
             faults.append(f"{what} has {len(ours.pixel_values)} tiles, {len(theirs)} there")
         elif not np.array_equal(ours.pixel_values, theirs):
-            gap = np.abs(ours.pixel_values - theirs)
+            gap = np.abs(np.asarray(ours.pixel_values) - theirs)
             tile = int(gap.reshape(len(gap), -1).max(1).argmax())
             faults.append(f"{what} differs by up to {float(gap.max()):.3g}, most in tile {tile}")
     looked = f"{count} images"
@@ -50,10 +50,14 @@ def _frame_faults(
 ) -> Iterator[str]:
     for index, (height, width) in enumerate(sizes):
         frames = [textured(height, width, 2 * index + place) for place in range(2)]
-        ours = processor.preprocess((np.asarray(frame) for frame in frames), len(frames))
-        theirs = reference.frames(frames).numpy()
+        made = processor.preprocess((np.asarray(frame) for frame in frames), len(frames))
+        ours, theirs = np.asarray(made), reference.frames(frames).numpy()
         if not np.array_equal(ours, theirs):
-            gap = float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else np.nan
+            gap = (
+                float(np.abs(np.asarray(ours) - theirs).max())
+                if ours.shape == theirs.shape
+                else np.nan
+            )
             yield f"a video of {height}x{width} differs by up to {gap:.3g}"
 
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -341,3 +342,51 @@ def test_the_most_images_are_those_of_the_whole_conversation(
 
     with pytest.raises(PromptError, match=r"behind 2 earlier ones; at most 2"):
         chat.send(SECOND, [small])
+
+
+@pytest.mark.parametrize("messages", [5, None, "Hi", {"role": "user"}])
+def test_a_history_that_is_none_is_refused_and_the_old_one_stays(
+    chat: Chat, messages: object
+) -> None:
+    chat.send("What is this?", max_new_tokens=2)
+    before = list(chat.messages)
+    with pytest.raises(RequestError, match=r"messages is a .*; it must be a list"):
+        chat.messages = messages  # type: ignore[assignment]
+    assert chat.messages == before
+    chat.send("And this?", max_new_tokens=2)
+    assert len(chat.messages) == 4
+
+
+def test_a_history_is_set_and_edited_with_messages_alone(chat: Chat) -> None:
+    chat.messages = (ChatMessage("user", "Hi"), ChatMessage("assistant", "Hello"))  # type: ignore[assignment]
+    assert chat.send("Well?", max_new_tokens=2).prompt_tokens
+    chat.messages.append("garbage")  # type: ignore[arg-type]
+    for use in (chat.send, chat.count_tokens):
+        with pytest.raises(RequestError, match=r"messages\[4\] is a str; it must be a ChatMessage"):
+            use("Hi")
+    del chat.messages[4:]
+    assert chat.send("Well?", max_new_tokens=2).reused_tokens
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"role": "robot", "text": "Hi"}, "role is 'robot'; roles are system, user, assistant"),
+        ({"role": "user", "text": 5}, "the text of a message is a int"),
+        ({"role": "user", "text": "Hi", "images": ["a.jpg"]}, r"images is \['a.jpg'\]"),
+        ({"role": "user", "text": "Hi", "images": "a.jpg"}, "images is 'a.jpg'"),
+        ({"role": "user", "text": "Hi", "video": "a.mp4"}, "video is 'a.mp4'"),
+    ],
+)
+def test_a_message_of_other_types_is_refused_when_it_is_made(
+    fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        ChatMessage(**fields)
+
+
+def test_a_system_text_that_is_none_is_refused_and_the_old_one_stays(chat: Chat) -> None:
+    with pytest.raises(PromptError, match="must be a str"):
+        chat.system = 5  # type: ignore[assignment]
+    assert chat.system is None
+    assert chat.send("Hi", max_new_tokens=2).token_ids

@@ -363,7 +363,7 @@ def test_a_wrong_request_is_refused_before_any_work(
 
 @pytest.mark.parametrize(
     "image",
-    ["picture.png", Path("picture.png"), b"bytes", np.zeros((50, 60, 3), np.uint8), None, 5],
+    ["picture.png", Path("picture.png"), b"bytes", np.zeros((50, 60, 3), np.uint8), {}, 5],
     ids=lambda image: type(image).__name__,
 )
 def test_a_single_image_that_is_no_list_is_named(model: LlavaEdge, image: object) -> None:
@@ -459,3 +459,48 @@ def test_memory_is_asked_before_it_is_taken(
 def test_options_of_loading_have_their_types(artifact: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=next(iter(wrong))):
         LlavaEdge.load(artifact, **wrong)
+
+
+def test_a_closed_model_says_so_wherever_it_is_used(artifact: Path, picture: Image.Image) -> None:
+    model = LlavaEdge.load(artifact)
+    chat = model.chat()
+    context = model.context_tokens
+    waiting = model.stream("Hi")
+    model.close()
+    model.close()
+
+    uses: list[Callable[[], object]] = [
+        lambda: model.generate("Hi"),
+        lambda: model.stream("Hi", ["missing.png"]),
+        lambda: model.chat(),
+        lambda: model.count_tokens("Hi"),
+        lambda: model.draw_tiles([picture]),
+        lambda: model.teacher_forced_logits("Hi", (), [5]),
+        lambda: model.replay("Hi", (), [5], lambda *_: None),
+        lambda: model.decode_run_seconds,
+        lambda: model.__enter__(),
+        lambda: next(waiting),
+        lambda: chat.send("Hi", ["missing.png"]),
+        lambda: chat.count_tokens("Hi"),
+        lambda: chat.prepare("missing.png"),
+        lambda: chat.prepare_video("missing.mp4"),
+    ]
+    for use in uses:
+        with pytest.raises(EngineError, match="the model is closed; load the artifact again"):
+            use()
+    # What was found at load is still there to be read.
+    assert model.context_tokens == context
+    assert model.device == "cpu"
+    assert (model.engine, model.cache, model.degraded) == ("ort", "float32", ())
+    chat.reset()
+    assert chat.messages == []
+
+
+@pytest.mark.parametrize(
+    "name", ["artifact", "device", "engine", "cache", "degraded", "off_device", "context_tokens"]
+)
+def test_what_was_found_at_load_cannot_be_set(model: LlavaEdge, name: str) -> None:
+    before = getattr(model, name)
+    with pytest.raises(AttributeError, match=name):
+        setattr(model, name, "another")
+    assert getattr(model, name) is before or getattr(model, name) == before

@@ -21,11 +21,11 @@ from llava_edge.profiles.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge, answerer
 from llava_edge.runtime.answer import Answer
+from llava_edge.runtime.answer_options import AnswerOptions
 from llava_edge.runtime.lowering import Lowering
 from llava_edge.runtime.placement import AskedCache
 from llava_edge.runtime.progress import no_progress
 from llava_edge.runtime.request import PromptOptions
-from llava_edge.runtime.sampling import SamplingOptions
 from llava_edge.runtime.session import Array
 from llava_edge.runtime.stream import Pieces
 from llava_edge.runtime.time_budget import TimeBudget
@@ -151,14 +151,11 @@ def test_a_prompt_that_goes_on_behind_an_answer_reuses_it(pair: Pair) -> None:
     logits = []
     for model in (pair.reusing, pair.plain):
         pair.seen.clear()
-        with model._turnstile.turn():
+        with model._queue.turn():
             pieces = model._answerer.pieces(
                 Lowering(lambda: longer),
                 0.0,
-                SamplingOptions(),
-                NUM_TOKENS,
-                0,
-                no_progress,
+                AnswerOptions(max_new_tokens=NUM_TOKENS),
                 lambda: False,
                 TimeBudget(),
             )

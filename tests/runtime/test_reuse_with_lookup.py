@@ -21,12 +21,14 @@ from PIL import Image
 
 from llava_edge.profiles.errors import EngineError
 from llava_edge.runtime import LlavaEdge, answerer
+from llava_edge.runtime.answer_options import AnswerOptions
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.lowering import Lowering
 from llava_edge.runtime.placement import AskedCache
 from llava_edge.runtime.prompt_lookup import PromptLookup
 from llava_edge.runtime.request import PromptOptions, Request, VideoInput
 from llava_edge.runtime.session import Array
+from llava_edge.runtime.time_budget import TimeBudget
 
 NUM_TOKENS = 14
 NOISE = 1e-5
@@ -111,8 +113,8 @@ class Pair:
 
     def check(self, asked: Asked, request: Request) -> tuple[int, ...]:
         """Answer, compare, and return the tokens of the model with neither."""
-        options = {"max_new_tokens": NUM_TOKENS}
-        with self.plain._start(Lowering(lambda: request), **options) as stream:
+        plainly = AnswerOptions(max_new_tokens=NUM_TOKENS)
+        with self.plain._start(Lowering(lambda: request), plainly, TimeBudget()) as stream:
             list(stream)
         expected = stream.answer.token_ids
         # Random weights copy nothing from a prompt; so drafts come from what will be said.
@@ -128,9 +130,8 @@ class Pair:
             )
             if asked.end in ("try_steps", "step"):
                 fail(patch, asked.end)
-            stream = self.ours._start(
-                Lowering(lambda: request), prompt_lookup_num_tokens=asked.most, **options
-            )
+            options = replace(plainly, prompt_lookup_num_tokens=asked.most)
+            stream = self.ours._start(Lowering(lambda: request), options, TimeBudget())
             with contextlib.suppress(EngineError), stream:
                 if asked.end == "close":
                     for _ in range(4):
@@ -156,7 +157,7 @@ class Pair:
 
     def logits(self, request: Request, token_ids: tuple[int, ...]) -> Array:
         rows: list[Array] = []
-        with self.plain._turnstile.turn():
+        with self.plain._queue.turn():
             self.plain._answerer.replay(
                 request, token_ids, lambda _, logits: rows.append(logits.copy())
             )

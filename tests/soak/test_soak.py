@@ -49,8 +49,8 @@ def test_requests_of_every_kind_leave_nothing_behind(model: LlavaEdge, given: Qu
     # Some MiB of arenas and caches move; a request that kept its pixels would be seen.
     assert end.in_use - warm.in_use < 4 * MIB
     gc.collect()
-    assert model._turnstile._holder is None
-    assert not model._turnstile._waiting
+    assert model._queue._holder is None
+    assert not model._queue._waiting
 
 
 def test_what_a_request_leaves_behind_is_seen(model: LlavaEdge, given: Questions) -> None:

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from llava_edge.profiles.errors import DeadlineError, EngineError
-from llava_edge.runtime import turnstile as turnstile_module
+from llava_edge.runtime.request_queue import RequestQueue
 from llava_edge.runtime.stream import AnswerStream, Pieces, StreamHandle
-from llava_edge.runtime.turnstile import Turnstile
 
 
 def started(act: Callable[[], None]) -> threading.Thread:
@@ -35,11 +34,11 @@ def wait_until(holds: Callable[[], bool]) -> None:
     raise AssertionError("it did not come to that")
 
 
-def endless(turnstile: Turnstile) -> AnswerStream:
-    """A stream that holds the turnstile for as long as somebody iterates it."""
+def endless(queue: RequestQueue) -> AnswerStream:
+    """A stream that holds the queue for as long as somebody iterates it."""
 
     def pieces(handle: StreamHandle) -> Pieces:
-        with turnstile.turn(handle.close, handle.thread):
+        with queue.turn(handle.close, handle.thread):
             while not handle.is_cancelled():
                 yield "piece"
         return None
@@ -48,29 +47,29 @@ def endless(turnstile: Turnstile) -> AnswerStream:
 
 
 def test_who_came_first_gets_in_first() -> None:
-    turnstile, order = Turnstile(), []
+    queue, order = RequestQueue(), []
 
     def take(number: int) -> None:
-        with turnstile.turn():
+        with queue.turn():
             order.append(number)
 
     threads = []
-    with turnstile.turn():
+    with queue.turn():
         for number in range(40):
             threads.append(started(lambda number=number: take(number)))
-            wait_until(lambda: len(turnstile._waiting) == len(threads))
+            wait_until(lambda: len(queue._waiting) == len(threads))
 
     assert ended(*threads)
     assert order == list(range(40))
 
 
 def test_who_comes_again_and_again_does_not_keep_others_out() -> None:
-    turnstile, taken = Turnstile(), {"greedy": 0, "modest": 0}
+    queue, taken = RequestQueue(), {"greedy": 0, "modest": 0}
     stop = threading.Event()
 
     def take(name: str) -> None:
         while not stop.is_set():
-            with turnstile.turn():
+            with queue.turn():
                 taken[name] += 1
                 time.sleep(0.001)
 
@@ -83,40 +82,40 @@ def test_who_comes_again_and_again_does_not_keep_others_out() -> None:
 
 
 def test_who_waits_too_long_is_told_and_leaves_the_queue() -> None:
-    turnstile, release = Turnstile(), threading.Event()
+    queue, release = RequestQueue(), threading.Event()
 
     def hold() -> None:
-        with turnstile.turn():
+        with queue.turn():
             release.wait(30)
 
     holder = started(hold)
-    wait_until(lambda: turnstile._holder is not None)
+    wait_until(lambda: queue._holder is not None)
     began = time.monotonic()
     for seconds in (0.2, -1.0):
         with (
             pytest.raises(DeadlineError, match="while other requests"),
-            turnstile.turn(seconds=seconds),
+            queue.turn(seconds=seconds),
         ):
             raise AssertionError("got in")
     assert 0.2 <= time.monotonic() - began < 5
     release.set()
     assert ended(holder)
-    with turnstile.turn(seconds=0.001):
+    with queue.turn(seconds=0.001):
         pass
 
 
 def test_an_error_inside_lets_the_next_one_in() -> None:
-    turnstile = Turnstile()
-    with pytest.raises(ZeroDivisionError), turnstile.turn():
+    queue = RequestQueue()
+    with pytest.raises(ZeroDivisionError), queue.turn():
         raise ZeroDivisionError
 
-    with turnstile.turn():
+    with queue.turn():
         pass
 
 
 def test_closing_stops_the_holder_and_sends_away_who_waits() -> None:
-    turnstile, said = Turnstile(), []
-    stream = endless(turnstile)
+    queue, said = RequestQueue(), []
+    stream = endless(queue)
     began = threading.Event()
 
     def consume() -> None:
@@ -126,7 +125,7 @@ def test_closing_stops_the_holder_and_sends_away_who_waits() -> None:
 
     def ask() -> None:
         try:
-            with turnstile.turn():
+            with queue.turn():
                 said.append("got in")
         except EngineError as error:
             said.append(str(error))
@@ -134,32 +133,32 @@ def test_closing_stops_the_holder_and_sends_away_who_waits() -> None:
     consumer = started(consume)
     assert began.wait(30)
     waiting = [started(ask) for _ in range(5)]
-    wait_until(lambda: len(turnstile._waiting) == 5)
-    with turnstile.closing():
-        inside = turnstile._holder
+    wait_until(lambda: len(queue._waiting) == 5)
+    with queue.closing():
+        inside = queue._holder
 
     assert ended(consumer, *waiting)
     assert inside is not None
     assert said == ["the model is closed; load the artifact again"] * 5
-    with pytest.raises(EngineError, match="the model is closed"), turnstile.turn():
+    with pytest.raises(EngineError, match="the model is closed"), queue.turn():
         pass
 
 
 def test_who_waits_is_sent_away_before_the_holder_ends() -> None:
-    turnstile, refused = Turnstile(), threading.Event()
+    queue, refused = RequestQueue(), threading.Event()
 
     def ask() -> None:
-        with pytest.raises(EngineError, match="closed"), turnstile.turn():
+        with pytest.raises(EngineError, match="closed"), queue.turn():
             pass
         refused.set()
 
     def close() -> None:
-        with turnstile.closing():
+        with queue.closing():
             pass
 
-    with turnstile.turn():
+    with queue.turn():
         asking = started(ask)
-        wait_until(lambda: len(turnstile._waiting) == 1)
+        wait_until(lambda: len(queue._waiting) == 1)
         closing = started(close)
         assert refused.wait(30)
 
@@ -167,18 +166,18 @@ def test_who_waits_is_sent_away_before_the_holder_ends() -> None:
 
 
 def test_two_that_close_at_once_do_so_one_after_the_other() -> None:
-    turnstile, inside, most = Turnstile(), [], []
+    queue, inside, most = RequestQueue(), [], []
 
     def close() -> None:
-        with turnstile.closing():
+        with queue.closing():
             inside.append(1)
             most.append(len(inside))
             time.sleep(0.05)
             inside.pop()
 
-    with turnstile.turn():
+    with queue.turn():
         threads = [started(close) for _ in range(4)]
-        wait_until(lambda: len(turnstile._waiting) == 4)
+        wait_until(lambda: len(queue._waiting) == 4)
         assert not most
 
     assert ended(*threads)
@@ -186,45 +185,46 @@ def test_two_that_close_at_once_do_so_one_after_the_other() -> None:
 
 
 def test_closing_from_inside_a_request_is_refused_and_possible_afterwards() -> None:
-    turnstile = Turnstile()
+    queue = RequestQueue()
     with (
-        turnstile.turn(),
+        queue.turn(),
         pytest.raises(EngineError, match="from inside a request"),
-        turnstile.closing(),
+        queue.closing(),
     ):
         pass
 
-    with turnstile.closing():
+    with queue.closing():
         pass
 
 
 def test_a_stream_dropped_in_a_cycle_does_not_lock_out_its_own_thread() -> None:
-    turnstile = Turnstile()
+    queue = RequestQueue()
     gc.disable()
     try:
-        stream = endless(turnstile)
+        stream = endless(queue)
         next(stream)
         # An exception that a consumer keeps makes such a cycle of its frames.
         cycle = [stream]
         cycle.append(cycle)  # type: ignore[arg-type]
         del stream, cycle
 
-        with turnstile.turn():
+        with queue.turn():
             pass
     finally:
         gc.enable()
 
 
-def test_a_stream_dropped_in_a_cycle_does_not_lock_out_who_waits(
+def test_who_waits_starts_no_collection_and_gets_in_after_the_next_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(turnstile_module, "_LOOK_SECONDS", 0.05)
-    turnstile = Turnstile()
+    queue, collected = RequestQueue(), []
+    collect = gc.collect
+    monkeypatch.setattr(gc, "collect", lambda *_: collected.append(1))
     gc.disable()
     try:
 
         def leave_one() -> None:
-            stream = endless(turnstile)
+            stream = endless(queue)
             next(stream)
             cycle = [stream]
             cycle.append(cycle)  # type: ignore[arg-type]
@@ -233,23 +233,70 @@ def test_a_stream_dropped_in_a_cycle_does_not_lock_out_who_waits(
         got_in = threading.Event()
 
         def ask() -> None:
-            with turnstile.turn():
+            with queue.turn():
                 got_in.set()
 
-        assert ended(started(ask))
+        waiting = [started(ask) for _ in range(3)]
+        wait_until(lambda: len(queue._waiting) == 3)
+        assert not got_in.wait(0.1)
+        collect()
+
+        assert ended(*waiting)
         assert got_in.is_set()
+        assert not collected
     finally:
         gc.enable()
 
 
+def test_a_thread_is_not_taken_for_one_that_has_gone() -> None:
+    queue, said = RequestQueue(), []
+    streams = [endless(queue)]
+    numbers: list[int] = []
+
+    def leave_it() -> None:
+        numbers.append(threading.get_ident())
+        next(streams[0])
+
+    def ask() -> None:
+        numbers.append(threading.get_ident())
+        with pytest.raises(DeadlineError), queue.turn(seconds=0.01):
+            said.append("got in")
+
+    assert ended(started(leave_it))
+    while len(numbers) < 2 or (numbers[0] not in numbers[1:] and len(numbers) < 20):
+        assert ended(started(ask))
+
+    assert numbers[0] in numbers[1:], "the system gave the number to no other thread"
+    assert not said
+    streams.pop().close()
+
+
+def test_a_stream_that_is_dropped_lets_the_next_one_in_without_a_collection() -> None:
+    queue = RequestQueue()
+    gc.disable()
+    try:
+        dropped = started(lambda: next(endless(queue)) and None)
+        assert ended(dropped)
+        with queue.turn(seconds=5):
+            pass
+    finally:
+        gc.enable()
+
+
+def test_a_wait_may_be_longer_than_the_system_counts() -> None:
+    queue = RequestQueue()
+    with queue.turn(seconds=1e300):
+        pass
+
+
 def test_the_thread_that_goes_on_with_a_stream_owns_it() -> None:
-    turnstile = Turnstile()
-    stream = endless(turnstile)
+    queue = RequestQueue()
+    stream = endless(queue)
     assert ended(started(lambda: [next(stream) for _ in range(2)] and None))
 
-    # That thread has gone, and its number may be another's now; here it is ours.
+    # That thread has gone; here the stream is ours.
     next(stream)
-    with pytest.raises(EngineError, match="still has an open stream"), turnstile.turn():
+    with pytest.raises(EngineError, match="still has an open stream"), queue.turn():
         pass
 
     handed_on = threading.Event()
@@ -257,12 +304,12 @@ def test_the_thread_that_goes_on_with_a_stream_owns_it() -> None:
     def consume() -> None:
         next(stream)
         handed_on.set()
-        wait_until(lambda: len(turnstile._waiting) == 1)
+        wait_until(lambda: len(queue._waiting) == 1)
         stream.close()
 
     consumer = started(consume)
     assert handed_on.wait(30)
-    with turnstile.turn():
+    with queue.turn():
         pass
     assert ended(consumer)
 
