@@ -319,7 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     speed.add_argument("--thorough", action="store_true", help="9 rounds, long prompts and answers")
     speed.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add_cache_argument(speed)
-    speed.add_argument("--threads", type=int, default=0, help="0: one a physical core")
+    speed.add_argument("--threads", type=int, default=0, help="0: as many as are allowed")
     speed.add_argument("--allow-slow", action="store_true", help="run a cuda artifact on the CPU")
     add_engine_arguments(parser)
     quality = parser.add_argument_group("quality")

@@ -21,6 +21,7 @@ import numpy as np
 
 from llava_edge.bench.ledger import machine
 from llava_edge.profiles.constants import speed_constants
+from llava_edge.profiles.cpu_limit import read_cpu_limit
 from llava_edge.profiles.detect import MachineFacts, detect_profile, read_machine
 from llava_edge.profiles.errors import ProfileError
 from llava_edge.profiles.hardware import HardwareProfile
@@ -55,6 +56,8 @@ def machine_card(facts: MachineFacts, rates: Rates | None) -> dict[str, Any]:
     return {
         **machine(),
         "usable_cores": usable_cores(),
+        "threads": facts.cpu_cores,
+        "cpu_quota": None if facts.cpus is None else facts.cpus.quota,
         "int8_isa": facts.int8_isa,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -117,9 +120,8 @@ def machine_profile(device: DeviceKind, rates: Rates) -> tuple[HardwareProfile |
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    """Processors that this process may keep busy, by affinity, cpusets and quotas."""
+    return read_cpu_limit().usable
 
 
 def commit(folder: Path = Path(__file__).parent) -> str | None:

@@ -76,7 +76,7 @@ class MeasureSettings:
 
     Attributes:
         device: where artifacts run and what is measured: the host's memory, or the GPU's.
-        threads: of the process that answers; 0 for every physical core.
+        threads: of the process that answers; 0 for as many as are allowed.
         prefill_chunk: positions computed at once in prefill; 0 for the artifact's own.
     """
 

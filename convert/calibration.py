@@ -172,7 +172,7 @@ class CalibrationModel:
             vision: graph, below ``folder``.
             embeddings: table, below ``folder``.
             tokenizer: below ``folder``.
-            threads: of the vision graph; 0 for every physical core.
+            threads: of the vision graph; 0 for as many as are allowed.
             int8_vision: whether the vision graph multiplies int8.
 
         Raises:

@@ -36,6 +36,7 @@ from llava_edge.convert.quantization import (
 from llava_edge.convert.random_checkpoint import RANDOM_KEY
 from llava_edge.convert.reference import REFERENCE
 from llava_edge.convert.request import ConvertRequest
+from llava_edge.convert.torch_threads import allowed_torch_threads
 from llava_edge.convert.verification import Verification
 from llava_edge.convert.verify.digested_source import DigestedSource
 from llava_edge.convert.verify.weights import DIGESTS
@@ -96,6 +97,7 @@ class _Job:
     digest: str
 
 
+@allowed_torch_threads()
 def convert_checkpoint(request: ConvertRequest, report: Report, say: Say) -> Conversion:
     """Convert one checkpoint for one board.
 

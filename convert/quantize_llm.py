@@ -20,8 +20,7 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -52,6 +51,7 @@ from llava_edge.convert.quantized_store import (
     write_layer,
 )
 from llava_edge.convert.rounding import PER_CHANNEL
+from llava_edge.convert.torch_threads import torch_threads
 from llava_edge.profiles.errors import CheckpointError, RequestError
 from llava_edge.runtime.host_memory import map_large_blocks, peak_host_bytes
 
@@ -131,7 +131,7 @@ def quantize_language_model(
     _check_groups(checkpoint, settings)
     digest = source_digest or checkpoint.digest()
     journal = _open_journal(checkpoint, folder, settings, used, digest)
-    with _torch_threads(journal.threads), torch.no_grad():
+    with torch_threads(journal.threads), torch.no_grad():
         map_large_blocks()
         run = _Run(checkpoint, folder, settings, journal, report)
         if used is None:
@@ -362,13 +362,3 @@ def _damage(
     wanted = samples.num_tokens * hidden_size * ITEM_BYTES
     found = path.stat().st_size if path.is_file() else 0
     return None if found == wanted else f"{path.name} has {found} of {wanted} bytes"
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

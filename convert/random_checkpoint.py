@@ -30,6 +30,7 @@ from llava_edge.convert.layouts import expected_tensors, hub_name
 from llava_edge.convert.random_spec import RandomSpec
 from llava_edge.convert.random_tokenizer import FAMILIES, IMAGE_TOKEN, VIDEO_TOKEN, train_tokenizer
 from llava_edge.convert.safetensors_file import write_safetensors
+from llava_edge.profiles.cpu_limit import read_cpu_limit
 from llava_edge.profiles.errors import ExportError, OutputExistsError
 from llava_edge.profiles.model_dims import ModelDims
 
@@ -234,9 +235,7 @@ def _write_weights(folder: Path, dims: ModelDims, seed: int, max_shard_bytes: in
 
 def _threads() -> int:
     """Drawing takes far longer than writing, and numpy lets go of the interpreter meanwhile."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    return min(_MOST_THREADS, cores)
+    return min(_MOST_THREADS, read_cpu_limit().usable)
 
 
 def _split(tensors: Sequence[_Stored], max_bytes: int) -> list[list[_Stored]]:

@@ -6,12 +6,13 @@ barriers inside an operation, and makes a chunk's bytes independent of how many 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+
+from llava_edge.convert.torch_threads import torch_threads
 
 T = TypeVar("T")
 
@@ -37,18 +38,8 @@ def map_rows(shape: Sequence[int], work: Callable[[slice], T], *, small: bool = 
     step = max(_FEWEST_ROWS, _ELEMENTS_AT_A_TIME * _MOST_WORKERS // most // num_columns)
     chunks = [slice(first, min(first + step, num_rows)) for first in range(0, num_rows, step)]
     workers = min(torch.get_num_threads(), len(chunks), most)
-    with _one_torch_thread():
+    with torch_threads(1):
         if workers == 1:
             return [work(rows) for rows in chunks]
         with ThreadPoolExecutor(workers, "rows") as pool:
             return list(pool.map(work, chunks))
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

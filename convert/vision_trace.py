@@ -57,7 +57,7 @@ class VisionTrace:
     Args:
         path: the graph; weights lie beside it.
         pixel_values: float32 [tiles, 3, T, T].
-        threads: of the CPU provider; 0 for all cores.
+        threads: of the CPU provider; 0 for as many as are allowed.
         given: further inputs of the graph, the same for every tile.
 
     Attributes:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import posixpath
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+
+from llava_edge.profiles.cgroups import UNIFIED, group_folders, read_number, read_text
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,7 @@ class _Files:
     them that programs use, as weights that are mapped.
     """
 
-    controllers: str
-    folder: str
+    controller: str
     limit: str
     used: str
     cache: tuple[str, ...]
@@ -26,16 +25,14 @@ class _Files:
 
 _VERSIONS = (
     _Files(
-        controllers="",
-        folder="",
+        controller=UNIFIED,
         limit="memory.max",
         used="memory.current",
         cache=("inactive_file", "active_file"),
         mapped="file_mapped",
     ),
     _Files(
-        controllers="memory",
-        folder="memory",
+        controller="memory",
         limit="memory.limit_in_bytes",
         used="memory.usage_in_bytes",
         cache=("total_inactive_file", "total_active_file"),
@@ -74,7 +71,7 @@ def read_cgroup_memory(root: Path, proc: Path) -> CgroupMemory | None:
     found = [
         limits
         for version in _VERSIONS
-        for folder in _folders(version, root, proc)
+        for folder in group_folders(version.controller, root, proc)
         if (limits := _limits(version, folder)) is not None
     ]
     if not found:
@@ -84,36 +81,13 @@ def read_cgroup_memory(root: Path, proc: Path) -> CgroupMemory | None:
     )
 
 
-def _folders(version: _Files, root: Path, proc: Path) -> Iterator[Path]:
-    top = root / version.folder
-    yield top
-    for line in _read(proc / "self" / "cgroup").splitlines():
-        _, controllers, name = f"{line}::".split(":")[:3]
-        if version.controllers in controllers.split(","):
-            # A group outside our view is written with leading dots.
-            group = PurePosixPath(posixpath.normpath(f"/{name.lstrip('/')}").lstrip("/"))
-            yield from (top / part for part in (group, *group.parents) if part.name)
-
-
 def _limits(version: _Files, folder: Path) -> CgroupMemory | None:
-    limit = _number(_read(folder / version.limit))
+    limit = read_number(read_text(folder / version.limit))
     # Version 1 writes no limit as the largest number of whole pages.
     if limit is None or limit >= 1 << 62:
         return None
-    fields = (line.partition(" ") for line in _read(folder / "memory.stat").splitlines())
-    stat = {name: _number(value) or 0 for name, _, value in fields}
+    fields = (line.partition(" ") for line in read_text(folder / "memory.stat").splitlines())
+    stat = {name: read_number(value) or 0 for name, _, value in fields}
     cache = sum(stat.get(name, 0) for name in version.cache) - stat.get(version.mapped, 0)
-    used = _number(_read(folder / version.used)) or 0
+    used = read_number(read_text(folder / version.used)) or 0
     return CgroupMemory(limit, max(0, limit - max(0, used - max(0, cache))))
-
-
-def _number(text: str) -> int | None:
-    text = text.strip()
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

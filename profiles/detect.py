@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llava_edge.profiles.cgroup_memory import read_cgroup_memory
+from llava_edge.profiles.cgroups import read_text
+from llava_edge.profiles.cpu_limit import CpuLimit, read_cpu_limit
 from llava_edge.profiles.errors import ProfileError
 from llava_edge.profiles.hardware import HardwareProfile, Int8Isa, load_profile
 from llava_edge.profiles.nvml import Gpu, GpuReport, read_gpus
@@ -46,7 +48,8 @@ class MachineFacts:
     """What was found, before it becomes a profile.
 
     ``memory_bytes`` is installed memory or the control group's limit, whichever is less;
-    ``available_bytes`` what of it can be taken now.
+    ``available_bytes`` what of it can be taken now. ``cpu_cores`` are threads that may compute at
+    once here (``CpuLimit.threads``); ``cpus`` tells where they come from.
     """
 
     memory_bytes: int
@@ -57,6 +60,7 @@ class MachineFacts:
     int8_isa: Int8Isa
     board: str | None
     gpus: GpuReport
+    cpus: CpuLimit | None = None
 
 
 def read_machine(root: Path = Path("/"), gpus: GpuReport | None = None) -> MachineFacts:
@@ -78,16 +82,18 @@ def read_machine(root: Path = Path("/"), gpus: GpuReport | None = None) -> Machi
     if group is not None and limited:
         total = group.limit_bytes
         available = min(available, group.free_bytes)
-    cpu = _read(root / "proc" / "cpuinfo")
+    cpu = read_text(root / "proc" / "cpuinfo")
+    cpus = read_cpu_limit(root)
     return MachineFacts(
         memory_bytes=total,
         available_bytes=min(available, total),
         limited_by_cgroup=limited,
         cpu_model=read_cpu_model(cpu),
-        cpu_cores=max(1, sum(line.startswith("processor") for line in cpu.splitlines())),
+        cpu_cores=cpus.threads,
         int8_isa=read_int8_isa(cpu),
         board=read_board(root),
         gpus=read_gpus() if gpus is None else gpus,
+        cpus=cpus,
     )
 
 
@@ -133,7 +139,7 @@ def read_cpu_model(cpuinfo: str) -> str:
 
 def read_board(root: Path = Path("/")) -> str | None:
     """Name of a board with unified memory, as the device tree has it."""
-    model = _read(root / "proc" / "device-tree" / "model").strip("\0 \n")
+    model = read_text(root / "proc" / "device-tree" / "model").strip("\0 \n")
     return model if "Jetson" in model or "DGX Spark" in model else None
 
 
@@ -243,7 +249,7 @@ def _checked(profile: HardwareProfile) -> HardwareProfile:
 
 def _meminfo(path: Path) -> dict[str, int]:
     found: dict[str, int] = {}
-    for line in _read(path).splitlines():
+    for line in read_text(path).splitlines():
         key, _, rest = line.partition(":")
         words = rest.split()
         if words and words[0].isdigit():
@@ -257,10 +263,3 @@ def _cpu_field(cpuinfo: str, key: str) -> str:
         if name.strip() == key:
             return value.strip()
     return ""
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

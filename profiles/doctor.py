@@ -54,13 +54,17 @@ class Diagnosis:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        facts = self.facts
+        facts, cpus = self.facts, self.facts.cpus
         return {
             "architecture": self.architecture,
             "board": facts.board,
             "cpu": {
                 "model": facts.cpu_model,
                 "threads": facts.cpu_cores,
+                "processors": None if cpus is None else cpus.present,
+                "allowed": None if cpus is None else cpus.allowed,
+                "quota": None if cpus is None else cpus.quota,
+                "limited_by": None if cpus is None else cpus.limited_by,
                 "int8_isa": facts.int8_isa,
             },
             "memory": {
@@ -146,7 +150,20 @@ def _memory_findings(facts: MachineFacts, findings: list[str]) -> None:
         "neon-dot": "int8 runs on NEON dot products",
         "none": "no int8 dot products: int8 artifacts for CPUs run through block kernels instead",
     }
-    findings.append(f"CPU: {facts.cpu_model}, {facts.cpu_cores} threads; {meaning[facts.int8_isa]}")
+    findings.append(
+        f"CPU: {facts.cpu_model}, {facts.cpu_cores} threads{_cpu_limit(facts)}; "
+        f"{meaning[facts.int8_isa]}"
+    )
+
+
+def _cpu_limit(facts: MachineFacts) -> str:
+    cpus = facts.cpus
+    if cpus is None or cpus.limited_by is None:
+        return ""
+    if cpus.limited_by == "quota":
+        granted = f"{cpus.quota:.3g} of {cpus.present}"
+        return f" (a control group grants the time of {granted} processors)"
+    return f" (affinity or a cpuset allows {cpus.allowed} of {cpus.present} processors)"
 
 
 def _gpu_findings(facts: MachineFacts, findings: list[str]) -> None:

@@ -43,6 +43,7 @@ class LoadedParts:
         answerer: the way of a request through all of them.
         degraded: what was given up to fit the memory that was free; empty if nothing.
         off_device: nodes that run elsewhere than asked; see ``Answer``.
+        threads: of the CPU provider.
     """
 
     tokenizer: Tokenizer
@@ -53,6 +54,7 @@ class LoadedParts:
     answerer: Answerer
     degraded: tuple[str, ...]
     off_device: tuple[str, ...]
+    threads: int
 
 
 def open_parts(
@@ -149,5 +151,7 @@ def open_parts(
         degraded,
         tuple(off_device),
     )
-    nodes = tuple(off_device)
-    return LoadedParts(tokenizer, requests, table, tower, decoder, answerer, degraded, nodes)
+    nodes, threads = tuple(off_device), session.threads
+    return LoadedParts(
+        tokenizer, requests, table, tower, decoder, answerer, degraded, nodes, threads
+    )

@@ -63,6 +63,7 @@ class LlavaEdge:
     Attributes:
         artifact: what was opened.
         device: where the decoder runs.
+        threads: of the CPU provider.
         engine: what runs the vision tower.
         cache: type of keys and values.
         degraded: what was given up to fit the memory that was free at load; empty if nothing.
@@ -80,6 +81,7 @@ class LlavaEdge:
         parts = open_parts(artifact, device, fit, options, progress)
         self.artifact = artifact
         self.device = device
+        self.threads = parts.threads
         self.engine: EngineName = parts.tower.engine
         self.cache: CacheType = fit.cache
         self.degraded = parts.degraded
@@ -125,7 +127,8 @@ class LlavaEdge:
             artifact: folder that ``llava-edge convert`` wrote.
             device: ``auto`` takes what the artifact was made for. A cpu artifact does not run on
                 cuda; a cuda artifact runs on the CPU only with ``allow_slow``.
-            threads: of the CPU provider; 0 lets it take every physical core.
+            threads: of the CPU provider; 0 for as many as this process may use, by affinity,
+                cpusets and CPU quotas.
             context_tokens: positions of the cache, at most the artifact's; fewer take less memory.
                 Left out, it is the artifact's, or as many as fit the memory that is free now and
                 at least one image of the largest grid with some text; ``degraded`` then says so.

@@ -213,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--context", type=int, help="positions of the cache; default: the plan's")
     add_cache_argument(parser)
-    parser.add_argument("--threads", type=int, default=0, help="0: one a physical core")
+    parser.add_argument("--threads", type=int, default=0, help="0: as many as are allowed")
     parser.add_argument("--require-verified", action="store_true")
     parser.add_argument("--allow-slow", action="store_true", help="run a cuda artifact on the CPU")
     add_engine_arguments(parser)

@@ -25,6 +25,7 @@ import numpy as np
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import onnxruntime as ort
 
+from llava_edge.profiles.cpu_limit import read_cpu_limit
 from llava_edge.profiles.errors import EngineError, LlavaEdgeError, OutOfMemoryError
 from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.cuda_libraries import nvidia_folders
@@ -227,7 +228,9 @@ class SessionOptions:
 
     Attributes:
         device: where it runs.
-        threads: 0 lets ONNX Runtime take every physical core.
+        threads: 0 for as many as this process may use (``CpuLimit.threads``). Left to itself, ONNX
+            Runtime takes every physical core of the machine and binds threads to them, whatever
+            affinity and quotas leave.
         log_level: ONNX Runtime's; 4 is fatal errors only. Others come as exceptions, and would be
             written on stderr as well.
         wide_sums: int8 products are summed in 32 bits, see ``needs_wide_sums``.
@@ -252,6 +255,7 @@ class Session:
     """One graph, loaded.
 
     Attributes:
+        threads: that compute on the CPU at once.
         run_seconds: adds up the time spent inside ONNX Runtime.
         off_device: nodes that compute and that ONNX Runtime put on the CPU although another device
             was asked for, as ``op_type name``. Nodes of sizes alone belong there and are left out.
@@ -281,7 +285,12 @@ class Session:
         settings = ort.SessionOptions()
         for key, value in entries.items():
             settings.add_session_config_entry(key, value)
-        settings.intra_op_num_threads = options.threads
+        limit = read_cpu_limit()
+        self.threads = options.threads or limit.threads
+        settings.intra_op_num_threads = self.threads
+        if limit.limited_by == "quota":
+            # Threads that wait busily spend the quota, and then all of them stand still.
+            settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         settings.log_severity_level = options.log_level
         if options.wide_sums:
             settings.add_session_config_entry("session.x64quantprecision", "1")

@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         help="how much is compared with the checkpoint; default: quick",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=int, default=0, help="0: one a physical core")
+    parser.add_argument("--threads", type=int, default=0, help="0: as many as are allowed")
     parser.add_argument("--allow-slow", action="store_true", help="run a cuda artifact on the CPU")
     add_cache_argument(parser)
     add_engine_arguments(parser)

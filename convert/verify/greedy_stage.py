@@ -43,7 +43,7 @@ def greedy_tokens(
         probes: the questions.
         reference: reads the answers.
         bounds: of the artifact's form.
-        threads: of the CPU provider; 0 for all cores.
+        threads: of the CPU provider; 0 for as many as are allowed.
 
     Raises:
         LlavaEdgeError: the artifact does not answer.

@@ -39,7 +39,7 @@ class Subject:
         artifact: opened.
         memory_bytes: what the decoder's weights may take at once; layers are taken in groups of as
             many as fit, and all at once where all do. None takes all.
-        threads: of the CPU provider; 0 for all cores.
+        threads: of the CPU provider; 0 for as many as are allowed.
     """
 
     def __init__(self, artifact: Artifact, memory_bytes: int | None, threads: int = 0) -> None:

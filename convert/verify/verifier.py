@@ -12,6 +12,7 @@ import numpy as np
 
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.reference import REFERENCE
+from llava_edge.convert.torch_threads import allowed_torch_threads
 from llava_edge.convert.verify.answer_stages import AnswerStages
 from llava_edge.convert.verify.cache_stage import CacheStage
 from llava_edge.convert.verify.deviation import first_decoder_deviation, first_vision_deviation
@@ -66,7 +67,7 @@ class VerifyOptions:
         mode: ``quick``: text and the cheapest grid; ``full``: every grid, the whole graph at once,
             and the memory of a fresh process.
         memory_bytes: what the decoder's weights may take at once in ``quick``; None for all.
-        threads: of the CPU provider; 0 for all cores.
+        threads: of the CPU provider; 0 for as many as are allowed.
     """
 
     mode: Mode = "quick"
@@ -269,6 +270,7 @@ def golden_probes(
     return [golden_probe(reference.answer(p, remember=True)) for p in probes], reference
 
 
+@allowed_torch_threads()
 def verify_artifact(
     artifact: Artifact,
     checkpoint: Checkpoint,

@@ -57,6 +57,12 @@ def test_memory_and_cpu_are_read_from_proc(make_root: MakeRoot) -> None:
     assert not found.limited_by_cgroup
 
 
+def test_a_machine_counts_the_processors_that_are_allowed(make_root: MakeRoot) -> None:
+    found = read_machine(make_root(**{"sys/fs/cgroup/cpu.max": "100000 100000\n"}), NO_GPU)
+    assert found.cpu_cores == 1
+    assert detect_profile(found).title == "Some CPU, 1 threads"
+
+
 @pytest.mark.parametrize(
     "files",
     [

@@ -1,8 +1,10 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
+from llava_edge.profiles.cpu_limit import CpuLimit
 from llava_edge.profiles.detect import MachineFacts
 from llava_edge.profiles.doctor import Diagnosis, diagnose, main
 from llava_edge.profiles.hardware import Int8Isa
@@ -132,6 +134,27 @@ def test_it_says_what_runs_the_tower_and_why_the_others_do_not(
 
 def test_missing_int8_instructions_are_said() -> None:
     assert any("no int8 dot products" in f for f in examine(machine(isa="none")).findings)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "text"),
+    [
+        (CpuLimit(8, 8, 4), "CPU: CPU, 4 threads; "),
+        (CpuLimit(64, 2, 2), "2 threads (affinity or a cpuset allows 2 of 64 processors)"),
+        (
+            CpuLimit(64, 64, 32, 1.5),
+            "1 threads (a control group grants the time of 1.5 of 64 processors)",
+        ),
+    ],
+)
+def test_threads_are_those_that_a_model_is_loaded_with(cpus: CpuLimit, text: str) -> None:
+    facts = replace(machine(), cpu_cores=cpus.threads, cpus=cpus)
+    found = examine(facts)
+    assert any(text in line for line in found.findings)
+    cpu = found.to_json()["cpu"]
+    assert cpu["threads"] == cpus.threads
+    assert (cpu["processors"], cpu["allowed"]) == (cpus.present, cpus.allowed)
+    assert (cpu["quota"], cpu["limited_by"]) == (cpus.quota, cpus.limited_by)
 
 
 def test_the_command_ends_with_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:

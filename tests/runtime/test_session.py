@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,12 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
+from llava_edge.profiles.cpu_limit import CpuLimit
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError
+from llava_edge.runtime import session as session_module
 from llava_edge.runtime.session import Buffer, Session, SessionOptions, _map_error
+
+_SPINNING = "session.intra_op.allow_spinning"
 
 BEYOND_A_LIMIT = """
 import json, numpy, onnxruntime as ort
@@ -116,3 +121,47 @@ def test_a_run_that_fails_is_an_error_and_no_word(
         with pytest.raises(EngineError, match="failed while running"):
             binding.run(shrink=shrink)
     assert tuple(capfd.readouterr()) == ("", "")
+
+
+_CROWD = """
+import os, sys
+from pathlib import Path
+os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+from llava_edge.runtime.session import Session, SessionOptions
+tasks = lambda: {int(name) for name in os.listdir("/proc/self/task")}
+before = tasks()
+session = Session.from_bytes(Path(sys.argv[1]).read_bytes(), Path("."), SessionOptions())
+print(session.threads, len(tasks() - before), {len(os.sched_getaffinity(t)) for t in tasks()})
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+def test_a_process_that_may_use_one_processor_gets_no_threads_that_wait_for_it(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "graph").write_bytes(graph("w"))
+    command = [sys.executable, "-c", _CROWD, str(tmp_path / "graph")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    # One thread, none beside it, and none that is bound to a processor outside.
+    assert done.stdout == "1 0 {1}\n", done.stderr
+
+
+def _opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: CpuLimit) -> tuple[int, str]:
+    """Threads of a session, and whether they wait busily (``1``, or nothing said)."""
+    monkeypatch.setattr(session_module, "read_cpu_limit", lambda: limit)
+    session = Session.from_bytes(graph("w"), tmp_path, SessionOptions())
+    options = session._session.get_session_options()
+    assert options.intra_op_num_threads == session.threads
+    try:
+        return session.threads, options.get_session_config_entry(_SPINNING)
+    except RuntimeError:
+        return session.threads, ""
+
+
+def test_threads_are_as_many_as_are_allowed_and_spend_no_quota_on_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _opened(tmp_path, monkeypatch, CpuLimit(8, 8, 4)) == (4, "")
+    assert _opened(tmp_path, monkeypatch, CpuLimit(8, 3, 3)) == (3, "")
+    assert _opened(tmp_path, monkeypatch, CpuLimit(8, 8, 8, quota=2.0)) == (2, "0")
+    assert _opened(tmp_path, monkeypatch, CpuLimit(8, 2, 2, quota=4.0)) == (2, "")
