@@ -12,7 +12,7 @@ from typing import Any
 
 from llava_edge.convert.quantized_formats import describe_method
 from llava_edge.convert.rounding import GROUP_SIZES
-from llava_edge.profiles.errors import CheckpointError
+from llava_edge.profiles.errors import CheckpointError, printable
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ def read_gptq_settings(
             else ""
         )
         raise CheckpointError(
-            f"config.json says that the weights are already quantised ({method!r:.80}). Read are "
-            "GPTQ checkpoints only; quantising twice loses accuracy that no check could give back. "
+            "config.json says that the weights are already quantised "
+            f"({printable(str(method))}). Read are GPTQ checkpoints only; quantising twice loses "
+            "accuracy that no check could give back. "
             f"Next step, {describe_method(method)}.{stale}"
         )
     faults = _faults(found)

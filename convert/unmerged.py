@@ -120,8 +120,8 @@ def describe_parts(folder: Path) -> str | None:
     if parts := _some(names, r"pytorch_model_fsdp_\d+|.*\.distcp|\.metadata"):
         return (
             f"{folder} is a sharded FSDP checkpoint ({shorten(parts)}). Put it together: "
-            "accelerate merge-weights FOLDER MERGED, FOLDER being the one with the .distcp files; it writes "
-            "safetensors. Copy config, processor and tokenizer files to it."
+            "accelerate merge-weights FOLDER MERGED, FOLDER being the one with the .distcp files; "
+            "it writes safetensors. Copy config, processor and tokenizer files to it."
         )
     if exists(folder / _PROJECTOR):
         return (

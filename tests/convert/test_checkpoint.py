@@ -432,7 +432,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "unknown model": (lambda f: change_config(f, model_type="blip"), ("'blip'",)),
     "quantised": (
         lambda f: change_config(f, quantization_config={"quant_method": "awq"}),
-        ("already quantised ('awq')",),
+        ("already quantised (awq)",),
     ),
     "no weights": (no_weights, ("holds no *.safetensors",)),
     "pickles only": (

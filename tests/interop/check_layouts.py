@@ -4,9 +4,9 @@
 
 Installs the newest patch of every minor release from 4.39 on, one at a time, below
 ``build/layouts`` and beside the torch of this interpreter; runs ``save_layouts.py`` in it; and
-writes what it found to ``tests/data/saved_layouts.json``. Releases that are given on the command line are found anew,
-the others are kept. Exit 1 where a release cannot be installed, or loads something else than it
-saved, unless the data say so already.
+writes what it found to ``tests/data/saved_layouts.json``. Releases that are given on the command
+line are found anew, the others are kept. Exit 1 where a release cannot be installed, or loads
+something else than it saved, unless the data say so already.
 """
 
 from __future__ import annotations
