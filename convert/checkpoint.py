@@ -7,7 +7,7 @@ later stage meets a missing shard or a tensor of another shape after an hour of 
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +19,17 @@ from numpy.typing import NDArray
 
 from llava_edge.convert import original_config
 from llava_edge.convert.gptq_settings import GptqSettings, read_gptq_settings
-from llava_edge.convert.layouts import canonical_tensors
+from llava_edge.convert.layouts import ORIGINAL, canonical_tensors, is_buffer, read_name
+from llava_edge.convert.quantized_formats import find_format
 from llava_edge.convert.safetensors_file import TensorRef, read_header, read_tensor
+from llava_edge.convert.text_files import exists, open_file, read_object, size_limit
+from llava_edge.convert.unmerged import (
+    ADAPTER_CONFIG,
+    adapter_message,
+    describe_parts,
+    is_adapter_tensor,
+    refuse_adapter,
+)
 from llava_edge.profiles.errors import CheckpointError, shorten
 from llava_edge.profiles.model_dims import ModelDims
 
@@ -31,7 +40,30 @@ CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 QUANTIZE_CONFIG_FILE = "quantize_config.json"
-_MAX_JSON_BYTES = 64 << 20
+READ_BY_NAME = (
+    CONFIG_FILE,
+    INDEX_FILE,
+    QUANTIZE_CONFIG_FILE,
+    ADAPTER_CONFIG,
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""Text files of a checkpoint that this project or transformers opens by their names."""
+
+_MAX_FILES = 4096
+_MAX_TENSORS = 1 << 17
 _BLOCK_BYTES = 1 << 22
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -48,7 +80,8 @@ class Checkpoint:
         folder: where it lies.
         config: configuration in the words of Hugging Face, also for original checkpoints.
         dims: sizes read from it; ``tie_word_embeddings`` says whether the head really is shared.
-        layout: ``hub``, ``transformers-4.52``, ``transformers-5.6`` or ``original``.
+        layout: what its tensors' names are like, ``original`` where they and ``config.json`` are
+            those of the LLaVA repositories.
         tensors: canonical names (see ``layouts``) to places in files.
         weight_files: files that hold the weights, sorted by name.
         source_id: hub id where the folder lies in a hub cache, else the folder's name.
@@ -132,15 +165,12 @@ class Checkpoint:
         Raises:
             CheckpointError: a Hugging Face checkpoint has neither file, or one is no JSON object.
         """
-        own = _optional_json(self.folder / "preprocessor_config.json")
-        if own is not None:
-            return own
-        nested = (_optional_json(self.folder / "processor_config.json") or {}).get(
-            "image_processor"
-        )
+        if exists(file := self.folder / "preprocessor_config.json"):
+            return _without_idle_crop(read_object(file))
+        nested = read_object(self.folder / "processor_config.json").get("image_processor")
         if isinstance(nested, dict):
-            return nested
-        if self.layout != "original":
+            return _without_idle_crop(nested)
+        if self.layout != ORIGINAL:
             raise CheckpointError(
                 f"{self.folder} has neither preprocessor_config.json nor an image_processor entry "
                 "in processor_config.json; without them the pixel values are a guess. Copy the "
@@ -174,13 +204,11 @@ class Checkpoint:
         Raises:
             CheckpointError: there is none of them, or one is no JSON object.
         """
-        nested = (_optional_json(self.folder / "processor_config.json") or {}).get(
-            "video_processor"
-        )
+        nested = read_object(self.folder / "processor_config.json").get("video_processor")
         if isinstance(nested, dict):
             return nested
-        own = _optional_json(self.folder / "video_preprocessor_config.json")
-        return self.preprocessor_config() if own is None else own
+        file = self.folder / "video_preprocessor_config.json"
+        return read_object(file) if exists(file) else self.preprocessor_config()
 
     def generation_config(self) -> dict[str, Any]:
         """``generation_config.json``, or nothing where there is none.
@@ -188,7 +216,7 @@ class Checkpoint:
         Raises:
             CheckpointError: the file is no JSON object.
         """
-        return _optional_json(self.folder / "generation_config.json") or {}
+        return read_object(self.folder / "generation_config.json")
 
 
 def open_checkpoint(
@@ -210,13 +238,25 @@ def open_checkpoint(
         raise CheckpointError(
             f"{folder} is no folder. Give a folder with config.json and safetensors files."
         )
-    raw = _required_json(folder / CONFIG_FILE)
-    gptq = read_gptq_settings(raw, _optional_json(folder / QUANTIZE_CONFIG_FILE))
+    _check_files(folder)
+    refuse_adapter(folder)
+    if not exists(folder / CONFIG_FILE):
+        raise CheckpointError(
+            describe_parts(folder)
+            or f"{folder} has no {CONFIG_FILE}. Give the folder that holds it next to the weights."
+        )
+    raw = read_object(folder / CONFIG_FILE)
     config = original_config.to_hugging_face(raw) if original_config.is_original(raw) else raw
     dims = ModelDims.from_config(config)
     files = _weight_files(folder)
-    layout, tensors = canonical_tensors(_read_headers(folder, files), dims, gptq)
-    if (layout == "original") != original_config.is_original(raw):
+    stored = _read_headers(folder, files)
+    gptq = read_gptq_settings(
+        raw,
+        read_object(folder / QUANTIZE_CONFIG_FILE),
+        plain=find_format(stored, {ref.dtype for ref in stored.values()}) is None,
+    )
+    layout, tensors = canonical_tensors(stored, dims, gptq)
+    if (layout == ORIGINAL) != original_config.is_original(raw):
         raise CheckpointError(
             f"{folder} has weights in the {layout} layout and a config.json of the other kind. "
             "Take both from one repository."
@@ -238,17 +278,47 @@ def open_checkpoint(
     )
 
 
+def _without_idle_crop(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings whose ``crop_size`` is null crop nothing, whatever ``do_center_crop`` says.
+
+    Releases before 5 read null that way; later ones refuse the pair before they look at an image.
+    """
+    if "crop_size" in settings and settings["crop_size"] is None:
+        return {**settings, "do_center_crop": False}
+    return settings
+
+
+def _check_files(folder: Path) -> None:
+    """Pipes, devices and files of no bounded size, all together, before anything is opened.
+
+    Libraries open the same files by their names, without looking first.
+    """
+    faults: list[str] = []
+    templates = folder / "additional_chat_templates"
+    for file in (*(folder / name for name in READ_BY_NAME), *sorted(templates.glob("*.jinja"))):
+        if not exists(file):
+            continue
+        try:
+            with open_file(file) as descriptor:
+                size, limit = os.fstat(descriptor).st_size, size_limit(file.name)
+                if size > limit:
+                    faults.append(f"{file.name} has {size} bytes; such files have at most {limit}")
+        except CheckpointError as error:
+            faults.append(str(error))
+    if faults:
+        listed = "\n  - ".join(faults)
+        raise CheckpointError(f"{folder} cannot be read:\n  - {listed}")
+
+
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up the model, in transformers' order of preference."""
-    if (folder / SINGLE_FILE).is_file():
+    if exists(folder / SINGLE_FILE):
         return [folder / SINGLE_FILE]
-    if (folder / INDEX_FILE).is_file():
+    if exists(folder / INDEX_FILE):
         return _indexed_files(folder)
-    found = sorted(
-        file for file in folder.glob("*.safetensors") if file.name != "adapter_model.safetensors"
-    )
+    found = sorted(folder.glob("*.safetensors"))
     if not found:
-        raise CheckpointError(_no_weights(folder))
+        raise CheckpointError(describe_parts(folder) or _no_weights(folder))
     _check_shard_count(folder, found)
     return found
 
@@ -261,7 +331,11 @@ def _indexed_files(folder: Path) -> list[Path]:
             f"{INDEX_FILE} names files outside the folder: {shorten(outside)}. Weight files are "
             "plain names next to the index; do not use this checkpoint unless you know why."
         )
-    missing = [name for name in names if not (folder / name).is_file()]
+    if len(names) > _MAX_FILES:
+        raise CheckpointError(
+            f"{INDEX_FILE} names {len(names)} files; at most {_MAX_FILES} are read. Fetch it again."
+        )
+    missing = [name for name in names if not exists(folder / name)]
     if missing:
         raise CheckpointError(
             f"{folder} is incomplete: {INDEX_FILE} names {len(names)} files, missing are "
@@ -271,7 +345,7 @@ def _indexed_files(folder: Path) -> list[Path]:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    mapping = _required_json(folder / INDEX_FILE).get("weight_map")
+    mapping = read_object(folder / INDEX_FILE).get("weight_map")
     if (
         not isinstance(mapping, dict)
         or not mapping
@@ -335,18 +409,30 @@ def _read_headers(folder: Path, files: Sequence[Path]) -> dict[str, TensorRef]:
             if name in stored
         ]
         stored.update(header)
-    if not faults and (folder / INDEX_FILE).is_file() and files[0].name != SINGLE_FILE:
+        if len(stored) > _MAX_TENSORS:
+            raise CheckpointError(
+                f"{folder} holds more than {_MAX_TENSORS} tensors, which no such model has."
+            )
+    if not faults and files[0].name != SINGLE_FILE and exists(folder / INDEX_FILE):
         absent = [
             f"{name} (in {file})"
             for name, file in _weight_map(folder).items()
-            if name not in stored or stored[name].file.name != file
+            if (name not in stored or stored[name].file.name != file) and not _may_be_absent(name)
         ]
         if absent:
             faults.append(f"{INDEX_FILE} names tensors that are not there: {shorten(absent)}")
     if faults:
         listed = "\n  - ".join(faults)
         raise CheckpointError(f"{folder} cannot be read:\n  - {listed}")
+    if adapters := [name for name in stored if is_adapter_tensor(name)]:
+        raise CheckpointError(adapter_message(folder, f"tensors are named {shorten(adapters, 2)}"))
     return stored
+
+
+def _may_be_absent(name: str) -> bool:
+    """Indexes of old tools list computed buffers and the second name of a shared head."""
+    read = read_name(name)
+    return is_buffer(name) or (read is not None and read.part == "head")
 
 
 def _hub_origin(folder: Path) -> tuple[str | None, str | None]:
@@ -356,25 +442,3 @@ def _hub_origin(folder: Path) -> tuple[str | None, str | None]:
         return None, None
     match = _SNAPSHOT.fullmatch(absolute.parent.parent.name)
     return (f"{match['owner']}/{match['name']}", absolute.name) if match else (None, None)
-
-
-def _optional_json(file: Path) -> dict[str, Any] | None:
-    return _required_json(file) if file.is_file() else None
-
-
-def _required_json(file: Path) -> dict[str, Any]:
-    try:
-        if file.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(
-                f"{file} has more than {_MAX_JSON_BYTES} bytes, which no such file has."
-            )
-        value = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{file.parent} has no {file.name}. Give the folder that holds it next to the weights."
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is no valid JSON: {error}. Fetch it again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} holds no JSON object. Fetch it again.")
-    return value

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llava_edge.convert.quantized_formats import describe_method
 from llava_edge.convert.rounding import GROUP_SIZES
-from llava_edge.profiles.errors import CheckpointError
+from llava_edge.profiles.errors import CheckpointError, printable
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,17 @@ class GptqSettings:
 
 
 def read_gptq_settings(
-    config: Mapping[str, Any], quantize_config: Mapping[str, Any] | None = None
+    config: Mapping[str, Any],
+    quantize_config: Mapping[str, Any] | None = None,
+    *,
+    plain: bool = False,
 ) -> GptqSettings | None:
     """Read the settings of a quantised checkpoint; None where nothing is quantised.
 
     Args:
         config: ``config.json``.
         quantize_config: ``quantize_config.json``, which older tools write instead.
+        plain: whether the names and types of the tensors are those of weights as they were trained.
 
     Raises:
         CheckpointError: the weights cannot be kept faithfully; all reasons are listed.
@@ -44,10 +49,17 @@ def read_gptq_settings(
         return None
     method = found.get("quant_method") if isinstance(found, Mapping) else found
     if not isinstance(found, Mapping) or method != "gptq":
+        stale = (
+            " The tensors themselves are not quantised: where the model was merged after QLoRA "
+            "training, the entry is left over and can be removed from config.json."
+            if plain
+            else ""
+        )
         raise CheckpointError(
-            f"config.json says that the weights are already quantised ({method!s:.80}). Read are "
-            "GPTQ checkpoints only; quantising twice loses accuracy that no check could give back. "
-            "Give the float16 or bfloat16 checkpoint."
+            "config.json says that the weights are already quantised "
+            f"({printable(str(method))}). Read are GPTQ checkpoints only; quantising twice loses "
+            "accuracy that no check could give back. "
+            f"Next step, {describe_method(method)}.{stale}"
         )
     faults = _faults(found)
     if faults:

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge.convert.checkpoint import QUANTIZE_CONFIG_FILE, Checkpoint
-from llava_edge.convert.layouts import expected_tensors, hub_name
+from llava_edge.convert.expected_tensors import expected_tensors
+from llava_edge.convert.layouts import hub_name
 from llava_edge.convert.packing import GptqTensors, to_gptq
 from llava_edge.convert.quantized_source import LINEARS, QuantizedSource, linear_name
 from llava_edge.convert.safetensors_file import DTYPE_BYTES, write_safetensors

@@ -8,8 +8,11 @@ from pathlib import Path
 
 from llava_edge.convert.checkpoint import CONFIG_FILE
 from llava_edge.convert.hub_files import RemoteFile
+from llava_edge.convert.text_files import read_bytes
+from llava_edge.profiles.errors import CheckpointError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_MAX_REF_BYTES = 1024
 
 
 def storage_folder(cache: Path, repo_id: str) -> Path:
@@ -46,8 +49,9 @@ def cached_commit(storage: Path, revision: str | None) -> str | None:
         named: str | None = revision
     else:
         try:
-            named = (storage / "refs" / (revision or "main")).read_text("utf-8").strip()
-        except (OSError, ValueError):
+            ref = read_bytes(storage / "refs" / (revision or "main"), _MAX_REF_BYTES)
+            named = ref.decode("utf-8").strip()
+        except (CheckpointError, ValueError):
             present = [s.name for s in snapshots.iterdir()] if snapshots.is_dir() else []
             named = present[0] if revision is None and len(present) == 1 else None
     if named is None or not _COMMIT.fullmatch(named):

@@ -44,6 +44,13 @@ def needed_files(repo_id: str, siblings: Sequence[Any]) -> tuple[RemoteFile, ...
     # Weights of other frameworks and exports lie in sub-folders; a checkpoint itself does not.
     top = [name for name in files if "/" not in name and "\\" not in name]
     weights = _weight_names(top)
+    if not weights and any(name.startswith(("adapter_config.", "adapter_model.")) for name in top):
+        raise HubError(
+            f"{repo_id} is an adapter, not a model: it holds adapter_* files and no weights of its "
+            "own. Fetch it, merge it into its base model (adapter_config.json names it; PEFT: "
+            "PeftModel.from_pretrained(model, FOLDER).merge_and_unload()), save the whole and give "
+            "that folder."
+        )
     if not weights:
         pickles = [name for name in top if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         found = (

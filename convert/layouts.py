@@ -8,22 +8,29 @@ Canonical names are those of transformers, less its changing prefixes::
     lm_head.weight                          vision_tower.encoder.layers.N.…
     image_newline                           multi_modal_projector.linear_1.weight …
 
-The layout is decided once a checkpoint: in the original files a bare ``model.`` is the language
-model, in newer in-memory names it is the whole, so deciding key by key would mix the two.
+A stored name is a canonical one behind containers: ``model.``, ``language_model.``, a tower's
+``vision_tower.`` and ``vision_model.``. Which of them, how often and in which order has changed
+with every few releases, and raw state dicts, mixed mappings and training wrappers add more. What
+follows them has never changed, and no two parts of the model share a first word there. So one rule
+per part reads all of them, in any combination. One thing is asked of the whole: within a part all
+names have the same prefix, else the files come from two checkpoints.
 
-Sources: transformers 4.51 to 5.23 ``modeling_llava_next.py`` and ``conversion_mapping.py``; the
-original LLaVA ``llava/model/llava_arch.py``.
+Sources: what each release from 4.39 on writes, ``tests/data/saved_layouts.json``; the original
+LLaVA ``llava/model/llava_arch.py``; torch's wrappers for compilation, DDP, FSDP, checkpointing.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from llava_edge.convert.expected_tensors import expected_tensors, with_gptq
 from llava_edge.convert.gptq_settings import GptqSettings
+from llava_edge.convert.quantized_formats import find_format
 from llava_edge.convert.safetensors_file import TensorRef
-from llava_edge.profiles.errors import CheckpointError, shorten
-from llava_edge.profiles.model_dims import ModelDims, TextDims, VisionDims
+from llava_edge.profiles.errors import CheckpointError, printable, shorten
+from llava_edge.profiles.model_dims import ModelDims
 
 WEIGHT_DTYPES = frozenset({"F16", "BF16", "F32"})
 """Types in which a weight may be stored."""
@@ -31,65 +38,67 @@ WEIGHT_DTYPES = frozenset({"F16", "BF16", "F32"})
 GPTQ_INTEGERS = (".qweight", ".qzeros", ".g_idx")
 """Endings of the int32 tensors of a GPTQ layer, which stand beside its ``.scales``."""
 
-ADAPTER_PREFIX = "base_model.model."
+ORIGINAL = "original"
+"""Layout of the original LLaVA repositories."""
 
-_Shape = tuple[int, ...]
+_WRAPPERS = frozenset(
+    {
+        "_checkpoint_wrapped_module",
+        "_forward_module",
+        "_fpw_module",
+        "_fsdp_wrapped_module",
+        "_orig_mod",
+        "module",
+    }
+)
+"""Modules that training puts around others; no module of a model is called so."""
+
+_ADAPTER = r"(?:base_model\.model\.)?"
+_TEXT = r"(?:(?:model|language_model)\.)*"
+_WHOLE = r"(?:model\.)*"
+_RULES = (
+    ("decoder", rf"{_ADAPTER}{_TEXT}(?=(?:embed_tokens|layers|norm)\.)", "language_model."),
+    ("head", rf"{_ADAPTER}{_TEXT}(?=lm_head\.)", ""),
+    (
+        "tower",
+        rf"{_ADAPTER}{_WHOLE}(?:(?:vision_tower|vision_model)\.)+"
+        r"(?=(?:embeddings|pre_layrnorm|encoder|post_layernorm)\.)",
+        "vision_tower.",
+    ),
+    ("projector", rf"{_ADAPTER}{_WHOLE}(?=multi_modal_projector\.)", ""),
+    ("projector", rf"{_ADAPTER}{_WHOLE}mm_projector\.0\.", "multi_modal_projector.linear_1."),
+    ("projector", rf"{_ADAPTER}{_WHOLE}mm_projector\.2\.", "multi_modal_projector.linear_2."),
+    ("newline", rf"{_ADAPTER}{_WHOLE}(?=image_newline$)", ""),
+)
+_COMPILED = tuple((part, re.compile(pattern), to) for part, pattern, to in _RULES)
+_HUB = (
+    ("lm_head.", "language_model.lm_head."),
+    ("language_model.", "language_model.model."),
+    ("vision_tower.", "vision_tower.vision_model."),
+    ("multi_modal_projector.", "multi_modal_projector."),
+    ("image_newline", "image_newline"),
+)
+_DECODERS = {
+    "language_model.model.": "hub",
+    "model.language_model.": "transformers-5.6",
+    "model.language_model.model.": "transformers-5.5",
+}
+_BUFFER_ENDINGS = (
+    ".rotary_emb.inv_freq",
+    ".rotary_emb.original_inv_freq",
+    ".rotary_emb.cos_cached",
+    ".rotary_emb.sin_cached",
+    ".position_ids",
+)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """One naming scheme: ``prefixes`` are (stored, canonical), the first that fits is taken."""
+class ReadName:
+    """A stored name: the part of the model, what stands before the rest, the canonical name."""
 
-    name: str
-    prefixes: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class ExpectedTensors:
-    """Canonical names and shapes: ``required`` for the graphs, ``optional`` never read."""
-
-    required: Mapping[str, _Shape]
-    optional: Mapping[str, _Shape]
-
-
-_PROJECTOR = ("multi_modal_projector.", "multi_modal_projector.")
-
-HUB = Layout(
-    "hub",
-    (
-        ("language_model.model.", "language_model."),
-        ("language_model.lm_head.", "lm_head."),
-        ("lm_head.", "lm_head."),
-        ("vision_tower.vision_model.", "vision_tower."),
-        _PROJECTOR,
-        ("image_newline", "image_newline"),
-        # transformers 5.4 and 5.5 left this one name unmapped when saving.
-        ("model.image_newline", "image_newline"),
-    ),
-)
-MEMORY_4_52 = Layout(
-    "transformers-4.52",
-    (
-        ("model.language_model.", "language_model."),
-        ("lm_head.", "lm_head."),
-        ("model.vision_tower.vision_model.", "vision_tower."),
-        ("model.multi_modal_projector.", "multi_modal_projector."),
-        ("model.image_newline", "image_newline"),
-    ),
-)
-ORIGINAL = Layout(
-    "original",
-    (
-        ("model.embed_tokens.", "language_model.embed_tokens."),
-        ("model.layers.", "language_model.layers."),
-        ("model.norm.", "language_model.norm."),
-        ("lm_head.", "lm_head."),
-        ("model.vision_tower.vision_tower.vision_model.", "vision_tower."),
-        ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
-        ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
-        ("model.image_newline", "image_newline"),
-    ),
-)
+    part: str
+    prefix: str
+    canonical: str
 
 
 def hub_name(canonical: str) -> str:
@@ -98,50 +107,24 @@ def hub_name(canonical: str) -> str:
     Raises:
         ValueError: no tensor of a model has such a name.
     """
-    for stored, prefix in HUB.prefixes:
+    for prefix, stored in _HUB:
         if canonical.startswith(prefix):
             return stored + canonical[len(prefix) :]
     raise ValueError(f"{canonical!r} is no canonical tensor name")
 
 
-def detect_layout(names: Iterable[str]) -> Layout:
-    """Decide which naming scheme a checkpoint follows.
+def read_name(stored: str) -> ReadName | None:
+    """Part and canonical name of a stored name; None where it names no tensor of such a model."""
+    name = ".".join(word for word in stored.split(".") if word not in _WRAPPERS)
+    for part, pattern, to in _COMPILED:
+        if (match := pattern.match(name)) is not None:
+            return ReadName(part, match[0], to + name[match.end() :])
+    return None
 
-    Args:
-        names: all tensor names as stored, without the adapter prefix.
 
-    Raises:
-        CheckpointError: the names belong to no known scheme, or to an unmerged adapter.
-    """
-    listed = sorted(names)
-    if any(".lora_" in name for name in listed):
-        raise CheckpointError(
-            "the checkpoint is an adapter (its tensors are named lora_A, lora_B), not a model. "
-            "Merge it into its base model and save that."
-        )
-
-    def has(prefix: str) -> bool:
-        return any(name.startswith(prefix) for name in listed)
-
-    if has("model.mm_projector."):
-        layout = ORIGINAL
-    elif has("model.language_model."):
-        layout = MEMORY_4_52
-    elif has("language_model.model."):
-        layout = HUB
-    else:
-        raise CheckpointError(
-            f"tensor names belong to no known LLaVA-NeXT layout: {shorten(listed)}. Known are the "
-            "llava-hf hub names (language_model.model.…), transformers' in-memory names "
-            "(model.language_model.…) and the original ones (model.mm_projector.…)."
-        )
-    inner = next(stored for stored, canonical in layout.prefixes if canonical == "vision_tower.")
-    if has(inner):
-        return layout
-    # transformers 5.6 dropped the inner module of the vision tower from its names.
-    flat = inner.removesuffix("vision_model.")
-    name = "transformers-5.6" if layout is MEMORY_4_52 else layout.name
-    return Layout(name, tuple((flat if s == inner else s, c) for s, c in layout.prefixes))
+def is_buffer(stored: str) -> bool:
+    """Whether a name is that of a tensor that models compute; old files and indexes hold some."""
+    return stored.endswith(_BUFFER_ENDINGS)
 
 
 def canonical_tensors(
@@ -159,175 +142,88 @@ def canonical_tensors(
         head, ``lm_head.weight`` is the very tensor of ``language_model.embed_tokens.weight``.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected, doubled, or of another shape or type than
-            the configuration says; all are reported together.
+        CheckpointError: tensors are missing, unexpected, doubled, of two layouts, or of another
+            shape or type than the configuration says; all are reported together.
     """
-    kept = {name: ref for name, ref in _strip_adapter(stored).items() if not _is_buffer(name)}
-    layout = detect_layout(kept)
+    read = {name: read_name(name) for name in stored if not is_buffer(name)}
+    layout = _layout(read)
     expected = expected_tensors(dims)
     if gptq is not None:
-        expected = _with_gptq(expected, dims.text, gptq)
+        expected = with_gptq(expected, dims.text, gptq)
     known = {**expected.required, **expected.optional}
     found: dict[str, TensorRef] = {}
     unexpected: list[str] = []
     doubled: list[str] = []
-    for name, ref in kept.items():
-        canonical = _rename(name, layout)
-        if canonical is None or canonical not in known:
+    for name, target in read.items():
+        if target is None or target.canonical not in known:
             unexpected.append(name)
-        elif canonical in found:
-            doubled.append(f"{found[canonical].name} and {name}")
+        elif target.canonical in found:
+            doubled.append(f"{found[target.canonical].name} and {name}")
         else:
-            found[canonical] = ref
+            found[target.canonical] = stored[name]
     missing = [name for name in expected.required if name not in found]
+    types = " / ".join(sorted(WEIGHT_DTYPES)) + (" (I32 for GPTQ codes)" if gptq else "")
     faults = [
         *_group("missing", missing),
         *_group("unexpected", unexpected),
         *_group("stored twice", doubled),
+        *_mixed(read.values()),
         *_group("of another shape than config.json says", _wrong_shapes(found, known)),
-        *_group(
-            f"not stored as {' / '.join(sorted(WEIGHT_DTYPES))} (I32 for GPTQ codes)"
-            if gptq
-            else f"not stored as {' / '.join(sorted(WEIGHT_DTYPES))}",
-            _wrong_types(found),
-        ),
+        *_group(f"not stored as {types}", _wrong_types(found)),
     ]
     if faults:
-        listed = "\n  - ".join([*faults, *_hints(missing, unexpected, dims)])
+        listed = "\n  - ".join([*faults, *_hints(missing, unexpected, found, dims, gptq)])
         raise CheckpointError(
-            f"the weights ({layout.name} layout, {len(stored)} tensors) do not fit config.json:"
+            f"the weights ({layout} layout, {len(stored)} tensors) do not fit config.json:"
             f"\n  - {listed}"
         )
     if dims.text.tie_word_embeddings:
         found.setdefault("lm_head.weight", found["language_model.embed_tokens.weight"])
-    return layout.name, found
+    return layout, found
 
 
-def expected_tensors(dims: ModelDims) -> ExpectedTensors:
-    """Canonical names and shapes of all weights that a model of these dimensions has.
-
-    Blocks of the vision tower above the feature layer and its final norm are optional: nothing
-    reads them. So is the head of a model with tied embeddings.
-    """
-    required: dict[str, _Shape] = {}
-    optional: dict[str, _Shape] = {}
-    _add_text(dims.text, required, optional)
-    _add_vision(dims.vision, required, optional)
-    width = dims.text.hidden_size
-    _add_linear(
-        required,
-        "multi_modal_projector.linear_1",
-        width,
-        dims.vision.feature_size,
-        dims.vision.projector_bias,
-    )
-    _add_linear(
-        required, "multi_modal_projector.linear_2", width, width, dims.vision.projector_bias
-    )
-    if dims.takes_tiles:
-        required["image_newline"] = (width,)
-    return ExpectedTensors(required, optional)
+def _layout(read: Mapping[str, ReadName | None]) -> str:
+    """What to call the names; nothing but ``ORIGINAL`` decides anything."""
+    names = [name for name in read.values() if name is not None]
+    if not names:
+        raise CheckpointError(
+            f"tensor names belong to no known LLaVA-NeXT layout: {shorten(sorted(read))}. Known "
+            "are the llava-hf hub names (language_model.model.…), transformers' in-memory names "
+            "(model.language_model.…) and the original ones (model.mm_projector.…), under the "
+            "wrappers of training as well."
+        )
+    if any("mm_projector." in name.prefix for name in names):
+        return ORIGINAL
+    prefixes = {name.part: name.prefix.removeprefix("base_model.model.") for name in names}
+    layout = _DECODERS.get(prefixes.get("decoder", ""), "transformers")
+    if layout == "transformers-5.6" and prefixes.get("tower", "").endswith("vision_model."):
+        return "transformers-4.52"
+    return layout
 
 
-def _with_gptq(expected: ExpectedTensors, text: TextDims, gptq: GptqSettings) -> ExpectedTensors:
-    """The tensors of a checkpoint whose decoder layers are GPTQ v1.
-
-    ``g_idx`` may be absent; some tools write a bias of zeros for layers that have none.
-    """
-    required: dict[str, _Shape] = {}
-    optional = dict(expected.optional)
-    for name, shape in expected.required.items():
-        if not (name.startswith("language_model.layers.") and name.endswith("_proj.weight")):
-            required[name] = shape
-            continue
-        (num_rows, num_columns), prefix = shape, name.removesuffix(".weight")
-        groups = 1 if gptq.group_size == -1 else num_columns // gptq.group_size
-        required[f"{prefix}.qweight"] = (num_columns * gptq.bits // 32, num_rows)
-        required[f"{prefix}.qzeros"] = (groups, num_rows * gptq.bits // 32)
-        required[f"{prefix}.scales"] = (groups, num_rows)
-        optional[f"{prefix}.g_idx"] = (num_columns,)
-        if f"{prefix}.bias" not in expected.required:
-            optional[f"{prefix}.bias"] = (num_rows,)
-    return ExpectedTensors(required, optional)
-
-
-def _add_text(text: TextDims, required: dict[str, _Shape], optional: dict[str, _Shape]) -> None:
-    width = text.hidden_size
-    required["language_model.embed_tokens.weight"] = (text.vocab_size, width)
-    for layer in range(text.num_hidden_layers):
-        prefix = f"language_model.layers.{layer}."
-        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-        required[f"{prefix}input_layernorm.weight"] = (width,)
-        _add_linear(required, f"{attention}q_proj", text.query_size, width, text.qkv_bias)
-        _add_linear(required, f"{attention}k_proj", text.key_value_size, width, text.qkv_bias)
-        _add_linear(required, f"{attention}v_proj", text.key_value_size, width, text.qkv_bias)
-        _add_linear(required, f"{attention}o_proj", width, text.query_size, text.o_bias)
-        required[f"{prefix}post_attention_layernorm.weight"] = (width,)
-        _add_linear(required, f"{mlp}gate_proj", text.intermediate_size, width, text.mlp_bias)
-        _add_linear(required, f"{mlp}up_proj", text.intermediate_size, width, text.mlp_bias)
-        _add_linear(required, f"{mlp}down_proj", width, text.intermediate_size, text.mlp_bias)
-    required["language_model.norm.weight"] = (width,)
-    head = optional if text.tie_word_embeddings else required
-    head["lm_head.weight"] = (text.vocab_size, width)
-
-
-def _add_vision(
-    vision: VisionDims, required: dict[str, _Shape], optional: dict[str, _Shape]
-) -> None:
-    width, patch = vision.hidden_size, vision.patch_size
-    embeddings = "vision_tower.embeddings."
-    required[f"{embeddings}class_embedding"] = (width,)
-    required[f"{embeddings}patch_embedding.weight"] = (width, 3, patch, patch)
-    required[f"{embeddings}position_embedding.weight"] = (vision.num_patches + 1, width)
-    _add_norm(required, "vision_tower.pre_layrnorm", width)
-    for block in range(vision.num_hidden_layers):
-        target = required if block < vision.num_blocks_used else optional
-        prefix = f"vision_tower.encoder.layers.{block}."
-        _add_norm(target, f"{prefix}layer_norm1", width)
-        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            _add_linear(target, f"{prefix}self_attn.{projection}", width, width, True)
-        _add_norm(target, f"{prefix}layer_norm2", width)
-        _add_linear(target, f"{prefix}mlp.fc1", vision.intermediate_size, width, True)
-        _add_linear(target, f"{prefix}mlp.fc2", width, vision.intermediate_size, True)
-    _add_norm(optional, "vision_tower.post_layernorm", width)
-
-
-def _add_linear(
-    target: dict[str, _Shape], name: str, out_features: int, in_features: int, bias: bool
-) -> None:
-    target[f"{name}.weight"] = (out_features, in_features)
-    if bias:
-        target[f"{name}.bias"] = (out_features,)
-
-
-def _add_norm(target: dict[str, _Shape], name: str, width: int) -> None:
-    target[f"{name}.weight"] = (width,)
-    target[f"{name}.bias"] = (width,)
-
-
-def _strip_adapter(stored: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
-    if stored and all(name.startswith(ADAPTER_PREFIX) for name in stored):
-        return {name.removeprefix(ADAPTER_PREFIX): ref for name, ref in stored.items()}
-    return dict(stored)
-
-
-def _is_buffer(name: str) -> bool:
-    """Old files hold two buffers that are computed, not trained."""
-    return name.endswith((".rotary_emb.inv_freq", ".embeddings.position_ids"))
-
-
-def _rename(name: str, layout: Layout) -> str | None:
-    for stored, canonical in layout.prefixes:
-        if name == stored or (stored.endswith(".") and name.startswith(stored)):
-            return canonical + name[len(stored) :]
-    return None
+def _mixed(names: Iterable[ReadName | None]) -> list[str]:
+    """Parts whose names have more than one prefix: files of two checkpoints in one folder."""
+    counts: dict[str, dict[str, int]] = {}
+    for name in names:
+        if name is not None and "mm_projector." not in name.prefix:
+            prefixes = counts.setdefault(name.part, {})
+            prefixes[name.prefix] = prefixes.get(name.prefix, 0) + 1
+    return [
+        f"names of two layouts in the {part}: "
+        + ", ".join(f"{count} begin with {printable(prefix)!r}" for prefix, count in found.items())
+        + ". Two checkpoints lie in the folder; keep the files of one"
+        for part, found in counts.items()
+        if len(found) > 1
+    ]
 
 
 def _group(what: str, names: list[str]) -> list[str]:
     return [f"{len(names)} {what}: {shorten(names, 8)}"] if names else []
 
 
-def _wrong_shapes(found: Mapping[str, TensorRef], known: Mapping[str, _Shape]) -> list[str]:
+def _wrong_shapes(
+    found: Mapping[str, TensorRef], known: Mapping[str, tuple[int, ...]]
+) -> list[str]:
     return [
         f"{name} has {list(ref.shape)}, expected {list(known[name])}"
         for name, ref in found.items()
@@ -343,12 +239,22 @@ def _wrong_types(found: Mapping[str, TensorRef]) -> list[str]:
     ]
 
 
-def _hints(missing: list[str], unexpected: list[str], dims: ModelDims) -> list[str]:
+def _hints(
+    missing: list[str],
+    unexpected: list[str],
+    found: Mapping[str, TensorRef],
+    dims: ModelDims,
+    gptq: GptqSettings | None,
+) -> list[str]:
     hints = []
-    if any(
-        name.endswith((".qweight", ".qzeros", ".weight_packed", ".absmax")) for name in unexpected
-    ):
-        hints.append("next step: the checkpoint is quantised; give the float16 or bfloat16 one")
+    quantized = find_format(unexpected, {ref.dtype for ref in found.values()})
+    if gptq is not None and any(name.endswith(".qweight") for name in missing):
+        hints.append(
+            "next step: config.json says that the decoder is quantised by GPTQ; where its weights "
+            "are plain, remove quantization_config, else give the float16 or bfloat16 checkpoint"
+        )
+    elif quantized is not None:
+        hints.append(f"next step: the checkpoint is quantised: {quantized}")
     tower = [name for name in expected_tensors(dims).required if name.startswith("vision_tower.")]
     if set(tower) <= set(missing):
         hints.append(
@@ -356,5 +262,23 @@ def _hints(missing: list[str], unexpected: list[str], dims: ModelDims) -> list[s
             "give the llava-hf conversion, which holds it"
         )
     if missing == ["lm_head.weight"]:
-        hints.append("next step: if the head shares the embeddings, set tie_word_embeddings")
+        hints.append(
+            "next step: if the head shares the embeddings, set tie_word_embeddings to true at the "
+            "top level of config.json (inside text_config transformers does not look for it)"
+        )
+    newline = any(
+        name is not None and name.part == "newline" for name in map(read_name, unexpected)
+    )
+    if dims.model_type == "llava" and newline:
+        hints.append(
+            'next step: image_newline belongs to LLaVA-NeXT, and model_type is "llava". At the top '
+            'level of config.json set model_type to "llava_next" and architectures to '
+            '["LlavaNextForConditionalGeneration"]; image_grid_pinpoints must stand there, and '
+            "preprocessor_config.json must be that of LlavaNextImageProcessor"
+        )
+    if missing == ["image_newline"] and dims.model_type == "llava_next":
+        hints.append(
+            "next step: without image_newline this is LLaVA-1.5, if anything; at the top level of "
+            'config.json model_type is then "llava"'
+        )
     return hints

@@ -14,6 +14,7 @@ import ast
 from collections.abc import Mapping
 from typing import Any
 
+from llava_edge.profiles.config_section import MAX_SIZE
 from llava_edge.profiles.errors import CheckpointError
 
 _CLIP_LARGE = {
@@ -65,6 +66,7 @@ _TEXT_KEYS = (
     "vocab_size",
 )
 _MAX_LITERAL_CHARACTERS = 10_000
+_MAX_PINPOINTS = 1024
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
@@ -95,21 +97,23 @@ def to_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
         ("mm_projector_type", "mlp2x_gelu"),
     ):
         if config.get(key) != wanted:
-            faults.append(f"{key} is {config.get(key)!r}; LLaVA-NeXT has {wanted!r}")
+            faults.append(f"{key} is {config.get(key)!r:.80}; LLaVA-NeXT has {wanted!r}")
     feature = config.get("mm_vision_select_feature", "patch")
     if feature != "patch":
-        faults.append(f"mm_vision_select_feature is {feature!r}; exported is 'patch'")
+        faults.append(f"mm_vision_select_feature is {feature!r:.80}; exported is 'patch'")
     sampler = config.get("mm_resampler_type")
     if sampler is not None:
         faults.append(
-            f"mm_resampler_type is {sampler!r}: this layout pools images as well and does not say "
-            "what a video is; videos are converted from the Hugging Face layout"
+            f"mm_resampler_type is {sampler!r:.80}: this layout pools images as well and does not "
+            "say what a video is; videos are converted from the Hugging Face layout"
         )
     if config.get("mm_use_im_start_end"):
         faults.append("mm_use_im_start_end wraps images in tokens that no LLaVA-NeXT format has")
     width = config.get("mm_hidden_size")
     if tower is not None and width is not None and width != tower.get("hidden_size"):
-        faults.append(f"mm_hidden_size {width} is not the tower's {tower.get('hidden_size')}")
+        faults.append(
+            f"mm_hidden_size {width!r:.80} is not the tower's {tower.get('hidden_size')!r:.80}"
+        )
     layer = config.get("mm_vision_select_layer")
     if layer is None:
         faults.append("mm_vision_select_layer is missing")
@@ -147,7 +151,8 @@ def _backbone(config: Mapping[str, Any], faults: list[str]) -> str | None:
         if isinstance(key, str) and key in _BACKBONES:
             return _BACKBONES[key]
     faults.append(
-        f"language model of architectures {named}, model_type {config.get('model_type')!r} is "
+        f"language model of architectures {named!s:.200}, model_type "
+        f"{config.get('model_type')!r:.80} is "
         f"unknown; known are {', '.join(_BACKBONES)}"
     )
     return None
@@ -161,7 +166,7 @@ def _tower(config: Mapping[str, Any], faults: list[str]) -> Mapping[str, Any] | 
     tower = _TOWERS.get(name.rstrip("/").rsplit("/", 1)[-1])
     if tower is None:
         faults.append(
-            f"mm_vision_tower {name!r} is unknown; known are {', '.join(sorted(_TOWERS))}, "
+            f"mm_vision_tower {name!r:.200} is unknown; known are {', '.join(sorted(_TOWERS))}, "
             "others need a vision_config entry"
         )
     return tower
@@ -176,14 +181,16 @@ def _pinpoints(raw: object, faults: list[str]) -> list[list[int]] | None:
             value = None
     if (
         not isinstance(value, list)
-        or not value
+        or not 0 < len(value) <= _MAX_PINPOINTS
         or not all(
             isinstance(point, (list, tuple))
             and len(point) == 2
-            and all(type(side) is int and side > 0 for side in point)
+            and all(type(side) is int and 0 < side <= MAX_SIZE for side in point)
             for point in value
         )
     ):
-        faults.append(f"image_grid_pinpoints {raw!r:.200} is no list of (width, height) pairs")
+        # Literals may be hexadecimal: such numbers can be longer than Python writes in decimal.
+        shown = repr(raw[:200] if isinstance(raw, str) else raw)[:200]
+        faults.append(f"image_grid_pinpoints {shown} is no list of (width, height) pairs")
         return None
     return [list(point) for point in value]

@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from llava_edge.convert.layouts import expected_tensors, hub_name
+from llava_edge.convert.expected_tensors import expected_tensors
+from llava_edge.convert.layouts import hub_name
 from llava_edge.convert.random_spec import RandomSpec
 from llava_edge.convert.random_tokenizer import FAMILIES, IMAGE_TOKEN, VIDEO_TOKEN, train_tokenizer
 from llava_edge.convert.safetensors_file import write_safetensors

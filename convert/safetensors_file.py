@@ -23,10 +23,17 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from llava_edge.profiles.errors import CheckpointError, shorten
+from llava_edge.convert.text_files import open_file, parse_json
+from llava_edge.profiles.errors import CheckpointError, printable, shorten
+from llava_edge.runtime.regular_file import read_at
 
-MAX_HEADER_BYTES = 100_000_000
-"""The limit of the reference implementation; a longer header is refused there, too."""
+MAX_HEADER_BYTES = 16 << 20
+"""Enough for 100,000 tensors. The reference implementation reads up to 100 MB, which parsed take
+more memory than a conversion."""
+
+_MAX_RANK = 8
+_MAX_SIDE = 1 << 40
+"""No weights are as large; a product of ``_MAX_RANK`` such numbers still fits a message."""
 
 DTYPE_BYTES: Mapping[str, int] = {
     "BOOL": 1,
@@ -34,6 +41,9 @@ DTYPE_BYTES: Mapping[str, int] = {
     "I8": 1,
     "F8_E4M3": 1,
     "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E5M2FNUZ": 1,
     "U16": 2,
     "I16": 2,
     "F16": 2,
@@ -44,8 +54,12 @@ DTYPE_BYTES: Mapping[str, int] = {
     "U64": 8,
     "I64": 8,
     "F64": 8,
+    "C64": 8,
 }
 """Element sizes in bytes of the types whose headers are understood."""
+
+_PACKED = ("F4", "F6_E2M3", "F6_E3M2")
+"""Types of the format whose elements share bytes: those of quantised weights."""
 
 _NUMPY: Mapping[str, str] = {
     "BOOL": "?",
@@ -92,15 +106,11 @@ def read_header(file: Path) -> dict[str, TensorRef]:
         CheckpointError: the file cannot be read, is truncated, or its header contradicts it; all
             faults of the header are listed.
     """
-    try:
-        with open(file, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            header_bytes = _read_header_bytes(file, stream.read(8), size)
-            raw = stream.read(header_bytes)
-    except OSError as error:
-        raise CheckpointError(
-            f"{file} cannot be read: {error.strerror or error}. Check the path and its permissions."
-        ) from error
+    with open_file(file) as descriptor:
+        size = os.fstat(descriptor).st_size
+        prefix = read_at(descriptor, 0, 8, file, CheckpointError)
+        header_bytes = _read_header_bytes(file, prefix, size)
+        raw = read_at(descriptor, 8, header_bytes, file, CheckpointError)
     entries = _parse_json(file, raw)
     data_start = 8 + header_bytes
     faults: list[str] = []
@@ -140,14 +150,11 @@ def read_tensor(ref: TensorRef, rows: slice | None = None) -> NDArray[Any]:
     count = math.prod(shape)
     start = ref.offset + skipped * DTYPE_BYTES[ref.dtype]
     try:
-        descriptor = os.open(ref.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        try:
+        with open_file(ref.file) as descriptor:
             if ref.dtype == "BF16":
                 return _read_bfloat16(ref, descriptor, count, start).reshape(shape)
             array = np.empty(count, dtype=_NUMPY[ref.dtype])
             _fill(ref, descriptor, array, start)
-        finally:
-            os.close(descriptor)
     except OSError as error:
         raise CheckpointError(
             f"tensor {ref.name} cannot be read from {ref.file}: {error.strerror or error}"
@@ -239,11 +246,12 @@ def _read_header_bytes(file: Path, prefix: bytes, size: int) -> int:
 
 def _parse_json(file: Path, raw: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_pairs)
-    except (ValueError, RecursionError) as error:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
         raise CheckpointError(
-            f"{file.name} is damaged: its header is no valid JSON ({error}). Fetch the file again."
+            f"{file.name} is damaged: its header is no UTF-8 text ({error}). Fetch the file again."
         ) from error
+    header = parse_json(text, f"{file.name} is damaged: its header", _unique_pairs)
     if not isinstance(header, dict):
         raise CheckpointError(f"{file.name} is damaged: its header is no JSON object.")
     header.pop("__metadata__", None)
@@ -262,28 +270,35 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _read_entry(
     name: str, entry: object, file: Path, data_start: int, faults: list[str]
 ) -> TensorRef | None:
+    shown = printable(name)
     if not isinstance(entry, dict):
-        faults.append(f"{name}: entry is no object")
+        faults.append(f"{shown}: entry is no object")
         return None
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        faults.append(f"{name}: unknown dtype {dtype!r}")
+        known = " (of quantised weights, which are not read)" if dtype in _PACKED else ""
+        faults.append(f"{shown}: unknown dtype {dtype!r:.40}{known}")
         return None
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        faults.append(f"{name}: shape {shape!r} or data_offsets {offsets!r} malformed")
+        faults.append(f"{shown}: shape {shape!r:.80} or data_offsets {offsets!r:.80} malformed")
         return None
     begin, end = offsets
     expected = math.prod(shape) * DTYPE_BYTES[dtype]
     if end - begin != expected:
         faults.append(
-            f"{name}: {dtype} {shape} needs {expected} bytes, data_offsets span {end - begin}"
+            f"{shown}: {dtype} {shape!s:.80} needs {expected} bytes, data_offsets span "
+            f"{end - begin}"
         )
         return None
     return TensorRef(name, dtype, tuple(shape), file, data_start + begin, expected)
 
 
 def _are_sizes(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= _MAX_RANK
+        and all(type(item) is int and 0 <= item <= _MAX_SIDE for item in value)
+    )
 
 
 def _check_coverage(
@@ -293,7 +308,7 @@ def _check_coverage(
     for ref in refs:
         if ref.offset != position:
             kind = "overlaps the tensor before" if ref.offset < position else "leaves a hole before"
-            faults.append(f"{ref.name}: {kind} it")
+            faults.append(f"{printable(ref.name)}: {kind} it")
         position = ref.offset + ref.nbytes
     if position > size:
         faults.append(f"truncated: the header asks for {position} bytes, the file has {size}")

@@ -108,9 +108,22 @@ class DependencyError(LlavaEdgeError):
     """An optional package is missing; the message holds the install command."""
 
 
+_MAX_SHOWN = 400
+"""Characters of one foreign name in a message."""
+
+
+def printable(text: str) -> str:
+    """A foreign text for a message: short, and without characters that a terminal obeys."""
+    shown = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
+    if shown.isprintable():
+        return shown
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+    return "".join(escaped)
+
+
 def shorten(items: Sequence[str], limit: int = 5) -> str:
-    """Join items for a message, cut at ``limit`` with a count of the rest."""
-    shown = ", ".join(items[:limit])
+    """Join items for a message, each printable, cut at ``limit`` with a count of the rest."""
+    shown = ", ".join(printable(item) for item in items[:limit])
     rest = len(items) - limit
     return f"{shown} and {rest} more" if rest > 0 else shown
 

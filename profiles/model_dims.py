@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llava_edge.profiles.config_section import Section
+from llava_edge.profiles.config_section import MAX_SIZE, Section
 from llava_edge.profiles.errors import CheckpointError
 
 Config = Mapping[str, Any]
@@ -143,7 +143,7 @@ class ModelDims:
         model_type = str(config.get("model_type", ""))
         if model_type not in _MODEL_TYPES:
             raise CheckpointError(
-                f"config.json has model_type {model_type!r}; supported are "
+                f"config.json has model_type {model_type!r:.80}; supported are "
                 f"{', '.join(sorted(_MODEL_TYPES))}. Give a LLaVA-NeXT checkpoint."
             )
         faults: list[str] = []
@@ -157,7 +157,8 @@ class ModelDims:
         strategy = top.word("vision_feature_select_strategy", "default")
         if strategy != "default":
             faults.append(
-                f"vision_feature_select_strategy is {strategy!r}; only 'default' has a reference"
+                f"vision_feature_select_strategy is {strategy!r:.80}; only 'default' has a "
+                "reference"
             )
         if is_video:
             _check_video_pooling(top, vision, faults)
@@ -178,6 +179,7 @@ class ModelDims:
 
 _MODEL_TYPES = frozenset({"llava_next", "llava_next_video", "llava"})
 _MAX_LAYERS = 1024
+_MAX_FEATURE_LAYERS = 64
 # LlavaNextConfig fills in CLIP-L at 336 pixels only where there is no vision_config at all; a
 # vision_config that is there gets the (smaller) defaults of CLIPVisionConfig.
 _ABSENT_VISION: dict[str, Any] = {
@@ -239,7 +241,9 @@ def _read_token(top: Section, name: str, default: int) -> int:
 def _check_video_pooling(top: Section, vision: VisionDims | None, faults: list[str]) -> None:
     mode, stride = top.word("spatial_pool_mode", "average"), top.integer("spatial_pool_stride", 2)
     if (mode, stride) != ("average", 2):
-        faults.append(f"video pooling is {mode} with stride {stride}; exported is average with 2")
+        faults.append(
+            f"video pooling is {mode!r:.80} with stride {stride}; exported is average with 2"
+        )
     if vision is not None and vision.patch_size and vision.patches_per_side % 2:
         # The reference's processor counts a quarter of all patches, its model drops the odd row.
         faults.append(
@@ -253,7 +257,7 @@ def _read_vision(top: Section, faults: list[str]) -> VisionDims | None:
     vision = top.section("vision_config", _ABSENT_VISION if absent else _VISION_DEFAULTS)
     kind = vision.word("model_type", "clip_vision_model")
     if kind != "clip_vision_model":
-        faults.append(f"vision tower is {kind!r}; only clip_vision_model is exported")
+        faults.append(f"vision tower is {kind!r:.80}; only clip_vision_model is exported")
         return None
     num_layers = vision.integer("num_hidden_layers", maximum=_MAX_LAYERS)
     dims = VisionDims(
@@ -280,22 +284,26 @@ def _read_vision(top: Section, faults: list[str]) -> VisionDims | None:
             f"{dims.num_attention_heads} heads"
         )
     if dims.hidden_act not in {"quick_gelu", "gelu"}:
-        faults.append(f"vision hidden_act {dims.hidden_act!r} is not one of quick_gelu, gelu")
+        faults.append(f"vision hidden_act {dims.hidden_act!r:.80} is not one of quick_gelu, gelu")
     if dims.projector_hidden_act != "gelu":
-        faults.append(f"projector_hidden_act {dims.projector_hidden_act!r} is not gelu")
+        faults.append(f"projector_hidden_act {dims.projector_hidden_act!r:.80} is not gelu")
     return dims
 
 
 def _read_feature_layers(config: Config, num_layers: int, faults: list[str]) -> tuple[int, ...]:
     raw = config.get("vision_feature_layer", -2)
     listed = raw if isinstance(raw, (list, tuple)) else [raw]
-    if not listed or not all(type(layer) is int for layer in listed):
-        faults.append(f"vision_feature_layer is {raw!r:.80}, not an integer or a list of them")
+    if not 0 < len(listed) <= _MAX_FEATURE_LAYERS or not all(type(n) is int for n in listed):
+        faults.append(
+            f"vision_feature_layer is {raw!r:.80}, not an integer or a list of up to "
+            f"{_MAX_FEATURE_LAYERS} of them"
+        )
         return (num_layers,)
     # hidden_states has one entry more than there are blocks: entry 0 is the embedding output.
     layers = tuple(layer + num_layers + 1 if layer < 0 else layer for layer in listed)
     if any(not 0 < layer <= num_layers for layer in layers):
-        faults.append(f"vision_feature_layer {raw} is outside the {num_layers} blocks")
+        faults.append(f"vision_feature_layer {raw!r:.80} is outside the {num_layers} blocks")
+        return (num_layers,)
     return layers
 
 
@@ -305,7 +313,7 @@ def _read_text(top: Section, model_type: str, faults: list[str]) -> TextDims | N
     defaults = _TEXT_DEFAULTS.get(kind) if isinstance(kind, str) else None
     if defaults is None:
         faults.append(
-            f"language model is {kind!r}; exported are {', '.join(sorted(_TEXT_DEFAULTS))}"
+            f"language model is {kind!r:.80}; exported are {', '.join(sorted(_TEXT_DEFAULTS))}"
         )
         return None
     text = top.section("text_config", defaults)
@@ -344,7 +352,7 @@ def _read_text(top: Section, model_type: str, faults: list[str]) -> TextDims | N
             "embedding needs"
         )
     if dims.hidden_act != "silu":
-        faults.append(f"hidden_act {dims.hidden_act!r} is not silu")
+        faults.append(f"hidden_act {dims.hidden_act!r:.80} is not silu")
     return dims
 
 
@@ -374,7 +382,7 @@ def _read_rope(text: Section, faults: list[str]) -> tuple[float, float]:
     if kind == "linear":
         return theta, rope.number("factor")
     if kind != "default":
-        faults.append(f"rope scaling {kind!r} is not one of default, linear")
+        faults.append(f"rope scaling {kind!r:.80} is not one of default, linear")
     return theta, 1.0
 
 
@@ -417,8 +425,8 @@ def _read_pinpoints(
         side % vision.image_size for point in pinpoints for side in point
     ):
         faults.append(
-            f"image_grid_pinpoints {[list(p) for p in pinpoints]} are not all multiples of the "
-            f"tile side {vision.image_size}"
+            f"image_grid_pinpoints {[list(p) for p in pinpoints]!s:.300} are not all multiples of "
+            f"the tile side {vision.image_size}"
         )
     return pinpoints
 
@@ -430,7 +438,7 @@ def _are_pairs(value: object) -> bool:
         and all(
             isinstance(point, (list, tuple))
             and len(point) == 2
-            and all(type(side) is int and side > 0 for side in point)
+            and all(type(side) is int and 0 < side <= MAX_SIZE for side in point)
             for point in value
         )
     )

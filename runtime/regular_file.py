@@ -1,7 +1,8 @@
-"""Opening a file that must be a plain one: no link, no pipe, no device, no more than so many bytes.
+"""Opening a file that must be a regular one: no pipe, no device, no more than so many bytes.
 
-A folder from elsewhere may hold a symbolic link to a private file or a named pipe that blocks the
-reader for ever. Everything of an artifact is opened through here.
+A folder from elsewhere may hold a symbolic link to a private file, a named pipe that blocks the
+reader for ever, or a link to a device that never ends. Everything of an artifact is opened through
+here, and so is every file of a checkpoint, whose hub caches consist of links to files.
 """
 
 from __future__ import annotations
@@ -12,30 +13,58 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llava_edge.profiles.errors import ArtifactError
+from llava_edge.profiles.errors import ArtifactError, LlavaEdgeError
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+@contextmanager
+def open_descriptor(
+    path: Path, *, links: bool, kind: type[LlavaEdgeError], step: str
+) -> Iterator[int]:
+    """Yield a read-only descriptor of a regular file.
+
+    Args:
+        path: the file.
+        links: whether a symbolic link to a regular file is followed.
+        kind: error to raise.
+        step: next step that ends its message.
+
+    Raises:
+        LlavaEdgeError: of the given kind; the file is missing, unreadable or not a regular file.
+    """
+    # O_NONBLOCK: opening a named pipe without it waits for a writer that never comes.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if links else os.O_NOFOLLOW)
+    try:
+        # Opening alone makes some devices act, so the path is looked at before.
+        _check_kind(os.stat(path, follow_symlinks=links).st_mode, path, kind, step)
+        descriptor = os.open(path, flags)
+    except (OSError, ValueError) as error:
+        raise kind(f"{path} cannot be opened: {_reason(path, error)}. {step}") from error
+    try:
+        _check_kind(os.fstat(descriptor).st_mode, path, kind, step)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[int]:
-    """Yield a read-only descriptor of a regular file.
+    """Yield a read-only descriptor of a regular file of an artifact.
 
     Raises:
         ArtifactError: the file is missing, unreadable, a symbolic link or not a regular file.
     """
-    # O_NONBLOCK: opening a named pipe without it waits for a writer that never comes.
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        descriptor = os.open(path, flags)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"{path} cannot be opened: {_reason(path, error)}. Copy the artifact again."
-        ) from error
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ArtifactError(f"{path} is not a regular file. Copy the artifact again.")
+    with open_descriptor(
+        path, links=False, kind=ArtifactError, step="Copy the artifact again."
+    ) as descriptor:
         yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
@@ -54,8 +83,18 @@ def read_bounded(path: Path, limit: int) -> bytes:
         return read_at(descriptor, 0, limit + 1, path)[:limit]
 
 
-def read_at(descriptor: int, offset: int, length: int, path: Path) -> bytes:
-    """Up to ``length`` bytes from ``offset``; fewer only where the file ends."""
+def read_at(
+    descriptor: int,
+    offset: int,
+    length: int,
+    path: Path,
+    kind: type[LlavaEdgeError] = ArtifactError,
+) -> bytes:
+    """Up to ``length`` bytes from ``offset``; fewer only where the file ends.
+
+    Raises:
+        LlavaEdgeError: of the given kind; the file cannot be read.
+    """
     parts: list[bytes] = []
     try:
         while length > 0:
@@ -66,12 +105,22 @@ def read_at(descriptor: int, offset: int, length: int, path: Path) -> bytes:
             offset += len(part)
             length -= len(part)
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
+        raise kind(f"{path} cannot be read: {error.strerror}") from error
     return b"".join(parts)
+
+
+def _check_kind(mode: int, path: Path, kind: type[LlavaEdgeError], step: str) -> None:
+    if stat.S_ISREG(mode):
+        return
+    if stat.S_ISLNK(mode):
+        raise kind(f"{path} cannot be opened: it is a symbolic link. {step}")
+    found = next((name for check, name in _KINDS if check(mode)), "something else")
+    raise kind(f"{path} is {found}, not a regular file. {step}")
 
 
 def _reason(path: Path, error: OSError | ValueError) -> str:
     if isinstance(error, OSError):
-        # With O_NOFOLLOW a link answers "too many levels of symbolic links", which misleads.
-        return "it is a symbolic link" if path.is_symlink() else str(error.strerror)
+        if path.is_symlink():
+            return f"it is a symbolic link ({error.strerror})"
+        return str(error.strerror)
     return str(error)

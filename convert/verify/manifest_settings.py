@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.text_files import exists, read_object
 from llava_edge.convert.verify.reference_structure import ReferenceStructure
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.grids import asked_grid, asked_pinpoints
@@ -98,8 +98,8 @@ def _image_faults(
     wanted = {
         "tile_size": side,
         "patch_size": patch,
-        "image_mean": tuple(settings.get("image_mean", OPENAI_CLIP_MEAN)),
-        "image_std": tuple(settings.get("image_std", OPENAI_CLIP_STD)),
+        "image_mean": _channels(settings.get("image_mean", OPENAI_CLIP_MEAN)),
+        "image_std": _channels(settings.get("image_std", OPENAI_CLIP_STD)),
         "rescale_factor": settings.get("rescale_factor", 1 / 255),
         "view": "tiles" if hasattr(reference.config, "image_grid_pinpoints") else "crop",
     }
@@ -152,8 +152,8 @@ def _video_faults(
     settings = checkpoint.video_preprocessor_config()
     wanted = {
         "frame_size": reference.vision.image_size,
-        "image_mean": tuple(settings.get("image_mean", OPENAI_CLIP_MEAN)),
-        "image_std": tuple(settings.get("image_std", OPENAI_CLIP_STD)),
+        "image_mean": _channels(settings.get("image_mean", OPENAI_CLIP_MEAN)),
+        "image_std": _channels(settings.get("image_std", OPENAI_CLIP_STD)),
         "rescale_factor": settings.get("rescale_factor", 1 / 255),
     }
     for name, want in wanted.items():
@@ -162,6 +162,11 @@ def _video_faults(
                 f"{_NAME}, video_processing.{name}: it is {getattr(have, name)}; the checkpoint's "
                 f"video processor says {want}"
             )
+
+
+def _channels(value: Any) -> tuple[float, ...]:
+    """A single number holds for every channel."""
+    return tuple(np.broadcast_to(np.asarray(value, dtype=np.float64), 3).tolist())
 
 
 def _candidates(checkpoint: Checkpoint, grid: str) -> tuple[tuple[int, int], ...]:
@@ -220,8 +225,8 @@ def _padding(checkpoint: Checkpoint, tokenizer: Tokenizer) -> set[int | None]:
     found: set[int | None] = set()
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = checkpoint.folder / name
-        if path.is_file():
-            value = json.loads(path.read_text("utf-8")).get("pad_token")
+        if exists(path):
+            value = read_object(path).get("pad_token")
             content = value.get("content") if isinstance(value, Mapping) else value
             found.add(tokenizer.token_to_id(content) if isinstance(content, str) else None)
     return found
@@ -239,7 +244,7 @@ def _named_stops(
     ):
         # Exported configurations carry defaults of other models: only control tokens count.
         yield from ((i, who) for i in _ids(source.get("eos_token_id")) if i in control)
-    eos = _json(checkpoint.folder / "tokenizer_config.json").get("eos_token")
+    eos = read_object(checkpoint.folder / "tokenizer_config.json").get("eos_token")
     content = eos.get("content") if isinstance(eos, Mapping) else eos
     number = tokenizer.token_to_id(content) if isinstance(content, str) else None
     if number is not None:
@@ -252,10 +257,3 @@ def _named_stops(
 def _ids(value: Any) -> list[int]:
     listed = value if isinstance(value, list) else [value]
     return [number for number in listed if type(number) is int]
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
-    value = json.loads(path.read_text("utf-8"))
-    return value if isinstance(value, Mapping) else {}

@@ -44,7 +44,8 @@ def frame_pixels(video: Sequence[Image], settings: Mapping[str, Any], side: int)
     top, left = (int((length - side) / 2.0) for length in frames.shape[-2:])
     frames = frames[..., top : top + side, left : left + side]
     factor = 1.0 / settings.get("rescale_factor", 1 / 255)
-    mean = torch.tensor(settings.get("image_mean", OPENAI_CLIP_MEAN)) * factor
-    std = torch.tensor(settings.get("image_std", OPENAI_CLIP_STD)) * factor
+    # A single number holds for every channel.
+    mean = torch.tensor(settings.get("image_mean", OPENAI_CLIP_MEAN)).expand(3) * factor
+    std = torch.tensor(settings.get("image_std", OPENAI_CLIP_STD)).expand(3) * factor
     pixels: torch.Tensor = (frames.to(torch.float32) - mean[:, None, None]) / std[:, None, None]
     return pixels

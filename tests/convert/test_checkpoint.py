@@ -419,7 +419,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "config a list": (lambda f: (f / "config.json").write_text("[]"), ("no JSON object",)),
     "config no utf-8": (
         lambda f: (f / "config.json").write_bytes(b'"\xff"'),
-        ("is no valid JSON",),
+        ("is no UTF-8 text",),
     ),
     "config nested without end": (
         lambda f: (f / "config.json").write_text("[" * 200_000),
@@ -427,7 +427,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "config a folder": (
         lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),
-        ("is no valid JSON",),
+        ("config.json is a folder",),
     ),
     "unknown model": (lambda f: change_config(f, model_type="blip"), ("'blip'",)),
     "quantised": (
@@ -484,7 +484,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
             "vision_tower.encoder.layers.1.self_attn.q_proj.bias",
         ),
     ),
-    "head missing": (drop("lm_head"), ("1 missing: lm_head.weight", "set tie_word_embeddings")),
+    "head missing": (drop("lm_head"), ("1 missing: lm_head.weight", "top level of config.json")),
     "no tower": (drop("vision_tower"), ("no vision tower at all",)),
     "tensor unexpected": (
         put("language_model.model.layers.0.self_attn.q_proj.bias", np.zeros(96, np.float16)),
@@ -516,7 +516,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         put("model.image_newline", np.zeros(96, np.float16)),
         ("1 stored twice: image_newline and model.image_newline",),
     ),
-    "two layouts mixed": (mixed_layouts, ("unexpected",)),
+    "two layouts mixed": (mixed_layouts, ("names of two layouts in the decoder",)),
     "names of nobody": (rename_all("mine."), ("no known LLaVA-NeXT layout",)),
     "adapter": (
         lambda f: rewrite(f, {"base_model.model.x.lora_A.weight": np.zeros(2, np.float32)}),

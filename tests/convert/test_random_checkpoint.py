@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from llava_edge.convert.checkpoint import open_checkpoint
-from llava_edge.convert.layouts import HUB
 from llava_edge.convert.random_checkpoint import write_random_checkpoint
 from llava_edge.convert.random_spec import RandomSpec, preset
 from llava_edge.profiles.errors import CheckpointError, OutputExistsError, RequestError
@@ -232,7 +231,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
 
 def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     write_random_checkpoint(tmp_path, preset("odd"))
-    assert open_checkpoint(tmp_path).layout == HUB.name
+    assert open_checkpoint(tmp_path).layout == "hub"
 
 
 def test_what_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
