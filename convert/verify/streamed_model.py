@@ -328,12 +328,12 @@ class StreamedModel:
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of the embedding table; zeros for a media mark that has no row of its own."""
         size = self._checkpoint.tensors[_EMBED_TOKENS].shape[0]
-        found: dict[int, torch.Tensor] = {}
-        for each in sorted(set(ids.tolist())):
-            row = self._read(_EMBED_TOKENS, slice(each, each + 1)) if each < size else None
-            width = self._checkpoint.dims.text.hidden_size
-            found[each] = torch.zeros(width) if row is None else row[0]
-        return torch.stack([found[each] for each in ids.tolist()])
+        unique, place = torch.unique(ids, return_inverse=True)
+        table = torch.zeros(len(unique), self._checkpoint.dims.text.hidden_size)
+        for index, each in enumerate(unique.tolist()):
+            if each < size:
+                table[index] = self._read(_EMBED_TOKENS, slice(each, each + 1))[0]
+        return table[place]
 
     def _head_rows(self, rows: slice) -> torch.Tensor:
         if self._supply is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from llava_edge.runtime.progress import no_progress
 from tests.checkpoint_layouts import as_original
 
 Tensors = dict[str, torch.Tensor]
+
+_LOUD = 8.0
 
 _DEFAULT = (
     "{%- if messages[0]['role'] != 'system' -%}"
@@ -147,6 +150,37 @@ def _realistic(folder: Path) -> Path:
     return rewrite(folder, change)
 
 
+def _rigged(folder: Path, words: int) -> Path:
+    """Answers are some words and the stop token, whatever was asked; 0 words for none at all.
+
+    Channel 0 of the residual stream is the same everywhere: no layer writes to it, and the head
+    reads the first choice from it. Channel 1 speaks at the word alone, where the head then stops.
+    """
+    stop = int(json.loads((folder / "generation_config.json").read_text("utf-8"))["eos_token_id"])
+    word = 7
+
+    def change(tensors: Tensors) -> Tensors:
+        for name, tensor in tensors.items():
+            if name.endswith(("o_proj.weight", "down_proj.weight")) and "language_model" in name:
+                tensor[:2] = 0
+            if name.endswith("linear_2.weight"):
+                tensor[:2] = 0
+            if name.endswith(("linear_2.bias", "image_newline")):
+                tensor[0], tensor[1] = _LOUD, 0
+            if name.endswith("embed_tokens.weight"):
+                tensor[:, 0], tensor[:, 1] = _LOUD, 0
+                tensor[word, 1] = _LOUD
+            if name.endswith("model.norm.weight"):
+                tensor[:2] = 1
+            if name.endswith("lm_head.weight"):
+                tensor[:, :2] = 0
+                tensor[word if words else stop, 0] += 3
+                tensor[stop, 1] += 6
+        return tensors
+
+    return rewrite(folder, change)
+
+
 CHANGES: Mapping[str, Callable[[Path], Path]] = {
     "system turn": _system_turn,
     "gptq": _gptq,
@@ -157,4 +191,6 @@ CHANGES: Mapping[str, Callable[[Path], Path]] = {
     "original": _original,
     "decided": _decided,
     "realistic": _realistic,
+    "no word": partial(_rigged, words=0),
+    "one word": partial(_rigged, words=1),
 }
