@@ -34,7 +34,7 @@ from llava_edge.runtime.clip import VideoSource
 from llava_edge.runtime.cuda_options import CudaOptions
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.frame_choice import FrameChoice
-from llava_edge.runtime.images import ImageSource
+from llava_edge.runtime.images import ImageSource, OpenedImage
 from llava_edge.runtime.interface_check import check_interfaces
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.load_fit import LoadFit, fit_at_load
@@ -292,13 +292,14 @@ class LlavaEdge:
         self._turnstile.require_own_process()
         budget = TimeBudget(deadline_seconds)
         requests, capped = self._requests, ""
+        opened: Sequence[ImageSource | OpenedImage] = images
         if max_image_tokens is not None:
-            images, grid, capped = requests.capped(images, grid, max_image_tokens)
+            opened, grid, capped = requests.capped(images, grid, max_image_tokens)
         options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
         clip = None if video is None else VideoInput(video, num_frames, frame_choice)
         lowering = Lowering(
-            lambda: requests.build(prompt, images, options, video=clip),
-            lambda: requests.steps(prompt, images, options, clip),
+            lambda: requests.build(prompt, opened, options, video=clip),
+            lambda: requests.steps(prompt, opened, options, clip),
             capped,
         )
         self._check_length(lowering.request)

@@ -20,16 +20,18 @@ class PreparedImage:
         layout: where they lie and which of their features are kept.
         pixel_values: float32 (num_tiles, 3, T, T), the thumbnail first.
         tile_digests: of each tile; see ``digest_tiles``.
+        notes: see ``OpenedImage``.
     """
 
     layout: TileLayout
     pixel_values: Array
     tile_digests: tuple[bytes, ...]
+    notes: tuple[str, ...] = ()
 
     def thumbnail(self, base: AnyRes) -> PreparedImage:
         """The same image on the grid ``base``: its first tile; cut, no other grid is left."""
         layout = base.layout(self.layout.image_height, self.layout.image_width)
-        return PreparedImage(layout, self.pixel_values[:1], self.tile_digests[:1])
+        return PreparedImage(layout, self.pixel_values[:1], self.tile_digests[:1], self.notes)
 
 
 def digest_tiles(pixel_values: Iterable[Array]) -> tuple[bytes, ...]:
