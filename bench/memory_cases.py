@@ -76,6 +76,7 @@ class MemoryCase:
             num_images=self.num_images,
             tiles_per_image=layout.num_tiles,
             image_pixels=self.image_height * self.image_width,
+            image_format="JPEG",
             cache=self.cache,
             chunk_tokens=chunk_tokens,
         )

@@ -270,6 +270,7 @@ def _estimate(
         cache=cache,
         chunk_tokens=manifest.prefill_chunk,
         image_pixels=case["height"] * case["width"],
+        image_format="JPEG",
     )
     precision = stored if stored in PRECISIONS else "fp16"
     return estimate_memory(manifest.model, precision, work, machine, vision=vision_format(manifest))

@@ -270,7 +270,7 @@ class CalibrationModel:
         seal = hashlib.sha256()
         if conversation.image is not None:
             # Decoded here as well, so that a damaged image is met before hours of work.
-            image = open_image(conversation.image())
+            image = open_image(conversation.image(), conversation.limits)
             seal.update(f"{image.width}x{image.height}".encode())
             seal.update(image.tobytes())
             layouts = (self._processor.anyres.layout(image.height, image.width),)
@@ -305,7 +305,9 @@ class CalibrationModel:
     ) -> NDArray[np.float32]:
         pixel_values: tuple[Pixels, ...] = ()
         if conversation.image is not None:
-            tiles = self._processor.preprocess(open_image(conversation.image()))
+            tiles = self._processor.preprocess(
+                open_image(conversation.image(), conversation.limits)
+            )
             pixel_values = (tiles.pixel_values,)
         request = Request(ids, layouts, pixel_values)
         rows = np.empty((len(ids), self._dims.text.hidden_size), self._dtype)

@@ -14,6 +14,7 @@ from llava_edge.convert.quantization import NUM_SAMPLES, QuantizationRequest
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.cli import add_plan_arguments, build_request, choose_profile
 from llava_edge.profiles.errors import RequestError
+from llava_edge.runtime.limit_arguments import add_limit_arguments, asked_limits
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
             quantizer=options.quantizer,
             calibration=options.calibration,
             num_samples=options.samples,
+            limits=asked_limits(options),
         ),
         emit_hf="hf" in options.emit,
         reference=options.reference,
@@ -97,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         help="questions, answers and images, for GPTQ and for the tower",
     )
     parser.add_argument("--samples", type=int, default=NUM_SAMPLES, help="calibration samples")
+    add_limit_arguments(parser)
     parser.add_argument(
         "--emit",
         type=_emitted,

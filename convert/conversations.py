@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 
 from llava_edge.profiles.anyres import AnyRes
-from llava_edge.profiles.errors import ImageError, RequestError, shorten
-from llava_edge.runtime.image_header import read_image_header
-from llava_edge.runtime.images import ImageSource
+from llava_edge.profiles.errors import RequestError, shorten
+from llava_edge.runtime.images import ImageSource, read_image_size
 from llava_edge.runtime.json_lines import path_inside, read_objects
 from llava_edge.runtime.limits import Limits
 
@@ -35,16 +34,20 @@ TEXT_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Conversation:
-    """One question and its answer; ``image`` opens anew at every call, None for text only."""
+    """One question and its answer.
+
+    ``image`` opens anew at every call, None for text only; ``limits`` are what it is opened within.
+    """
 
     name: str
     question: str
     answer: str
     image: Callable[[], ImageSource] | None = None
+    limits: Limits = field(default_factory=Limits)
 
 
 def read_conversations(
-    folder: Path, anyres: AnyRes, limit: int, seed: int
+    folder: Path, anyres: AnyRes, limit: int, seed: int, limits: Limits | None = None
 ) -> tuple[tuple[Conversation, ...], dict[str, Any]]:
     """Read a calibration folder.
 
@@ -56,6 +59,7 @@ def read_conversations(
         anyres: of the artifact, which decides the grid of an image.
         limit: most conversations.
         seed: of the choice.
+        limits: bounds on its images.
 
     Returns:
         Conversations in the folder's order, and what is to be said of the source.
@@ -82,6 +86,7 @@ def read_conversations(
         faults.append("no line holds a conversation")
     if faults:
         raise RequestError(f"--calibration {folder} cannot be read: {shorten(faults, 10)}")
+    found = [replace(conversation, limits=limits or Limits()) for conversation in found]
     left_out: list[dict[str, str]] = []
     if len(found) > limit:
         found = _choose(found, anyres, limit, seed, left_out)
@@ -150,13 +155,9 @@ def _grid(
         return None
     path = conversation.image()
     assert isinstance(path, Path)
-    limits = Limits()
     try:
-        if path.stat().st_size > limits.max_image_bytes:
-            raise ImageError(f"{path.name} has more than {limits.max_image_bytes} bytes")
-        header = read_image_header(path.read_bytes(), limits.max_image_frames)
-        layout = anyres.layout(header.height, header.width)
-    except (OSError, RequestError) as error:
+        layout = anyres.layout(*read_image_size(path, conversation.limits))
+    except RequestError as error:
         _LOG.warning("calibration sample %s is left out: %s", conversation.name, error)
         left_out.append({"sample": conversation.name, "reason": str(error)})
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from llava_edge.convert.quantized_source import QuantizedSource, RtnSource, quan
 from llava_edge.profiles.anyres import AnyRes
 from llava_edge.profiles.formats import Int8Route, group_size, int8_route
 from llava_edge.profiles.hardware import HardwareProfile
+from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.manifest import ImageProcessing, PromptFormat, TokenIds
 
 Quantizer = Literal["gptq", "rtn"]
@@ -36,13 +37,15 @@ NUM_SAMPLES = 32
 class QuantizationRequest:
     """How the language model is quantised; nothing of it matters at fp16.
 
-    ``calibration`` is a folder of conversations; None draws a small set.
+    ``calibration`` is a folder of conversations; None draws a small set. ``limits`` are bounds on
+    its images.
     """
 
     quantizer: Quantizer = "gptq"
     calibration: Path | None = None
     num_samples: int = NUM_SAMPLES
     seed: int = 0
+    limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,9 @@ def calibration_conversations(
     )
     if request.calibration is None:
         return draw_conversations(anyres, request.num_samples, request.seed)
-    return read_conversations(request.calibration, anyres, request.num_samples, request.seed)
+    return read_conversations(
+        request.calibration, anyres, request.num_samples, request.seed, request.limits
+    )
 
 
 def tile_conversations(

@@ -63,7 +63,9 @@ def cut_tiles(
         if conversation.image is None or len(tiles) == count:
             continue
         try:
-            cut = processor.preprocess(open_image(conversation.image())).pixel_values
+            cut = processor.preprocess(
+                open_image(conversation.image(), conversation.limits)
+            ).pixel_values
         except ImageError as error:
             _LOG.warning("the image of %s is left out: %s", conversation.name, error)
             continue

@@ -99,13 +99,39 @@ def pixel_value_bytes(vision: VisionDims, num_tiles: int) -> int:
     return num_tiles * 3 * vision.image_size**2 * PIXEL_BYTES
 
 
-def image_decoding_bytes(num_pixels: int, *, webp: bool = False) -> int:
+_DECODED_BYTES = {"WEBP": 18, "AVIF": 17, "TIFF": 14}
+_UNKNOWN_FORMAT_BYTES = max(_DECODED_BYTES["WEBP"], _DECODED_BYTES["AVIF"])
+
+
+def image_decoding_bytes(
+    num_pixels: int, format: str = "", *, bands: int = 3, is_progressive: bool = False
+) -> int:
     """An image file of that many pixels while it is decoded and becomes RGB.
 
-    Measured (VmHWM, Pillow 13, 3000 x 3000 pixels): 4 bytes a pixel for a plain JPEG, 7 turned, 7
-    for RGBA, 9 progressive (its coefficients), 8 for a TIFF, 15 for a WebP.
+    Pillow keeps 4 bytes a pixel; beside them stand the RGB image that is made of them, or the
+    coefficients of a progressive JPEG, 2 bytes each. A WebP's decoder holds two canvases, what it
+    hands over is there twice; an AVIF has planes of up to 16 bits. One byte more is for the file.
+
+    Args:
+        num_pixels: height times width.
+        format: Pillow's name; empty for the largest of those that are read by default.
+        bands: of a JPEG.
+        is_progressive: whether a JPEG is.
+
+    Measured with ``python -m llava_edge.bench.image_memory`` (Pillow 13).
     """
-    return num_pixels * (15 if webp else 10)
+    if not format:
+        return num_pixels * _UNKNOWN_FORMAT_BYTES
+    coefficients = 2 * bands if is_progressive else 0
+    return num_pixels * _DECODED_BYTES.get(format, 5 + max(4, coefficients)) + _STRIP_BYTES
+
+
+_STRIP_BYTES = 4 << 20
+
+
+def image_conversion_bytes(num_pixels: int) -> int:
+    """An image in memory while RGB is made of it, some rows at a time."""
+    return num_pixels * 4 + _STRIP_BYTES
 
 
 def video_decoding_bytes(num_pixels: int) -> int:

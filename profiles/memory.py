@@ -183,6 +183,7 @@ class Workload:
         chunk_tokens: positions computed at once in prefill.
         batch_tiles: tiles encoded at once; None for ``tiles_per_batch``.
         image_pixels: pixels of the largest image.
+        image_format: of its file, as Pillow names it; empty for any that is read by default.
     """
 
     context_tokens: int
@@ -193,6 +194,7 @@ class Workload:
     chunk_tokens: int = 512
     batch_tiles: int | None = None
     image_pixels: int = PLANNED_IMAGE_PIXELS
+    image_format: str = ""
 
     @property
     def num_tiles(self) -> int:
@@ -440,15 +442,15 @@ def _encode_host(dims: ModelDims, work: Workload) -> MemoryTerms:
 def _image_decoding(vision: VisionDims, work: Workload) -> int:
     """The largest image as it is decoded and cut into tiles.
 
-    Decoding is ``image_decoding_bytes``; a WebP may have two thirds of the pixels planned for.
-    Cutting takes the image laid out on its tiles (4 bytes a pixel, 3 as an array and as the bytes
-    it comes from, 3 on the canvas) and, between both passes of resizing, rows already at their
-    width.
+    Decoding is ``image_decoding_bytes``, of the costliest format where none is named. Cutting needs
+    the image laid out on its tiles (4 bytes a pixel, 3 as an array and as the bytes it comes from,
+    3 on the canvas) and, between both passes of resizing, rows already at their width.
     """
     canvas = max(1, work.tiles_per_image - 1) * vision.image_size**2
     between = 4 * math.isqrt(canvas * work.image_pixels)
     image = max(
-        image_decoding_bytes(work.image_pixels), 4 * work.image_pixels + between + 13 * canvas
+        image_decoding_bytes(work.image_pixels, work.image_format),
+        4 * work.image_pixels + between + 13 * canvas,
     )
     return max(image, video_decoding_bytes(PLANNED_VIDEO_PIXELS) if work.num_frames else 0)
 

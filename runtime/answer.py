@@ -52,6 +52,8 @@ class Answer:
     not. ``draft_tokens`` were looked up in the prompt and checked, ``accepted_tokens`` of them
     became part of the answer; both 0 without prompt lookup. ``off_device`` are nodes of the graphs
     that ONNX Runtime computed on the CPU although ``device`` is another; see ``strict_device``.
+    ``notes`` report what was done to an image or a video before the model saw it, for instance
+    that 16-bit values were scaled; empty if nothing out of the ordinary.
     """
 
     text: str
@@ -70,3 +72,4 @@ class Answer:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     off_device: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()

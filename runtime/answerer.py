@@ -210,6 +210,7 @@ class Answerer:
             draft_tokens=steps.drafted,
             accepted_tokens=steps.accepted,
             off_device=self._off_device,
+            notes=request.notes,
         )
 
     def replay(

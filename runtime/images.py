@@ -1,58 +1,80 @@
 """Images: whatever a caller gives becomes one RGB image within the limits, or an ``ImageError``.
 
-Two ways in, as in the reference. A **file** (path or bytes) is turned by its EXIF orientation and
-loses its alpha channel; that is ``transformers.image_utils.load_image``. An **image in memory**
+Two ways in, as in the reference. A **file** (path or bytes) is transposed by its EXIF orientation
+and loses its alpha channel; that is ``transformers.image_utils.load_image``. An **image in memory**
 (Pillow image or array) is taken as it stands and laid on white where it is transparent; that is
 ``transformers.image_transforms.convert_to_rgb``, which a file passes through as well and which
 still sees the transparent colour that some files name.
+
+Everything after decoding is done in strips, so that an image costs what it was decoded to and the
+RGB image that comes out, whatever lies between. Threads decode side by side: nothing here changes
+the state of the process.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import stat
-import threading
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from llava_edge.profiles.buffers import image_decoding_bytes
+from llava_edge.profiles.buffers import image_conversion_bytes, image_decoding_bytes
 from llava_edge.profiles.errors import ImageError, OutOfMemoryError, RequestError
 from llava_edge.runtime.allocation import allocate, require_free
-from llava_edge.runtime.image_header import read_image_header
-from llava_edge.runtime.libtiff import quiet_libtiff
+from llava_edge.runtime.high_bit_depth import Scaling, choose_scaling
+from llava_edge.runtime.image_file import (
+    SWAPPING,
+    Transpose,
+    count_frames,
+    load_pixels,
+    open_image_file,
+    orientation_of,
+)
+from llava_edge.runtime.image_formats import DEFAULT_FORMATS, recognise
 from llava_edge.runtime.limits import Limits
 
 ImageSource: TypeAlias = (
-    str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[np.uint8]
+    str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[Any]
 )
 
 T = TypeVar("T")
 
-_ROWS_AT_ONCE = 256
-_QUIET = threading.Lock()
+_STRIP_PIXELS = 1 << 16
+_DEEP_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I", "F"})
+_CLIP_HINT = 'For the reference\'s clipping: Limits(high_bit_depth="clip"), --high-bit-depth clip'
 
 
-def _renew_lock() -> None:
-    """In a child of ``fork()``, where whoever held the lock may not exist."""
-    global _QUIET
-    _QUIET = threading.Lock()
+@dataclass(frozen=True)
+class OpenedImage:
+    """An image as it is looked at.
+
+    Attributes:
+        image: of mode RGB.
+        notes: what was done to it that a user should know; goes into the answer.
+    """
+
+    image: Image.Image
+    notes: tuple[str, ...] = ()
 
 
-os.register_at_fork(after_in_child=_renew_lock)
+def open_image(source: ImageSource | OpenedImage, limits: Limits | None = None) -> Image.Image:
+    """The image alone of ``load_image``."""
+    return load_image(source, limits).image
 
 
-def open_image(source: ImageSource, limits: Limits | None = None) -> Image.Image:
+def load_image(source: ImageSource | OpenedImage, limits: Limits | None = None) -> OpenedImage:
     """Load an image as RGB; size and format are checked before anything is decoded.
 
     Args:
-        source: path or content of an image file; Pillow image; uint8 array of shape (height,
-            width), (height, width, 1), (height, width, 3) or (height, width, 4).
+        source: path or content of an image file; Pillow image; array of shape (height, width),
+            (height, width, 1), (height, width, 3) or (height, width, 4), uint8 or scaled by the
+            rules of ``high_bit_depth``; or what this function returned.
         limits: bounds on what is taken in; the defaults of ``Limits`` if None.
 
     Returns:
@@ -64,28 +86,28 @@ def open_image(source: ImageSource, limits: Limits | None = None) -> Image.Image
         OutOfMemoryError: the image is within the limits, yet memory did not suffice to decode it.
     """
     limits = Limits() if limits is None else limits
+    if isinstance(source, OpenedImage):
+        return source
     if isinstance(source, Image.Image):
-        label = f"image of mode {source.mode}"
-        _check_size(label, source.height, source.width, 1, limits)
-        image = source
-        if image.mode != "RGB":
-            require_free(image_decoding_bytes(image.height * image.width), label)
-        return _decoded(label, lambda: convert_to_rgb(image))
+        return _from_pillow(source, limits)
     if isinstance(source, np.ndarray):
         return _from_array(source, limits)
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        data = bytes(source)
-        label = f"image of {len(data)} bytes"
-        _check_bytes(label, len(data), limits)
-    elif isinstance(source, (str, os.PathLike)):
-        label = f"image {os.fspath(source)!r:.200}"
-        data = _read_file(label, source, limits)
-    else:
-        raise ImageError(
-            f"image is a {type(source).__name__}; give a path, bytes, a Pillow image or a uint8 "
-            "array"
-        )
-    return _from_file(label, data, limits)
+    # Nothing here keeps the content: it may be as large as the pixels.
+    return _from_file(*_content(source, limits), limits)
+
+
+def read_image_size(path: str | os.PathLike[str], limits: Limits | None = None) -> tuple[int, int]:
+    """Height and width of an image file as it is looked at, without decoding its pixels.
+
+    Raises:
+        ImageError: as ``load_image``, so far as it can be told from the header.
+    """
+    limits = Limits() if limits is None else limits
+    label, data = _content(path, limits)
+    image = _decoded(label, lambda: _open_file(label, data, limits))
+    if orientation_of(image) in SWAPPING:
+        return image.width, image.height
+    return image.height, image.width
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
@@ -93,14 +115,85 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
 
     Returns the image itself if there is nothing to convert.
     """
+    image.load()
+    if image.mode == "RGB" and image.info.get("transparency") is None:
+        return image
+    return _in_strips(image, _laid_on_white)
+
+
+def _laid_on_white(image: Image.Image) -> Image.Image:
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layer).convert("RGB")
-    if image.mode == "RGB":
-        image.load()
-        return image
     return image.convert("RGB")
+
+
+def _without_alpha(image: Image.Image) -> Image.Image:
+    """What the reference makes of a file: RGB first, then the transparent colour laid on white."""
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        # Going to RGB forgets them anyway, but warns.
+        del image.info["transparency"]
+    return _laid_on_white(image.convert("RGB"))
+
+
+def _in_strips(
+    image: Image.Image,
+    convert: Callable[[Image.Image], Image.Image],
+    transpose: Transpose | None = None,
+) -> Image.Image:
+    """An RGB image, converted some rows at a time.
+
+    Args:
+        image: loaded.
+        convert: makes RGB of some rows; pixels do not depend on each other.
+        transpose: is applied to the whole.
+    """
+    width, height = image.size
+    swapped = transpose in SWAPPING
+    result = Image.new("RGB", (height, width) if swapped else (width, height), None)
+    from_end = transpose in _FROM_END
+    for top, bottom in _strips(height, width):
+        strip = convert(image.crop((0, top, width, bottom)))
+        if transpose is not None:
+            strip = strip.transpose(transpose)
+        start = height - bottom if from_end else top
+        result.paste(strip, (start, 0) if swapped else (0, start))
+    return result
+
+
+_FROM_END = frozenset(
+    {
+        Transpose.ROTATE_180,
+        Transpose.FLIP_TOP_BOTTOM,
+        Transpose.ROTATE_270,
+        Transpose.TRANSVERSE,
+    }
+)
+"""Transpositions after which the first row lies at the bottom or on the right."""
+
+
+def _strips(height: int, width: int) -> Iterator[tuple[int, int]]:
+    rows = max(1, _STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        yield top, min(top + rows, height)
+
+
+def _content(
+    source: str | os.PathLike[str] | bytes | bytearray | memoryview, limits: Limits
+) -> tuple[str, bytes]:
+    """What messages call a file, and what is in it."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        data = bytes(source)
+        label = f"image of {len(data)} bytes"
+        _check_bytes(label, len(data), limits)
+        return label, data
+    if isinstance(source, (str, os.PathLike)):
+        label = f"image {os.fspath(source)!r:.200}"
+        return label, _read_file(label, source, limits)
+    raise ImageError(
+        f"image is a {type(source).__name__}; give a path, bytes, a Pillow image or a uint8 array"
+    )
 
 
 def _read_file(label: str, path: str | os.PathLike[str], limits: Limits) -> bytes:
@@ -131,69 +224,155 @@ def _is_url(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path) or os.fspath(path).startswith("data:")
 
 
-def _from_file(label: str, data: bytes, limits: Limits) -> Image.Image:
+def _open_file(label: str, data: bytes, limits: Limits) -> Any:
+    """A file within the limits, opened, not decoded."""
+    if not data:
+        raise ImageError(f"{label}: no image at all, 0 bytes. Give the whole file.")
+    kind = recognise(data)
+    if kind is None:
+        names = ", ".join(limits.image_formats)
+        raise ImageError(
+            f"{label}: no image: content starts with {bytes(data[:8])!r}. Give a file of a format "
+            f"that is read: {names}."
+        )
+    if kind.format is None:
+        raise ImageError(f"{label} is no image that is read, but a {kind.name}. {kind.next_step}")
+    if kind.format not in limits.image_formats:
+        allowed = ", ".join(limits.image_formats)
+        wanted = (*limits.image_formats, kind.format)
+        hint = (
+            ""
+            if kind.format in DEFAULT_FORMATS
+            else f" Allow it with --image-formats {','.join(wanted)} or "
+            f"Limits(image_formats={wanted!r}), or convert the file to PNG."
+        )
+        raise ImageError(f"{label} is a {kind.format} file; allowed formats are {allowed}.{hint}")
+
+    def check_size(height: int, width: int) -> None:
+        _check_size(label, height, width, limits)
+
     try:
-        header = read_image_header(data, limits.max_image_frames)
+        image = open_image_file(kind.format, data, check_size)
+        frames = count_frames(image)
     except ImageError as error:
-        raise ImageError(f"{label}: {error}") from error.__cause__
-    if header.format not in limits.image_formats:
+        text = str(error)
+        raise ImageError(text if text.startswith(label) else f"{label}: {text}") from error
+    if frames > limits.max_image_frames:
         raise ImageError(
-            f"{label} is a {header.format} file; allowed formats are "
-            f"{', '.join(limits.image_formats)}"
+            f"{label} has more than {limits.max_image_frames} frames (max_image_frames). Give one "
+            "frame, or raise the limit."
         )
-    _check_size(label, header.height, header.width, header.frames, limits)
-    if header.tile_height * header.tile_width > limits.max_image_pixels:
-        raise ImageError(
-            f"{label} is stored in pieces of {header.tile_height}x{header.tile_width} pixels; at "
-            f"most {limits.max_image_pixels} pixels are taken"
-        )
-    pixels = header.height * header.width
-    require_free(image_decoding_bytes(pixels, webp=header.format == "WEBP"), label)
-
-    if header.format == "TIFF":
-        quiet_libtiff()
-
-    def decode() -> Image.Image:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=(header.format,))
-        # The library's word counts in the end: it is what memory is reserved by.
-        _check_size(label, image.height, image.width, 1, limits)
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-            # Going to RGB forgets them anyway, but warns.
-            del image.info["transparency"]
-        if image.mode != "RGB":
-            image = image.convert("RGB")
-        return convert_to_rgb(image)
-
-    return _decoded(label, decode)
+    return image
 
 
-def _from_array(array: NDArray[Any], limits: Limits) -> Image.Image:
+def _from_file(label: str, data: bytes, limits: Limits) -> OpenedImage:
+    image = _decoded(label, partial(_decode, label, data, limits))
+    del data
+
+    def convert() -> OpenedImage:
+        transpose = orientation_of(image)
+        if image.mode in _DEEP_MODES and limits.high_bit_depth == "scale":
+            return _from_deep(label, image, transpose)
+        if image.mode == "RGB" and transpose is None and image.info.get("transparency") is None:
+            return OpenedImage(image)
+        return OpenedImage(_in_strips(image, _without_alpha, transpose))
+
+    return _decoded(label, convert)
+
+
+def _decode(label: str, data: bytes, limits: Limits) -> Any:
+    """A file's pixels as they are stored; the content is let go of."""
+    image = _open_file(label, data, limits)
+    needed = image_decoding_bytes(
+        image.height * image.width,
+        image.format,
+        bands=len(image.getbands()),
+        is_progressive=bool(image.info.get("progressive")),
+    )
+    require_free(needed, label)
+    load_pixels(image)
+    # Decoders may settle the size only now.
+    _check_size(label, image.height, image.width, limits)
+    return image
+
+
+def _from_pillow(image: Image.Image, limits: Limits) -> OpenedImage:
+    label = f"image of mode {image.mode}"
+    _check_size(label, image.height, image.width, limits)
+    if image.mode != "RGB":
+        require_free(image_conversion_bytes(image.height * image.width), label)
+    if image.mode in _DEEP_MODES and limits.high_bit_depth == "scale":
+        return _decoded(label, lambda: _from_deep(label, image, None))
+    return _decoded(label, lambda: OpenedImage(convert_to_rgb(image)))
+
+
+def _from_deep(label: str, image: Image.Image, transpose: Transpose | None) -> OpenedImage:
+    """Grey of more than 8 bits, scaled; the colour that a file calls transparent becomes white."""
+    image.load()
+    width, height = image.size
+
+    def rows() -> Iterator[NDArray[Any]]:
+        for top, bottom in _strips(height, width):
+            yield np.asarray(image.crop((0, top, width, bottom)))
+
+    scaling = choose_scaling(np.asarray(image.crop((0, 0, 1, 1))).dtype, rows)
+    if scaling is None:
+        return OpenedImage(_in_strips(image, _laid_on_white, transpose))
+    clear = image.info.get("transparency")
+
+    def scale(strip: Image.Image) -> Image.Image:
+        values = np.asarray(strip)
+        grey = scaling.apply(values)
+        if isinstance(clear, int):
+            grey[values == clear] = 255
+        return Image.fromarray(grey).convert("RGB")
+
+    return OpenedImage(_in_strips(image, scale, transpose), _note(label, scaling))
+
+
+def _note(label: str, scaling: Scaling) -> tuple[str, ...]:
+    return (f"{label}: {scaling.note}. {_CLIP_HINT}",)
+
+
+def _from_array(array: NDArray[Any], limits: Limits) -> OpenedImage:
     shape = "x".join(map(str, array.shape))
     label = f"image array of shape {shape or '()'} and type {array.dtype}"
     channels = 1 if array.ndim == 2 else array.shape[2] if array.ndim == 3 else 0
-    if array.dtype != np.uint8 or channels not in (1, 3, 4):
+    if array.dtype.kind not in "biuf" or channels not in (1, 3, 4):
         raise ImageError(
-            f"{label}; arrays must be uint8 of shape height x width, or height x width x 1, 3 or 4"
+            f"{label}; arrays must be uint8 of shape height x width, or height x width x 1, 3 or "
+            "4; other numbers are scaled to it"
         )
     height, width = array.shape[:2]
-    _check_size(label, height, width, 1, limits)
-    if channels == 1:
-        return _decoded(label, lambda: Image.fromarray(array.reshape(height, width)).convert("RGB"))
-    if channels == 3:
-        return _decoded(label, lambda: Image.fromarray(np.ascontiguousarray(array)))
+    _check_size(label, height, width, limits)
+    whole = array.reshape(height, width, channels)
+    strips = list(_strips(height, width))
+    scaling = None
+    if limits.high_bit_depth == "scale":
+        scaling = choose_scaling(array.dtype, lambda: (whole[top:end] for top, end in strips))
+    if scaling is not None and channels == 4 and scaling.is_stretched:
+        raise ImageError(
+            f"{label}; {scaling.note.split(' were')[0]} leave open what its alpha channel means. "
+            "Give values from 0 to 1, 0 to 255 or 0 to 65535."
+        )
 
-    def blend() -> Image.Image:
+    def convert() -> OpenedImage:
         rgb = allocate((height, width, 3), np.uint8, label)
-        for start in range(0, height, _ROWS_AT_ONCE):
-            rows = array[start : start + _ROWS_AT_ONCE]
-            # Doubles and this order of operations, because the reference rounds them.
-            alpha = rows[..., 3:4] / 255
-            blended = alpha * rows[..., :3] + (1 - alpha) * 255
-            rgb[start : start + _ROWS_AT_ONCE] = np.round(blended)
-        return Image.fromarray(rgb)
+        for top, bottom in strips:
+            rows = whole[top:bottom]
+            if scaling is not None:
+                rows = scaling.apply(rows)
+            elif rows.dtype != np.uint8:
+                with np.errstate(invalid="ignore"):
+                    rows = np.nan_to_num(np.clip(rows, 0, 255)).astype(np.uint8)
+            if channels == 4:
+                # Doubles and this order of operations, because the reference rounds them.
+                alpha = rows[..., 3:4] / 255
+                rows = np.round(alpha * rows[..., :3] + (1 - alpha) * 255)
+            rgb[top:bottom] = rows
+        return OpenedImage(Image.fromarray(rgb), _note(label, scaling) if scaling else ())
 
-    return _decoded(label, blend)
+    return _decoded(label, convert)
 
 
 def _check_bytes(label: str, size: int, limits: Limits) -> None:
@@ -204,14 +383,15 @@ def _check_bytes(label: str, size: int, limits: Limits) -> None:
         )
 
 
-def _check_size(label: str, height: int, width: int, frames: int, limits: Limits) -> None:
+def _check_size(label: str, height: int, width: int, limits: Limits) -> None:
     if height < 1 or width < 1:
         raise ImageError(f"{label} is {height}x{width} (height x width) and has no pixel")
-    # Above Pillow's own bound Pillow would warn or refuse by itself; one rule says it for both.
-    pixels = min(limits.max_image_pixels, Image.MAX_IMAGE_PIXELS or limits.max_image_pixels)
     faults = []
-    if height * width > pixels:
-        faults.append(f"{height * width} pixels are more than {pixels} (max_image_pixels)")
+    if height * width > limits.max_image_pixels:
+        faults.append(
+            f"{height * width} pixels are more than {limits.max_image_pixels} (max_image_pixels, "
+            "--max-image-pixels)"
+        )
     if max(height, width) > limits.max_image_side:
         faults.append(f"a side is longer than {limits.max_image_side} (max_image_side)")
     if max(height, width) > limits.max_image_ratio * min(height, width):
@@ -219,8 +399,6 @@ def _check_size(label: str, height: int, width: int, frames: int, limits: Limits
             f"the longer side is more than {limits.max_image_ratio} times the shorter "
             "(max_image_ratio)"
         )
-    if frames > limits.max_image_frames:
-        faults.append(f"it has more than {limits.max_image_frames} frames (max_image_frames)")
     if faults:
         raise ImageError(
             f"{label} is {height}x{width} (height x width): {'; '.join(faults)}. "
@@ -230,20 +408,22 @@ def _check_size(label: str, height: int, width: int, frames: int, limits: Limits
 
 def _decoded(label: str, decode: Callable[[], T]) -> T:
     try:
-        with _QUIET, warnings.catch_warnings():
-            # Of damage that it can live with Pillow warns, which would be whoever sends files
-            # writing into an application's log. One thread at a time: the list of filters is the
-            # whole process's.
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-            return decode()
+        return decode()
     except (RequestError, OutOfMemoryError):
         raise
     except MemoryError as error:
         raise OutOfMemoryError(f"{label}: memory ran out while it was decoded") from error
+    except Warning as warning:
+        # The application's own filters made an error of it.
+        raise ImageError(
+            f"{label} is not decoded: Pillow warns {str(warning)[:200]!r}, and this process's "
+            "filters of warnings make that an error. Let warnings of PIL pass, or save the file "
+            "anew."
+        ) from warning
     except Exception as error:
         # Decoders of damaged files raise nearly anything: OSError, SyntaxError, struct.error …
         reason = f"{type(error).__name__}: {str(error)[:200]}"
-        if isinstance(error, UnidentifiedImageError):
+        if isinstance(error, UnidentifiedImageError) or "not identified" in reason:
             # Its own text names a buffer's address.
             reason = "its header is not understood"
         raise ImageError(

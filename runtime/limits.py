@@ -6,9 +6,11 @@ One frozen dataclass, so that an application sees all limits in one place and ch
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 from llava_edge.profiles.errors import RequestError
 from llava_edge.runtime.arguments import require_count, settle
+from llava_edge.runtime.image_formats import DEFAULT_FORMATS, READABLE_FORMATS
 
 VIDEO_FORMATS = ("MP4", "WEBM", "AVI")
 """Video containers that are told from their content; MOV counts as MP4, Matroska as WEBM."""
@@ -16,8 +18,8 @@ VIDEO_FORMATS = ("MP4", "WEBM", "AVI")
 VIDEO_CODECS = ("av1", "h264", "hevc", "mjpeg", "mpeg4", "vp8", "vp9")
 """Video codecs, in FFmpeg's names."""
 
-READABLE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""Image file formats whose headers ``image_header`` reads."""
+HighBitDepth = Literal["scale", "clip"]
+"""What becomes of pixels of more than 8 bits; see ``Limits``."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,11 @@ class Limits:
         max_image_side: longer side in pixels.
         max_image_ratio: longer side over shorter side.
         max_image_frames: frames of an animated image, of which the first is used.
-        image_formats: file formats, out of ``READABLE_FORMATS``; told by content, not by name.
+        image_formats: file formats, out of ``READABLE_FORMATS``; recognised by content, not by
+            name. TIFF is read only where it is listed.
+        high_bit_depth: ``scale`` makes 8 bits of 16-bit and float pictures by the rules of
+            ``high_bit_depth`` and notes it in the answer; ``clip`` cuts off at 255, bit for bit as
+            the reference does.
         max_images: images of one request.
         max_video_bytes: size of a video file.
         max_video_pixels: width times height of a frame; 9.4 million take in 4K.
@@ -41,8 +47,7 @@ class Limits:
         max_prompt_characters: characters of one prompt.
 
     Raises:
-        RequestError: a bound is below 1, or a format or codec is none that can be read; all are
-            named.
+        RequestError: a bound is below 1, or a format, codec or choice is unknown; all are named.
     """
 
     max_image_bytes: int = 128 * 2**20
@@ -50,7 +55,8 @@ class Limits:
     max_image_side: int = 32_768
     max_image_ratio: int = 1_000
     max_image_frames: int = 1_000
-    image_formats: tuple[str, ...] = READABLE_FORMATS
+    image_formats: tuple[str, ...] = DEFAULT_FORMATS
+    high_bit_depth: HighBitDepth = "scale"
     max_images: int = 64
     max_video_bytes: int = 2**30
     max_video_pixels: int = 4096 * 2304
@@ -82,5 +88,10 @@ class Limits:
                 faults.append(f"{name} is {given!r:.60}; it must be a tuple of names")
             elif unknown := sorted(set(given) - set(known)):
                 faults.append(f"{name} holds {', '.join(unknown)}; readable are {', '.join(known)}")
+        if self.high_bit_depth not in get_args(HighBitDepth):
+            faults.append(
+                f"high_bit_depth is {self.high_bit_depth!r:.60}; it must be "
+                f"{' or '.join(get_args(HighBitDepth))}"
+            )
         if faults:
             raise RequestError("limits: " + "; ".join(faults))

@@ -96,6 +96,7 @@ class Request:
             empty when only counted.
         video_counts: tokens of each video.
         placed: what each image and video is and where it stands, in order; empty when only counted.
+        notes: what was done to images and videos that a user should know; goes into the answer.
     """
 
     ids: Array
@@ -104,6 +105,7 @@ class Request:
     frame_pixels: tuple[Pixels, ...] = ()
     video_counts: tuple[int, ...] = ()
     placed: tuple[PlacedMedium, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:

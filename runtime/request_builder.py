@@ -26,7 +26,7 @@ from llava_edge.runtime.arguments import require_count
 from llava_edge.runtime.clip import Clip, open_clip
 from llava_edge.runtime.frame_choice import choose_frames
 from llava_edge.runtime.image_processor import ImageProcessor
-from llava_edge.runtime.images import ImageSource, open_image
+from llava_edge.runtime.images import ImageSource, OpenedImage, load_image, open_image
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.lowering import Step
 from llava_edge.runtime.manifest import Manifest, PromptFormat, VideoProcessing
@@ -66,7 +66,7 @@ class RequestBuilder:
     def build(
         self,
         prompt: str,
-        images: Iterable[ImageSource] | None,
+        images: Iterable[ImageSource | OpenedImage] | None,
         options: PromptOptions,
         *,
         video: VideoInput | None = None,
@@ -107,10 +107,10 @@ class RequestBuilder:
     def check(
         self,
         prompt: str,
-        images: Iterable[ImageSource] | None,
+        images: Iterable[ImageSource | OpenedImage] | None,
         options: PromptOptions,
         video: VideoInput | None = None,
-    ) -> Sequence[ImageSource]:
+    ) -> Sequence[ImageSource | OpenedImage]:
         """Check all that needs no picture to be opened; takes the arguments of ``build``.
 
         Returns:
@@ -132,7 +132,7 @@ class RequestBuilder:
     def steps(
         self,
         prompt: str,
-        images: Sequence[ImageSource],
+        images: Sequence[ImageSource | OpenedImage],
         options: PromptOptions,
         video: VideoInput | None,
     ) -> list[Step]:
@@ -178,7 +178,7 @@ class RequestBuilder:
     @overload
     def capped(
         self, images: Sequence[ImageSource], grid: str | None, max_image_tokens: int
-    ) -> tuple[list[Image], str | None, str]: ...
+    ) -> tuple[list[OpenedImage], str | None, str]: ...
 
     @overload
     def capped(
@@ -186,7 +186,7 @@ class RequestBuilder:
         images: Sequence[ImageSource | PreparedImage],
         grid: str | None,
         max_image_tokens: int,
-    ) -> tuple[list[Image | PreparedImage], str | None, str]: ...
+    ) -> tuple[list[OpenedImage | PreparedImage], str | None, str]: ...
 
     def capped(
         self,
@@ -212,7 +212,7 @@ class RequestBuilder:
         """
         max_image_tokens = require_count("max_image_tokens", max_image_tokens, 1)
         opened = [
-            source if isinstance(source, PreparedImage) else open_image(source, self._limits)
+            source if isinstance(source, PreparedImage) else load_image(source, self._limits)
             for source in images
         ]
         least, why = 0, f"max_image_tokens is {max_image_tokens}"
@@ -248,14 +248,18 @@ class RequestBuilder:
             )
         return found
 
-    def prepare(self, source: ImageSource, processor: ImageProcessor) -> PreparedImage:
+    def prepare(
+        self, source: ImageSource | OpenedImage, processor: ImageProcessor
+    ) -> PreparedImage:
         """Open an image and cut its tiles.
 
         Raises:
             ImageError: it is refused.
         """
-        tiles = processor.preprocess(open_image(source, self._limits))
-        return PreparedImage(tiles.layout, tiles.pixel_values, digests_of(tiles.pixel_values))
+        opened = load_image(source, self._limits)
+        tiles = processor.preprocess(opened.image)
+        digests = digests_of(tiles.pixel_values)
+        return PreparedImage(tiles.layout, tiles.pixel_values, digests, opened.notes)
 
     def prepare_video(self, video: VideoInput) -> PreparedVideo:
         """Open a video, choose frames and cut them.
@@ -351,6 +355,11 @@ class RequestBuilder:
             frame_pixels=tuple(video.frame_pixels for video in videos),
             video_counts=video_counts,
             placed=tuple(sorted(placed, key=lambda medium: medium.start)),
+            notes=tuple(
+                note
+                for notes in (*(i.notes for i in images), *(v.notes for v in videos))
+                for note in notes
+            ),
         )
 
     def _expand(
@@ -434,10 +443,11 @@ class RequestBuilder:
         return ImageProcessor(processing)
 
 
-def _image_tokens(image: Image | PreparedImage, processor: ImageProcessor) -> int:
+def _image_tokens(image: OpenedImage | PreparedImage, processor: ImageProcessor) -> int:
     if isinstance(image, PreparedImage):
         return image.layout.num_image_tokens
-    return processor.anyres.layout(image.height, image.width).num_image_tokens
+    size = image.image.height, image.image.width
+    return processor.anyres.layout(*size).num_image_tokens
 
 
 def _spans(ids: Array, media_id: int | None, counts: Sequence[int]) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ from llava_edge.runtime.engine_arguments import (
     asked_cache,
 )
 from llava_edge.runtime.frame_choice import FrameChoice
+from llava_edge.runtime.limit_arguments import add_limit_arguments, asked_limits
 from llava_edge.runtime.pipeline import LlavaEdge
 from llava_edge.runtime.png_file import PngFile
 from llava_edge.runtime.progress import ProgressLine
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         allow_slow=options.allow_slow,
         engine=options.engine,
         trust_engines=options.trust_engines,
+        limits=asked_limits(options),
         strict_device=options.strict_device,
         progress=progress,
     )
@@ -139,7 +141,7 @@ def _described(answer: Answer) -> str:
             if answer.off_device
             else ""
         )
-        + "".join(f"\n{given_up}" for given_up in answer.degraded)
+        + "".join(f"\n{line}" for line in (*answer.degraded, *answer.notes))
     )
 
 
@@ -217,5 +219,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--require-verified", action="store_true")
     parser.add_argument("--allow-slow", action="store_true", help="run a cuda artifact on the CPU")
     add_engine_arguments(parser)
+    add_limit_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object as last stdout line")
     return parser

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -72,6 +73,7 @@ def test_convert_and_run_give_one_json_object_as_last_line(
         "device",
         "engine",
         "degraded",
+        "notes",
         "off_device",
         "other_engines",
         "reused_tokens",
@@ -92,6 +94,31 @@ def test_run_streams_the_answer_to_stdout(
     assert code == 0
     assert output.out.endswith("\n")
     assert "first token after" in output.err
+
+
+def test_flags_of_run_decide_what_pictures_are_read(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ramp = Image.fromarray(np.tile(np.linspace(0, 65535, 300).astype(np.uint16), (200, 1)))
+    path = tmp_path / "scan.tif"
+    ramp.save(path)
+    ask = ["run", str(artifact), "--prompt", "Hi", "--image", str(path), "--max-new-tokens", "1"]
+    formats = ["--image-formats", "png,tiff"]
+
+    assert cli.main(ask) == 2
+    assert "--image-formats" in capsys.readouterr().err
+    assert cli.main([*ask, *formats, "--max-image-pixels", "59999"]) == 2
+    assert "60000 pixels are more than 59999 (max_image_pixels" in capsys.readouterr().err
+    assert cli.main([*ask, *formats, "--json"]) == 0
+    output = capsys.readouterr()
+    (note,) = json.loads(output.out)["notes"]
+    assert "scan.tif" in note
+    assert "16-bit values were scaled" in note
+    assert note in output.err
+    assert cli.main([*ask, *formats, "--high-bit-depth", "clip", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == []
+    assert cli.main([*ask, "--image-formats", "heic"]) == 2
+    assert "image_formats holds HEIC; readable are JPEG" in capsys.readouterr().err
 
 
 def pickle_only(folder: Path) -> None:

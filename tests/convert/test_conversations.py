@@ -12,6 +12,7 @@ from PIL import Image
 from llava_edge.convert.conversations import read_conversations
 from llava_edge.profiles.anyres import AnyRes
 from llava_edge.profiles.errors import RequestError
+from llava_edge.runtime.limits import Limits
 
 FolderMaker = Callable[..., Path]
 
@@ -113,6 +114,33 @@ def test_unreadable_images_are_named_when_choosing(make_folder: FolderMaker) -> 
     assert all(c.image is None for c in found)
     assert [each["sample"] for each in source["left_out"]] == ["samples.jsonl:1", "samples.jsonl:2"]
     assert "No such file" in source["left_out"][0]["reason"]
+
+
+def test_images_of_calibration_are_opened_within_the_limits_asked(
+    make_folder: FolderMaker,
+) -> None:
+    folder = make_folder(*[_entry("wide.png")] * 3, wide=(56, 28), tall=(28, 56))
+    limits = Limits(max_image_pixels=56 * 28 - 1)
+    found, source = read_conversations(folder, _ANYRES, limit=2, seed=0, limits=limits)
+    assert found == ()
+    assert "max_image_pixels" in source["left_out"][0]["reason"]
+    found, _ = read_conversations(folder, _ANYRES, limit=9, seed=0, limits=limits)
+    assert {conversation.limits for conversation in found} == {limits}
+
+
+def test_a_photo_on_its_side_counts_for_the_grid_that_it_is_cut_on(
+    make_folder: FolderMaker,
+) -> None:
+    folder = make_folder(*[_entry("wide.png")] * 8, *[_entry("tall.png")] * 8, wide=(56, 28))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    # Stored wide, looked at tall.
+    Image.new("RGB", (56, 28)).save(folder / "tall.png", exif=exif)
+    found, _ = read_conversations(folder, _ANYRES, limit=4, seed=0)
+    assert Counter(Path(str(c.image())).name for c in found if c.image) == {
+        "wide.png": 2,
+        "tall.png": 2,
+    }
 
 
 def test_separators_inside_strings_and_a_byte_order_mark_do_not_cut_lines(tmp_path: Path) -> None:

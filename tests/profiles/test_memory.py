@@ -136,7 +136,10 @@ def test_images_are_decoded_before_tiles_are_encoded(dims: ModelDims) -> None:
     large, small = (
         estimate_memory(dims, "fp16", w, CPU).host["encode"] for w in (photo, thumbnail)
     )
-    assert large.image_decoding == 240_000_000
+    assert large.image_decoding == 18 * 24_000_000
+    jpeg = Workload(3440, image_pixels=24_000_000, image_format="JPEG")
+    named = estimate_memory(dims, "fp16", jpeg, CPU).host["encode"]
+    assert 9 * 24_000_000 <= named.image_decoding < 10 * 24_000_000
     assert large.vision_activations == large.image_features == 0
     assert small.image_decoding == 0
     assert small.vision_activations > 60 << 20

@@ -19,8 +19,11 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 
 from llava_edge.profiles.anyres import grid_pinpoints
 from llava_edge.profiles.errors import ImageError, RequestError
+from llava_edge.runtime import images
+from llava_edge.runtime.image_formats import READABLE_FORMATS
 from llava_edge.runtime.image_processor import MAX_CROP_RATIO, ImageProcessor
 from llava_edge.runtime.images import open_image
+from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.manifest import ImageProcessing
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -32,6 +35,16 @@ def processing(
 ) -> ImageProcessing:
     values = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "rescale_factor": 1 / 255, **changes}
     return ImageProcessing(tile, patch, pinpoints, **values)
+
+
+EXACT = Limits(image_formats=READABLE_FORMATS, high_bit_depth="clip")
+"""Everything is read, and pixels of more than 8 bits are clipped as the reference does."""
+
+
+@pytest.fixture(autouse=True)
+def many_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images are converted some rows at a time; here so few that small ones have several strips."""
+    monkeypatch.setattr(images, "_STRIP_PIXELS", 700)
 
 
 STOCK = processing(336, 14, grid_pinpoints("2x2", 336))
@@ -62,7 +75,7 @@ def reference_pixels(source: Any, values: ImageProcessing) -> Any:
 
 
 def assert_bit_equal(source: Any, reference_source: Any, values: ImageProcessing) -> None:
-    ours = ImageProcessor(values).preprocess(open_image(source))
+    ours = ImageProcessor(values).preprocess(open_image(source, EXACT))
     theirs = reference_pixels(reference_source, values)
     assert ours.pixel_values.dtype == np.float32 == theirs.dtype
     assert ours.pixel_values.shape == theirs.shape
@@ -184,6 +197,9 @@ def test_an_array_like_view_need_not_be_contiguous() -> None:
     assert_bit_equal(view, np.ascontiguousarray(view), ODD)
 
 
+SIDEWAYS = Image.Exif()
+SIDEWAYS[0x0112] = 6
+
 # (format, mode, options) that Pillow can write and the loader reads.
 FILES: list[tuple[str, str, dict[str, Any]]] = [
     ("JPEG", "RGB", {"quality": 91}),
@@ -200,6 +216,27 @@ FILES: list[tuple[str, str, dict[str, Any]]] = [
     ("PNG", "RGB", {"transparency": (10, 20, 30)}),
     ("PNG", "RGBA", {}),
     ("PNG", "I;16", {}),
+    ("PNG", "1", {"transparency": 0}),
+    ("PNG", "L", {"transparency": 7, "exif": SIDEWAYS}),
+    ("PNG", "LA", {"exif": SIDEWAYS}),
+    ("PNG", "P", {"transparency": 5, "exif": SIDEWAYS}),
+    ("PNG", "P", {"transparency": bytes(range(0, 250, 10)), "exif": SIDEWAYS}),
+    ("PNG", "RGB", {"transparency": (10, 20, 30), "exif": SIDEWAYS}),
+    ("PNG", "RGBA", {"exif": SIDEWAYS}),
+    ("PNG", "I;16", {"exif": SIDEWAYS}),
+    ("PNG", "RGB", {"save_all": True, "append_images": [Image.new("RGB", (77, 131), "red")]}),
+    ("JPEG", "CMYK", {"exif": SIDEWAYS}),
+    ("JPEG", "CMYK", {"progressive": True}),
+    ("JPEG", "RGB", {"progressive": True, "exif": SIDEWAYS}),
+    ("MPO", "RGB", {"save_all": True, "append_images": [Image.new("RGB", (77, 131), "red")]}),
+    ("WEBP", "RGBA", {"quality": 60, "exif": SIDEWAYS}),
+    ("WEBP", "RGB", {"save_all": True, "append_images": [Image.new("RGB", (77, 131), "red")]}),
+    ("GIF", "P", {"save_all": True, "append_images": [Image.new("P", (77, 131))]}),
+    ("AVIF", "RGB", {}),
+    ("AVIF", "RGBA", {"exif": SIDEWAYS}),
+    ("AVIF", "L", {}),
+    ("BMP", "1", {}),
+    ("BMP", "RGBA", {}),
     ("WEBP", "RGB", {"lossless": True}),
     ("WEBP", "RGB", {"quality": 60}),
     ("WEBP", "RGBA", {"lossless": True}),
@@ -213,13 +250,18 @@ FILES: list[tuple[str, str, dict[str, Any]]] = [
     ("TIFF", "F", {}),
     ("TIFF", "I;16", {}),
     ("TIFF", "RGBA", {}),
+    ("TIFF", "LAB", {}),
+    ("TIFF", "YCbCr", {}),
+    ("TIFF", "I", {}),
+    ("TIFF", "RGB", {"exif": SIDEWAYS}),
+    ("TIFF", "P", {"compression": "packbits", "exif": SIDEWAYS}),
 ]
 
 
 @pytest.mark.parametrize(
     ("kind", "mode", "options"),
     FILES,
-    ids=[f"{kind}-{mode}-{next(iter(o.items()), '')}" for kind, mode, o in FILES],
+    ids=[f"{kind}-{mode}-{' '.join(options)}" for kind, mode, options in FILES],
 )
 # The reference warns where it drops a palette's alpha values; the loader does not.
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency:UserWarning")
@@ -243,7 +285,7 @@ def test_files_are_turned_by_their_exif_orientation(
     Image.fromarray(noise(97, 211)).save(path, kind, exif=exif)
     assert_bit_equal(path, reference_file(path), SMALL)
     assert_bit_equal(path.read_bytes(), reference_file(path), SMALL)
-    turned = open_image(path)
+    turned = open_image(path, EXACT)
     assert turned.size == ((97, 211) if orientation > 4 else (211, 97))
 
 
@@ -318,7 +360,7 @@ def assert_cropped_as_clip(image: Any, values: ImageProcessing) -> None:
         rescale_factor=values.rescale_factor,
     )
 
-    ours = ImageProcessor(values).preprocess(open_image(image))
+    ours = ImageProcessor(values).preprocess(open_image(image, EXACT))
 
     theirs = reference(image, return_tensors="np", input_data_format="channels_last")
     assert np.array_equal(ours.pixel_values, theirs["pixel_values"])

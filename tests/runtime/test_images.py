@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import struct
-import subprocess
-import sys
+import threading
 import tracemalloc
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers.image_transforms import convert_to_rgb as reference_convert_to_rgb
+from transformers.image_utils import load_image as load_reference_image
 
 from llava_edge.profiles.errors import ImageError, OutOfMemoryError
 from llava_edge.runtime import images
+from llava_edge.runtime.image_formats import READABLE_FORMATS
 from llava_edge.runtime.images import convert_to_rgb, open_image
 from llava_edge.runtime.limits import Limits
 
@@ -97,14 +98,14 @@ def test_changing_the_array_later_does_not_change_the_image() -> None:
 @pytest.mark.parametrize(
     "array",
     [
-        np.zeros((4, 4, 3), np.float32),
-        np.zeros((4, 4, 3), np.uint16),
+        np.zeros((4, 4, 3), np.complex64),
+        np.zeros((4, 4, 3), object),
         np.zeros((4, 4, 2), np.uint8),
         np.zeros((3, 4, 4, 3), np.uint8),
         np.zeros(4, np.uint8),
         np.zeros((), np.uint8),
     ],
-    ids=["float", "uint16", "2-channels", "4-dim", "1-dim", "0-dim"],
+    ids=["complex", "objects", "2-channels", "4-dim", "1-dim", "0-dim"],
 )
 def test_arrays_of_other_types_and_shapes_are_refused(array: Any) -> None:
     with pytest.raises(ImageError, match="arrays must be uint8 of shape height x width"):
@@ -169,7 +170,7 @@ def test_an_unreadable_text_file_is_refused_with_its_name(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", ["PPM", "ICO", "TGA", "PCX", "SGI", "ICNS", "EPS"])
 def test_formats_that_are_not_listed_are_refused(kind: str) -> None:
-    with pytest.raises(ImageError, match="Give a JPEG, PNG, WebP, GIF, BMP or TIFF"):
+    with pytest.raises(ImageError, match=r"JPEG|to PNG"):
         open_image(encoded(kind))
 
 
@@ -180,13 +181,13 @@ def test_the_list_of_formats_can_be_shortened() -> None:
         open_image(encoded("GIF"), limits)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", READABLE_FORMATS)
 def test_a_file_cut_off_anywhere_is_refused(kind: str) -> None:
     data = encoded(kind)
     refused = 0
     for length in range(0, len(data) - 1, max(1, len(data) // 60)):
         try:
-            open_image(data[:length])
+            open_image(data[:length], EVERY)
         except ImageError:
             refused += 1
     # The last bytes of some formats hold nothing that decoding needs.
@@ -239,9 +240,15 @@ def test_sizes_between_pillows_warning_and_refusal_are_refused_without_a_warning
         open_image(data)
 
 
-def test_pillows_own_bound_holds_where_a_caller_allows_more() -> None:
-    with pytest.raises(ImageError, match="are more than 89478485"):
-        open_image(png_that_declares(9_500, 9_500), Limits(max_image_pixels=10**9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP"])
+def test_pillows_own_bound_does_not_stand_in_the_way_of_a_raised_limit(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encoded(kind)
+    # Pillow would warn of 1,200 pixels by the one bound and refuse them by the other. It always
+    # refuses a WebP of more than twice the bound, while it opens the file.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000 if kind == "WEBP" else 500)
+    assert open_image(data).size == (30, 40)
 
 
 LIMITS = Limits(max_image_pixels=5_000, max_image_side=200, max_image_ratio=8)
@@ -274,6 +281,9 @@ def test_what_is_just_within_the_limits_is_taken(height: int, width: int) -> Non
     assert open_image(encoded("PNG", picture(height, width)), LIMITS).size == (width, height)
 
 
+EVERY = Limits(image_formats=READABLE_FORMATS)
+
+
 def animated(kind: str, frames: int) -> bytes:
     rest = [Image.new("RGB", (8, 8), (20 * step, 0, 0)) for step in range(1, frames)]
     return encoded(kind, Image.new("RGB", (8, 8), "blue"), save_all=True, append_images=rest)
@@ -283,8 +293,8 @@ def animated(kind: str, frames: int) -> bytes:
 def test_too_many_frames_are_refused_and_of_fewer_the_first_is_taken(kind: str) -> None:
     data = animated(kind, 12)
     with pytest.raises(ImageError, match=r"more than 11 frames \(max_image_frames\)"):
-        open_image(data, Limits(max_image_frames=11))
-    red, green, blue = np.asarray(open_image(data, Limits(max_image_frames=12)))[0, 0]
+        open_image(data, replace(EVERY, max_image_frames=11))
+    red, green, blue = np.asarray(open_image(data, replace(EVERY, max_image_frames=12)))[0, 0]
     assert blue > 240
     assert max(red, green) < 15
 
@@ -304,12 +314,6 @@ def test_content_larger_than_the_limit_is_refused() -> None:
     assert open_image(data, Limits(max_image_bytes=len(data))).size == (30, 40)
 
 
-def test_a_palette_with_alpha_values_opens_without_a_warning() -> None:
-    image = picture().quantize(20)
-    data = encoded("PNG", image, transparency=bytes(range(20)))
-    assert open_image(data).mode == "RGB"
-
-
 def test_running_out_of_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(image: Image.Image) -> Image.Image:
         raise MemoryError
@@ -324,47 +328,127 @@ def test_a_mode_that_cannot_be_converted_is_refused() -> None:
         open_image(Image.new("La", (3, 3)))
 
 
-def tiff_with(tag: int, kind: int, count: int) -> bytes:
-    """A TIFF whose entry of that tag claims another count of values."""
-    data = encoded("TIFF")
-    old = struct.pack("<HHI", tag, kind, 1)
-    assert data.count(old) == 1
-    return data.replace(old, struct.pack("<HHI", tag, kind, count))
+def exif_with(entries: bytes, count: int, order: str = "<") -> bytes:
+    """EXIF with a directory of those entries; the count may promise more."""
+    mark = b"II" if order == "<" else b"MM"
+    return b"Exif\0\0" + mark + struct.pack(order + "HIH", 42, 8, count) + entries
 
 
-@pytest.mark.parametrize("count", [2, 60_000])
-def test_damage_that_pillow_warns_of_is_no_warning_of_ours(count: int) -> None:
-    # Found by fuzzing: whoever sends files could fill an application's log.
-    data = tiff_with(284, 3, count)
+def entry(tag: int, kind: int, values: int, value: int, order: str = "<") -> bytes:
+    packed = struct.pack(order + ("H2x" if kind == 3 else "I"), value)
+    return struct.pack(order + "HHI", tag, kind, values) + packed
+
+
+DAMAGED_EXIF = {
+    "cut off": exif_with(entry(0x0112, 3, 1, 6) + entry(0x010F, 2, 500, 4000), 9),
+    "points outside": exif_with(entry(0x010F, 2, 60_000, 9_999) + entry(0x0112, 3, 1, 6), 2),
+    "too many values": exif_with(entry(0x011A, 3, 2, 6) + entry(0x0112, 3, 1, 6), 2),
+}
+
+
+def png_with_chunk(kind: bytes, body: bytes) -> bytes:
+    data = encoded("PNG")
+    chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return data[:33] + chunk + data[33:]
+
+
+NOISY = {
+    **{
+        f"{kind}, EXIF {name}": encoded(kind, exif=exif)
+        for kind in ("JPEG", "PNG", "WEBP")
+        for name, exif in DAMAGED_EXIF.items()
+    },
+    "PNG, animation of no frame": png_with_chunk(b"acTL", bytes(8)),
+    "PNG, palette with alpha values": encoded(
+        "PNG", picture().quantize(20), transparency=bytes(range(20))
+    ),
+    "JPEG that announces more pictures": encoded("JPEG").replace(
+        b"\xff\xdb", b"\xff\xe2\0\x10MPF\0" + b"II*\0\x08\0\0\0\0\0" + b"\xff\xdb", 1
+    ),
+}
+
+
+@pytest.mark.parametrize("data", NOISY.values(), ids=NOISY)
+@pytest.mark.parametrize("action", ["error", "always"])
+def test_what_pillow_would_warn_of_is_read_without_a_warning(
+    data: bytes, action: Literal["error", "always"]
+) -> None:
+    # Files could otherwise fill an application's log, or be refused by its filters.
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter(action)
+        image = open_image(data)
+
+    assert image.size in ((30, 40), (40, 30))
+    assert heard == []
+
+
+def test_the_damaged_files_above_do_make_pillow_warn() -> None:
+    warned = 0
+    for data in NOISY.values():
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+        warned += bool(heard)
+
+    assert warned >= 6
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("name", DAMAGED_EXIF)
+def test_the_orientation_of_damaged_exif_is_that_of_the_reference(kind: str, name: str) -> None:
+    data = encoded(kind, exif=DAMAGED_EXIF[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = load_reference_image(Image.open(io.BytesIO(data)))
+
+    assert np.array_equal(np.asarray(open_image(data)), np.asarray(expected))
+
+
+def test_an_error_that_the_applications_filters_make_of_a_warning_is_explained() -> None:
+    data = encoded("TIFF").replace(
+        struct.pack("<HHI", 284, 3, 1), struct.pack("<HHI", 284, 3, 60_000)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(UserWarning):
-            Image.open(io.BytesIO(data)).convert("RGB")
-    with warnings.catch_warnings(record=True) as heard:
+        with pytest.raises(ImageError, match="this process's filters of warnings"):
+            open_image(data, EVERY)
+    with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
-        assert open_image(data).size == (30, 40)
+        assert open_image(data, EVERY).size == (30, 40)
 
-    assert heard == []
+
+def test_threads_decode_side_by_side_and_leave_the_filters_of_warnings_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    both = threading.Barrier(2, timeout=20)
+    filters = list(warnings.filters)
+    seen: list[bool] = []
+
+    def meet(image: Image.Image) -> Image.Image:
+        # Passes only where two threads stand here at once.
+        both.wait()
+        seen.append(list(warnings.filters) == filters)
+        return laid_on_white(image)
+
+    laid_on_white = images._laid_on_white
+    monkeypatch.setattr(images, "_laid_on_white", meet)
+    data = encoded("PNG", picture(mode="L"))
+    results: list[Image.Image] = []
+    threads = [threading.Thread(target=lambda: results.append(open_image(data))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(results) == 2
+    assert seen == [True, True]
+    assert list(warnings.filters) == filters
 
 
 def test_an_image_that_the_caller_opened_is_decoded_without_a_warning() -> None:
     lazy = Image.open(io.BytesIO(encoded("PNG", picture().quantize(20), transparency=b"\0" * 20)))
 
     assert open_image(lazy).mode == "RGB"
-
-
-@pytest.mark.parametrize("compression", ["tiff_deflate", "tiff_lzw", "group4"])
-def test_a_damaged_tiff_writes_nothing_on_stderr(
-    compression: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    # Found by fuzzing: libtiff itself writes there.
-    mode = "1" if compression == "group4" else "RGB"
-    data = bytearray(encoded("TIFF", picture(mode=mode), compression=compression))
-    data[8:40] = bytes(b ^ 0x5A for b in data[8:40])
-    with contextlib.suppress(ImageError):
-        open_image(bytes(data))
-
-    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("path", ["/proc/self/mem", "/proc/self/task"])
@@ -387,26 +471,7 @@ def test_a_file_that_has_nothing_yet_is_refused_without_waiting(
     os.close(writer)
 
 
-def test_the_lock_around_decoders_is_new_in_a_child_of_fork() -> None:
-    code = (
-        "import os, signal, warnings\n"
-        "warnings.simplefilter('ignore')\n"
-        "from PIL import Image\n"
-        "from llava_edge.runtime import images\n"
-        "images._QUIET.acquire()\n"
-        "child = os.fork()\n"
-        "if child == 0:\n"
-        "    signal.alarm(20)\n"
-        "    images.open_image(Image.new('L', (5, 5)))\n"
-        "    os._exit(0)\n"
-        "print(os.waitpid(child, 0)[1])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-
-    assert done.stdout.strip() == "0"
-
-
-SEEDS = [encoded(kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")]
+SEEDS = [encoded(kind) for kind in READABLE_FORMATS]
 SEEDS += [animated("GIF", 3), animated("WEBP", 3), encoded("PNG", picture(mode="P"))]
 
 
@@ -423,7 +488,7 @@ def test_a_file_with_changed_bytes_is_opened_or_refused(
         # Half of the changes fall into the first bytes, where headers are.
         changed[place % (64 if place % 2 else len(changed))] = value
     try:
-        image = open_image(bytes(changed), Limits(max_image_pixels=200_000))
+        image = open_image(bytes(changed), replace(EVERY, max_image_pixels=200_000))
     except ImageError:
         return
     assert image.mode == "RGB"

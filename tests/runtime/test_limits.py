@@ -15,7 +15,7 @@ def test_defaults_hold_any_photograph() -> None:
     # 50 megapixels, the common full resolution of telephones.
     assert limits.max_image_pixels >= 8160 * 6144
     assert limits.max_image_side >= 8160
-    assert limits.image_formats == READABLE_FORMATS
+    assert set(READABLE_FORMATS) - set(limits.image_formats) == {"TIFF"}
 
 
 def test_all_bad_limits_are_named_at_once() -> None:
