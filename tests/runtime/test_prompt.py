@@ -7,7 +7,14 @@ from dataclasses import replace
 import pytest
 
 from llava_edge.profiles.errors import PromptError
-from llava_edge.runtime.manifest import PromptFormat, Turn
+from llava_edge.runtime.manifest import (
+    Copy,
+    Cut,
+    Joint,
+    PromptFormat,
+    Trim,
+    Turn,
+)
 from llava_edge.runtime.prompt import (
     Media,
     Message,
@@ -30,15 +37,13 @@ FORMAT = PromptFormat(
     user_after_system="u:",
     assistant=Turn("A:", ";"),
     generation_prompt="A:",
-    text_separator="+",
-    text_after="~",
     image="<image>\n",
     video="[<video>]",
-    media_first=True,
-    stripped_roles=(),
     special_tokens=(),
+    text_after="~",
+    joints=(Joint("text", "text", "+"),),
 )
-IN_PLACE = replace(FORMAT, media_first=False)
+IN_PLACE = replace(FORMAT, part_order=(("image", "video", "text"),))
 IMAGE, VIDEO = Media("image"), Media("video")
 
 
@@ -101,7 +106,7 @@ def rule(text: str) -> Message:
             id="a video's mark and an image without one",
         ),
         pytest.param(
-            replace(FORMAT, stripped_roles=("user",)),
+            replace(FORMAT, user=Turn("U:", ".", Trim("any", "any"))),
             (user_message("  q \n"), say(" a "), user_message("\tp")),
             "^(default)U:q~.A: a ;U:p~.A:",
             id="stripped users",
