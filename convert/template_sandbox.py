@@ -1,8 +1,8 @@
 """Rendering an untrusted chat template: sandboxed, in a child process with bounds on its resources.
 
 A chat template is a program from elsewhere. Nothing in this project renders one in its own process.
-The same file is both sides: imported, it starts the child; run as a script, it is the child. Requests
-and answers are JSON on standard input and output.
+The same file is both sides: imported, it starts the child; run as a script, it is the child, whose
+requests and answers are JSON on standard input and output.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -200,14 +201,17 @@ def limit_process(limits: Mapping[str, float]) -> None:
         return
     used = resource.getrusage(resource.RUSAGE_SELF)
     seconds = int(limits["seconds"] + used.ru_utime + used.ru_stime) + 1
-    for name, soft, hard in (
-        ("RLIMIT_AS", *[int(limits["memory_bytes"]) + _mapped_bytes()] * 2),
+    memory = int(limits["memory_bytes"]) + _mapped_bytes()
+    output = int(limits["output_bytes"]) + 1
+    bounds: tuple[tuple[str, int, int], ...] = (
+        ("RLIMIT_AS", memory, memory),
         # The soft limit ends the process by a signal of its own, which tells it from others.
         ("RLIMIT_CPU", seconds, seconds + 2),
-        ("RLIMIT_FSIZE", *[int(limits["output_bytes"]) + 1] * 2),
+        ("RLIMIT_FSIZE", output, output),
         ("RLIMIT_CORE", 0, 0),
         ("RLIMIT_NPROC", 0, 0),
-    ):
+    )
+    for name, soft, hard in bounds:
         try:
             resource.setrlimit(getattr(resource, name), (soft, hard))
         except (AttributeError, OSError, ValueError):
@@ -311,7 +315,7 @@ def _own_renderer(template: str, clock: Callable[[], float | None]) -> Render:
 
 
 def _library_renderer(template: str, clock: Callable[[], float | None]) -> Render:
-    """transformers' own function, at a clock of ours."""
+    """Transformers' own function, at a clock of ours."""
     import transformers.utils.chat_template_utils as library
 
     class Clock(datetime):
@@ -323,10 +327,10 @@ def _library_renderer(template: str, clock: Callable[[], float | None]) -> Rende
 
     def render(names: Mapping[str, Any]) -> Iterator[str]:
         names = dict(names)
-        texts, _ = library.render_jinja_template(  # type: ignore[misc]
+        made: Any = library.render_jinja_template(
             conversations=[names.pop("messages")], chat_template=template, **names
         )
-        yield str(texts[0])
+        yield str(made[0][0])
 
     return render
 
@@ -337,23 +341,26 @@ def _bounded(blocks: Iterator[str], limit: int) -> str:
     for block in blocks:
         length += len(block)
         if length > limit:
-            raise _TooLong(f"writes a text that is longer than {limit} characters")
+            raise _LengthError(f"writes a text that is longer than {limit} characters")
         taken.append(block)
     return "".join(taken)
 
 
-class _TooLong(Exception):
+class _LengthError(Exception):
     pass
 
 
 def _answers(request: Mapping[str, Any]) -> dict[str, Any]:
     now: float | None = 0.0
-    make = _own_renderer if request["environment"] == "own" else _library_renderer
+    make = _own_renderer
     if request["environment"] == "own":
         import jinja2.sandbox  # noqa: F401 (what is imported does not count)
     else:
         import transformers.utils.chat_template_utils  # noqa: F401
-    limit_process(request["limits"])
+
+        make = _library_renderer
+    limits = {**asdict(TemplateLimits()), **request.get("limits", {})}
+    limit_process(limits)
     try:
         render = make(request["template"], lambda: now)
     except Exception as error:  # A template that does not even parse.
@@ -362,13 +369,13 @@ def _answers(request: Mapping[str, Any]) -> dict[str, Any]:
         return {"fatal": f"cannot be used: {type(error).__name__}: {str(error)[:300]}"}
     answers: list[dict[str, str]] = []
     for conversation in request["conversations"]:
-        now = conversation.pop("clock")
+        now = conversation.pop("clock", time.time())
         try:
-            text = _bounded(render({**request["variables"], **conversation}), request["limits"]["characters"])
+            text = _bounded(render({**request["variables"], **conversation}), limits["characters"])
             answers.append({"text": text})
         except MemoryError:
             raise
-        except _TooLong as error:
+        except _LengthError as error:
             return {"fatal": str(error)}
         except Exception as error:  # Whatever a template raises is its answer.
             answers.append({"error": f"{type(error).__name__}: {str(error)[:300]}"})

@@ -110,7 +110,10 @@ def find_style(renderer: Renderer) -> Style:
     )
     pictured = (user_message(_FIRST, images=1),)
     *answers, with_list, with_string = renderer.render(
-        [*(s.request(spoken, None) for s in styles), *(s.request(pictured, None) for s in styles[:2])]
+        [
+            *(s.request(spoken, None) for s in styles),
+            *(s.request(pictured, None) for s in styles[:2]),
+        ]
     )
     seen: list[str] = []
     for style, answer, image in zip(
@@ -124,7 +127,9 @@ def find_style(renderer: Renderer) -> Style:
             seen.append(f"{style.user} content is printed as such: {answer.text!r:.200}")
             continue
         if not all(answer.text.count(t) == 1 for t in (_FIRST, _ANSWER, _SECOND)):
-            seen.append(f"{style.user} content: texts are missing or repeated in {answer.text!r:.200}")
+            seen.append(
+                f"{style.user} content: texts are missing or repeated in {answer.text!r:.200}"
+            )
             if any(t.casefold() in answer.text.casefold() for t in (_FIRST, _ANSWER, _SECOND)):
                 break
             continue
@@ -355,12 +360,12 @@ class _Seen:
 
     def part_order(self) -> tuple[tuple[PartKind, ...], ...]:
         """Groups of kinds by which the template sorts the parts of a message."""
-        ranks = [(0, 1, 2), (0, 0, 0)]
-        ranks += [r for r in product(range(3), repeat=3) if r not in ranks]
+        usual: list[tuple[int, ...]] = [(0, 1, 2), (0, 0, 0)]
+        ranks = [*usual, *(r for r in product(range(3), repeat=3) if r not in usual)]
         for ranking in ranks:
-            place = dict(zip(_KINDS, ranking, strict=True))
+            place: dict[str, int] = dict(zip(_KINDS, ranking, strict=True))
             if all(
-                _places(text, sorted(kinds, key=lambda kind: place[kind])) is not None
+                _places(text, sorted(kinds, key=place.__getitem__)) is not None
                 for kinds, text in self.bodies.items()
                 if len(set(kinds)) == 2 and _any_places(text, kinds) is not None
             ):
@@ -416,7 +421,9 @@ class _Body:
             after[kind] = reduce(_common_prefix, rests) if rests else ""
         for kind in _KINDS:
             rests = [
-                gap.removeprefix(after[left]) for (left, right), gap in gaps.items() if right == kind
+                gap.removeprefix(after[left])
+                for (left, right), gap in gaps.items()
+                if right == kind
             ]
             before[kind] = reduce(_common_suffix, rests) if rests else ""
         joints = tuple(
@@ -424,8 +431,8 @@ class _Body:
             for (left, right), gap in sorted(gaps.items())
             if gap != after[left] + before[right]
         )
-        kinds = frozenset(left for left, _ in gaps)
-        return cls(head, tail, before, after, joints, gaps["start", "text"], kinds)
+        shown = frozenset(left for left, _ in gaps)
+        return cls(head, tail, before, after, joints, gaps["start", "text"], shown)
 
     def segment(self, kind: Literal["image", "video"]) -> str:
         """What one medium renders as; a newline after it where the template places none."""

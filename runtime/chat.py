@@ -19,6 +19,7 @@ from llava_edge.profiles.errors import PromptError, RequestError
 from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.arguments import require_count, require_flag
 from llava_edge.runtime.clip import VideoSource
+from llava_edge.runtime.finished_prompt import warn_if_finished
 from llava_edge.runtime.frame_choice import FrameChoice
 from llava_edge.runtime.images import ImageSource
 from llava_edge.runtime.lowering import Lowering, Step
@@ -248,6 +249,7 @@ class Chat:
         frame_choice: FrameChoice = "reference",
     ) -> ChatMessage:
         self._requests.check_text(text)
+        warn_if_finished(self._requests.prompt_format(), text)
         earlier = sum(len(message.images) for message in self.messages)
         self._requests.check_images(images, earlier)
         cut = tuple(

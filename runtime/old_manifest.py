@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from llava_edge.runtime.manifest import Joint, PartKind, PromptFormat, Trim, Turn
@@ -69,9 +69,8 @@ class _PromptFormat2:
             special_tokens=self.special_tokens,
             text_after=self.text_after,
             joints=joints,
-            **({} if self.media_first else {"part_order": _IN_PLACE}),
         )
-        return made
+        return made if self.media_first else replace(made, part_order=_IN_PLACE)
 
 
 def with_prompt_of_2(document: Any) -> Any:

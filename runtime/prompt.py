@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 from llava_edge.profiles.errors import PromptError
 from llava_edge.runtime.manifest import PromptFormat, Space, Trim, Turn
 from llava_edge.runtime.prompt_date import fill_dates
+from llava_edge.runtime.records import from_json, to_json
 
 Kind = Literal["image", "video"]
 Role = Literal["system", "user", "assistant"]
@@ -138,14 +139,26 @@ def compose_turns(
     return [
         (
             name,
-            [
-                Piece(p.kind, fill(p.text)) if p.kind == "template" else p
-                for p in pieces
-                if p.text
-            ],
+            [Piece(p.kind, fill(p.text)) if p.kind == "template" else p for p in pieces if p.text],
         )
         for name, pieces in turns
     ]
+
+
+def at_time(prompt_format: PromptFormat, now: datetime) -> PromptFormat:
+    """The same format with its dates written out, for prompts that are compared later."""
+    fill = fill_dates(prompt_format.dates, now)
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, str):
+            return fill(value)
+        if isinstance(value, list):
+            return [filled(item) for item in value]
+        if isinstance(value, dict):
+            return {key: filled(item) for key, item in value.items()}
+        return value
+
+    return from_json(PromptFormat, {**filled(to_json(prompt_format)), "dates": []})
 
 
 def raw_pieces(prompt: str, images: int = 0, videos: int = 0) -> tuple[Piece, ...]:
@@ -259,14 +272,18 @@ def _body(prompt_format: PromptFormat, message: Message, image_marks: bool) -> I
         marked = tuple(kind for kind in MARKS if any(MARKS[kind] in text for text in texts))
     # Media with marks stand at their marks, so their items say nothing more.
     items = [p for p in message.parts if isinstance(p, Text) or p.kind not in marked]
-    places = {k: i for i, group in enumerate(prompt_format.part_order) for k in group}
+    places: dict[str, int] = {
+        k: i for i, group in enumerate(prompt_format.part_order) for k in group
+    }
     items.sort(key=lambda p: places[_kind(p)])
     around = {
         "image": prompt_format.image.partition(MARKS["image"])[::2],
         "video": prompt_format.video.partition(MARKS["video"])[::2],
         "text": (prompt_format.text_before, prompt_format.text_after),
     }
-    joints = {(joint.left, joint.right): joint.text for joint in prompt_format.joints}
+    joints: dict[tuple[str, str], str] = {
+        (joint.left, joint.right): joint.text for joint in prompt_format.joints
+    }
     previous = "start"
     for kind in (*map(_kind, items), "end"):
         if previous != "start":

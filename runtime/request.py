@@ -6,6 +6,7 @@ Every image and frame is expanded to its exact cost already. ``RequestBuilder`` 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 from llava_edge.profiles.anyres import TileLayout
 from llava_edge.runtime.arguments import require_flag
@@ -18,6 +19,8 @@ from llava_edge.runtime.session import Array
 class PromptOptions:
     """How prompt and images are read; see ``LlavaEdge.stream``.
 
+    ``now`` is the time that a template with a date writes; None for this machine's clock.
+
     Raises:
         RequestError: a switch is neither True nor False.
     """
@@ -25,6 +28,7 @@ class PromptOptions:
     raw: bool = False
     image_marks: bool = True
     grid: str | None = None
+    now: datetime | None = None
 
     def __post_init__(self) -> None:
         require_flag("raw", self.raw)

@@ -137,9 +137,7 @@ def _template_faults(
         if ours != answer.text:
             faults.append(f"{conversation.name}: {_apart(ours, answer.text)}")
         elif (ids := tokenizer.encode_pieces(pieces)) != (wanted := reference.ids(answer.text)):
-            faults.append(
-                f"{conversation.name}: ids are {ids[:12]}, the reference's {wanted[:12]}"
-            )
+            faults.append(f"{conversation.name}: ids are {ids[:12]}, the reference's {wanted[:12]}")
     return len(chosen), faults
 
 

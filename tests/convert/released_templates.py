@@ -80,19 +80,16 @@ _SYSTEM_TWICE = (
     + "{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{%- endif %}"
 )
 _YI = (
-    _messages("{{ '<|im_start|>' + m.role + '\n' }}" + _IMAGES + _VIDEOS + _TEXTS + "{{ '<|im_end|>' }}")
+    _messages(
+        "{{ '<|im_start|>' + m.role + '\n' }}" + _IMAGES + _VIDEOS + _TEXTS + "{{ '<|im_end|>' }}"
+    )
     + _OPEN_CHATML
 )
 _YI_LINES = _YI.replace("{{ '<|im_end|>' }}", "{{ '<|im_end|>\n' }}")
-_LLAMA3_LINES = (
-    _messages(_HEADER + _BARE_IMAGES + _ON_A_LINE + "{{ '<|eot_id|>' }}") + _OPEN_LLAMA
-)
+_LLAMA3_LINES = _messages(_HEADER + _BARE_IMAGES + _ON_A_LINE + "{{ '<|eot_id|>' }}") + _OPEN_LLAMA
 _QWEN_LINES = (
     _messages(
-        "{{ '<|im_start|>' + m.role }}"
-        + _BARE_IMAGES
-        + _ON_A_LINE
-        + "{{ '<|im_end|>' + '\n' }}"
+        "{{ '<|im_start|>' + m.role }}" + _BARE_IMAGES + _ON_A_LINE + "{{ '<|im_end|>' + '\n' }}"
     )
     + _OPEN_CHATML
 )
@@ -125,8 +122,7 @@ REVISIONS: Mapping[str, Released] = {
         )
     ),
     "llama3, texts trimmed on lines of their own": Released(
-        "{{ bos_token }}"
-        + _LLAMA3_LINES.replace("'\n' + c.text", "'\n' + c.text | trim"),
+        "{{ bos_token }}" + _LLAMA3_LINES.replace("'\n' + c.text", "'\n' + c.text | trim"),
     ),
     "llama3, texts stripped by the method": Released(
         _LLAMA3_LINES.replace("c.text }}", "c.text.strip() }}"),
@@ -268,7 +264,9 @@ EXPORTS: Mapping[str, Released] = {
         "{{ content + eos_token }}{%- endif %}{%- endfor %}",
         strings=True,
     ),
-    "llava by ms-swift": Released(_VICUNA.replace("m.role.upper()", "m['role'] | upper"), video=True),
+    "llava by ms-swift": Released(
+        _VICUNA.replace("m.role.upper()", "m['role'] | upper"), video=True
+    ),
     "qwen with tools": Released(
         _QWEN_TOOLS
         + "{%- for m in messages %}{%- if m.role == 'user' or (m.role == 'system' and not "
@@ -321,7 +319,10 @@ EXPORTS: Mapping[str, Released] = {
         + _messages(
             "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
             "{%- if m.role == 'system' %}{{ 'Today Date: ' + strftime_now('%d %b %Y') + '\n\n' }}"
-            "{%- endif %}" + _BARE_IMAGES + _TEXTS.replace("c.text", "c.text | trim") + "{{ '<|eot_id|>' }}"
+            "{%- endif %}"
+            + _BARE_IMAGES
+            + _TEXTS.replace("c.text", "c.text | trim")
+            + "{{ '<|eot_id|>' }}"
         )
         + _OPEN_LLAMA
     ),
@@ -384,19 +385,28 @@ EXPORTS: Mapping[str, Released] = {
 NEIGHBOURS: Mapping[str, Released] = {
     "texts on lines of their own for users alone": Released(
         _messages(
-            "{{ '<' + m.role + '>' }}" + _BARE_IMAGES + "{%- for c in m.content if c.type == 'text' "
+            "{{ '<' + m.role + '>' }}"
+            + _BARE_IMAGES
+            + "{%- for c in m.content if c.type == 'text' "
             "%}{%- if m.role == 'user' %}{{ '\n' }}{%- endif %}{{ c.text }}{%- endfor %}"
             "{{ '<end>' }}"
         )
         + "{%- if add_generation_prompt %}{{ '<assistant>' }}{%- endif %}"
     ),
     "images after texts": Released(
-        _messages("{{ m.role + ': ' }}" + _TEXTS + _IMAGES.replace("'<image>\n'", "'\n<image>'") + "{{ ';' }}")
+        _messages(
+            "{{ m.role + ': ' }}"
+            + _TEXTS
+            + _IMAGES.replace("'<image>\n'", "'\n<image>'")
+            + "{{ ';' }}"
+        )
         + "{%- if add_generation_prompt %}{{ 'assistant: ' }}{%- endif %}"
     ),
     "one newline after the last image": Released(
         _messages(
-            "{{ m.role + ': ' }}" + _BARE_IMAGES + "{%- if m.content | selectattr('type', 'equalto', "
+            "{{ m.role + ': ' }}"
+            + _BARE_IMAGES
+            + "{%- if m.content | selectattr('type', 'equalto', "
             "'image') | list %}{{ '\n' }}{%- endif %}" + _TEXTS + "{{ ';' }}"
         )
         + "{%- if add_generation_prompt %}{{ 'assistant: ' }}{%- endif %}"
@@ -442,13 +452,19 @@ NEIGHBOURS: Mapping[str, Released] = {
     "three copies of the system text": Released(
         _messages(
             "{%- if m.role == 'system' %}{{ m.content[0].text + '|' + m.content[0].text | trim + "
-            "'|' + m.content[0].text + '\n' }}{%- else %}{{ m.role + ': ' }}" + _IMAGES + _TEXTS + "{{ ';' }}{%- endif %}"
+            "'|' + m.content[0].text + '\n' }}{%- else %}{{ m.role + ': ' }}"
+            + _IMAGES
+            + _TEXTS
+            + "{{ ';' }}{%- endif %}"
         )
         + "{%- if add_generation_prompt %}{{ 'assistant: ' }}{%- endif %}"
     ),
     "a default instruction in the first question": Released(
         "{%- for m in messages %}{%- if m.role == 'user' %}{{ '[INST] ' }}"
-        "{%- if loop.first %}{{ 'Be brief.\n\n' }}{%- endif %}" + _IMAGES + _TEXTS + "{{ ' [/INST]' }}"
+        "{%- if loop.first %}{{ 'Be brief.\n\n' }}{%- endif %}"
+        + _IMAGES
+        + _TEXTS
+        + "{{ ' [/INST]' }}"
         "{%- elif m.role == 'assistant' %}{{ ' ' + m.content[0].text + eos_token }}{%- else %}"
         "{{ raise_exception('no system turn') }}{%- endif %}{%- endfor %}",
         system=False,
@@ -468,7 +484,10 @@ NEIGHBOURS: Mapping[str, Released] = {
     ),
     "the date in every question": Released(
         _messages(
-            "{{ m.role + ' (' + strftime_now('%Y-%m-%d') + '): ' }}" + _IMAGES + _TEXTS + "{{ ';' }}"
+            "{{ m.role + ' (' + strftime_now('%Y-%m-%d') + '): ' }}"
+            + _IMAGES
+            + _TEXTS
+            + "{{ ';' }}"
         )
         + "{%- if add_generation_prompt %}{{ 'assistant: ' }}{%- endif %}"
     ),

@@ -1,4 +1,4 @@
-"""Templates in the forms that are in use compile, and compiled they write what transformers writes."""
+"""Templates in the forms that are in use compile into segments that write the same text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from transformers.utils import chat_template_utils
 
 from llava_edge.convert.chat_template import CLOCKS, compile_template
 from llava_edge.convert.template_checks import check_conversations
-from llava_edge.convert.template_sandbox import ChatRequest, render_all
 from llava_edge.runtime.prompt import MARKS, Media, Message, Text, compose, rendered
 from tests.convert.released_templates import ALL, VARIANTS, Released
 
@@ -77,14 +76,14 @@ def test_a_released_template_compiles_to_what_transformers_writes(
         for conversation in check_conversations(
             system=released.system, placed=not released.strings, video=released.video
         ):
-            ours = rendered(
-                compose(compiled, conversation.messages, image_marks=False, now=now)
-            )
+            ours = rendered(compose(compiled, conversation.messages, image_marks=False, now=now))
             theirs = reference(tokenizer, released, conversation.messages)
             assert ours == theirs, conversation.name
         if not compiled.dates:
             break
-    assert bool(compiled.dates) == ("strftime_now(" in released.source and "false" not in released.source)
+    assert bool(compiled.dates) == (
+        "strftime_now(" in released.source and "false" not in released.source
+    )
 
 
 def test_all_nine_variants_are_there() -> None:
