@@ -25,6 +25,7 @@ import torch
 import transformers
 from PIL import Image
 
+from llava_edge.bench.chat_prompt import chat_prompts
 from llava_edge.bench.gpu_models import GPU_MODELS
 from llava_edge.bench.speed_cases import draw_picture
 from llava_edge.profiles.nvml import process_bytes
@@ -55,11 +56,7 @@ class Reference:
 
     def prompt(self, question: str) -> str:
         """A question about one picture in the model's own template."""
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        rendered: str = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-        return rendered
+        return chat_prompts(self.processor, [question])[0]
 
     def answer(self, image: Image.Image, question: str, most: int) -> tuple[list[int], Any]:
         """Greedy ids, and float32 (ids, vocab) logits that each was chosen from."""

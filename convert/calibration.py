@@ -31,6 +31,7 @@ from llava_edge.runtime.images import open_image
 from llava_edge.runtime.instructions import sums_saturate
 from llava_edge.runtime.manifest import Flavour, ImageProcessing, PromptFormat, TokenIds
 from llava_edge.runtime.prompt import MARKS, Message, Piece, Text, compose, user_message
+from llava_edge.runtime.prompt_date import COMPARED_NOW
 from llava_edge.runtime.prompt_embedder import PromptEmbedder, TileEncoder
 from llava_edge.runtime.request import Request
 from llava_edge.runtime.session import Session, SessionOptions
@@ -295,7 +296,11 @@ class CalibrationModel:
         if self._prompt is not None:
             messages = [user_message(question, images), Message("assistant", (Text(answer),))]
             return compose(
-                self._prompt, messages, image_marks=bool(images), generation_prompt=False
+                self._prompt,
+                messages,
+                image_marks=bool(images),
+                generation_prompt=False,
+                now=COMPARED_NOW,
             )
         mark = (Piece("image", MARKS["image"]),) * images
         return (*mark, Piece("text", f"\n{question}\n{answer}"))

@@ -171,11 +171,7 @@ def _make(
         user_after_system=user.before if user_after_system is None else user_after_system,
         assistant=assistant,
         generation_prompt=generation_prompt,
-        text_separator="",
-        text_after="",
         image="<image>\n",
         video="<video>\n",
-        media_first=True,
-        stripped_roles=(),
         special_tokens=special_tokens,
     )

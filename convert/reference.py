@@ -6,6 +6,7 @@ Used to show its answer beside ours and by tests; the runtime never sees it.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 import transformers
 from PIL.Image import Image
 
+from llava_edge.convert.template_sandbox import ChatRequest, render_all
 from llava_edge.convert.verify.reference_video import frame_pixels
+from llava_edge.profiles.errors import CheckpointError
 
 REFERENCE = f"transformers {transformers.__version__}"
 
@@ -49,13 +52,20 @@ class ReferenceModel:
         self.model: Any = loader.from_pretrained(folder, dtype=torch.float32).eval()
 
     def render(self, prompt: str, num_images: int, num_videos: int = 0) -> str:
-        """One user turn through the checkpoint's chat template, images first, then videos."""
+        """One user turn through the checkpoint's chat template, images first, then videos.
+
+        Raises:
+            CheckpointError: the template refuses it, or leaves its bounds.
+        """
         media = [{"type": "image"}] * num_images + [{"type": "video"}] * num_videos
         content = [*media, {"type": "text", "text": prompt}]
-        rendered: str = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
+        request = ChatRequest(({"role": "user", "content": content},), clock=time.time())
+        (answer,) = render_all(
+            self.processor.chat_template, self.processor.tokenizer.special_tokens_map, [request]
         )
-        return rendered
+        if answer.text is None:
+            raise CheckpointError(f"the chat template refuses the question: {answer.error}")
+        return answer.text
 
     def prepare(self, text: str, images: Sequence[Image], video: Sequence[Image] = ()) -> Any:
         """Model inputs of a finished prompt; all frames of a video are looked at."""

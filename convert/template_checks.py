@@ -14,26 +14,21 @@ class Conversation:
     name: str
     messages: tuple[Message, ...]
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether every message is one text."""
-        return all(
-            len(m.parts) == 1 and isinstance(m.parts[0], Text) and m.parts[0].text.strip()
-            for m in self.messages
-        )
 
-
-_ODD_TEXTS = {
+ODD_TEXTS = {
     "a leading blank": " what is this?",
     "outer blanks": "  what is this?   ",
     "a final newline": "what is this?\n",
     "outer newlines": "\n\nwhat is this?\n\n",
+    "outer blanks and newlines": " \n what is this?\n \n",
     "inner newlines": "first line\n\n  second line\n",
     "tabs": "\twhat\tis this?\t",
     "jinja": "{{ messages }} {% if true %} {# note #}",
     "markup": "<b>&amp; 'single' \"double\" \\ `back`</b>",
     "control tokens": "</s><s><|im_end|><|eot_id|><|endoftext|>",
     "instruction marks": "[INST] <<SYS>> x <</SYS>> [/INST]",
+    "reasoning": "<think>\nit may be a cat\n</think>\n\nIt is a cat.",
+    "reasoning without an opening mark": "it may be a cat</think> a cat",
     "role names": "USER: one ASSISTANT: two",
     "letters of many scripts": "Größe 日本語 עברית 🦙\u200d🔥",
     "a no-break space at the ends": "\u00a0what is this?\u00a0",
@@ -52,22 +47,30 @@ def check_conversations(*, system: bool, placed: bool, video: bool) -> tuple[Con
         video: the model has videos.
     """
     found: list[Conversation] = []
+    rule = Message("system", (Text("Answer in one word."),))
     for turns in (1, 2, 3, 4):
         for images in (0, 1, 2, 3):
             messages = _dialogue(turns, images)
             name = f"{turns} turns, {images} images first"
             found.append(Conversation(name, messages))
             if system:
-                rule = Message("system", (Text("Answer in one word."),))
                 found.append(Conversation(f"system, {name}", (rule, *messages)))
-    for name, text in _ODD_TEXTS.items():
-        found.append(Conversation(f"a question with {name}", (user_message(text),)))
+    for name, text in ODD_TEXTS.items():
         said = Message("assistant", (Text(text),))
         again = user_message("and?", images=1)
-        found.append(Conversation(f"an answer with {name}", (user_message("what?"), said, again)))
+        odd = user_message(text, images=1)
+        found += [
+            Conversation(f"a question with {name}", (user_message(text),)),
+            Conversation(f"an image and a question with {name}", (odd,)),
+            Conversation(f"a later question with {name}", (*_dialogue(2, 0)[:2], odd)),
+            Conversation(f"an answer with {name}", (user_message("what?"), said, again)),
+        ]
         if system:
-            rule = Message("system", (Text(text),))
-            found.append(Conversation(f"a system text with {name}", (rule, again)))
+            odd_rule = Message("system", (Text(text),))
+            found += [
+                Conversation(f"a system text with {name}", (odd_rule, again)),
+                Conversation(f"a system text, and a question with {name}", (rule, odd)),
+            ]
     if placed:
         found += _positions(video)
     return tuple(found)
@@ -87,6 +90,7 @@ def _positions(video: bool) -> list[Conversation]:
     shapes: dict[str, tuple[Text | Media, ...]] = {
         "two texts": (one, two),
         "two texts that touch": (Text("left"), Text(" right")),
+        "two texts with outer blanks": (Text(" left \n"), Text("\n right ")),
         "an image last": (one, image),
         "an image between texts": (one, image, two),
         "an image first and two texts": (image, one, two),
@@ -100,10 +104,14 @@ def _positions(video: bool) -> list[Conversation]:
     if video:
         clip = Media("video")
         shapes |= {
+            "a video and no text": (clip,),
             "a video first": (clip, one),
             "a video last": (one, clip),
+            "a video between texts": (one, clip, two),
             "an image and a video": (image, clip, one),
             "a video and an image": (clip, image, one),
+            "a text between an image and a video": (image, one, clip),
+            "images around a video": (image, clip, image, one),
         }
     again = (Message("assistant", (Text("yes."),)), user_message("sure?"))
     found = []

@@ -33,6 +33,7 @@ from llava_edge.runtime.manifest_check import (
     UNLISTED,
     manifest_faults,
 )
+from llava_edge.runtime.old_manifest import with_prompt_of_2
 from llava_edge.runtime.onnx_header import read_onnx_header
 from llava_edge.runtime.records import from_json
 from llava_edge.runtime.regular_file import read_bounded
@@ -44,8 +45,9 @@ _MANIFEST_LIMIT = 8 << 20
 _AGAIN = "Copy the artifact again, or convert again."
 
 READERS: Mapping[int, Callable[[Any], Manifest]] = {
-    1: lambda document: _without(document, "decoder_int8_cache"),
-    2: lambda document: from_json(Manifest, document, MANIFEST),
+    1: lambda document: _without(with_prompt_of_2(document), "decoder_int8_cache"),
+    2: lambda document: _without(with_prompt_of_2(document)),
+    3: lambda document: from_json(Manifest, document, MANIFEST),
 }
 """How each schema version ever released becomes today's Manifest."""
 

@@ -20,6 +20,7 @@ from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.answer_options import AnswerOptions
 from llava_edge.runtime.arguments import refuse_unknown, require_count, require_flag, settle
 from llava_edge.runtime.clip import VideoSource
+from llava_edge.runtime.finished_prompt import warn_if_finished
 from llava_edge.runtime.frame_choice import FrameChoice
 from llava_edge.runtime.images import ImageSource
 from llava_edge.runtime.lowering import Lowering, Step
@@ -323,6 +324,7 @@ class Chat:
         num_frames: int | None,
         frame_choice: FrameChoice = "reference",
     ) -> ChatMessage:
+        warn_if_finished(self._requests.prompt_format(), text)
         cut = tuple(
             image if isinstance(image, PreparedImage) else self.prepare(image) for image in images
         )

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from llava_edge.profiles.buffers import CacheType
 from llava_edge.profiles.model_dims import ModelDims
 
-SCHEMA_VERSION = 2
-"""2 added ``decoder_int8_cache``."""
+SCHEMA_VERSION = 3
+"""2 added ``decoder_int8_cache``; 3 has a wider ``PromptFormat``."""
 
 Flavour = Literal["cpu", "cuda"]
 Reference = Literal["hf", "original"]
@@ -90,12 +90,60 @@ class TokenIds:
     """Ids at or above this are padding rows of the table; their logits are masked."""
 
 
+Space = Literal["none", "any", "newline", "blank"]
+"""White space that a template removes: none, all of it, newlines alone, or blanks alone."""
+
+PartKind = Literal["image", "video", "text"]
+
+
+@dataclass(frozen=True)
+class Trim:
+    """What is removed at the two ends of a text."""
+
+    left: Space = "none"
+    right: Space = "none"
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One more copy of a text: what precedes it, and its own trim."""
+
+    before: str
+    trim: Trim = Trim()
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A text begins after the last ``through`` in it (an earlier answer without its reasoning)."""
+
+    through: str
+    trim: Space = "none"
+
+
 @dataclass(frozen=True)
 class Turn:
-    """Plain text around what a role says."""
+    """What surrounds the text of a role, and what happens to the text.
+
+    Attributes:
+        trim: of each text part.
+        copies: further copies of the text, after the first and before ``after``.
+        cut: leaves out the beginning of the text; None keeps it.
+    """
 
     before: str
     after: str
+    trim: Trim = Trim()
+    copies: tuple[Copy, ...] = ()
+    cut: Cut | None = None
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Text between two neighbouring parts, in place of what usually surrounds them."""
+
+    left: Literal["start", "image", "video", "text"]
+    right: Literal["image", "video", "text", "end"]
+    text: str
 
 
 @dataclass(frozen=True)
@@ -103,18 +151,24 @@ class PromptFormat:
     """A chat template compiled into plain text; runtime/prompt.py puts prompts together from it.
 
     A prompt is ``prefix``, then ``default_system`` or the system turn, then user and assistant
-    turns, then ``generation_prompt``. Inside a user turn ``image`` and ``video`` are what one
-    medium renders as, mark included; ``text_separator`` stands between two text parts that follow
-    each other, ``text_after`` behind the last one and before a medium.
+    turns, then ``generation_prompt``. The body of a user's turn is its parts, in ``part_order``:
+    ``text_before`` and ``text_after`` surround each text, ``image`` and ``video`` are what one
+    medium renders as, mark included. A ``Joint`` replaces what stands between two kinds of parts.
 
     Attributes:
         default_system: literal text in place of a system turn where none is given.
-        system: None where the template refuses system turns.
+        system: None where the template refuses system turns, or shows none of their text.
         user_after_system: opens a user turn right after a system turn, in place of
             ``user.before``.
-        media_first: media stand before all text of their turn, images before videos; else in the
-            order of the parts.
-        stripped_roles: roles whose text loses its outer white space.
+        user_after_default: opens the first user turn where no system turn is given; None for
+            ``user.before``.
+        part_order: groups of kinds. Parts are sorted by group, and keep their order inside one.
+        body_trim: of a user's whole body, media included.
+        body_joins: what a user's body begins with where it comes first (a given system turn, the
+            default one), so that ``body_trim`` does not reach the body's own left end.
+        system_place: the system turn precedes the first user turn or the last one.
+        dates: forms of ``strftime`` in use. Each stands as ``<date:FORM>`` in the segments, and is
+            replaced by the time of the request.
         special_tokens: control tokens that the segments themselves may hold.
     """
 
@@ -127,13 +181,18 @@ class PromptFormat:
     user_after_system: str
     assistant: Turn
     generation_prompt: str
-    text_separator: str
-    text_after: str
     image: str
     video: str
-    media_first: bool
-    stripped_roles: tuple[str, ...]
     special_tokens: tuple[str, ...]
+    text_before: str = ""
+    text_after: str = ""
+    joints: tuple[Joint, ...] = ()
+    part_order: tuple[tuple[PartKind, ...], ...] = (("image",), ("video",), ("text",))
+    body_trim: Trim = Trim()
+    body_joins: tuple[Literal["system", "default"], ...] = ()
+    user_after_default: str | None = None
+    system_place: Literal["first", "last"] = "first"
+    dates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,11 @@ from llava_edge.runtime.manifest import (
     GraphSpec,
     ImageProcessing,
     Manifest,
+    PromptFormat,
     TokenIds,
     VideoProcessing,
 )
+from llava_edge.runtime.prompt_date import is_date_form
 
 MANIFEST = "manifest.json"
 CERTIFICATE = "certificate.json"
@@ -57,6 +59,7 @@ def manifest_faults(manifest: Manifest) -> list[str]:
         *_images(manifest.image_processing, manifest.model),
         *_video(manifest.video_processing, manifest.model),
         *_tokens(manifest.tokens, manifest.model),
+        *_prompt(manifest.prompt),
         *_positive(
             "",
             {
@@ -222,6 +225,22 @@ def _tokens(tokens: TokenIds, dims: ModelDims) -> Iterator[str]:
         yield f"tokens.stop holds an impossible id: {list(tokens.stop)[:8]}"
     if not 0 < tokens.num_text_tokens <= dims.text.vocab_size:
         yield f"tokens.num_text_tokens is {tokens.num_text_tokens} of {dims.text.vocab_size} rows"
+
+
+def _prompt(prompt: PromptFormat | None) -> Iterator[str]:
+    if prompt is None:
+        return
+    for kind, segment in (("image", prompt.image), ("video", prompt.video)):
+        if segment.count(f"<{kind}>") != 1:
+            yield f"prompt.{kind} is {segment!r:.80}; it must hold one <{kind}>"
+    if sorted(kind for group in prompt.part_order for kind in group) != ["image", "text", "video"]:
+        yield f"prompt.part_order is {prompt.part_order!r:.80}; it must name each kind once"
+    for form in prompt.dates:
+        if not is_date_form(form):
+            yield f"prompt.dates holds {form!r:.80}, which is no plain form of a date"
+    cut = [t.cut for t in (prompt.system, prompt.assistant) if t is not None and t.cut is not None]
+    if any(not each.through for each in cut):
+        yield "prompt cuts texts at an empty mark"
 
 
 def _positive(prefix: str, values: Mapping[str, int]) -> Iterator[str]:

@@ -19,6 +19,7 @@ from llava_edge.runtime.bounds import GAP, Bounds, bounds_for
 from llava_edge.runtime.certificate import StageResult, bounded, exact
 from llava_edge.runtime.golden import GOLDEN_FILE, GoldenProbe, read_golden
 from llava_edge.runtime.progress import ReportProgress, no_progress
+from llava_edge.runtime.prompt_date import COMPARED_NOW
 from llava_edge.runtime.request import PromptOptions, VideoInput
 from llava_edge.runtime.token_comparison import TokenComparison
 
@@ -102,7 +103,7 @@ def _look(model: LlavaEdge, probe: GoldenProbe, bounds: Bounds) -> _Seen:
         chosen[position] = row.argmax()
 
     # Without a template the probe's prompt is a finished one.
-    options = PromptOptions(raw=model.artifact.manifest.prompt is None)
+    options = PromptOptions(raw=model.artifact.manifest.prompt is None, now=COMPARED_NOW)
     try:
         replay = model.replay(
             probe.prompt,

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from datetime import datetime
+from typing import Any, Literal
 
 from llava_edge.profiles.errors import PromptError
-from llava_edge.runtime.manifest import PromptFormat
+from llava_edge.runtime.manifest import PromptFormat, Space, Trim, Turn
+from llava_edge.runtime.prompt_date import fill_dates
+from llava_edge.runtime.records import from_json, to_json
 
 Kind = Literal["image", "video"]
 Role = Literal["system", "user", "assistant"]
@@ -67,6 +70,7 @@ def compose(
     *,
     image_marks: bool = True,
     generation_prompt: bool = True,
+    now: datetime | None = None,
 ) -> tuple[Piece, ...]:
     """Put a conversation together.
 
@@ -78,6 +82,7 @@ def compose(
         messages: an optional system message, then user and assistant in turn, a user's last.
         image_marks: whether marks in a user's text are places; if not they are plain text.
         generation_prompt: open the assistant's turn at the end.
+        now: what a template that writes the date takes for now; None for this machine's clock.
 
     Returns:
         Pieces without empty ones; neighbours of equal kind may occur.
@@ -86,31 +91,74 @@ def compose(
         PromptError: roles do not alternate, a message is empty, the template knows no system
             turn, or marks and media of a message differ in number.
     """
+    turns = compose_turns(
+        prompt_format,
+        messages,
+        image_marks=image_marks,
+        generation_prompt=generation_prompt,
+        now=now,
+    )
+    return tuple(piece for _, pieces in turns for piece in pieces)
+
+
+def compose_turns(
+    prompt_format: PromptFormat,
+    messages: Sequence[Message],
+    *,
+    image_marks: bool = True,
+    generation_prompt: bool = True,
+    now: datetime | None = None,
+) -> list[tuple[str, list[Piece]]]:
+    """``compose`` with a name for each stretch of the prompt: a role, or what else is written."""
     _check_roles(messages, prompt_format, generation_prompt)
-    pieces: list[Piece] = [Piece("template", prompt_format.prefix)]
-    if messages[0].role != "system":
-        pieces.append(Piece("template", prompt_format.default_system))
-    previous = ""
-    for message in messages:
-        if message.role == "user":
-            after_system = previous == "system"
-            before = prompt_format.user_after_system if after_system else prompt_format.user.before
-            pieces.append(Piece("template", before))
-            pieces += _user_parts(prompt_format, message, image_marks)
-            pieces.append(Piece("template", prompt_format.user.after))
-        else:
-            turn = prompt_format.system if message.role == "system" else prompt_format.assistant
-            assert turn is not None
-            text = _stripped(prompt_format, message.role, _only_text(message))
-            pieces += [
-                Piece("template", turn.before),
-                Piece("text", text),
-                Piece("template", turn.after),
-            ]
-        previous = message.role
+    turns = [("beginning", [Piece("template", prompt_format.prefix)])]
+    given = messages[0] if messages[0].role == "system" else None
+    if given is None:
+        turns.append(("default system text", [Piece("template", prompt_format.default_system)]))
+    talk = messages if given is None else messages[1:]
+    asked = [index for index, message in enumerate(talk) if message.role == "user"]
+    host = asked[0 if prompt_format.system_place == "first" else -1]
+    for index, message in enumerate(talk):
+        if message.role == "assistant":
+            turns.append(("assistant", _spoken(prompt_format.assistant, message)))
+            continue
+        opening, joined = prompt_format.user.before, False
+        if given is not None and index == host:
+            assert prompt_format.system is not None
+            turns.append(("system", _spoken(prompt_format.system, given)))
+            opening = prompt_format.user_after_system
+            joined = "system" in prompt_format.body_joins
+        elif given is None and index == 0:
+            joined = "default" in prompt_format.body_joins
+            if prompt_format.user_after_default is not None:
+                opening = prompt_format.user_after_default
+        turns.append(("user", _asked(prompt_format, message, opening, image_marks, joined)))
     if generation_prompt:
-        pieces.append(Piece("template", prompt_format.generation_prompt))
-    return tuple(piece for piece in pieces if piece.text)
+        turns.append(("generation prompt", [Piece("template", prompt_format.generation_prompt)]))
+    fill = fill_dates(prompt_format.dates, now)
+    return [
+        (
+            name,
+            [Piece(p.kind, fill(p.text)) if p.kind == "template" else p for p in pieces if p.text],
+        )
+        for name, pieces in turns
+    ]
+
+
+def at_time(prompt_format: PromptFormat, now: datetime) -> PromptFormat:
+    """The same format with its dates written out, for prompts that are compared later."""
+    fill = fill_dates(prompt_format.dates, now)
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, str):
+            return fill(value)
+        if isinstance(value, list):
+            return [filled(item) for item in value]
+        if isinstance(value, dict):
+            return {key: filled(item) for key, item in value.items()}
+        return value
+
+    return from_json(PromptFormat, {**filled(to_json(prompt_format)), "dates": []})
 
 
 def raw_pieces(prompt: str, images: int = 0, videos: int = 0) -> tuple[Piece, ...]:
@@ -170,13 +218,50 @@ def _only_text(message: Message) -> str:
     return texts[0]
 
 
-def _stripped(prompt_format: PromptFormat, role: str, text: str) -> str:
-    return text.strip() if role in prompt_format.stripped_roles else text
+_CHARACTERS: dict[Space, str | None] = {"none": "", "any": None, "newline": "\n", "blank": " "}
 
 
-def _user_parts(
-    prompt_format: PromptFormat, message: Message, image_marks: bool
-) -> Iterator[Piece]:
+def _trimmed(text: str, trim: Trim) -> str:
+    # strip("") removes nothing, strip(None) all white space.
+    return text.lstrip(_CHARACTERS[trim.left]).rstrip(_CHARACTERS[trim.right])
+
+
+def _spoken(turn: Turn, message: Message) -> list[Piece]:
+    """A turn of the system or the assistant."""
+    text = _only_text(message)
+    if turn.cut is not None and turn.cut.through in text:
+        text = _trimmed(text.rpartition(turn.cut.through)[2], Trim(turn.cut.trim))
+    pieces = [Piece("template", turn.before), Piece("text", _trimmed(text, turn.trim))]
+    for copy in turn.copies:
+        pieces += [Piece("template", copy.before), Piece("text", _trimmed(text, copy.trim))]
+    return [*pieces, Piece("template", turn.after)]
+
+
+def _asked(
+    prompt_format: PromptFormat, message: Message, opening: str, image_marks: bool, joined: bool
+) -> list[Piece]:
+    """A user's turn; ``joined``: the body began before ``opening``."""
+    body = list(_body(prompt_format, message, image_marks))
+    trim = prompt_format.body_trim
+    if not joined:
+        body = _trimmed_ends(body, trim.left, 0)
+    body = _trimmed_ends(body, trim.right, -1)
+    return [Piece("template", opening), *body, Piece("template", prompt_format.user.after)]
+
+
+def _trimmed_ends(body: list[Piece], space: Space, end: Literal[0, -1]) -> list[Piece]:
+    """A body without white space at one end; a medium or visible text stops it."""
+    body = list(body)
+    while space != "none" and body and body[end].kind in ("template", "text"):
+        piece = body.pop(end)
+        trim = Trim(left=space) if end == 0 else Trim(right=space)
+        if text := _trimmed(piece.text, trim):
+            body.insert(0 if end == 0 else len(body), Piece(piece.kind, text))
+            break
+    return body
+
+
+def _body(prompt_format: PromptFormat, message: Message, image_marks: bool) -> Iterator[Piece]:
     texts = [part.text for part in message.parts if isinstance(part, Text)]
     counts = Counter(part.kind for part in message.parts if isinstance(part, Media))
     if not counts and not any(text.strip() for text in texts):
@@ -187,18 +272,35 @@ def _user_parts(
         marked = tuple(kind for kind in MARKS if any(MARKS[kind] in text for text in texts))
     # Media with marks stand at their marks, so their items say nothing more.
     items = [p for p in message.parts if isinstance(p, Text) or p.kind not in marked]
-    if prompt_format.media_first:
-        items.sort(key=lambda p: ("image", "video", "text").index(_kind(p)))
-    for index, item in enumerate(items):
-        if isinstance(item, Media):
-            segment = prompt_format.image if item.kind == "image" else prompt_format.video
-            yield from _split_marks(segment, "template", (item.kind,))
-            continue
-        yield from _split_marks(_stripped(prompt_format, "user", item.text), "text", marked)
-        text_follows = index + 1 < len(items) and isinstance(items[index + 1], Text)
-        yield Piece(
-            "template", prompt_format.text_separator if text_follows else prompt_format.text_after
-        )
+    places: dict[str, int] = {
+        k: i for i, group in enumerate(prompt_format.part_order) for k in group
+    }
+    items.sort(key=lambda p: places[_kind(p)])
+    around = {
+        "image": prompt_format.image.partition(MARKS["image"])[::2],
+        "video": prompt_format.video.partition(MARKS["video"])[::2],
+        "text": (prompt_format.text_before, prompt_format.text_after),
+    }
+    joints: dict[tuple[str, str], str] = {
+        (joint.left, joint.right): joint.text for joint in prompt_format.joints
+    }
+    previous = "start"
+    for kind in (*map(_kind, items), "end"):
+        if previous != "start":
+            item = items.pop(0)
+            if isinstance(item, Media):
+                yield Piece(item.kind, MARKS[item.kind])
+            else:
+                yield from _split_marks(
+                    _trimmed(item.text, prompt_format.user.trim), "text", marked
+                )
+        joint = joints.get((previous, kind))
+        if joint is not None:
+            yield Piece("template", joint)
+        else:
+            yield Piece("template", around[previous][1] if previous in around else "")
+            yield Piece("template", around[kind][0] if kind in around else "")
+        previous = kind
 
 
 def _kind(part: Text | Media) -> str:

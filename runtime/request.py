@@ -6,6 +6,7 @@ Every image and frame is expanded to its exact cost already. ``RequestBuilder`` 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 from llava_edge.profiles.anyres import TileLayout
 from llava_edge.runtime.arguments import require_count, require_flag, settle
@@ -19,6 +20,8 @@ from llava_edge.runtime.tile_pixels import Pixels
 class PromptOptions:
     """How prompt and images are read; see ``LlavaEdge.stream``.
 
+    ``now`` is the time that a template with a date writes; None for this machine's clock.
+
     Raises:
         RequestError: a switch is neither True nor False.
     """
@@ -26,6 +29,7 @@ class PromptOptions:
     raw: bool = False
     image_marks: bool = True
     grid: str | None = None
+    now: datetime | None = None
 
     def __post_init__(self) -> None:
         for name in ("raw", "image_marks"):

@@ -24,6 +24,7 @@ from llava_edge.profiles.buffers import video_tokens_per_frame
 from llava_edge.profiles.errors import PromptError, RequestError, VideoError
 from llava_edge.runtime.arguments import require_count
 from llava_edge.runtime.clip import Clip, open_clip
+from llava_edge.runtime.finished_prompt import warn_if_finished
 from llava_edge.runtime.frame_choice import choose_frames
 from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.images import ImageSource, OpenedImage, load_image, open_image
@@ -88,7 +89,20 @@ class RequestBuilder:
             PromptError: the prompt is empty or too large, or marks and images do not match.
             RequestError: the grid is unknown or larger than the artifact's.
         """
-        images = self.check(prompt, images, options, video)
+        listed = self.check(prompt, images, options, video)
+        if not options.raw and self._manifest.prompt is not None:
+            warn_if_finished(self._manifest.prompt, prompt)
+        return self._build(prompt, listed, options, video=video, with_pixels=with_pixels)
+
+    def _build(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource | OpenedImage],
+        options: PromptOptions,
+        *,
+        video: VideoInput | None = None,
+        with_pixels: bool = True,
+    ) -> Request:
         pieces = self._pieces(prompt, len(images), options, num_videos=int(video is not None))
         processor = self.processor(options.grid)
         if with_pixels:
@@ -143,7 +157,7 @@ class RequestBuilder:
         steps: list[Step] = []
 
         def add(what: str, tiles: int, frames: int) -> None:
-            less = partial(self.build, prompt, images, options, video=video)
+            less = partial(self._build, prompt, images, options, video=video)
             steps.append(Step(what, tiles, frames, less))
 
         frames = 0 if video is None else self._most_frames(video)
@@ -428,7 +442,9 @@ class RequestBuilder:
         if options.raw:
             return raw_pieces(prompt, images=num_images, videos=num_videos)
         message = user_message(prompt, images=num_images, videos=num_videos)
-        return compose(self.prompt_format(), (message,), image_marks=options.image_marks)
+        return compose(
+            self.prompt_format(), (message,), image_marks=options.image_marks, now=options.now
+        )
 
     def processor(self, grid: str | None = None) -> ImageProcessor:
         """What cuts images, on the artifact's own grid or a lower one.

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 
+from llava_edge.bench.chat_prompt import chat_prompts
 from llava_edge.bench.pages.geometry import PATCHES
 from llava_edge.bench.pages.page import Question
 from llava_edge.bench.pages.sample import Sample, held_out_sample
@@ -96,21 +97,7 @@ class Evaluator:
         return Result.of(questions, self.answers(samples, fault, base))
 
     def _answer(self, samples: Sequence[Sample], fault: Fault | None, base: bool) -> list[str]:
-        prompts = [
-            self._processor.apply_chat_template(
-                [
-                    {
-                        "role": "user",
-                        "content": [
-                            {"type": "image"},
-                            {"type": "text", "text": sample.questions[0].text},
-                        ],
-                    }
-                ],
-                add_generation_prompt=True,
-            )
-            for sample in samples
-        ]
+        prompts = chat_prompts(self._processor, [sample.questions[0].text for sample in samples])
         with spoiled(fault), torch.no_grad():
             inputs = self._processor(
                 images=[sample.image for sample in samples],

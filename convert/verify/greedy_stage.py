@@ -29,6 +29,8 @@ from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.bounds import Bounds
 from llava_edge.runtime.certificate import StageResult, exact
+from llava_edge.runtime.prompt import at_time
+from llava_edge.runtime.prompt_date import COMPARED_NOW
 from llava_edge.runtime.request import VideoInput
 from llava_edge.runtime.token_comparison import MIN_POSITIONS, TokenComparison
 
@@ -57,6 +59,9 @@ def greedy_tokens(
     answers: list[tuple[int, ...]] = []
     faults: list[str] = []
     raw = artifact.manifest.prompt is None
+    if artifact.manifest.prompt is not None:
+        fixed = at_time(artifact.manifest.prompt, COMPARED_NOW)
+        artifact = replace(artifact, manifest=replace(artifact.manifest, prompt=fixed))
     longest = max(len(reference.inputs(probe).ids) for probe in probes)
     context = min(artifact.manifest.context_tokens, longest + NUM_STEPS)
     with LlavaEdge.over(

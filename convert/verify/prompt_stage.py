@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from datetime import datetime, timezone
 
 from llava_edge.convert.chat_template import compile_chat_template
 from llava_edge.convert.checkpoint import Checkpoint
@@ -11,9 +12,20 @@ from llava_edge.convert.template_checks import check_conversations
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.certificate import StageResult, exact
-from llava_edge.runtime.prompt import MARKS, Message, Text, compose, raw_pieces, rendered
+from llava_edge.runtime.manifest import PromptFormat
+from llava_edge.runtime.prompt import (
+    MARKS,
+    Message,
+    Text,
+    compose,
+    raw_pieces,
+    rendered,
+    user_message,
+)
+from llava_edge.runtime.prompt_date import COMPARED_NOW
 from llava_edge.runtime.tokenizer import Tokenizer
 
+_RULE = "Answer in one word."
 _RAW = (
     "<image>\nWhat is shown in this image?",
     "A chat. USER: <image>\nWhat is the total? ASSISTANT:",
@@ -40,39 +52,17 @@ def prompt_stage(
     count = 0
     left_out = manifest.conversion.get("template_left_out", manifest.prompt is None)
     if not left_out:
-        compiled = compile_chat_template(
-            checkpoint.folder, checkpoint.config, source_id=checkpoint.source_id
-        )
-        if manifest.prompt != compiled:
-            faults.append("the prompt format is not what the checkpoint's template compiles to")
+        faults += _format_faults(manifest.prompt, checkpoint)
     if not _bos_fits(artifact, reference):
         faults.append(
             f"bos is {manifest.tokens.bos}; the checkpoint's tokenizer has {reference.bos_id}"
         )
     if manifest.prompt is not None and reference.has_template:
-        marks = reference.control_tokens
-        # Whether there are system turns is asked of the template, not of the manifest.
-        chosen = check_conversations(
-            system=manifest.prompt.system is not None and reference.takes_system,
-            placed=False,
-            video=checkpoint.dims.takes_video,
+        looked_at, differing = _template_faults(
+            manifest.prompt, checkpoint.dims.takes_video, reference, tokenizer
         )
-        if (manifest.prompt.system is not None) != reference.takes_system:
-            faults.append("system turns: the template and the prompt format do not agree on them")
-        for conversation in chosen:
-            if any(mark in text for mark in marks for text in _texts(conversation.messages)):
-                continue
-            count += 1
-            theirs = reference.render(conversation.messages)
-            pieces = compose(manifest.prompt, conversation.messages)
-            ours = rendered(pieces)
-            if ours != theirs:
-                faults.append(f"{conversation.name}: {_apart(ours, theirs)}")
-            elif tokenizer.encode_pieces(pieces) != (wanted := reference.ids(theirs)):
-                faults.append(
-                    f"{conversation.name}: ids are {tokenizer.encode_pieces(pieces)[:12]}, the "
-                    f"reference's {wanted[:12]}"
-                )
+        count += looked_at
+        faults += differing
     for prompt in (*_RAW, *(_RAW_VIDEO if checkpoint.dims.takes_video else ())):
         count += 1
         pieces = raw_pieces(
@@ -87,6 +77,68 @@ def prompt_stage(
     elif not reference.has_template:
         looked += "; the checkpoint has no template, so the string is that of its family"
     return exact("prompt", "differing_prompts", faults, looked)
+
+
+def _format_faults(prompt: PromptFormat | None, checkpoint: Checkpoint) -> Iterator[str]:
+    """Whether the prompt format writes what the checkpoint's template compiles to.
+
+    An older tool may have drawn the lines between segments elsewhere, which is no fault.
+    """
+    compiled = compile_chat_template(
+        checkpoint.folder, checkpoint.config, source_id=checkpoint.source_id
+    )
+    if prompt == compiled:
+        return
+    wrong = "the prompt format is not what the checkpoint's template compiles to"
+    if prompt is None or (prompt.system is None) != (compiled.system is None):
+        yield wrong
+        return
+    for conversation in check_conversations(
+        system=prompt.system is not None, placed=False, video=checkpoint.dims.takes_video
+    ):
+        ours, theirs = (
+            rendered(compose(each, conversation.messages, image_marks=False, now=COMPARED_NOW))
+            for each in (prompt, compiled)
+        )
+        if ours != theirs:
+            yield f"{wrong}; {conversation.name}: {_apart(ours, theirs)}"
+            return
+
+
+def _template_faults(
+    prompt: PromptFormat, has_video: bool, reference: ReferenceProcessor, tokenizer: Tokenizer
+) -> tuple[int, list[str]]:
+    """Conversations through the checkpoint's template and through ours; how many, and faults."""
+    marks = reference.control_tokens
+    rule = (Message("system", (Text(_RULE),)), user_message("what is this?"))
+    chosen = [
+        conversation
+        for conversation in check_conversations(
+            system=prompt.system is not None, placed=False, video=has_video
+        )
+        if not any(mark in text for mark in marks for text in _texts(conversation.messages))
+    ]
+    # Whether there are system turns is asked of the template, not of the manifest.
+    now = datetime.now(timezone.utc)
+    times = [now if index % 2 else COMPARED_NOW for index in range(len(chosen))]
+    asked = [(c.messages, time) for c, time in zip(chosen, times, strict=True)]
+    ruled, *answers = reference.render_all([(rule, COMPARED_NOW), *asked])
+    takes_system = ruled.text is not None and _RULE in ruled.text
+    faults = []
+    if (prompt.system is not None) != takes_system:
+        faults.append("system turns: the template and the prompt format do not agree on them")
+    for conversation, time, answer in zip(chosen, times, answers, strict=True):
+        if answer.text is None:
+            if conversation.messages[0].role != "system" or takes_system:
+                faults.append(f"{conversation.name}: the template refuses it: {answer.error}")
+            continue
+        pieces = compose(prompt, conversation.messages, now=time)
+        ours = rendered(pieces)
+        if ours != answer.text:
+            faults.append(f"{conversation.name}: {_apart(ours, answer.text)}")
+        elif (ids := tokenizer.encode_pieces(pieces)) != (wanted := reference.ids(answer.text)):
+            faults.append(f"{conversation.name}: ids are {ids[:12]}, the reference's {wanted[:12]}")
+    return len(chosen), faults
 
 
 def _bos_fits(artifact: Artifact, reference: ReferenceProcessor) -> bool:

@@ -23,6 +23,7 @@ from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.prompt import Piece, compose, rendered, user_message
+from llava_edge.runtime.prompt_date import COMPARED_NOW
 from llava_edge.runtime.session import Array
 from llava_edge.runtime.tokenizer import Tokenizer
 
@@ -155,7 +156,7 @@ class Reference:
         message = user_message(probe.question, len(probe.images), probe.num_videos)
         if self.processor.has_template:
             return self.processor.render([message])
-        return rendered(compose(self._manifest.prompt, [message]))
+        return rendered(compose(self._manifest.prompt, [message], now=COMPARED_NOW))
 
     def inputs(self, probe: Probe) -> ReferenceInputs:
         """Ids and tiles of a probe; image tokens are counted by the reference's own packing."""

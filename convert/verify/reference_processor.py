@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -20,10 +21,17 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 
 from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.template_sandbox import (
+    ChatRequest,
+    Environment,
+    Rendering,
+    render_all,
+)
 from llava_edge.convert.verify.reference_video import frame_pixels
 from llava_edge.convert.verify.streamed_model import ReferenceInputs
 from llava_edge.profiles.errors import CheckpointError
 from llava_edge.runtime.prompt import MARKS, Media, Message, Text
+from llava_edge.runtime.prompt_date import COMPARED_NOW
 
 _MARK = MARKS["image"]
 _STYLES = (("list", "list"), ("list", "string"), ("string", "string"))
@@ -72,6 +80,7 @@ class ReferenceProcessor:
             image_processor: Any = LlavaNextImageProcessorPil
             self._images = image_processor(**values, image_grid_pinpoints=listed)
         self._processor: Any = None
+        self._rendered: dict[tuple[Message, ...], Rendering] = {}
         try:
             if checkpoint.layout == "original":
                 loader: Any = transformers.AutoTokenizer
@@ -102,16 +111,6 @@ class ReferenceProcessor:
         return frozenset(text for text in added if text.strip())
 
     @property
-    def takes_system(self) -> bool:
-        """Whether the template shows what a system turn says."""
-        rule = "Answer in one word."
-        messages = (Message("system", (Text(rule),)), Message("user", (Text("what is this?"),)))
-        try:
-            return rule in self.render(messages)
-        except CheckpointError:
-            return False
-
-    @property
     def bos_id(self) -> int | None:
         """What the tokenizer calls the beginning of a sequence."""
         found = self._tokenizer.bos_token_id
@@ -126,21 +125,60 @@ class ReferenceProcessor:
     def render(self, messages: Sequence[Message]) -> str:
         """A conversation through the checkpoint's template, opened for an answer.
 
+        Dates in it are those of ``COMPARED_NOW``.
+
         Raises:
-            CheckpointError: the template takes no form of the messages.
+            CheckpointError: the template takes no form of the messages, or leaves its bounds.
         """
-        errors: list[str] = []
-        for user, others in _STYLES:
-            chat = [_said(m, user if m.role == "user" else others) for m in messages]
-            try:
-                text = self._processor.apply_chat_template(chat, add_generation_prompt=True)
-            except Exception as error:  # whatever a template raises
-                errors.append(str(error))
-                continue
-            if _shows(messages, text):
-                return str(text)
-            errors.append(f"it wrote {text!r:.120}")
-        raise CheckpointError(f"the chat template takes no form of the messages: {errors}")
+        known = self._rendered.get(tuple(messages))
+        if known is None:
+            (known,) = self.render_all([(messages, COMPARED_NOW)], environment="own")
+            self._rendered[tuple(messages)] = known
+        if known.text is None:
+            raise CheckpointError(f"the chat template takes no form of the messages: {known.error}")
+        return known.text
+
+    def render_all(
+        self,
+        conversations: Sequence[tuple[Sequence[Message], datetime]],
+        *,
+        environment: Environment = "transformers",
+    ) -> list[Rendering]:
+        """Conversations, each at a time, through the checkpoint's template.
+
+        The template is the one that transformers found in the checkpoint, with the special tokens
+        that it read there; a child process with bounds renders it.
+
+        Raises:
+            CheckpointError: the template does not parse, or leaves its bounds.
+        """
+        requests = [
+            ChatRequest(
+                tuple(_said(m, user if m.role == "user" else others) for m in messages),
+                clock=now.timestamp(),
+            )
+            for messages, now in conversations
+            for user, others in _STYLES
+        ]
+        answers = iter(
+            render_all(
+                self._template(),
+                self._tokenizer.special_tokens_map,
+                requests,
+                environment=environment,
+            )
+        )
+        found = []
+        for messages, _ in conversations:
+            forms = [next(answers) for _ in _STYLES]
+            errors = [form.error or f"it wrote {form.text!r:.120}" for form in forms]
+            usable = (f for f in forms if f.text is not None and _shows(messages, f.text))
+            found.append(next(usable, Rendering(None, "; ".join(errors))))
+        return found
+
+    def _template(self) -> str:
+        found = self._processor.chat_template
+        return str(found["default"] if isinstance(found, dict) else found)
 
     def ids(self, text: str) -> list[int]:
         """Ids of a finished prompt, one for each image mark."""

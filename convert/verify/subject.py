@@ -23,6 +23,7 @@ from llava_edge.runtime.kept_logits import kept_logits
 from llava_edge.runtime.kv_cache import KVCache
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.planned_memory import stored_isa
+from llava_edge.runtime.prompt_date import COMPARED_NOW
 from llava_edge.runtime.prompt_embedder import PromptEmbedder, TileEncoder
 from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
 from llava_edge.runtime.request import PromptOptions, Request, VideoInput
@@ -91,7 +92,8 @@ class Subject:
         prompt = probe.prompt(raw=raw)
         frames = probe.frames()
         video = None if frames is None else VideoInput(frames, len(frames))
-        return self._requests.build(prompt, probe.arrays(), PromptOptions(raw=raw), video=video)
+        options = PromptOptions(raw=raw, now=COMPARED_NOW)
+        return self._requests.build(prompt, probe.arrays(), options, video=video)
 
     def vision_path(self) -> Path:
         """The vision graph."""

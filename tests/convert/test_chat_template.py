@@ -14,8 +14,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from llava_edge.convert.chat_template import compile_chat_template, compile_template, find_template
 from llava_edge.convert.prompt_family import FAMILIES, builtin_format, detect_family
 from llava_edge.convert.template_checks import check_conversations
-from llava_edge.convert.template_process import ChatRequest, TemplateLimits, render_all
+from llava_edge.convert.template_sandbox import ChatRequest, TemplateLimits, render_all
 from llava_edge.profiles.errors import CheckpointError
+from llava_edge.runtime.manifest import Trim
 from llava_edge.runtime.prompt import (
     MARKS,
     Media,
@@ -159,7 +160,10 @@ def test_segments_know_their_control_tokens() -> None:
         added_tokens=("<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|other|>", "\n"),
     )
     assert llama.prefix == "<|begin|>"
-    assert llama.stripped_roles == ("user", "assistant", "system")
+    stripped = Trim("any", "any")
+    assert llama.user.trim == llama.assistant.trim == stripped
+    assert llama.system is not None
+    assert llama.system.trim == stripped
     assert llama.special_tokens == (
         "<|begin|>",
         "<|end_header_id|>",
@@ -179,7 +183,7 @@ def test_segments_know_their_control_tokens() -> None:
             "did not end",
             id="a loop without end",
         ),
-        pytest.param("{{ 'x' * 10**9 }}", "text", id="a billion characters at once"),
+        pytest.param("{{ 'x' * 10**9 }}", "768 MiB of memory", id="a billion characters at once"),
         pytest.param(
             "{% for a in range(90000) %}{{ 'x' * 1000 }}{% endfor %}", "longer", id="slow swelling"
         ),
@@ -243,9 +247,44 @@ def test_a_template_is_not_given_files_or_other_processes() -> None:
             id="depends on the number of turns",
         ),
         pytest.param(
-            TEMPLATES["vicuna, a blank after each text"] + "{{ strftime_now('%Y-%m-%d') }}",
-            "date",
-            id="writes the date",
+            TEMPLATES["vicuna, a blank after each text"] + "{{ strftime_now('%H') | int + 1 }}",
+            "in the generation prompt .*depends on the date",
+            id="reckons with the time",
+        ),
+        pytest.param(
+            TEMPLATES["vicuna, a blank after each text"] + "{{ strftime_now('%c') }}",
+            "dates in the forms .*%c",
+            id="writes the date as the system's language has it",
+        ),
+        pytest.param(
+            TEMPLATES["vicuna, a blank after each text"].replace(
+                "{{ '<image>\n' }}", "{{ 'Image ' ~ loop.index ~ ': <image>\n' }}"
+            ),
+            "after the image and before the image of the user's turn .*Image 3.*Image 2",
+            id="numbers its images",
+        ),
+        pytest.param(
+            TEMPLATES["vicuna, a blank after each text"].replace(
+                "{{ c['text'] + ' ' }}{% endif %}",
+                "{{ c['text'] + (' ' if m['content'] | length < 3 else '_') }}{% endif %}",
+            ),
+            "of the user's turn the template writes '.*_",
+            id="counts the parts of a message",
+        ),
+        pytest.param(
+            TEMPLATES["chatml without newlines, default system"].replace(
+                "{% for m in messages %}",
+                "{% for m in messages[1:] + messages[:1] if m['role'] == 'user' or true %}",
+            ),
+            "out of order|is alone|one question alone",
+            id="another order of turns",
+        ),
+        pytest.param(
+            TEMPLATES["vicuna, a blank after each text"]
+            + "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'][0]['text'] }}"
+            "{% endif %}",
+            "the system text stands after the question",
+            id="repeats the system text at the end",
         ),
         pytest.param(
             TEMPLATES["vicuna, a blank after each text"] + "{{ ['a', 'b', 'c', 'd'] | random }}",

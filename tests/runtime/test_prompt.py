@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import datetime
 
 import pytest
 
 from llava_edge.profiles.errors import PromptError
-from llava_edge.runtime.manifest import PromptFormat, Turn
+from llava_edge.runtime.manifest import (
+    Copy,
+    Cut,
+    Joint,
+    PromptFormat,
+    Trim,
+    Turn,
+)
 from llava_edge.runtime.prompt import (
     Media,
     Message,
     Piece,
     Text,
+    at_time,
     compose,
     raw_pieces,
     rendered,
     user_message,
 )
+from llava_edge.runtime.prompt_date import format_date, is_date_form
 from llava_edge.runtime.records import from_json, to_json
 
 FORMAT = PromptFormat(
@@ -30,15 +40,13 @@ FORMAT = PromptFormat(
     user_after_system="u:",
     assistant=Turn("A:", ";"),
     generation_prompt="A:",
-    text_separator="+",
-    text_after="~",
     image="<image>\n",
     video="[<video>]",
-    media_first=True,
-    stripped_roles=(),
     special_tokens=(),
+    text_after="~",
+    joints=(Joint("text", "text", "+"),),
 )
-IN_PLACE = replace(FORMAT, media_first=False)
+IN_PLACE = replace(FORMAT, part_order=(("image", "video", "text"),))
 IMAGE, VIDEO = Media("image"), Media("video")
 
 
@@ -101,7 +109,7 @@ def rule(text: str) -> Message:
             id="a video's mark and an image without one",
         ),
         pytest.param(
-            replace(FORMAT, stripped_roles=("user",)),
+            replace(FORMAT, user=Turn("U:", ".", Trim("any", "any"))),
             (user_message("  q \n"), say(" a "), user_message("\tp")),
             "^(default)U:q~.A: a ;U:p~.A:",
             id="stripped users",
@@ -202,3 +210,146 @@ def test_a_raw_prompt_needs_a_mark_for_each_medium(prompt: str, images: int) -> 
 def test_a_format_survives_the_manifest() -> None:
     assert from_json(PromptFormat, to_json(FORMAT)) == FORMAT
     assert from_json(PromptFormat, to_json(replace(FORMAT, system=None))).system is None
+
+
+WIDE = replace(
+    FORMAT,
+    text_before="<",
+    text_after=">",
+    joints=(
+        Joint("image", "text", "\n<"),
+        Joint("image", "image", ", "),
+        Joint("image", "end", "!"),
+        Joint("start", "video", "V"),
+    ),
+    image="[<image>]",
+    video="<video>",
+)
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        pytest.param((Text("a"),), "<a>", id="around a text"),
+        pytest.param((Text("a"), Text("b")), "<a><b>", id="around each text"),
+        pytest.param((IMAGE, Text("a")), "[<image>\n<a>", id="between an image and a text"),
+        pytest.param((IMAGE, IMAGE, Text("a")), "[<image>, <image>\n<a>", id="between images"),
+        pytest.param((IMAGE,), "[<image>!", id="after the last image"),
+        pytest.param((VIDEO, Text("a")), "V<video><a>", id="before the first video"),
+    ],
+)
+def test_a_joint_replaces_what_stands_between_two_parts(
+    parts: tuple[Text | Media, ...], expected: str
+) -> None:
+    made = rendered(compose(WIDE, (Message("user", parts),)))
+    assert made == f"^(default)U:{expected}.A:"
+
+
+def test_parts_are_sorted_by_group_and_keep_their_order_inside_one() -> None:
+    parts = (IMAGE, Text("a"), VIDEO, IMAGE, Text("b"))
+    orders = {
+        (("text",), ("image", "video")): "a+b~<image>\n[<video>]<image>\n",
+        (("video",), ("image",), ("text",)): "[<video>]<image>\n<image>\na+b~",
+        (("image", "video"), ("text",)): "<image>\n[<video>]<image>\na+b~",
+    }
+    for order, expected in orders.items():
+        prompt_format = replace(FORMAT, part_order=order)
+        made = rendered(compose(prompt_format, (Message("user", parts),)))
+        assert made == f"^(default)U:{expected}.A:", order
+
+
+@pytest.mark.parametrize(
+    ("trim", "expected"),
+    [
+        (Trim("any", "none"), "q \n"),
+        (Trim("none", "any"), " \n q"),
+        (Trim("newline", "newline"), " \n q "),
+        (Trim("blank", "blank"), "\n q \n"),
+        (Trim("any", "newline"), "q "),
+    ],
+)
+def test_a_trim_removes_its_own_white_space_on_its_own_side(trim: Trim, expected: str) -> None:
+    prompt_format = replace(FORMAT, user=Turn("U:", ".", trim))
+    made = rendered(compose(prompt_format, (user_message(" \n q \n"),)))
+    assert made == f"^(default)U:{expected}~.A:"
+
+
+def test_a_body_is_trimmed_with_its_media_and_not_across_a_system_turn() -> None:
+    whole = replace(FORMAT, body_trim=Trim("any", "any"), text_after="", joints=())
+    cases = {
+        (user_message(" q "),): "^(default)U:q.A:",
+        (user_message(" q ", images=1),): "^(default)U:<image>\n q.A:",
+        (user_message("", images=1),): "^(default)U:<image>.A:",
+        (user_message("  \n", images=1),): "^(default)U:<image>.A:",
+        (rule("r"), user_message(" q ")): "^(r)u:q.A:",
+    }
+    for messages, expected in cases.items():
+        assert rendered(compose(whole, messages)) == expected
+    joined = replace(whole, body_joins=("system",))
+    assert rendered(compose(joined, (rule("r"), user_message(" q ")))) == "^(r)u: q.A:"
+    assert rendered(compose(joined, (user_message(" q "),))) == "^(default)U:q.A:"
+    led = replace(whole, body_joins=("default",), user_after_default="")
+    assert rendered(compose(led, (user_message(" q "), say("a"), user_message(" p ")))) == (
+        "^(default) q.A:a;U:p.A:"
+    )
+
+
+def test_a_system_text_may_be_printed_more_than_once() -> None:
+    system = Turn("(", ")", Trim("any", "any"), (Copy("|"), Copy("/", Trim("none", "any"))))
+    pieces = compose(replace(FORMAT, system=system), (rule(" r "), user_message("q")))
+    assert rendered(pieces) == "^(r| r / r)u:q~.A:"
+    assert [p.text for p in pieces if p.kind == "text"] == ["r", " r ", " r", "q"]
+
+
+def test_a_system_turn_may_precede_the_last_question() -> None:
+    late = replace(FORMAT, system_place="last")
+    messages = (rule("r"), user_message("q"), say("a"), user_message("p"))
+    assert rendered(compose(late, messages)) == "^U:q~.A:a;(r)u:p~.A:"
+    assert rendered(compose(late, messages[:2])) == "^(r)u:q~.A:"
+
+
+def test_an_earlier_answer_loses_its_reasoning() -> None:
+    cut = Turn("A:", ";", cut=Cut("</think>", "newline"))
+    prompt_format = replace(FORMAT, assistant=cut)
+    for answer, kept in {
+        "<think>why</think>\n\nso": "so",
+        "a</think>b</think> c": " c",
+        "no reasons": "no reasons",
+        "</think>": "",
+    }.items():
+        made = rendered(compose(prompt_format, (user_message("q"), say(answer), user_message("p"))))
+        assert made == f"^(default)U:q~.A:{kept};U:p~.A:"
+
+
+def test_dates_are_those_of_the_request_and_only_in_the_template() -> None:
+    dated = replace(
+        FORMAT, prefix="<date:%d %b %Y>", user=Turn("(<date:%H>)", "."), dates=("%d %b %Y", "%H")
+    )
+    now = datetime(2026, 3, 4, 17, 5)
+    question = (user_message("<date:%H>"),)
+    expected = "04 Mar 2026(default)(17)<date:%H>~.A:"
+    assert rendered(compose(dated, question, now=now)) == expected
+    fixed = at_time(dated, now)
+    assert fixed.dates == ()
+    assert rendered(compose(fixed, question)) == expected
+    assert str(datetime.now().year) in rendered(compose(dated, question))
+    # A mark that is no form of the format is text of the template.
+    assert rendered(compose(replace(dated, dates=()), question)).startswith("<date:%d %b %Y>")
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("%d %b %Y", "04 Mar 2026"),
+        ("%A, %-d %B %y, %-H:%M:%S %p 100%%", "Wednesday, 4 March 26, 7:05:00 AM 100%"),
+        ("%j %a %I", "063 Wed 07"),
+    ],
+)
+def test_a_date_has_its_form(form: str, expected: str) -> None:
+    assert is_date_form(form)
+    assert format_date(form, datetime(2026, 3, 4, 7, 5)) == expected
+
+
+@pytest.mark.parametrize("form", ["%999999999d", "%c", "%", "%-", "x" * 65, "", "%d\n", "%Ey"])
+def test_a_form_with_widths_or_unknown_directives_is_none(form: str) -> None:
+    assert not is_date_form(form)
