@@ -52,7 +52,7 @@ def sparse(path: Path) -> None:
 
 STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "pipe": (os.mkfifo, "is a named pipe"),
-    "link to a device": (lambda path: path.symlink_to("/dev/zero"), "is a device"),
+    "link to a device": (lambda path: path.symlink_to("/dev/zero"), "is a link to a device"),
     "folder": (lambda path: path.mkdir(), "is a folder"),
     "link to nothing": (lambda path: path.symlink_to("none"), "symbolic link"),
     "terabyte of holes": (sparse, "1099511627776 bytes"),
