@@ -234,9 +234,10 @@ def open_checkpoint(
             (pickle files, names that leave the folder), or contradicts its configuration.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise CheckpointError(
-            f"{folder} is no folder. Give a folder with config.json and safetensors files."
+            f"{printable(str(folder))} is no folder. Give a folder with config.json and "
+            "safetensors files."
         )
     _check_files(folder)
     refuse_adapter(folder)
