@@ -318,7 +318,8 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     if exists(folder / INDEX_FILE):
         index = _weight_map(folder)
         return _indexed_files(folder, index), index
-    found = sorted(folder.glob("*.safetensors"))
+    # Copies from a Mac bring a "._" file for each file.
+    found = sorted(f for f in folder.glob("*.safetensors") if not f.name.startswith("."))
     if not found:
         raise CheckpointError(describe_parts(folder) or _no_weights(folder))
     _check_shard_count(folder, found)
