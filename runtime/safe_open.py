@@ -88,14 +88,19 @@ def _fault(path: Path, mode: int) -> str:
     return f"is {'a link to ' if path.is_symlink() else ''}{found}, not a regular file"
 
 
+def link_fault(path: Path, error: OSError) -> str:
+    """Why a symbolic link cannot be followed, as the end of a sentence."""
+    if error.errno == errno.ELOOP:
+        return "it is a link that leads in a circle"
+    if error.errno == errno.ENOENT:
+        return f"it is a link to {_target(path)}, where there is nothing"
+    return f"it is a link to {_target(path)}: {error.strerror}"
+
+
 def _reason(path: Path, error: OSError | ValueError) -> str:
     if not isinstance(error, OSError):
         return str(error)
-    if error.errno == errno.ELOOP:
-        return "it is a symbolic link that leads in a circle"
-    if error.errno == errno.ENOENT and path.is_symlink():
-        return f"it is a symbolic link to {_target(path)}, where there is nothing"
-    return str(error.strerror)
+    return link_fault(path, error) if path.is_symlink() else str(error.strerror)
 
 
 def _target(path: Path) -> str:

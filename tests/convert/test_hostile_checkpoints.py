@@ -54,7 +54,10 @@ STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "pipe": (os.mkfifo, "is a named pipe"),
     "link to a device": (lambda path: path.symlink_to("/dev/zero"), "is a link to a device"),
     "folder": (lambda path: path.mkdir(), "is a folder"),
-    "link to nothing": (lambda path: path.symlink_to("none"), "symbolic link"),
+    "link to nothing": (
+        lambda path: path.symlink_to("none"),
+        "is a link to none, where there is nothing",
+    ),
     "terabyte of holes": (sparse, "1099511627776 bytes"),
 }
 
