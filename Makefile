@@ -20,9 +20,10 @@ RUNG ?=
 SEED ?=
 MODELS ?=
 SECONDS ?=
+RELEASES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo convert test test-cuda stand-in test-gpu gpu-suite gpu-check gpu-measure test-slow faults fuzz soak test-interop bench bench-convert bench-pages lint typecheck format clean
+.PHONY: help install demo convert test test-cuda stand-in test-gpu gpu-suite gpu-check gpu-measure test-slow faults fuzz soak test-interop test-layouts bench bench-convert bench-pages lint typecheck format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -89,6 +90,9 @@ $(INTEROP)/ready:
 
 test-interop: $(READY) $(INTEROP)/ready ## transformers, optimum and GPTQModel load what --emit hf writes
 	$(BIN)/python tests/interop/check_gptq.py $(INTEROP)/bin/python
+
+test-layouts: $(READY) ## make test-layouts [RELEASES="5.5.4 …"]: the names under which each release of transformers saves
+	$(BIN)/python -m tests.interop.check_layouts $(RELEASES)
 
 bench: $(READY) ## make bench [RUNG=pages|mid|large]: memory, speed and quality of the project's own models; report.html
 	$(BIN)/python -m llava_edge.bench.ladder $(if $(RUNG),--only $(RUNG))

@@ -30,7 +30,7 @@ from llava_edge.convert.unmerged import (
     is_adapter_tensor,
     refuse_adapter,
 )
-from llava_edge.profiles.errors import CheckpointError, shorten
+from llava_edge.profiles.errors import CheckpointError, printable, shorten
 from llava_edge.profiles.model_dims import ModelDims
 
 Progress = Callable[[int, int], None]
@@ -234,9 +234,10 @@ def open_checkpoint(
             (pickle files, names that leave the folder), or contradicts its configuration.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise CheckpointError(
-            f"{folder} is no folder. Give a folder with config.json and safetensors files."
+            f"{printable(str(folder))} is no folder. Give a folder with config.json and "
+            "safetensors files."
         )
     _check_files(folder)
     refuse_adapter(folder)
@@ -248,8 +249,8 @@ def open_checkpoint(
     raw = read_object(folder / CONFIG_FILE)
     config = original_config.to_hugging_face(raw) if original_config.is_original(raw) else raw
     dims = ModelDims.from_config(config)
-    files = _weight_files(folder)
-    stored = _read_headers(folder, files)
+    files, index = _weight_files(folder)
+    stored = _read_headers(folder, files, index)
     gptq = read_gptq_settings(
         raw,
         read_object(folder / QUANTIZE_CONFIG_FILE),
@@ -310,21 +311,23 @@ def _check_files(folder: Path) -> None:
         raise CheckpointError(f"{folder} cannot be read:\n  - {listed}")
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model, in transformers' order of preference."""
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The safetensors files that make up the model, in transformers' order, and their index."""
     if exists(folder / SINGLE_FILE):
-        return [folder / SINGLE_FILE]
+        return [folder / SINGLE_FILE], {}
     if exists(folder / INDEX_FILE):
-        return _indexed_files(folder)
-    found = sorted(folder.glob("*.safetensors"))
+        index = _weight_map(folder)
+        return _indexed_files(folder, index), index
+    # Copies from a Mac bring a "._" file for each file.
+    found = sorted(f for f in folder.glob("*.safetensors") if not f.name.startswith("."))
     if not found:
         raise CheckpointError(describe_parts(folder) or _no_weights(folder))
     _check_shard_count(folder, found)
-    return found
+    return found, {}
 
 
-def _indexed_files(folder: Path) -> list[Path]:
-    names = sorted(set(_weight_map(folder).values()))
+def _indexed_files(folder: Path, index: Mapping[str, str]) -> list[Path]:
+    names = sorted(set(index.values()))
     outside = [name for name in names if not _is_plain_name(name)]
     if outside:
         raise CheckpointError(
@@ -394,7 +397,9 @@ def _no_weights(folder: Path) -> str:
     )
 
 
-def _read_headers(folder: Path, files: Sequence[Path]) -> dict[str, TensorRef]:
+def _read_headers(
+    folder: Path, files: Sequence[Path], index: Mapping[str, str]
+) -> dict[str, TensorRef]:
     stored: dict[str, TensorRef] = {}
     faults: list[str] = []
     for file in files:
@@ -413,10 +418,10 @@ def _read_headers(folder: Path, files: Sequence[Path]) -> dict[str, TensorRef]:
             raise CheckpointError(
                 f"{folder} holds more than {_MAX_TENSORS} tensors, which no such model has."
             )
-    if not faults and files[0].name != SINGLE_FILE and exists(folder / INDEX_FILE):
+    if not faults:
         absent = [
-            f"{name} (in {file})"
-            for name, file in _weight_map(folder).items()
+            f"{printable(name)} (in {file})"
+            for name, file in index.items()
             if (name not in stored or stored[name].file.name != file) and not _may_be_absent(name)
         ]
         if absent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +31,12 @@ def resolve_source(text: str) -> CheckpointSource:
     Raises:
         CheckpointError: it is neither.
     """
-    path = Path(text).expanduser()
-    if text and path.is_dir():
-        return CheckpointSource(path, None, None)
+    # os.path answers no where pathlib raises: no permission, names too long, no such user.
+    path = os.path.expanduser(text)
+    if text and os.path.isdir(path):
+        return CheckpointSource(Path(path), None, None)
     repo_id, _, revision = text.partition("@")
-    is_id = _REPO_ID.fullmatch(repo_id) and ".." not in text and not path.exists()
+    is_id = _REPO_ID.fullmatch(repo_id) and ".." not in text and not os.path.lexists(path)
     if not is_id or ("@" in text and not _REVISION.fullmatch(revision)):
         raise CheckpointError(
             f"{text[:200]!r} is neither an existing folder nor a hub id. Give a folder with "

@@ -47,7 +47,7 @@ def read_gptq_settings(
         found = {"quant_method": "gptq", **quantize_config}
     if not found:
         return None
-    method = found.get("quant_method") if isinstance(found, Mapping) else found
+    method = _method(found)
     if not isinstance(found, Mapping) or method != "gptq":
         stale = (
             " The tensors themselves are not quantised: where the model was merged after QLoRA "
@@ -69,6 +69,16 @@ def read_gptq_settings(
             "Next step: give the float16 or bfloat16 checkpoint; it can be quantised here."
         )
     return GptqSettings(found["bits"], found.get("group_size", 128))
+
+
+def _method(found: object) -> object:
+    if not isinstance(found, Mapping):
+        return found
+    method = found.get("quant_method")
+    # Older files of bitsandbytes do not name it either.
+    if method is None and (found.get("load_in_4bit") or found.get("load_in_8bit")):
+        return "bitsandbytes"
+    return method
 
 
 def _faults(found: Mapping[str, Any]) -> list[str]:

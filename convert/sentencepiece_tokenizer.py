@@ -17,7 +17,6 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from llava_edge.convert.text_files import read_bytes
 from llava_edge.profiles.errors import CheckpointError
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 3, 4, 5, 6
@@ -61,10 +60,10 @@ class SentencePieceModel:
         generated: Any = sentencepiece_model_pb2
         proto = generated.ModelProto()
         try:
-            data = read_bytes(path, _MAX_MODEL_BYTES)
+            if path.stat().st_size > _MAX_MODEL_BYTES:
+                raise ValueError(f"it has more than {_MAX_MODEL_BYTES} bytes")
+            data = path.read_bytes()
             proto.ParseFromString(data)
-        except CheckpointError:
-            raise
         except Exception as error:  # protobuf raises its own kinds, which differ by version.
             raise CheckpointError(
                 f"{path} is no sentencepiece model: {error}. Fetch it again."

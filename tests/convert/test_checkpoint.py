@@ -319,6 +319,7 @@ def test_shards_open_with_and_without_an_index(pristine: Path, hub: Path, indexe
 
 def test_one_file_of_another_name_opens(pristine: Path, hub: Path) -> None:
     rewrite(hub, stored_tensors(hub), "weights.safetensors")
+    (hub / "._weights.safetensors").write_bytes(b"Mac OS X")
     assert_same_tensors(open_checkpoint(hub), open_checkpoint(pristine))
 
 

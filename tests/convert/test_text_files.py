@@ -34,11 +34,14 @@ def make_socket(path: Path) -> None:
 STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "folder": (lambda p: p.mkdir(), "is a folder"),
     "pipe": (os.mkfifo, "is a named pipe"),
-    "link to a device": (lambda p: p.symlink_to("/dev/zero"), "is a device"),
-    "link to a folder": (lambda p: p.symlink_to(p.parent), "is a folder"),
+    "link to a device": (lambda p: p.symlink_to("/dev/zero"), "is a link to a device"),
+    "link to a folder": (lambda p: p.symlink_to(p.parent), "is a link to a folder"),
     "socket": (make_socket, "is a socket"),
-    "link to nothing": (lambda p: p.symlink_to("nothing"), "symbolic link"),
-    "link to itself": (lambda p: p.symlink_to(p.name), "symbolic link"),
+    "link to nothing": (
+        lambda p: p.symlink_to("nothing"),
+        "link to nothing, where there is nothing",
+    ),
+    "link to itself": (lambda p: p.symlink_to(p.name), "leads in a circle"),
     "nothing": (lambda p: None, "No such file"),
 }
 

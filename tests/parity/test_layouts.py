@@ -34,6 +34,15 @@ def hub(make_checkpoint: Callable[..., Path]) -> Path:
     return make_checkpoint("odd")
 
 
+AS_5_5_SAVES = (
+    ("language_model.model.", "model.language_model.model."),
+    ("language_model.lm_head.", "language_model.lm_head."),
+    ("vision_tower.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+    ("image_newline", "model.image_newline"),
+)
+
+
 def convert(checkpoint: Path, out: Path, reference: Reference | None = None) -> Path:
     request = ConvertRequest(
         checkpoint=str(checkpoint),
@@ -56,6 +65,18 @@ def test_in_memory_names_give_the_artifact_of_hub_names(
     copy = renamed(hub, tmp_path / "memory", IN_MEMORY)
 
     assert weights(convert(copy, tmp_path / "artifact")) == weights(make_artifact(hub))
+
+
+def test_what_5_5_saves_converts_and_passes_its_verification(
+    hub: Path, make_artifact: Callable[..., Path], tmp_path: Path
+) -> None:
+    copy = renamed(hub, tmp_path / "saved", AS_5_5_SAVES)
+
+    artifact = make_artifact(copy, verify="quick")
+
+    certificate = json.loads((artifact / "certificate.json").read_text())
+    assert certificate["passed"]
+    assert weights(artifact) == weights(make_artifact(hub))
 
 
 def test_an_original_checkpoint_answers_as_its_conversion_to_hugging_face(

@@ -1,0 +1,110 @@
+"""Opening a file that must be a regular one: no pipe, no device, no folder.
+
+A folder from elsewhere may hold a symbolic link to a private file, a named pipe that blocks the
+reader for ever, or a link to a device that never ends. Every file of an artifact and of a
+checkpoint is opened through here; links are followed only where the caller says so, and what they
+lead to must be a regular file all the same.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from llava_edge.profiles.errors import LlavaEdgeError, printable
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+_CHUNK_BYTES = 1 << 24
+
+
+def open_descriptor(path: Path, *, follow_link: bool, kind: type[LlavaEdgeError], step: str) -> int:
+    """A read-only descriptor of a regular file; the caller closes it.
+
+    Args:
+        path: the file.
+        follow_link: open the file that a symbolic link leads to.
+        kind: error to raise.
+        step: next step that ends its message.
+
+    Raises:
+        LlavaEdgeError: of the given kind; the file is missing, unreadable or not a regular file, a
+            link leads nowhere or in a circle, or it is a link and links are not followed.
+    """
+    # O_NONBLOCK: opening a named pipe without it waits for a writer that never comes.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_link else os.O_NOFOLLOW)
+    try:
+        # Opening alone makes some devices act, so the path is looked at before.
+        fault = _fault(path, os.stat(path, follow_symlinks=follow_link).st_mode)
+        descriptor = -1 if fault else os.open(path, flags)
+    except (OSError, ValueError) as error:
+        reason = _reason(path, error)
+        if isinstance(error, PermissionError):
+            step = "Check its permissions."
+        raise kind(f"{printable(str(path))} cannot be opened: {reason}. {step}") from error
+    if not fault and (fault := _fault(path, os.fstat(descriptor).st_mode)):
+        os.close(descriptor)
+    if fault:
+        raise kind(f"{printable(str(path))} {fault}. {step}")
+    return descriptor
+
+
+def read_at(
+    descriptor: int, offset: int, length: int, path: Path, kind: type[LlavaEdgeError]
+) -> bytes:
+    """Up to ``length`` bytes from ``offset``; fewer only where the file ends.
+
+    Raises:
+        LlavaEdgeError: of the given kind; the file cannot be read.
+    """
+    parts: list[bytes] = []
+    try:
+        while length > 0:
+            part = os.pread(descriptor, min(length, _CHUNK_BYTES), offset)
+            if not part:
+                break
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+    except OSError as error:
+        raise kind(f"{printable(str(path))} cannot be read: {error.strerror}") from error
+    return b"".join(parts)
+
+
+def _fault(path: Path, mode: int) -> str:
+    """What a path is that is no regular file; empty where it is one."""
+    if stat.S_ISREG(mode):
+        return ""
+    if stat.S_ISLNK(mode):
+        return "cannot be opened: it is a symbolic link"
+    found = next((name for check, name in _KINDS if check(mode)), "something else")
+    return f"is {'a link to ' if path.is_symlink() else ''}{found}, not a regular file"
+
+
+def link_fault(path: Path, error: OSError) -> str:
+    """Why a symbolic link cannot be followed, as the end of a sentence."""
+    if error.errno == errno.ELOOP:
+        return "it is a link that leads in a circle"
+    if error.errno == errno.ENOENT:
+        return f"it is a link to {_target(path)}, where there is nothing"
+    return f"it is a link to {_target(path)}: {error.strerror}"
+
+
+def _reason(path: Path, error: OSError | ValueError) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    return link_fault(path, error) if path.is_symlink() else str(error.strerror)
+
+
+def _target(path: Path) -> str:
+    try:
+        return printable(os.readlink(path))
+    except OSError:
+        return "another place"
