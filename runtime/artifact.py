@@ -45,8 +45,8 @@ _MANIFEST_LIMIT = 8 << 20
 _AGAIN = "Copy the artifact again, or convert again."
 
 READERS: Mapping[int, Callable[[Any], Manifest]] = {
-    1: lambda document: _without(with_prompt_of_2(document), "decoder_int8_cache"),
-    2: lambda document: _without(with_prompt_of_2(document)),
+    1: lambda document: _without(document, "decoder_int8_cache"),
+    2: lambda document: _without(document),
     3: lambda document: from_json(Manifest, document, MANIFEST),
 }
 """How each schema version ever released becomes today's Manifest."""
@@ -181,10 +181,10 @@ def _reader(document: Any, path: Path) -> Callable[[Any], Manifest]:
 
 
 def _without(document: Any, *later: str) -> Manifest:
-    """A manifest of before some fields were there, which then have today's default."""
+    """A manifest up to version 2, before some fields were there: those have today's default."""
     if unknown := sorted(set(document) & set(later)):
         raise ArtifactError(f"{MANIFEST} has fields of a later schema_version: {unknown}")
-    return from_json(Manifest, document, MANIFEST)
+    return from_json(Manifest, with_prompt_of_2(document), MANIFEST)
 
 
 def check_listing(root: Path, manifest: Manifest) -> None:

@@ -38,6 +38,7 @@ MAX_NAME_DEPTH = 4
 _DECODERS = {"float32": "decoder", "float16": "decoder", "int8": "decoder_int8_cache"}
 _MAX_SIZE = 1 << 31
 _MAX_REAL = 1e6
+_MAX_COPIES = 8
 _PART = re.compile(r"[A-Za-z0-9_.+-]{1,200}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -238,9 +239,12 @@ def _prompt(prompt: PromptFormat | None) -> Iterator[str]:
     for form in prompt.dates:
         if not is_date_form(form):
             yield f"prompt.dates holds {form!r:.80}, which is no plain form of a date"
-    cut = [t.cut for t in (prompt.system, prompt.assistant) if t is not None and t.cut is not None]
-    if any(not each.through for each in cut):
+    turns = [turn for turn in (prompt.system, prompt.user, prompt.assistant) if turn is not None]
+    if any(turn.cut is not None and not turn.cut.through for turn in turns):
         yield "prompt cuts texts at an empty mark"
+    # A text is written once more for each.
+    if any(len(turn.copies) > _MAX_COPIES for turn in turns):
+        yield f"prompt copies a text more than {_MAX_COPIES} times"
 
 
 def _positive(prefix: str, values: Mapping[str, int]) -> Iterator[str]:

@@ -76,11 +76,22 @@ def chat_markup(newline: str = "", default: str = "") -> str:
     )
 
 
+# Texts on lines of their own, and nothing in front of a picture.
+_LINES = (
+    "{% macro lines(m) %}{% for c in m.content if c.type == 'image' %}{{ '<image>' }}{% endfor %}"
+    "{% for c in m.content if c.type == 'text' %}{{ '\n' + c.text }}{% endfor %}{% endmacro %}"
+)
 LLAMA3 = (
-    f"{_MEDIA}{_WORDS}{{{{ bos_token }}}}{{% for m in messages %}}"
-    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + media(m) + words(m) "
+    f"{_LINES}{{{{ bos_token }}}}{{% for m in messages %}}"
+    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n' + lines(m) "
     "+ '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+QWEN_LINES = (
+    f"{_LINES}{{% if messages[0].role != 'system' %}}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + lines(m) + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -212,15 +223,15 @@ _SYSTEM = "<|im_start|>system\n{}<|im_end|>"
 _USER = "<|im_start|>user\n<{}>\nQ1<|im_end|>"
 _HEAD = "<|start_header_id|>{}<|end_header_id|>\n\n"
 _DIRECT = _SYSTEM.format("Answer the questions.") + _USER.format("image")
-_QWEN = _SYSTEM.format("You are a helpful assistant.") + "\n" + _USER.format("image") + "\n"
+_QWEN = _SYSTEM.format("You are a helpful assistant.") + "\n<|im_start|>user<image>\nQ1<|im_end|>\n"
 _VIDEO_YI = _USER.format("video") + "\n"
 _OPEN = "<|im_start|>assistant\n"
-_LLAMA3 = "<|begin_of_text|>" + _HEAD.format("user") + "<image>\nQ1<|eot_id|>"
+_LLAMA3 = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n<image>\nQ1<|eot_id|>"
 
 QWEN_72 = Released(
     "qwen2",
     QWEN,
-    chat_markup("\n", "You are a helpful assistant."),
+    QWEN_LINES,
     f"{_QWEN}{_OPEN}",
     f"{_QWEN}{_OPEN}A1<|im_end|>\n<|im_start|>user\nQ2<|im_end|>\n{_OPEN}",
     ("<|im_end|>",),

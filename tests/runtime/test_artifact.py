@@ -316,9 +316,39 @@ def test_a_schema_version_that_never_was_is_refused(toy: Path, value: object) ->
         open_artifact(toy)
 
 
+def with_prompt(**changes: object) -> Edit:
+    """Gives a manifest a prompt format."""
+    turn = {"before": "", "after": ""}
+    prompt = {
+        **{"source": "template", "family": "vicuna", "prefix": "", "default_system": ""},
+        **{"system": turn, "user": turn, "user_after_system": "", "assistant": turn},
+        **{"generation_prompt": "", "image": "<image>", "video": "<video>", "special_tokens": []},
+    }
+    return lambda document: document.update(prompt={**prompt, **changes})
+
+
+def test_a_prompt_format_may_leave_out_what_it_does_not_use(toy: Path) -> None:
+    edit_manifest(toy, with_prompt())
+    assert open_artifact(toy).manifest.prompt is not None
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
+        (with_prompt(image="none"), r"prompt\.image is 'none'; it must hold one <image>"),
+        (with_prompt(video="<video><video>"), r"prompt\.video"),
+        (with_prompt(part_order=[["image"], ["text"]]), "must name each kind once"),
+        (with_prompt(part_order=[["image", "text", "video", "text"]]), "must name each kind once"),
+        (with_prompt(dates=["%999999999d"]), "no plain form of a date"),
+        (
+            with_prompt(assistant={"before": "", "after": "", "cut": {"through": ""}}),
+            "at an empty mark",
+        ),
+        (
+            with_prompt(system={"before": "", "after": "", "copies": [{"before": ""}] * 9}),
+            "copies a text more than 8 times",
+        ),
+        (with_prompt(joints=[{"left": "end", "right": "text", "text": ""}]), "allowed are"),
         (lambda d: d.update(extra=1), r"unknown keys: extra"),
         (lambda d: d["model"]["text"].update(extra=1), r"text has unknown keys"),
         (lambda d: d.pop("source"), "lacks keys: source"),
