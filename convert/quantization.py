@@ -36,7 +36,7 @@ NUM_SAMPLES = 32
 class QuantizationRequest:
     """How the language model is quantised; nothing of it matters at fp16.
 
-    ``calibration`` is a folder of conversations; None draws a small set.
+    ``calibration`` is a folder or file of conversations; None draws a small set.
     """
 
     quantizer: Quantizer = "gptq"
@@ -181,7 +181,7 @@ def tile_conversations(
 ) -> tuple[tuple[Conversation, ...], dict[str, Any]]:
     """The same for the tower, which needs images: drawn ones where the folder holds none."""
     conversations, source = calibration_conversations(request, processing)
-    if any(conversation.image is not None for conversation in conversations):
+    if any(conversation.images for conversation in conversations):
         return conversations, source
     return calibration_conversations(replace(request, calibration=None), processing)
 
