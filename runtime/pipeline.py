@@ -40,7 +40,7 @@ from llava_edge.runtime.load_fit import LoadFit, fit_at_load
 from llava_edge.runtime.load_options import LoadOptions
 from llava_edge.runtime.loaded_parts import open_parts
 from llava_edge.runtime.lowering import Lowering
-from llava_edge.runtime.placement import AskedCache, Device, choose_device, require_device
+from llava_edge.runtime.placement import AskedCache, Device, choose_device
 from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.replay import Replay
 from llava_edge.runtime.request import PromptOptions, Request, VideoInput
@@ -181,7 +181,6 @@ class LlavaEdge:
         # Before anything is opened: what is asked wrongly costs no time.
         LoadOptions(**options)
         require_callable("progress", progress)
-        require_device(device)
         opened = open_artifact(artifact, require_verified=require_verified)
         model = cls.over(opened, device, progress=progress, **options)
         try:
