@@ -22,7 +22,7 @@ from PIL.Image import Image
 
 from llava_edge.profiles.buffers import CacheType
 from llava_edge.profiles.engines import EngineName
-from llava_edge.profiles.errors import EngineError, PromptError
+from llava_edge.profiles.errors import EngineError, PromptError, RequestError
 from llava_edge.runtime.allocation import allocate, refusals
 from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.answer_options import AnswerOptions
@@ -181,6 +181,8 @@ class LlavaEdge:
         # Before anything is opened: what is asked wrongly costs no time.
         LoadOptions(**options)
         require_callable("progress", progress)
+        if not isinstance(artifact, (str, os.PathLike)):
+            raise RequestError(f"artifact is {artifact!r:.60}; it must be the path of a folder")
         opened = open_artifact(artifact, require_verified=require_verified)
         model = cls.over(opened, device, progress=progress, **options)
         try:

@@ -246,3 +246,9 @@ def test_options_of_load_are_checked_before_anything_is_opened(
 ) -> None:
     with pytest.raises(RequestError, match=message):
         LlavaEdge.load("nowhere", **options)
+
+
+@pytest.mark.parametrize("artifact", [None, 5, b"folder", ["folder"]])
+def test_an_artifact_that_is_no_path_is_named(artifact: Any) -> None:
+    with pytest.raises(RequestError, match="artifact is .*; it must be the path of a folder"):
+        LlavaEdge.load(artifact)
