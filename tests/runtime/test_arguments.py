@@ -250,5 +250,5 @@ def test_options_of_load_are_checked_before_anything_is_opened(
 
 @pytest.mark.parametrize("artifact", [None, 5, b"folder", ["folder"]])
 def test_an_artifact_that_is_no_path_is_named(artifact: Any) -> None:
-    with pytest.raises(RequestError, match="artifact is .*; it must be the path of a folder"):
+    with pytest.raises(RequestError, match=r"artifact is .*; it must be the path of a folder"):
         LlavaEdge.load(artifact)
