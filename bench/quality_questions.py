@@ -1,6 +1,7 @@
-"""Quality questions: a JSONL file of image, question and accepted answers.
+"""Quality questions: a file of image, question and accepted answers.
 
-One JSON object a line, as DocVQA, ChartQA, TextVQA and the like are easily brought to::
+One JSON object a line, or one list of them, as DocVQA, ChartQA, TextVQA and the like are easily
+brought to::
 
     {"image": "page-1.png", "question": "What is the total?", "answers": ["12.80", "12.80 EUR"]}
 
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge.profiles.errors import RequestError, shorten
-from llava_edge.runtime.json_lines import path_inside, read_objects
+from llava_edge.runtime.json_lines import NoEntriesError, path_inside, read_entries
 
 _MAX_CHOICES = 26
 
@@ -41,18 +42,17 @@ def read_quality_questions(file: Path, limit: int | None = None) -> tuple[Qualit
             fault is listed.
     """
     file = Path(file)
-    try:
-        text = file.read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise RequestError(f"--quality {file} cannot be read: {error}") from error
     faults: list[str] = []
     found: list[QualityQuestion] = []
-    for name, entry in read_objects(text, lambda number: f"line {number}", faults):
-        question = _read(file.parent, name, entry, faults)
-        if question is not None:
-            found.append(question)
-        if len(found) == limit:
-            break
+    try:
+        for name, entry in read_entries(file, faults):
+            question = _read(file.parent, name, entry, faults)
+            if question is not None:
+                found.append(question)
+            if len(found) == limit:
+                break
+    except NoEntriesError as error:
+        raise RequestError(f"--quality {file} cannot be read: {error}.") from error
     if not found and not faults:
         faults.append("it holds no question")
     if faults:

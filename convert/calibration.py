@@ -35,11 +35,12 @@ from llava_edge.runtime.prompt_date import COMPARED_NOW
 from llava_edge.runtime.prompt_embedder import PromptEmbedder, TileEncoder
 from llava_edge.runtime.request import Request
 from llava_edge.runtime.session import Session, SessionOptions
-from llava_edge.runtime.tile_pixels import Pixels
 from llava_edge.runtime.tokenizer import Tokenizer
 from llava_edge.runtime.vision import VisionEncoder
 
 _LOG = logging.getLogger(__name__)
+
+_MOST_REASONS = 20
 
 
 def _nothing() -> None:
@@ -208,11 +209,12 @@ class CalibrationModel:
             source: where they come from and what was left out there, for the report.
 
         Raises:
-            RequestError: no sample is left; every reason is listed.
+            RequestError: no sample is left; reasons are listed.
         """
         samples: list[CalibrationSample] = []
         left_out: list[dict[str, str]] = list(source.get("left_out", []))
         grids: dict[str, int] = {}
+        text_only = 0
         digest = hashlib.sha256()
         for conversation in conversations:
             try:
@@ -222,12 +224,16 @@ class CalibrationModel:
                 left_out.append({"sample": conversation.name, "reason": str(error)})
                 continue
             samples.append(sample)
+            text_only += not layouts
             digest.update(seal)
             for layout in layouts:
                 grid = f"{layout.rows}x{layout.columns}" if layout.rows else "base"
                 grids[grid] = grids.get(grid, 0) + 1
         if not samples:
-            reasons = "".join(f"\n  - {each['sample']}: {each['reason']}" for each in left_out)
+            shown = left_out[:_MOST_REASONS]
+            reasons = "".join(f"\n  - {each['sample']}: {each['reason']}" for each in shown)
+            if len(left_out) > len(shown):
+                reasons += f"\n  and {len(left_out) - len(shown)} more"
             raise RequestError(
                 f"no calibration sample can be used; {len(left_out)} were left out:{reasons}"
             )
@@ -235,7 +241,7 @@ class CalibrationModel:
         report = {
             **source,
             "num_samples": len(samples),
-            "num_text_only": len(samples) - sum(grids.values()),
+            "num_text_only": text_only,
             "tokens": count_kinds(kinds),
             "grids": dict(sorted(grids.items())),
             "grids_without_sample": [grid for grid in self._grids() if grid not in grids],
@@ -267,14 +273,15 @@ class CalibrationModel:
     def _sample(
         self, conversation: Conversation
     ) -> tuple[CalibrationSample, tuple[TileLayout, ...], bytes]:
-        layouts: tuple[TileLayout, ...] = ()
+        found: list[TileLayout] = []
         seal = hashlib.sha256()
-        if conversation.image is not None:
+        for opened in conversation.images:
             # Decoded here as well, so that a damaged image is met before hours of work.
-            image = open_image(conversation.image(), conversation.limits)
+            image = open_image(opened(), conversation.limits)
             seal.update(f"{image.width}x{image.height}".encode())
             seal.update(image.tobytes())
-            layouts = (self._processor.anyres.layout(image.height, image.width),)
+            found.append(self._processor.anyres.layout(image.height, image.width))
+        layouts = tuple(found)
         counts = [layout.num_image_tokens for layout in layouts]
         encoded = self._tokenizer.encode_pieces(self._pieces(conversation))
         ids = np.asarray(self._tokenizer.expand_media(encoded, counts), np.int64)
@@ -291,29 +298,34 @@ class CalibrationModel:
         return CalibrationSample(conversation.name, kinds, embed), layouts, seal.digest()
 
     def _pieces(self, conversation: Conversation) -> tuple[Piece, ...]:
-        images = 0 if conversation.image is None else 1
-        question, answer = conversation.question, conversation.answer
         if self._prompt is not None:
-            messages = [user_message(question, images), Message("assistant", (Text(answer),))]
+            messages = []
+            if conversation.system is not None:
+                messages.append(Message("system", (Text(conversation.system),)))
+            for turn in conversation.turns:
+                messages.append(user_message(turn.question, len(turn.images)))
+                messages.append(Message("assistant", (Text(turn.answer),)))
             return compose(
                 self._prompt,
                 messages,
-                image_marks=bool(images),
+                image_marks=bool(conversation.images),
                 generation_prompt=False,
                 now=COMPARED_NOW,
             )
-        mark = (Piece("image", MARKS["image"]),) * images
-        return (*mark, Piece("text", f"\n{question}\n{answer}"))
+        pieces: list[Piece] = []
+        for turn in conversation.turns:
+            question = turn.question.replace(MARKS["image"], "") if turn.images else turn.question
+            pieces += [Piece("image", MARKS["image"])] * len(turn.images)
+            pieces.append(Piece("text", f"\n{question}\n{turn.answer}"))
+        return tuple(pieces)
 
     def _embed(
         self, conversation: Conversation, ids: NDArray[np.int64], layouts: tuple[TileLayout, ...]
     ) -> NDArray[np.float32]:
-        pixel_values: tuple[Pixels, ...] = ()
-        if conversation.image is not None:
-            tiles = self._processor.preprocess(
-                open_image(conversation.image(), conversation.limits)
-            )
-            pixel_values = (tiles.pixel_values,)
+        pixel_values = tuple(
+            self._processor.preprocess(open_image(image(), conversation.limits)).pixel_values
+            for image in conversation.images
+        )
         request = Request(ids, layouts, pixel_values)
         rows = np.empty((len(ids), self._dims.text.hidden_size), self._dtype)
         self._embedder.embed(request).fill(0, len(ids), rows)

@@ -95,8 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibration",
         type=Path,
-        metavar="DIR",
-        help="questions, answers and images, for GPTQ and for the tower",
+        metavar="DIR|FILE",
+        help="questions, answers and images, for GPTQ and for the tower: JSON Lines or a JSON list",
     )
     parser.add_argument("--samples", type=int, default=NUM_SAMPLES, help="calibration samples")
     add_limit_arguments(parser)

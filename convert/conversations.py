@@ -1,127 +1,158 @@
-"""Conversations: question and answer, with or without an image, read from a calibration folder.
+"""Conversations to calibrate with, read from a folder or a file.
 
-The folder holds one or more ``*.jsonl`` files, one JSON object a line::
-
-    {"image": "receipts/17.jpg", "question": "What is the total?", "answer": "12.80 EUR"}
-
-``image`` is a path inside the folder, left out or null for text only. Further keys are ignored, so
-that a data set's own ids may stay. A file that is not like this is refused with every fault; an
-image that cannot be read is left out and named.
+A folder holds ``*.jsonl`` files, one object a line, or ``*.json`` files, one list of objects each.
+Either may be named itself in place of its folder. ``conversation_entry`` has the forms of an
+object. Images are paths inside that folder. Further keys are ignored, so that a data set's own ids
+may stay. Malformed entries are refused, all of them together. What is of a kind that is not used,
+and an image that cannot be read, are left out and named.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llava_edge.convert.conversation_entry import (
+    Conversation,
+    EntryFaultError,
+    LeftOutError,
+    Turn,
+    read_entry,
+)
 from llava_edge.profiles.anyres import AnyRes
-from llava_edge.profiles.errors import RequestError, shorten
-from llava_edge.runtime.images import ImageSource, read_image_size
-from llava_edge.runtime.json_lines import path_inside, read_objects
+from llava_edge.profiles.errors import RequestError, plain_reason, shorten
+from llava_edge.runtime.images import read_image_size
+from llava_edge.runtime.json_lines import NoEntriesError, read_entries
 from llava_edge.runtime.limits import Limits
+
+__all__ = ["TEXT_SHARE", "Conversation", "Turn", "read_conversations"]
 
 _LOG = logging.getLogger(__name__)
 
 TEXT_SHARE = 0.25
 """Share of samples without an image, where there are enough of both."""
 
+_LOOKED_AT = 20
+"""Images whose size is read before some are chosen, for each that is: all of them would be a
+hundred gigabytes in the largest public data sets."""
 
-@dataclass(frozen=True)
-class Conversation:
-    """One question and its answer.
+_MOST_NAMED = 100
 
-    ``image`` opens anew at every call, None for text only; ``limits`` are what it is opened within.
-    """
-
-    name: str
-    question: str
-    answer: str
-    image: Callable[[], ImageSource] | None = None
-    limits: Limits = field(default_factory=Limits)
+_FORMS = (
+    'Entries are like {"image": "a.jpg", "question": "…", "answer": "…"}, or like {"image": '
+    '"a.jpg", "conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}.'
+)
 
 
 def read_conversations(
-    folder: Path, anyres: AnyRes, limit: int, seed: int, limits: Limits | None = None
+    source: Path, anyres: AnyRes, limit: int, seed: int, limits: Limits | None = None
 ) -> tuple[tuple[Conversation, ...], dict[str, Any]]:
-    """Read a calibration folder.
+    """Read a calibration folder, or one file of it.
 
     Where it holds more than ``limit`` conversations, as many are chosen: a quarter of them text
-    only, the others going round the grids that their images take, in an order drawn by seed.
+    only, the others going round the grids that their first images have, in an order drawn by seed.
 
     Args:
-        folder: see above.
+        source: folder or file; see above.
         anyres: of the artifact, which decides the grid of an image.
         limit: most conversations.
         seed: of the choice.
         limits: bounds on its images.
 
     Returns:
-        Conversations in the folder's order, and what is to be said of the source.
+        Conversations in the source's order, and what is to be reported of the source.
 
     Raises:
-        RequestError: there is no such folder or no line in it, or lines are malformed; every fault
-            is listed.
+        RequestError: there is no such folder or file or no entry in it, or entries are malformed;
+            every fault is listed.
     """
-    folder = Path(folder)
-    files = sorted(folder.glob("*.jsonl")) if folder.is_dir() else []
-    if not files:
-        raise RequestError(
-            f"--calibration {folder}: there is no *.jsonl file in it. Give a folder with one, of "
-            'lines like {"image": "a.jpg", "question": "…", "answer": "…"}.'
-        )
+    source = Path(source)
+    folder, files = _files(source)
     faults: list[str] = []
-    found = [
-        conversation
-        for file in files
-        for name, entry in _entries(file, faults)
-        if (conversation := _read(folder, name, entry, faults)) is not None
-    ]
+    left_out = _LeftOut()
+    found: list[Conversation] = []
+    for file in files:
+        for name, entry in _entries(file, source, faults, left_out):
+            try:
+                found.append(read_entry(folder, name, entry))
+            except EntryFaultError as error:
+                faults.append(f"{name}: {error}")
+            except LeftOutError as error:
+                left_out.add(name, str(error))
     if not found and not faults:
         faults.append("no line holds a conversation")
+        faults += [f"{each['sample']}: {each['reason']}" for each in left_out.listed]
     if faults:
-        raise RequestError(f"--calibration {folder} cannot be read: {shorten(faults, 10)}")
+        raise RequestError(
+            f"--calibration {source} cannot be read: {shorten(faults, 10)}. {_FORMS}"
+        )
     found = [replace(conversation, limits=limits or Limits()) for conversation in found]
-    left_out: list[dict[str, str]] = []
     if len(found) > limit:
         found = _choose(found, anyres, limit, seed, left_out)
-    source = {"source": "folder", "folder": folder.name, "left_out": left_out}
-    return tuple(found), source
+    report = {"source": "folder", "folder": folder.name, "left_out": left_out.listed}
+    if source != folder:
+        report = {**report, "source": "file", "file": source.name}
+    return tuple(found), report
 
 
-def _entries(file: Path, faults: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _files(source: Path) -> tuple[Path, list[Path]]:
+    """The folder that images lie in, and the files to be read."""
     try:
-        text = file.read_text("utf-8")
+        if source.is_dir():
+            listed = sorted(source.iterdir())
+            files = [file for file in listed if file.suffix.lower() in (".jsonl", ".json")]
+            if not files:
+                raise RequestError(
+                    f"--calibration {source}: no *.jsonl and no *.json file is in it. {_FORMS}"
+                )
+            return source, files
+        source.stat()
     except (OSError, ValueError) as error:
-        faults.append(f"{file.name}: {error}")
-        return iter(())
-    return read_objects(text, lambda number: f"{file.name}:{number}", faults)
+        raise RequestError(
+            f"--calibration {source} cannot be read: {plain_reason(error)}. Give a folder with a "
+            f"*.jsonl or *.json file, or the file itself. {_FORMS}"
+        ) from error
+    return source.parent, [source]
 
 
-def _read(folder: Path, name: str, entry: dict[str, Any], faults: list[str]) -> Conversation | None:
-    texts: dict[str, str] = {}
-    for key in ("question", "answer"):
-        value = entry.get(key)
-        if not isinstance(value, str) or not value.strip():
-            faults.append(f"{name}: {key} is {value!r:.40}, not a text")
-            continue
-        texts[key] = value
-    image = entry.get("image")
-    opener: Callable[[], ImageSource] | None = None
-    if image is not None:
-        path = path_inside(folder, image)
-        if path is None:
-            faults.append(f"{name}: image is {image!r:.80}, no path inside the folder")
-            return None
-        opener = partial(Path, path)
-    if len(texts) < 2:
-        return None
-    return Conversation(name, texts["question"], texts["answer"], opener)
+def _entries(
+    file: Path, source: Path, faults: list[str], left_out: _LeftOut
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        yield from read_entries(file, faults, file.name)
+    except NoEntriesError as error:
+        if file != source and file.suffix.lower() == ".json" and "one object" in str(error):
+            # A folder of data often has a description beside it.
+            left_out.add(file.name, str(error))
+        else:
+            faults.append(f"{file.name}: {error}")
+
+
+class _LeftOut:
+    """What is left out and why: the first ones by name, since the artifact lists them."""
+
+    def __init__(self) -> None:
+        self._named: list[dict[str, str]] = []
+        self._more = 0
+
+    def add(self, name: str, reason: str) -> None:
+        """Note one."""
+        if len(self._named) >= _MOST_NAMED:
+            self._more += 1
+            return
+        _LOG.warning("calibration sample %s is left out: %s", name, reason)
+        self._named.append({"sample": name, "reason": reason})
+
+    @property
+    def listed(self) -> list[dict[str, str]]:
+        """Samples and reasons, as plain JSON."""
+        rest = {"sample": f"{self._more} more", "reason": "not listed one by one"}
+        return [*self._named, *([rest] if self._more else [])]
 
 
 def _choose(
@@ -129,12 +160,13 @@ def _choose(
     anyres: AnyRes,
     limit: int,
     seed: int,
-    left_out: list[dict[str, str]],
+    left_out: _LeftOut,
 ) -> list[Conversation]:
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(found)).tolist()
-    text_only = [place for place in order if found[place].image is None]
+    text_only = [place for place in order if not found[place].images]
+    shown = [place for place in order if found[place].images]
     by_grid: dict[tuple[int, int], list[int]] = {}
-    for place in order:
+    for place in shown[: _LOOKED_AT * limit]:
         grid = _grid(found[place], anyres, left_out)
         if grid is not None:
             by_grid.setdefault(grid, []).append(place)
@@ -147,18 +179,13 @@ def _choose(
     return [found[place] for place in sorted(chosen)]
 
 
-def _grid(
-    conversation: Conversation, anyres: AnyRes, left_out: list[dict[str, str]]
-) -> tuple[int, int] | None:
-    """Rows and columns that an image takes, from its header; None without an image."""
-    if conversation.image is None:
-        return None
-    path = conversation.image()
+def _grid(conversation: Conversation, anyres: AnyRes, left_out: _LeftOut) -> tuple[int, int] | None:
+    """Rows and columns that the first image has, from its header; None where it cannot be read."""
+    path = conversation.images[0]()
     assert isinstance(path, Path)
     try:
         layout = anyres.layout(*read_image_size(path, conversation.limits))
     except RequestError as error:
-        _LOG.warning("calibration sample %s is left out: %s", conversation.name, error)
-        left_out.append({"sample": conversation.name, "reason": str(error)})
+        left_out.add(conversation.name, str(error))
         return None
     return layout.rows, layout.columns

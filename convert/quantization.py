@@ -37,8 +37,8 @@ NUM_SAMPLES = 32
 class QuantizationRequest:
     """How the language model is quantised; nothing of it matters at fp16.
 
-    ``calibration`` is a folder of conversations; None draws a small set. ``limits`` are bounds on
-    its images.
+    ``calibration`` is a folder or file of conversations; None draws a small set. ``limits`` are
+    bounds on its images.
     """
 
     quantizer: Quantizer = "gptq"
@@ -186,7 +186,7 @@ def tile_conversations(
 ) -> tuple[tuple[Conversation, ...], dict[str, Any]]:
     """The same for the tower, which needs images: drawn ones where the folder holds none."""
     conversations, source = calibration_conversations(request, processing)
-    if any(conversation.image is not None for conversation in conversations):
+    if any(conversation.images for conversation in conversations):
         return conversations, source
     return calibration_conversations(replace(request, calibration=None), processing)
 

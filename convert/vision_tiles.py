@@ -59,15 +59,14 @@ def cut_tiles(
     """
     processor = ImageProcessor(processing)
     tiles: list[NDArray[np.float32]] = []
-    for conversation in conversations:
-        if conversation.image is None or len(tiles) == count:
-            continue
+    images = ((talk, image) for talk in conversations for image in talk.images)
+    for talk, image in images:
+        if len(tiles) == count:
+            break
         try:
-            cut = processor.preprocess(
-                open_image(conversation.image(), conversation.limits)
-            ).pixel_values
+            cut = processor.preprocess(open_image(image(), talk.limits)).pixel_values
         except ImageError as error:
-            _LOG.warning("the image of %s is left out: %s", conversation.name, error)
+            _LOG.warning("the image of %s is left out: %s", talk.name, error)
             continue
         tiles.append(cut[len(tiles) % len(cut)])
     if not tiles:

@@ -132,6 +132,8 @@ def plain_reason(error: Exception) -> str:
     """Why a file cannot be read or written, without the system's numbers."""
     if isinstance(error, UnicodeDecodeError):
         return f"it is not UTF-8 text (byte {error.start})"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    # Errors of FFmpeg have it as well, and are no OSError.
+    message = getattr(error, "strerror", None)
+    if isinstance(message, str) and message:
+        return message
     return str(error) or type(error).__name__

@@ -8,7 +8,7 @@ handed on as Python's own ``int``, ``float`` and ``bool``, which JSON can write.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -68,6 +68,17 @@ def require_callable(name: str, value: object) -> None:
     """
     if not callable(value):
         raise RequestError(f"{name} is {_shown(value)}; it must be a function")
+
+
+def require_name(what: str, kinds: str, asked: object, known: Sequence[str]) -> None:
+    """Refuse what is not one of some names.
+
+    Raises:
+        RequestError: lists them.
+    """
+    # Not "in" alone: an array answers it with an array.
+    if not isinstance(asked, str) or asked not in known:
+        raise RequestError(f"{what} {asked!r:.40} is unknown; {kinds} are {', '.join(known)}")
 
 
 def refuse_unknown(call: str, given: Mapping[str, object], known: Iterable[str]) -> None:

@@ -28,6 +28,7 @@ from llava_edge.profiles.errors import (
     LlavaEdgeError,
     OutOfMemoryError,
     VideoError,
+    plain_reason,
 )
 from llava_edge.runtime.allocation import require_free
 from llava_edge.runtime.images import ImageSource, open_image
@@ -302,9 +303,9 @@ class FileClip:
             ) from error
         except Exception as error:
             # FFmpeg's errors come as many classes.
-            reason = f"{type(error).__name__}: {str(error)[:200]}"
             raise VideoError(
-                f"{self._label} cannot be decoded: {reason}. The file may be cut off or damaged."
+                f"{self._label} cannot be decoded: {plain_reason(error):.200}. The file may be cut "
+                "off or damaged."
             ) from error
 
 

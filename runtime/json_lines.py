@@ -1,40 +1,153 @@
-"""JSON lines that people write: objects, one a line, and the pictures that they name."""
+"""Objects of a file that people write, one a line or in one list, and the files that they name."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-MAX_LINE_CHARACTERS = 1 << 20
+from llava_edge.profiles.errors import plain_reason
+
+MAX_LINE_BYTES = 1 << 22
+MAX_FILE_BYTES = 1 << 31
+"""The largest public data set in this form, of 665,000 conversations, has half of it."""
+
+_BOM = b"\xef\xbb\xbf"
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
-def read_objects(
-    text: str, name: Callable[[int], str], faults: list[str]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a text and what messages call their lines; empty lines are left out.
+class NoEntriesError(Exception):
+    """A file is not read at all; says why, for whoever names the file."""
+
+
+def read_entries(path: Path, faults: list[str], label: str = "") -> Iterator[tuple[str, Any]]:
+    """The objects of a file and what messages call them.
+
+    The content decides: a file that begins with ``[`` is one list, any other is JSON Lines, in
+    which empty lines are left out.
 
     Args:
-        text: of a whole file.
-        name: number of a line, from 1 on, to what it is called.
-        faults: told about lines that hold no object.
+        path: a regular file of UTF-8 text, with or without a byte order mark.
+        faults: told about lines and entries that are no object.
+        label: stands before ``:17`` of a line or `` entry 17`` of a list; they are called
+            ``line 17`` and ``entry 17`` without one.
+
+    Raises:
+        NoEntriesError: the file cannot be read, is too large, or holds one object.
     """
+    try:
+        with open_plain(path, MAX_FILE_BYTES) as file:
+            start = file.read(4096)
+            if start.startswith(_UTF16):
+                raise NoEntriesError("it is UTF-16 text; save it as UTF-8")
+            skipped = len(_BOM) if start.startswith(_BOM) else 0
+            file.seek(skipped)
+            if start[skipped:].lstrip().startswith(b"["):
+                yield from _list(file, faults, label)
+            else:
+                yield from _lines(file, path, faults, label)
+    except (OSError, ValueError) as error:
+        raise NoEntriesError(plain_reason(error)) from error
+
+
+def open_plain(path: Path, limit: int) -> BinaryIO:
+    """A regular file of at most so many bytes, open for reading.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is a pipe or a device, or larger; or the name is none.
+    """
+    # Opening a named pipe would otherwise wait for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    file = os.fdopen(descriptor, "rb")
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no regular file")
+        if status.st_size > limit:
+            raise ValueError(f"it has {status.st_size} bytes; at most {limit} are read")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _lines(
+    file: BinaryIO, path: Path, faults: list[str], label: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    number = 0
     # Not splitlines: JSON may hold other separators inside a string.
-    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), start=1):
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        name = f"{label}:{number}" if label else f"line {number}"
+        if len(line) > MAX_LINE_BYTES:
+            faults.append(f"{name}: a line of more than {MAX_LINE_BYTES} bytes")
+            while line and not line.endswith(b"\n"):
+                line = file.readline(MAX_LINE_BYTES)
+            continue
         if not line.strip():
             continue
         try:
-            if len(line) > MAX_LINE_CHARACTERS:
-                raise ValueError(f"a line of {len(line)} characters; at most {MAX_LINE_CHARACTERS}")
-            entry = json.loads(line)
+            entry = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            faults.append(f"{name(number)}: no JSON ({error})")
+            if number == 1 and path.suffix.lower() == ".json" and _is_object(file):
+                raise NoEntriesError(
+                    "it holds one object; a list of entries, or one entry a line, is read"
+                ) from error
+            faults.append(f"{name}: no JSON ({plain_reason(error)})")
             continue
-        if not isinstance(entry, dict):
-            faults.append(f"{name(number)}: no JSON object")
-            continue
-        yield name(number), entry
+        if isinstance(entry, dict):
+            yield name, entry
+        else:
+            faults.append(f"{name}: no JSON object")
+
+
+def _is_object(file: BinaryIO) -> bool:
+    """Whether a file is one object over several lines."""
+    file.seek(0)
+    try:
+        return isinstance(json.loads(file.read(MAX_FILE_BYTES).decode("utf-8-sig")), dict)
+    except (ValueError, RecursionError):
+        return False
+    finally:
+        file.seek(0)
+        file.readline(MAX_LINE_BYTES + 1)
+
+
+def _list(file: BinaryIO, faults: list[str], label: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Entries one after another: all of them as objects would need many times the file's size."""
+    text = file.read(MAX_FILE_BYTES).decode("utf-8")
+    decoder, at, number = json.JSONDecoder(), _next(text, text.index("[") + 1), 0
+    while not text.startswith("]", at):
+        number += 1
+        name = f"{label} entry {number}" if label else f"entry {number}"
+        try:
+            entry, at = decoder.raw_decode(text, at)
+            at = _next(text, at)
+            if text.startswith(",", at):
+                at = _next(text, at + 1)
+            elif not text.startswith("]", at):
+                raise json.JSONDecodeError("a comma or ] is missing", text, at)
+        except (ValueError, RecursionError) as error:
+            # What follows cannot be told apart any more.
+            faults.append(f"{name}: no JSON ({plain_reason(error)})")
+            return
+        if isinstance(entry, dict):
+            yield name, entry
+        else:
+            faults.append(f"{name}: no JSON object")
+    if _next(text, at + 1) < len(text):
+        faults.append(f"{label or 'the file'}: there is more behind its list")
+
+
+def _next(text: str, at: int) -> int:
+    """Where the next character stands that is no white space."""
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
 
 
 def path_inside(folder: Path, value: object) -> Path | None:

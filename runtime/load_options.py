@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import get_args
 
 from llava_edge.profiles.errors import RequestError
-from llava_edge.runtime.arguments import require_count, require_flag, settle
+from llava_edge.runtime.arguments import require_count, require_flag, require_name, settle
 from llava_edge.runtime.cuda_options import CudaOptions
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.placement import AskedCache
@@ -42,6 +43,8 @@ class LoadOptions:
         )
         if self.context_tokens is not None:
             settle(self, context_tokens=require_count("context_tokens", self.context_tokens, 1))
+        require_name("cache", "types", self.cache, get_args(AskedCache))
+        require_name("engine", "engines", self.engine, get_args(AskedEngine))
         # "no" is true as well, and would let engines be opened that nobody trusts.
         for name in ("allow_slow", "trust_engines", "prefix_reuse", "strict_device"):
             settle(self, **{name: require_flag(name, getattr(self, name))})

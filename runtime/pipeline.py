@@ -22,7 +22,7 @@ from PIL.Image import Image
 
 from llava_edge.profiles.buffers import CacheType
 from llava_edge.profiles.engines import EngineName
-from llava_edge.profiles.errors import EngineError, PromptError
+from llava_edge.profiles.errors import EngineError, PromptError, RequestError
 from llava_edge.runtime.allocation import allocate, refusals
 from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.answer_options import AnswerOptions
@@ -40,7 +40,7 @@ from llava_edge.runtime.load_fit import LoadFit, fit_at_load
 from llava_edge.runtime.load_options import LoadOptions
 from llava_edge.runtime.loaded_parts import open_parts
 from llava_edge.runtime.lowering import Lowering
-from llava_edge.runtime.placement import AskedCache, Device, choose_device, require_device
+from llava_edge.runtime.placement import AskedCache, Device, choose_device
 from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.replay import Replay
 from llava_edge.runtime.request import PromptOptions, Request, VideoInput
@@ -184,7 +184,8 @@ class LlavaEdge:
         # Before anything is opened: what is asked wrongly costs no time.
         LoadOptions(**options)
         require_callable("progress", progress)
-        require_device(device)
+        if not isinstance(artifact, (str, os.PathLike)):
+            raise RequestError(f"artifact is {artifact!r:.60}; it must be the path of a folder")
         opened = open_artifact(artifact, require_verified=require_verified)
         model = cls.over(opened, device, progress=progress, **options)
         try:

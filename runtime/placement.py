@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from llava_edge.profiles.buffers import CacheType
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError, RequestError
 from llava_edge.profiles.memory import MemoryTerms
+from llava_edge.runtime.arguments import require_name
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.host_memory import available_host_bytes
 from llava_edge.runtime.manifest import Flavour, Manifest
@@ -17,18 +18,6 @@ Device = Literal["auto", "cpu", "cuda"]
 AskedCache = Literal["auto", "float32", "float16", "int8"]
 
 
-def require_device(asked: object) -> None:
-    """Refuse what names no device.
-
-    Raises:
-        RequestError: lists those that there are.
-    """
-    if not isinstance(asked, str) or asked not in get_args(Device):
-        raise RequestError(
-            f"device {asked!r:.40} is unknown; devices are {', '.join(get_args(Device))}"
-        )
-
-
 def choose_device(asked: Device, flavour: Flavour, allow_slow: bool) -> DeviceKind:
     """The device for an artifact of a flavour.
 
@@ -36,7 +25,10 @@ def choose_device(asked: Device, flavour: Flavour, allow_slow: bool) -> DeviceKi
         EngineError: the device is not there, or does not suit the flavour.
         RequestError: there is no device of that name.
     """
-    require_device(asked)
+    if not isinstance(asked, str) or asked not in get_args(Device):
+        raise RequestError(
+            f"device {asked!r:.40} is unknown; devices are {', '.join(get_args(Device))}"
+        )
     if flavour == "cpu":
         if asked == "cuda":
             raise EngineError(
@@ -67,10 +59,7 @@ def choose_cache(asked: AskedCache, manifest: Manifest) -> CacheType:
         EngineError: the artifact has no decoder graph with that cache.
         RequestError: there is no cache type of that name.
     """
-    if asked not in get_args(AskedCache):
-        raise RequestError(
-            f"cache {asked!r:.40} is unknown; types are {', '.join(get_args(AskedCache))}"
-        )
+    require_name("cache", "types", asked, get_args(AskedCache))
     if asked == "auto":
         return manifest.precision.computes
     if asked in manifest.decoders:

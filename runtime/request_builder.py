@@ -434,7 +434,8 @@ class RequestBuilder:
             raise PromptError(
                 f"{len(images)} images were given{earlier}; at most {most} are accepted"
             )
-        return images
+        # A copy: steps that lower the grid open them later, and the caller may edit the list.
+        return list(images)
 
     def _pieces(
         self, prompt: str, num_images: int, options: PromptOptions, num_videos: int

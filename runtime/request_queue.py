@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from llava_edge.profiles.errors import DeadlineError, EngineError
 
@@ -26,6 +27,31 @@ def this_thread() -> object:
         _LOCAL.token = object()
     token: object = _LOCAL.token
     return token
+
+
+def _closed_gate() -> threading.Lock:
+    gate = threading.Lock()
+    gate.acquire()
+    return gate
+
+
+@dataclass(eq=False)
+class _Place:
+    """A place in the queue. Its gate opens when its turn comes, or when the queue is closed.
+
+    One that ``closes`` gets in although the queue is closed.
+    """
+
+    stop: Callable[[], None] | None = None
+    thread: Callable[[], object] | None = None
+    closes: bool = False
+    entered: object = field(default_factory=this_thread)
+    gate: threading.Lock = field(default_factory=_closed_gate)
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether the thread that asks is the one that works on it."""
+        return this_thread() is (self.entered if self.thread is None else self.thread())
 
 
 class RequestQueue:
@@ -133,21 +159,20 @@ class RequestQueue:
             self._leave(place)
 
     def _refuse_own_thread(self, place: _Place) -> None:
-        if self._is_mine():
-            # An exception that the caller kept may hold this thread's last stream in a cycle.
-            gc.collect()
-        if self._is_mine():
-            raise EngineError(
-                "the model cannot be closed from inside a request of it, for which it would have "
-                "to wait. The request was told to stop: let it end, then close the model."
-                if place.closes
-                else "this thread still has an open stream, and one model answers one request at "
-                "a time. Iterate that stream to its end or close it first."
-            )
-
-    def _is_mine(self) -> bool:
-        holder = self._holder
-        return holder is not None and holder.thread() is this_thread()
+        for collect in (gc.collect, None):
+            holder = self._holder
+            if holder is None or not holder.is_mine:
+                return
+            if collect:
+                # A kept exception may hold this thread's last stream in a cycle.
+                collect()
+        raise EngineError(
+            "the model cannot be closed from inside a request of it, for which it would have to "
+            "wait. The request was told to stop: let it end, then close the model."
+            if place.closes
+            else "this thread still has an open stream, and one model answers one request at a "
+            "time. Iterate that stream to its end or close it first."
+        )
 
     def _leave(self, place: _Place) -> None:
         if os.getpid() != self._pid:
@@ -163,24 +188,3 @@ class RequestQueue:
         if self._holder is None and self._waiting:
             self._holder = self._waiting.popleft()
             self._holder.gate.release()
-
-
-class _Place:
-    """A place in the queue. Its gate opens when its turn comes, or when the queue is closed.
-
-    One that ``closes`` gets in although the queue is closed.
-    """
-
-    def __init__(
-        self,
-        stop: Callable[[], None] | None = None,
-        thread: Callable[[], object] | None = None,
-        *,
-        closes: bool = False,
-    ) -> None:
-        entered = this_thread()
-        self.thread = thread or (lambda: entered)
-        self.stop = stop
-        self.closes = closes
-        self.gate = threading.Lock()
-        self.gate.acquire()

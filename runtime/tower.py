@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from llava_edge.profiles.engines import LIBRARIES, EngineName, LibraryName
-from llava_edge.profiles.errors import EngineError, LlavaEdgeError, RequestError
+from llava_edge.profiles.errors import EngineError, LlavaEdgeError
+from llava_edge.runtime.arguments import require_name
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.cache_folder import cache_folder, keep_in_cache
 from llava_edge.runtime.cuda_runtime import CudaRuntime
@@ -84,10 +85,7 @@ def open_tower(
         RequestError: there is no engine of that name.
         LlavaEdgeError: the engine that was asked for does not work here; says why.
     """
-    if not isinstance(asked, str) or asked not in get_args(AskedEngine):
-        raise RequestError(
-            f"engine {asked!r:.40} is unknown; engines are {', '.join(get_args(AskedEngine))}"
-        )
+    require_name("engine", "engines", asked, get_args(AskedEngine))
     others: dict[str, str] = {}
     for name in LIBRARIES:
         if asked not in ("auto", name):

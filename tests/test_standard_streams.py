@@ -63,7 +63,6 @@ def test_a_question_is_answered_whatever_is_closed(ask: str, closed: str) -> Non
         ("cook", 2),
         ("run nowhere --prompt Hi --json", 1),
         ("run --json", 2),
-        ("convert nowhere out --json", 2),
         ("verify nowhere --against nowhere --json", 1),
         ("build-engine nowhere --json", 1),
         ("bench nowhere --json", 1),

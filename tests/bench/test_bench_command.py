@@ -1,5 +1,6 @@
 """``llava-edge bench`` over real artifacts of random weights, small enough to take seconds."""
 
+import argparse
 import json
 import re
 import shutil
@@ -14,14 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_edge.bench import cli, machine_card, speed_rows, speed_run
+from llava_edge.bench import cli, machine_card, speed_rows, speed_run, whole_file
 from llava_edge.bench.artifact_facts import precision_label, weights_label
 from llava_edge.bench.fresh_process import run_fresh
 from llava_edge.bench.machine_card import Rates, commit, measure_rates
 from llava_edge.bench.speed_cases import FULL, TEXT, affordable_cases, draw_picture, speed_cases
 from llava_edge.bench.speed_rows import SpeedRow
 from llava_edge.bench.speed_run import DeviceWatch, SpeedRound, SpeedSettings, run_speed
-from llava_edge.profiles.errors import EngineError, LlavaEdgeError, OutputExistsError
+from llava_edge.profiles.errors import EngineError, LlavaEdgeError, OutputError, OutputExistsError
 from llava_edge.profiles.nvml import Gpu, GpuReport
 from llava_edge.runtime.artifact import open_artifact
 
@@ -436,3 +437,21 @@ def test_the_schema_is_documented(measured: dict[str, Any]) -> None:
     case = row["cases"][0]
     keys = {*measured, *measured["machine"], *row, *case, *row["checks"], *row["predicted_memory"]}
     assert keys - {"html"} <= known
+
+
+def test_what_was_measured_stands_on_stdout_where_a_file_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(whole_file.os, "replace", full)
+    monkeypatch.setattr(cli, "bench_table", lambda document: "")
+    monkeypatch.setattr(cli, "report_page", lambda document: "<html>")
+    options = argparse.Namespace(out=tmp_path / "a.json", html=tmp_path / "a.html", json=False)
+    with pytest.raises(OutputError, match=r"a\.json could not be written: No space left") as caught:
+        cli._write({"rows": [1]}, options)
+    assert "a.html could not be written" in str(caught.value)
+    assert "Errno" not in str(caught.value)
+    assert json.loads(capsys.readouterr().out) == {"rows": [1]}
+    assert list(tmp_path.iterdir()) == []

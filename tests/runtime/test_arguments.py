@@ -229,3 +229,26 @@ def test_text_and_marks_are_checked_before_any_picture_is_opened(
             with pytest.raises(PromptError) as caught:
                 model.stream(prompt, [tmp_path / "missing.png"], **options)  # type: ignore[arg-type]
             assert "missing" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "onnx"}, "engine 'onnx' is unknown; engines are auto, tensorrt"),
+        ({"cache": 8}, "cache 8 is unknown; types are auto, float32"),
+        ({"context_tokens": 0}, "context_tokens is 0"),
+        ({"progress": 1}, "progress is 1; it must be a function"),
+        ({"cuda": 1}, "cuda is 1; it must be a CudaOptions object"),
+    ],
+)
+def test_options_of_load_are_checked_before_anything_is_opened(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        LlavaEdge.load("nowhere", **options)
+
+
+@pytest.mark.parametrize("artifact", [None, 5, b"folder", ["folder"]])
+def test_an_artifact_that_is_no_path_is_named(artifact: Any) -> None:
+    with pytest.raises(RequestError, match=r"artifact is .*; it must be the path of a folder"):
+        LlavaEdge.load(artifact)

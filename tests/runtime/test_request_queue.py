@@ -184,6 +184,31 @@ def test_two_that_close_at_once_do_so_one_after_the_other() -> None:
     assert most == [1, 1, 1, 1]
 
 
+def test_who_closes_while_another_does_waits_for_it() -> None:
+    queue, inside, leave, said = RequestQueue(), threading.Event(), threading.Event(), []
+
+    def close() -> None:
+        with queue.closing():
+            inside.set()
+            leave.wait(30)
+            said.append("first")
+
+    def close_again() -> None:
+        with queue.closing():
+            said.append("second")
+
+    first = started(close)
+    assert inside.wait(30)
+    second = started(close_again)
+    wait_until(lambda: len(queue._waiting) == 1)
+    with pytest.raises(EngineError, match="the model is closed"), queue.turn():
+        pass
+    leave.set()
+
+    assert ended(first, second)
+    assert said == ["first", "second"]
+
+
 def test_closing_from_inside_a_request_is_refused_and_possible_afterwards() -> None:
     queue = RequestQueue()
     with (
