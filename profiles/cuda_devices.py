@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-_SUCCESS = 0
+_SUCCESS, _NO_DEVICE = 0, 100
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 _TEXT_BYTES = 256
 _MOST_DEVICES = 64
@@ -61,11 +61,7 @@ def list_cuda_devices() -> tuple[CudaDevice, ...] | None:
 
 def start_cuda() -> bool:
     """Start CUDA's driver, in a process that is going to use it anyway; whether it runs."""
-    driver = _open()
-    try:
-        return driver is not None and driver.cuInit(0) == _SUCCESS
-    except AttributeError:
-        return False
+    return _start(_open()) == _SUCCESS
 
 
 def read_devices(driver: Any) -> tuple[CudaDevice, ...] | None:
@@ -92,6 +88,14 @@ def _open() -> Any:
     try:
         return ctypes.CDLL(_LIBRARY)
     except OSError:
+        return None
+
+
+def _start(driver: Any) -> int | None:
+    """What the driver answers; None where there is none."""
+    try:
+        return None if driver is None else int(driver.cuInit(0))
+    except AttributeError:
         return None
 
 
@@ -160,7 +164,9 @@ def _ask_child(*_environment: str | None) -> tuple[CudaDevice, ...] | None:
 
 def main() -> int:
     """Print the devices as one JSON list, or null."""
-    found = read_devices(_open()) if start_cuda() else None
+    driver = _open()
+    code = _start(driver)
+    found = () if code == _NO_DEVICE else read_devices(driver)
     print(json.dumps(None if found is None else [asdict(device) for device in found]))
     return 0
 

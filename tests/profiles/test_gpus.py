@@ -265,12 +265,12 @@ def test_the_doctor_lists_them_by_number_and_place() -> None:
 class Driver:
     """CUDA's driver with some devices, as ctypes calls it."""
 
-    def __init__(self, *devices: CudaDevice, started: bool = True) -> None:
-        self.devices, self.started = devices, started
+    def __init__(self, *devices: CudaDevice, started: bool = True, code: int = 0) -> None:
+        self.devices, self.started, self.code = devices, started, code
 
     def cuInit(self, flags: int) -> int:  # noqa: N802
-        self.started = True
-        return 0
+        self.started = self.code == 0
+        return self.code
 
     def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
         count._obj.value = len(self.devices)
@@ -335,6 +335,18 @@ def test_a_process_that_did_not_start_it_lets_a_child_ask(monkeypatch: pytest.Mo
     assert len(asked) == 2
     assert not driver.started, "children of fork() could not use it any more"
     cuda_devices._ask_child.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("code", "said"), [(0, [vars(device) for device in shown(L4)]), (100, []), (803, None)]
+)
+def test_a_child_tells_devices_that_none_is_shown_or_that_it_knows_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int, said: Any
+) -> None:
+    driver = Driver(*shown(L4), started=False, code=code)
+    monkeypatch.setattr(cuda_devices, "_open", lambda: driver)
+    assert cuda_devices.main() == 0
+    assert json.loads(capsys.readouterr().out) == said
 
 
 def test_a_child_that_fails_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
