@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from llava_edge.profiles.cuda_devices import VISIBLE
-from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.errors import ProfileError
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class GpuReport:
         """The GPU that computes as ``cuda:index``; None where the driver shows none at all.
 
         Raises:
-            RequestError: it shows others, or hides all.
+            ProfileError: it shows others, or hides all.
         """
         if index < len(self.gpus):
             return self.gpus[index]
@@ -57,7 +57,7 @@ class GpuReport:
         hidden = ", ".join(f"{gpu.name} ({gpu.pci_bus_id})" for gpu in self.hidden)
         visible = os.environ.get(VISIBLE)
         hides = f" {VISIBLE} is {visible!r:.80} and hides {hidden}." if hidden else ""
-        raise RequestError(
+        raise ProfileError(
             f"cuda:{index} was asked; CUDA shows {listed or 'no GPU'}.{hides} Name a GPU that is "
             f"shown, or change {VISIBLE}."
         )

@@ -196,7 +196,7 @@ def test_a_number_that_is_not_there_is_an_error_that_lists_those_that_are(
         r"cuda:2 was asked; CUDA shows cuda:0 NVIDIA A100-SXM4-80GB \(0000:65:00.0\), cuda:1 Tesla "
         r"T4 .* CUDA_VISIBLE_DEVICES is '1,0' and hides NVIDIA L4"
     )
-    with pytest.raises(RequestError, match=listed):
+    with pytest.raises(ProfileError, match=listed):
         report.number(2)
     with pytest.raises(RequestError, match="CUDA shows no GPU"):
         GpuReport(hidden=(L4,)).number(0)
