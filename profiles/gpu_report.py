@@ -56,7 +56,7 @@ class GpuReport:
         )
         hidden = ", ".join(f"{gpu.name} ({gpu.pci_bus_id})" for gpu in self.hidden)
         visible = os.environ.get(VISIBLE)
-        hides = f" {VISIBLE} is {visible!r:.80} and hides {hidden}." if hidden else ""
+        hides = f" {hidden} is hidden: {VISIBLE} is {visible!r:.80}." if hidden else ""
         raise ProfileError(
             f"cuda:{index} was asked; CUDA shows {listed or 'no GPU'}.{hides} Name a GPU that is "
             f"shown, or change {VISIBLE}."

@@ -194,7 +194,7 @@ def test_a_number_that_is_not_there_is_an_error_that_lists_those_that_are(
     assert report.number(1) is T4
     listed = (
         r"cuda:2 was asked; CUDA shows cuda:0 NVIDIA A100-SXM4-80GB \(0000:65:00.0\), cuda:1 Tesla "
-        r"T4 .* CUDA_VISIBLE_DEVICES is '1,0' and hides NVIDIA L4"
+        r"T4 .* NVIDIA L4 .* is hidden: CUDA_VISIBLE_DEVICES is '1,0'"
     )
     with pytest.raises(ProfileError, match=listed):
         report.number(2)
@@ -227,7 +227,7 @@ def test_the_plan_counts_the_memory_of_the_gpu_that_is_named() -> None:
 def test_what_is_hidden_does_not_compute() -> None:
     nothing = facts(hidden=[L4])
     assert detect_profile(nothing).kind == "cpu"
-    with pytest.raises(RequestError, match="hides NVIDIA L4"):
+    with pytest.raises(RequestError, match=r"NVIDIA L4 .* is hidden"):
         detect_profile(nothing, "cuda")
 
 
