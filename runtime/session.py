@@ -299,8 +299,9 @@ class Session:
         limit = read_cpu_limit()
         self.threads = options.threads or limit.threads
         settings.intra_op_num_threads = self.threads
-        if limit.limited_by == "quota":
-            # Threads that wait busily spend the quota, and then all of them stand still.
+        if limit.quota is not None and self.threads > limit.quota:
+            # More threads were asked for than the quota grants. Where they wait busily, they spend
+            # it, and then all of them stand still.
             settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         settings.log_severity_level = options.log_level
         if options.wide_sums:
