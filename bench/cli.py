@@ -37,6 +37,7 @@ from llava_edge.bench.speed_rows import SpeedRow, predicted_seconds
 from llava_edge.bench.speed_run import FEWEST_ROUNDS, SpeedSettings, run_speed
 from llava_edge.bench.whole_file import check_writable, write_whole
 from llava_edge.profiles.detect import read_machine
+from llava_edge.profiles.device_name import DEVICE_METAVAR, device_argument
 from llava_edge.profiles.errors import (
     LlavaEdgeError,
     OutputError,
@@ -317,7 +318,7 @@ def _parser() -> argparse.ArgumentParser:
     speed = parser.add_argument_group("speed and memory")
     speed.add_argument("--rounds", type=_count, help="exactly so many; else what 2 minutes allow")
     speed.add_argument("--thorough", action="store_true", help="9 rounds, long prompts and answers")
-    speed.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    speed.add_argument("--device", type=device_argument, metavar=DEVICE_METAVAR, default="auto")
     add_cache_argument(speed)
     speed.add_argument("--threads", type=int, default=0, help="0: as many as are allowed")
     speed.add_argument("--allow-slow", action="store_true", help="run a cuda artifact on the CPU")

@@ -94,7 +94,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Finding]:
             "Artifacts are matched by the name of their folder, precision and device."
         )
     pairs = [(name, before[name], after[name]) for name in names]
-    on_gpu = any(row["device"] == "cuda" for _, *rows in pairs for row in rows)
+    on_gpu = any(row["device"] != "cpu" for _, *rows in pairs for row in rows)
     _same_machine(old["machine"], new["machine"], (*_MACHINE, *(("gpus",) if on_gpu else ())))
     for pair in pairs:
         _same_model(*pair)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from llava_edge.bench.convert_memory import (
 from llava_edge.bench.convert_peer import measure_peer
 from llava_edge.bench.convert_table import estimate_table, memory_table, peer_table
 from llava_edge.bench.ledger import RESULTS, Ledger
+from llava_edge.profiles.cpu_limit import read_cpu_limit
 
 MEMORY_STEPS = {step.name: step for step in (RTN, GPTQ)}
 STEPS = (*MEMORY_STEPS, "peer")
@@ -90,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         default=SAMPLES,
         help="of the calibration in gptq; time grows with them, the peak does not",
     )
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of both, in peer")
+    parser.add_argument(
+        "--threads", type=int, default=read_cpu_limit().threads, help="of both, in peer"
+    )
     parser.add_argument("--json", action="store_true", help="the ledger as last stdout line")
     return parser
 

@@ -25,7 +25,7 @@ from llava_edge.profiles.cpu_limit import read_cpu_limit
 from llava_edge.profiles.detect import MachineFacts, detect_profile, read_machine
 from llava_edge.profiles.errors import ProfileError
 from llava_edge.profiles.hardware import HardwareProfile
-from llava_edge.runtime.session import ENGINE_VERSION, DeviceKind, available_providers
+from llava_edge.runtime.session import ENGINE_VERSION, available_providers
 
 _READ_BYTES = 128 << 20
 """For each core; together far more than its caches hold."""
@@ -93,7 +93,7 @@ def measure_rates(available_bytes: int | None = None) -> Rates:
     return Rates(cores * words * 8 / seconds, operations)
 
 
-def machine_profile(device: DeviceKind, rates: Rates) -> tuple[HardwareProfile | None, str]:
+def machine_profile(device: str, rates: Rates) -> tuple[HardwareProfile | None, str]:
     """This machine as a profile that speed can be predicted for, and where its rates come from.
 
     On a CPU they follow from the measured ones: numpy's products reach about the share of the peak
@@ -105,7 +105,7 @@ def machine_profile(device: DeviceKind, rates: Rates) -> tuple[HardwareProfile |
         profile = detect_profile(read_machine(), device)
     except ProfileError:
         return None, "unknown"
-    if device == "cuda":
+    if profile.kind != "cpu":
         known = profile.bandwidth is not None
         return profile, "stated by the board's profile" if known else "unknown"
     peak = rates.float32_operations_per_second / speed_constants()["cpu"]["matmul_fp16"]

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from llava_edge.bench.speed_cases import SpeedCase, context_cases, draw_picture, speed_cases
+from llava_edge.profiles.device_name import DEVICE_METAVAR, device_argument
 from llava_edge.profiles.errors import LlavaEdgeError
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.answer import Answer
@@ -205,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--round", type=int, default=0, help="other words and pictures in each")
     parser.add_argument("--thorough", action="store_true")
     parser.add_argument("--cases", nargs="*", help="names of those to ask; all unless given")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", type=device_argument, metavar=DEVICE_METAVAR, default="auto")
     add_cache_argument(parser)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--allow-slow", action="store_true")

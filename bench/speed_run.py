@@ -193,7 +193,7 @@ def measure_round(artifact: str, number: int, settings: SpeedSettings) -> SpeedR
     except subprocess.CalledProcessError as error:
         raise EngineError(_reason(artifact, error)) from error
     found = spent.result()
-    on_gpu = watch is not None and found["device"] == "cuda"
+    on_gpu = watch is not None and found["device"] != "cpu"
     return SpeedRound(
         found=found,
         observed_seconds=_observed(spent),

@@ -19,6 +19,7 @@ from llava_edge.convert.vision_engine import (
     write_vision_engine,
 )
 from llava_edge.profiles.buffers import tiles_per_batch
+from llava_edge.profiles.device_name import device_argument, parse_device
 from llava_edge.profiles.engines import LIBRARIES, LibraryName, rtx_target
 from llava_edge.profiles.errors import (
     ArtifactError,
@@ -45,10 +46,17 @@ from llava_edge.runtime.tensorrt_engine import TensorRTLibrary, open_library
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = _parser().parse_args(argv)
+    device = parse_device(options.device)
+    if device.kind == "cpu":
+        raise RequestError("--device cpu was given; an engine is built for a GPU. Name one.")
     progress = ProgressLine()
     started = time.perf_counter()
     path, facts, is_new = build_here(
-        open_artifact(options.artifact), options.engine, progress, force=options.force
+        open_artifact(options.artifact),
+        options.engine,
+        progress,
+        force=options.force,
+        open_cuda=lambda: CudaRuntime.open(index=device.gpu),
     )
     progress.clear()
     seconds = time.perf_counter() - started
@@ -75,14 +83,14 @@ def build_here(
     force: bool = False,
     open_cuda: Callable[[], CudaRuntime] = CudaRuntime.open,
 ) -> tuple[Path, EngineFacts, bool]:
-    """Build the engine of an artifact for device 0, unless there is one that fits.
+    """Build the engine of an artifact for one GPU, unless there is one that fits.
 
     Args:
         artifact: opened.
         asked: which library; None takes the first that is installed and supports the GPU.
         progress: told about steps.
         force: build also where there is one.
-        open_cuda: stands in for the CUDA runtime in tests.
+        open_cuda: opens the CUDA runtime on that GPU, the first unless said otherwise.
 
     Returns:
         The engine's file, what it is bound to, and whether it was built now.
@@ -157,6 +165,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("artifact", help="folder that llava-edge convert wrote")
     parser.add_argument("--engine", choices=LIBRARIES, help="default: the first that works")
+    parser.add_argument(
+        "--device",
+        type=device_argument,
+        metavar="cuda|cuda:N",
+        default="cuda",
+        help="the GPU to build for; default: the first",
+    )
     parser.add_argument("--force", action="store_true", help="build also where there is one")
     parser.add_argument("--json", action="store_true", help="one JSON object as last stdout line")
     return parser

@@ -11,6 +11,7 @@ from typing import Any, TextIO, get_args
 
 from llava_edge.profiles.buffers import CACHE_FLAGS
 from llava_edge.profiles.detect import detect_profile
+from llava_edge.profiles.device_name import DEVICE_METAVAR, device_argument, parse_device
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.formats import VISION_PRECISIONS
 from llava_edge.profiles.hardware import HardwareProfile, load_profile
@@ -71,7 +72,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     board.add_argument("--profile", metavar="NAME|FILE", help="a board; default is this machine")
     board.add_argument("--vram", metavar="SIZE", help="memory that is free for us, such as 24GiB")
     board.add_argument("--detect", action="store_true", help="this machine as it is now")
-    board.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    board.add_argument("--device", type=device_argument, metavar=DEVICE_METAVAR, default="auto")
     board.add_argument(
         "--engine",
         choices=get_args(Engine),
@@ -113,6 +114,7 @@ def choose_profile(arguments: argparse.Namespace) -> HardwareProfile:
     name, vram, device = arguments.profile, arguments.vram, arguments.device
     if name and arguments.detect:
         raise RequestError("--profile and --detect were both given. Give one of them.")
+    detects = arguments.detect or (name is None and vram is None)
     if vram is None:
         profile = load_profile(name) if name else detect_profile(device=device)
     else:
@@ -122,7 +124,13 @@ def choose_profile(arguments: argparse.Namespace) -> HardwareProfile:
             profile = _with_memory(known, memory)
         else:
             profile = _vram_profile(memory, vram)
-    if device != "auto" and device != profile.flavour:
+    asked = parse_device(device)
+    if asked.index is not None and not detects:
+        raise RequestError(
+            f"--device {device} names a GPU of this machine, and the plan is for "
+            f"{profile.title}. Give --detect, or --device cuda."
+        )
+    if asked.kind not in ("auto", profile.flavour):
         raise RequestError(
             f"--device {device} was asked, but {profile.name} runs the {profile.flavour} flavour. "
             "Name another board, or leave --device out."

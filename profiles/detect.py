@@ -12,6 +12,7 @@ from pathlib import Path
 from llava_edge.profiles.cgroup_memory import read_cgroup_memory
 from llava_edge.profiles.cgroups import read_text
 from llava_edge.profiles.cpu_limit import CpuLimit, read_cpu_limit
+from llava_edge.profiles.device_name import parse_device
 from llava_edge.profiles.errors import ProfileError
 from llava_edge.profiles.hardware import HardwareProfile, Int8Isa, load_profile
 from llava_edge.profiles.nvml import Gpu, GpuReport, read_gpus
@@ -98,24 +99,35 @@ def read_machine(root: Path = Path("/"), gpus: GpuReport | None = None) -> Machi
 
 
 def detect_profile(facts: MachineFacts | None = None, device: str = "auto") -> HardwareProfile:
-    """This machine as a profile; ``device`` ``cpu`` leaves the GPU aside.
+    """This machine as a profile.
+
+    Args:
+        facts: what was found; None looks now.
+        device: ``cpu`` leaves the GPU aside; ``cuda:1`` plans for that GPU alone.
 
     Raises:
+        RequestError: there is no device of that name.
         ProfileError: ``cuda`` was asked and there is no GPU, or nothing is left to plan with.
     """
+    asked = parse_device(device)
     facts = read_machine() if facts is None else facts
     gpus = facts.gpus.gpus
-    unified = facts.board is not None or any(gpu.total_bytes is None for gpu in gpus)
-    if device == "cuda" and not gpus and not unified:
+    if asked.kind == "cuda" and (gpus or facts.gpus.hidden):
+        gpu = facts.gpus.number(asked.gpu)
+    else:
+        gpu = gpus[0] if gpus else None
+    unified = facts.board is not None or (gpu is not None and gpu.total_bytes is None)
+    if asked.kind == "cuda" and gpu is None and not (unified and asked.gpu == 0):
         raise ProfileError(
-            "--device cuda was asked, but the driver shows no NVIDIA GPU"
+            f"--device {device} was asked, but the driver shows no NVIDIA GPU"
+            f"{' of that number' if unified else ''}"
             f"{': ' + facts.gpus.problem if facts.gpus.problem else ''}. Run llava-edge doctor."
         )
-    if device == "cpu" or not (gpus or unified):
+    if asked.kind == "cpu" or not (gpu or unified):
         return _checked(_cpu_profile(facts))
-    if unified:
-        return _checked(_unified_profile(facts))
-    return _checked(_gpu_profile(facts))
+    if gpu is None or unified:
+        return _checked(_unified_profile(facts, gpu))
+    return _checked(_gpu_profile(facts, gpu, alone=asked.index is not None))
 
 
 def read_int8_isa(cpuinfo: str) -> Int8Isa:
@@ -177,11 +189,9 @@ def _cpu_profile(facts: MachineFacts) -> HardwareProfile:
     )
 
 
-def _gpu_profile(facts: MachineFacts) -> HardwareProfile:
-    gpus = facts.gpus.gpus
+def _gpu_profile(facts: MachineFacts, first: Gpu, *, alone: bool) -> HardwareProfile:
     # A model is spread evenly, so the smallest of several decides; a plan for one takes the first.
-    first = gpus[0]
-    alike = [g for g in gpus if g.name == first.name]
+    alike = [first] if alone else [g for g in facts.gpus.gpus if g.name == first.name]
     total = min(_known(g.total_bytes) for g in alike)
     free = min(_known(g.free_bytes) for g in alike)
     board = known_board(first.name, total)
@@ -204,8 +214,8 @@ def _gpu_profile(facts: MachineFacts) -> HardwareProfile:
     )
 
 
-def _unified_profile(facts: MachineFacts) -> HardwareProfile:
-    gpu = facts.gpus.gpus[0] if facts.gpus.gpus else Gpu("", None, None, None)
+def _unified_profile(facts: MachineFacts, gpu: Gpu | None) -> HardwareProfile:
+    gpu = gpu or Gpu("", None, None, None)
     name = facts.board or gpu.name
     board = known_board(name, facts.memory_bytes)
     base = board or load_profile("jetson-orin-nano-8gb")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from llava_edge.profiles.cuda_devices import VISIBLE
 from llava_edge.profiles.detect import MachineFacts, detect_profile, known_board, read_machine
 from llava_edge.profiles.engines import INSTALL, LIBRARIES, RTX_CAPABILITIES, rtx_target
 from llava_edge.profiles.errors import ProfileError
@@ -75,12 +76,17 @@ class Diagnosis:
             "driver": facts.gpus.driver,
             "gpus": [
                 {
+                    "device": f"cuda:{place}",
+                    "pci_bus_id": gpu.pci_bus_id,
                     "name": gpu.name,
                     "total_bytes": gpu.total_bytes,
                     "free_bytes": gpu.free_bytes,
                     "compute_capability": gpu.compute_capability,
                 }
-                for gpu in facts.gpus.gpus
+                for place, gpu in enumerate(facts.gpus.gpus)
+            ],
+            "hidden_gpus": [
+                {"pci_bus_id": gpu.pci_bus_id, "name": gpu.name} for gpu in facts.gpus.hidden
             ],
             "packages": self.packages,
             "findings": list(self.findings),
@@ -169,17 +175,24 @@ def _cpu_limit(facts: MachineFacts) -> str:
 def _gpu_findings(facts: MachineFacts, findings: list[str]) -> None:
     if facts.board:
         findings.append(f"board: {facts.board}; GPU and CPU share the memory above")
+    several = len(facts.gpus.gpus) > 1
     if facts.gpus.problem:
         findings.append(f"GPU: {facts.gpus.problem}")
-    for gpu in facts.gpus.gpus:
+    for place, gpu in enumerate(facts.gpus.gpus):
         sizes = "memory shared with the host"
         if gpu.total_bytes is not None and gpu.free_bytes is not None:
             sizes = f"{format_bytes(gpu.free_bytes)} free of {format_bytes(gpu.total_bytes)}"
+        first = " (computes unless another is named)" if place == 0 and several else ""
         findings.append(
-            f"GPU: {gpu.name}, {sizes}, compute capability {gpu.compute_capability or 'unknown'}, "
-            f"driver {facts.gpus.driver or 'unknown'}"
+            f"GPU cuda:{place}: {gpu.name}, PCI id {gpu.pci_bus_id or 'unknown'}, {sizes}, compute "
+            f"capability {gpu.compute_capability or 'unknown'}, driver "
+            f"{facts.gpus.driver or 'unknown'}{first}"
         )
-    if not facts.gpus.gpus and not facts.gpus.problem and not facts.board:
+    findings += [
+        f"GPU hidden from CUDA by {VISIBLE}: {gpu.name}, PCI id {gpu.pci_bus_id or 'unknown'}"
+        for gpu in facts.gpus.hidden
+    ]
+    if not (facts.gpus.gpus or facts.gpus.hidden or facts.gpus.problem or facts.board):
         findings.append("GPU: the NVIDIA driver is not installed or shows none; models run on CPU")
 
 

@@ -35,7 +35,7 @@ from llava_edge.runtime.prompt_lookup import PromptLookup
 from llava_edge.runtime.replay import Replay
 from llava_edge.runtime.request import Request
 from llava_edge.runtime.sampling import Sampler
-from llava_edge.runtime.session import Array, DeviceKind
+from llava_edge.runtime.session import Array
 from llava_edge.runtime.stream import Pieces
 from llava_edge.runtime.time_budget import Pace, TimeBudget
 from llava_edge.runtime.tokenizer import Tokenizer
@@ -60,12 +60,13 @@ class Answerer:
         least_context: positions that a cache which gives way keeps as long as that suffices.
         degraded: what was given up when the artifact was loaded.
         off_device: nodes that run elsewhere than on ``device``, for the answer.
+        pci_bus_id: of the GPU whose memory counts, where there is one.
     """
 
     def __init__(
         self,
         tower: Tower,
-        device: DeviceKind,
+        device: str,
         embedder: PromptEmbedder,
         decoder: Decoder,
         table: EmbeddingTable,
@@ -77,6 +78,7 @@ class Answerer:
         least_context: int,
         degraded: tuple[str, ...] = (),
         off_device: tuple[str, ...] = (),
+        pci_bus_id: str | None = None,
     ) -> None:
         self._tower = tower
         self._device = device
@@ -94,6 +96,7 @@ class Answerer:
         self._planned = decoder.capacity
         self._pace = Pace()
         self._off_device = off_device
+        self._pci_bus_id = pci_bus_id
         self._places = tuple(i for i in (tokens.image, tokens.video) if i is not None)
         self._contents = CacheContents(self._places)
 
@@ -308,8 +311,9 @@ class Answerer:
         return begun
 
     def _device_bytes(self) -> int:
-        on_gpu = self._device == "cuda"
-        return (process_bytes(os.getpid()) or 0) if on_gpu else 0
+        if self._device == "cpu":
+            return 0
+        return process_bytes(os.getpid(), pci_bus_id=self._pci_bus_id) or 0
 
     def _prefill(
         self, request: Request, embeddings: PromptEmbeddings, progress: ReportProgress

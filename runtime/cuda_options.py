@@ -51,13 +51,14 @@ class CudaOptions:
             else:
                 settle(self, **{field.name: require_flag(field.name, value)})
 
-    def provider_options(self, *, captures: bool) -> dict[str, str]:
+    def provider_options(self, *, captures: bool, gpu: int = 0) -> dict[str, str]:
         """Options of the CUDA provider for one session.
 
         Args:
             captures: whether runs of this session may be recorded.
+            gpu: which one, as CUDA counts them.
         """
-        options = {}
+        options = {"device_id": str(gpu)} if gpu else {}
         if self.exact_arena:
             options["arena_extend_strategy"] = "kSameAsRequested"
         if self.memory_limit_bytes:

@@ -31,27 +31,36 @@ _PROPERTIES_BYTES = 16 << 10
 
 
 class CudaRuntime:
-    """One loaded library, device 0 and one stream of our own.
+    """One loaded library, one GPU and one stream of our own.
 
     Args:
         library: the shared library; something of the same functions stands in for it in tests.
+        index: of the GPU, as CUDA counts them.
 
     Raises:
-        EngineError: there is no GPU, or the driver does not go with the library.
+        EngineError: there is no such GPU, or the driver does not go with the library.
 
     Attributes:
-        compute_capability: of device 0, such as ``8.9``.
-        device_name: of device 0, such as ``NVIDIA GeForce RTX 4090``.
+        index: as given.
+        compute_capability: of the GPU, such as ``8.9``.
+        device_name: of the GPU, such as ``NVIDIA GeForce RTX 4090``.
         stream: handle of a stream; copies and runs are enqueued there.
     """
 
-    def __init__(self, library: Any) -> None:
+    def __init__(self, library: Any, index: int = 0) -> None:
         self._library = library
+        self.index = index
         self._process = os.getpid()
         count = ctypes.c_int()
         self._call("cudaGetDeviceCount", ctypes.byref(count))
         if count.value < 1:
             raise EngineError("the CUDA runtime shows no GPU. Run llava-edge doctor.")
+        if index >= count.value:
+            raise EngineError(
+                f"cuda:{index} was asked; the CUDA runtime shows {count.value} GPUs, cuda:0 to "
+                f"cuda:{count.value - 1}. llava-edge doctor lists them."
+            )
+        self.make_current()
         major, minor = (self._attribute(a) for a in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR))
         self.compute_capability = f"{major}.{minor}"
         self.device_name = self._name()
@@ -60,11 +69,12 @@ class CudaRuntime:
         self.stream = int(stream.value or 0)
 
     @classmethod
-    def open(cls, load: Callable[[str], Any] = ctypes.CDLL) -> CudaRuntime:
+    def open(cls, load: Callable[[str], Any] = ctypes.CDLL, index: int = 0) -> CudaRuntime:
         """Find the library and start.
 
         Args:
             load: stands in for ``ctypes.CDLL`` in tests.
+            index: of the GPU.
 
         Raises:
             EngineError: it is not there, or does not work.
@@ -74,11 +84,18 @@ class CudaRuntime:
                 library = load(name)
             except OSError:
                 continue
-            return cls(library)
+            return cls(library, index)
         raise EngineError(
             f"the CUDA runtime ({_NAMES[0]}) is not found. Install it with: "
             "pip install 'onnxruntime-gpu[cuda]'"
         )
+
+    def make_current(self) -> None:
+        """Have what this thread allocates, creates and runs from now on go to this GPU.
+
+        CUDA keeps the choice for each thread, and other libraries change it.
+        """
+        self._call("cudaSetDevice", ctypes.c_int(self.index))
 
     def allocate(self, nbytes: int) -> int:
         """Memory of the driver's own; the address. Its content is whatever lay there.
@@ -87,6 +104,7 @@ class CudaRuntime:
             OutOfMemoryError: there is none.
         """
         address = ctypes.c_void_p()
+        self.make_current()
         self._call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(nbytes))
         return int(address.value or 0)
 
@@ -142,7 +160,7 @@ class CudaRuntime:
             "cudaDeviceGetAttribute",
             ctypes.byref(value),
             ctypes.c_int(attribute),
-            ctypes.c_int(0),
+            ctypes.c_int(self.index),
         )
         return value.value
 
@@ -152,7 +170,7 @@ class CudaRuntime:
         symbol = "cudaGetDeviceProperties_v2"
         if not hasattr(self._library, symbol):
             symbol = "cudaGetDeviceProperties"
-        self._call(symbol, properties, ctypes.c_int(0))
+        self._call(symbol, properties, ctypes.c_int(self.index))
         name = properties.raw[:_NAME_BYTES].split(b"\0", 1)[0]
         return name.decode("utf-8", errors="replace")
 

@@ -57,7 +57,7 @@ class Decoder:
         *,
         int8_cache: bool = False,
     ) -> None:
-        device = session.device
+        place = session.place
         self.capacity = capacity
         self.chunk_tokens = chunk_tokens
         self.drafts = True
@@ -69,12 +69,12 @@ class Decoder:
         self._cache_type: type[np.generic] = np.int8 if int8_cache else dtype
         self._cache: KVCache | None = None
         # Lengths: total minus one on the device, the total itself in host memory.
-        self._last = Buffer((1,), np.int32, device)
+        self._last = Buffer((1,), np.int32, *place)
         self._total = Buffer.over(np.array(capacity, np.int32))
         ((self._keep_name, one),) = kept_logits(session, 1).items()
         self._keep = Buffer.over(one)
-        self._logits = Buffer((1, 1, text.vocab_size), np.float32, device)
-        self._row = Buffer((1, 1, text.hidden_size), dtype, device)
+        self._logits = Buffer((1, 1, text.vocab_size), np.float32, *place)
+        self._row = Buffer((1, 1, text.hidden_size), dtype, *place)
         self._num_best = num_best
         self._best: tuple[Buffer, Buffer] | None = None
         self._step: Any = None
@@ -83,7 +83,7 @@ class Decoder:
         self._on_trial = 0
         self._widest = (self._row, self._logits)
         self._several: dict[int, _Rows] = {}
-        if device != "cpu":
+        if session.device != "cpu":
             # Before anything that comes and goes, whose place they would take for good.
             self._widen(min(1 + MAX_DRAFT_TOKENS, capacity))
 
@@ -148,7 +148,7 @@ class Decoder:
             rows = chunk[:, : stop - start]
             fill(start, stop, rows[0])
             keep = logits_to_keep if start == last_start else 1
-            buffer = Buffer.holding(rows, self._session.device)
+            buffer = Buffer.holding(rows, *self._session.place)
             if place is not None:
                 place(start, stop, buffer.address)
             logits = self._run_chunk(buffer, stop - start, keep)
@@ -161,7 +161,7 @@ class Decoder:
         logits = self._logits
         if keep > 1:
             shape = (1, keep, logits.shape[-1])
-            logits = Buffer.unwritten(shape, np.float32, self._session.device)
+            logits = Buffer.unwritten(shape, np.float32, *self._session.place)
         self._ask_logits(keep)
         self._prefill.input("inputs_embeds", rows)
         self._prefill.output("logits", logits)
@@ -294,13 +294,13 @@ class Decoder:
             raise
 
     def _take_cache(self) -> None:
-        self._cache = KVCache(self._text, self.capacity, self._cache_type, self._session.device)
+        self._cache = KVCache(self._text, self.capacity, self._cache_type, *self._session.place)
         self._step = self._bind()
         self._step.input("inputs_embeds", self._row)
         if self._num_best:
-            device = self._session.device
+            place = self._session.place
             kinds: tuple[type[np.generic], ...] = (np.float32, np.int64)
-            values, ids = (Buffer((1, 1, self._num_best), kind, device) for kind in kinds)
+            values, ids = (Buffer((1, 1, self._num_best), kind, *place) for kind in kinds)
             self._step.output("best_logits", values)
             self._step.output("best_ids", ids)
             self._best = values, ids
@@ -319,10 +319,10 @@ class Decoder:
 
     def _widen(self, count: int) -> None:
         self._several.clear()
-        device = self._session.device
+        place = self._session.place
         self._widest = (
-            Buffer((1, count, self._hidden), self._dtype, device),
-            Buffer((1, count, self._logits.shape[-1]), np.float32, device),
+            Buffer((1, count, self._hidden), self._dtype, *place),
+            Buffer((1, count, self._logits.shape[-1]), np.float32, *place),
         )
 
     def _rows(self, count: int) -> _Rows:

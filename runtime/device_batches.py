@@ -11,7 +11,7 @@ import numpy as np
 
 from llava_edge.runtime.cuda_runtime import CudaRuntime
 from llava_edge.runtime.device_rows import DeviceRows
-from llava_edge.runtime.session import Array, Buffer, DeviceKind
+from llava_edge.runtime.session import Array, Buffer, Place
 
 
 class DeviceBatches(ABC):
@@ -21,7 +21,7 @@ class DeviceBatches(ABC):
         cuda: its stream carries copies.
         tiles_per_batch: tiles computed at once.
         feature_shape: (patches, hidden) of one tile.
-        device: where pixels go.
+        place: where pixels go; None for the GPU of ``cuda``.
 
     Attributes:
         tiles_per_batch: as given, unless memory does not suffice for so many.
@@ -32,12 +32,12 @@ class DeviceBatches(ABC):
         cuda: CudaRuntime,
         tiles_per_batch: int,
         feature_shape: tuple[int, int],
-        device: DeviceKind = "cuda",
+        place: Place | None = None,
     ) -> None:
         self._cuda = cuda
         self.tiles_per_batch = tiles_per_batch
         self._feature_shape = feature_shape
-        self._device = device
+        self._place: Place = place or ("cuda", cuda.index)
 
     def new_rows(self, shape: tuple[int, int]) -> DeviceRows:
         """A matrix (rows, hidden) for features."""
@@ -56,7 +56,7 @@ class DeviceBatches(ABC):
         """
         for start in range(0, len(pixel_values), self.tiles_per_batch):
             tiles = pixel_values[start : start + self.tiles_per_batch].astype(np.float16)
-            pixels = Buffer.holding(tiles, self._device)
+            pixels = Buffer.holding(tiles, *self._place)
             self._encode_batch(pixels, rows.address(first_row + start * self._feature_shape[0]))
 
     @abstractmethod

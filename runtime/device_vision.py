@@ -33,6 +33,7 @@ class TensorRTEncoder(DeviceBatches):
         self._tile_shape = tile_shape
 
     def _encode_batch(self, pixels: Buffer, target: int) -> None:
+        self._cuda.make_current()
         self._engine.run(pixels.address, pixels.shape[0], target, self._cuda.stream)
         # The pixels' memory is free again behind this line.
         self._cuda.synchronize()

@@ -18,13 +18,18 @@ class KVCache:
     """One buffer per layer and part, ``[1, kv_heads, capacity, head_dim]``, past and present."""
 
     def __init__(
-        self, text: TextDims, capacity: int, dtype: type[np.generic], device: DeviceKind
+        self,
+        text: TextDims,
+        capacity: int,
+        dtype: type[np.generic],
+        device: DeviceKind,
+        gpu: int = 0,
     ) -> None:
         self.capacity = capacity
         self.length = 0
         shape = kv_cache_shape(text, capacity)
         self._buffers = {
-            f"{layer}.{part}": Buffer(shape, dtype, device)
+            f"{layer}.{part}": Buffer(shape, dtype, device, gpu)
             for layer in range(text.num_hidden_layers)
             for part in ("key", "value")
         }

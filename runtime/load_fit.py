@@ -8,7 +8,7 @@ where not even that fits is loading refused.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from llava_edge.profiles.buffers import MIN_TEXT_TOKENS, CacheType, video_tokens_per_frame
 from llava_edge.profiles.errors import EngineError, RequestError
@@ -33,11 +33,13 @@ class LoadFit:
         context_tokens: positions of the cache.
         cache: type of its keys and values.
         degraded: what was given up and why; empty if nothing.
+        gpu: that computes, as it was found; None on the CPU and where the driver lists none.
     """
 
     context_tokens: int
     cache: CacheType
     degraded: tuple[str, ...] = ()
+    gpu: Gpu | None = field(default=None, compare=False)
 
 
 def fit_at_load(
@@ -46,6 +48,7 @@ def fit_at_load(
     asked: int | None = None,
     vision_cache_bytes: int = 0,
     cache: AskedCache = "auto",
+    gpu: int = 0,
 ) -> LoadFit:
     """Context and type of the cache to load with.
 
@@ -57,15 +60,17 @@ def fit_at_load(
         vision_cache_bytes: what the vision cache may grow to.
         cache: taken as it is; ``auto`` for the type that the artifact computes in or, where the
             largest request does not fit with it, int8, if the artifact has a graph for it.
+        gpu: which one, on ``cuda``.
 
     Raises:
-        RequestError: what was asked is out of range.
+        RequestError: what was asked is out of range, or there is no such GPU.
         EngineError: the artifact has no decoder graph with that cache, or the GPU cannot take it.
         OutOfMemoryError: not even what loading certainly takes is free.
     """
     manifest = artifact.manifest
     planned = manifest.context_tokens
-    gpus = read_gpus().gpus[:1] if device == "cuda" else ()
+    found = read_gpus().number(gpu) if device == "cuda" else None
+    gpus = () if found is None else (found,)
     kinds = _possible_kinds(manifest, cache, gpus)
     if asked is not None:
         asked = require_count("context_tokens", asked, 1)
@@ -77,7 +82,7 @@ def fit_at_load(
     fit = _fitting(manifest, device, gpus, vision_cache_bytes, kinds, asked)
     if device == "cpu":
         check_host_memory(artifact, fit.context_tokens, vision_cache_bytes, fit.cache)
-    return fit
+    return replace(fit, gpu=found)
 
 
 def least_context(manifest: Manifest) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llava_edge.profiles.buffers import prefill_chunk_tokens, tiles_per_batch
+from llava_edge.profiles.device_name import cuda_name
 from llava_edge.runtime.answerer import Answerer
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.cached_encoder import cached_encoder
@@ -63,6 +64,7 @@ def open_parts(
     fit: LoadFit,
     options: LoadOptions,
     progress: ReportProgress,
+    gpu: int = 0,
 ) -> LoadedParts:
     """Open files and graphs of an artifact that is checked.
 
@@ -72,6 +74,7 @@ def open_parts(
         fit: context and type of the cache.
         options: checked.
         progress: told about loading.
+        gpu: which one, on ``cuda``.
 
     Raises:
         LlavaEdgeError: as ``LlavaEdge.load``.
@@ -88,6 +91,7 @@ def open_parts(
     cuda = options.cuda
     settings = SessionOptions(
         device=device,
+        gpu=gpu,
         threads=options.threads,
         wide_sums=device == "cpu" and needs_wide_sums(manifest.precision),
         strict=options.strict_device,
@@ -105,7 +109,7 @@ def open_parts(
         off_device.extend(f"vision: {node}" for node in session.off_device)
         if device == "cuda" and cuda.features_on_device and not dims.takes_video:
             shape = (dims.vision.num_patches, dims.text.hidden_size)
-            return OrtDeviceEncoder(session, CudaRuntime.open(), batch, shape)
+            return OrtDeviceEncoder(session, CudaRuntime.open(index=gpu), batch, shape)
         return VisionEncoder(session, dims, batch, dtype)
 
     graph = manifest.decoders[fit.cache]
@@ -113,7 +117,7 @@ def open_parts(
         check_recordable({tensor.name for tensor in graph.inputs})
     progress("loading", 0, 3)
     tower = open_tower(
-        artifact, device, options.engine, open_ort, trust_engines=options.trust_engines
+        artifact, device, options.engine, open_ort, trust_engines=options.trust_engines, gpu=gpu
     )
     progress("loading", 1, 3)
     session = Session(artifact.path(graph.file), settings)
@@ -138,7 +142,7 @@ def open_parts(
     progress("loading", 3, 3)
     answerer = Answerer(
         tower,
-        device,
+        cuda_name(gpu) if device == "cuda" else device,
         embedder,
         decoder,
         table,
@@ -150,6 +154,7 @@ def open_parts(
         least_context(manifest),
         degraded,
         tuple(off_device),
+        None if fit.gpu is None else fit.gpu.pci_bus_id,
     )
     nodes, threads = tuple(off_device), session.threads
     return LoadedParts(

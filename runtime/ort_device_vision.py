@@ -30,12 +30,12 @@ class OrtDeviceEncoder(DeviceBatches):
         tiles_per_batch: int,
         feature_shape: tuple[int, int],
     ) -> None:
-        super().__init__(cuda, tiles_per_batch, feature_shape, session.device)
+        super().__init__(cuda, tiles_per_batch, feature_shape, session.place)
         self._session = session
 
     def _encode_batch(self, pixels: Buffer, target: int) -> None:
         shape = (pixels.shape[0], *self._feature_shape)
-        features = Buffer.unwritten(shape, np.float16, self._session.device)
+        features = Buffer.unwritten(shape, np.float16, *self._session.place)
         binding = self._session.binding()
         binding.input("pixel_values", pixels)
         binding.output("image_features", features)

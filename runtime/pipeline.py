@@ -21,6 +21,8 @@ import numpy as np
 from PIL.Image import Image
 
 from llava_edge.profiles.buffers import CacheType
+from llava_edge.profiles.cuda_devices import start_cuda
+from llava_edge.profiles.device_name import cuda_name, parse_device
 from llava_edge.profiles.engines import EngineName
 from llava_edge.profiles.errors import EngineError, PromptError, RequestError
 from llava_edge.runtime.allocation import allocate, refusals
@@ -62,7 +64,7 @@ class LlavaEdge:
 
     Attributes:
         artifact: what was opened.
-        device: where the decoder runs.
+        device: where the decoder runs: ``cpu``, ``cuda``, ``cuda:1`` and so on.
         threads: of the CPU provider.
         engine: what runs the vision tower.
         cache: type of keys and values.
@@ -77,10 +79,11 @@ class LlavaEdge:
         fit: LoadFit,
         options: LoadOptions,
         progress: ReportProgress,
+        gpu: int = 0,
     ) -> None:
-        parts = open_parts(artifact, device, fit, options, progress)
+        parts = open_parts(artifact, device, fit, options, progress, gpu)
         self.artifact = artifact
-        self.device = device
+        self.device = cuda_name(gpu) if device == "cuda" else device
         self.threads = parts.threads
         self.engine: EngineName = parts.tower.engine
         self.cache: CacheType = fit.cache
@@ -126,7 +129,8 @@ class LlavaEdge:
         Args:
             artifact: folder that ``llava-edge convert`` wrote.
             device: ``auto`` takes what the artifact was made for. A cpu artifact does not run on
-                cuda; a cuda artifact runs on the CPU only with ``allow_slow``.
+                cuda; a cuda artifact runs on the CPU only with ``allow_slow``. ``cuda:1`` is
+                another GPU than the first, as CUDA counts those that it shows to this process.
             threads: of the CPU provider; 0 for as many as this process may use, by affinity,
                 cpusets and CPU quotas.
             context_tokens: positions of the cache, at most the artifact's; fewer take less memory.
@@ -219,8 +223,14 @@ class LlavaEdge:
         require_callable("progress", progress)
         check_interfaces(artifact)
         chosen = choose_device(device, artifact.manifest.flavour, how.allow_slow)
-        fit = fit_at_load(artifact, chosen, how.context_tokens, how.vision_cache_bytes, how.cache)
-        return cls(artifact, chosen, fit, how, progress)
+        gpu = parse_device(device).gpu if chosen == "cuda" else 0
+        if chosen == "cuda":
+            # It is going to be used here anyway, and then tells itself how it counts the GPUs.
+            start_cuda()
+        fit = fit_at_load(
+            artifact, chosen, how.context_tokens, how.vision_cache_bytes, how.cache, gpu
+        )
+        return cls(artifact, chosen, fit, how, progress, gpu)
 
     def generate(
         self, prompt: str, images: Iterable[ImageSource] | None = (), **options: Any

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from llava_edge.profiles.buffers import CacheType
-from llava_edge.profiles.errors import EngineError, OutOfMemoryError, RequestError
+from llava_edge.profiles.device_name import parse_device
+from llava_edge.profiles.errors import EngineError, OutOfMemoryError
 from llava_edge.profiles.memory import MemoryTerms
 from llava_edge.runtime.arguments import require_name
 from llava_edge.runtime.artifact import Artifact
@@ -14,7 +15,8 @@ from llava_edge.runtime.manifest import Flavour, Manifest
 from llava_edge.runtime.planned_memory import certain_phases
 from llava_edge.runtime.session import DeviceKind, available_devices
 
-Device = Literal["auto", "cpu", "cuda"]
+Device = str
+"""``auto``, ``cpu``, ``cuda`` or, for another GPU than the first, ``cuda:1`` and so on."""
 AskedCache = Literal["auto", "float32", "float16", "int8"]
 
 
@@ -25,23 +27,20 @@ def choose_device(asked: Device, flavour: Flavour, allow_slow: bool) -> DeviceKi
         EngineError: the device is not there, or does not suit the flavour.
         RequestError: there is no device of that name.
     """
-    if not isinstance(asked, str) or asked not in get_args(Device):
-        raise RequestError(
-            f"device {asked!r:.40} is unknown; devices are {', '.join(get_args(Device))}"
-        )
+    kind = parse_device(asked).kind
     if flavour == "cpu":
-        if asked == "cuda":
+        if kind == "cuda":
             raise EngineError(
                 "this artifact is of the cpu flavour (float32 activations) and does not run on "
                 "cuda. Convert again with the profile of a GPU."
             )
         return "cpu"
-    if asked != "cpu" and "cuda" in available_devices():
+    if kind != "cpu" and "cuda" in available_devices():
         return "cuda"
-    if asked == "cuda":
+    if kind == "cuda":
         raise EngineError(
-            "cuda was asked; this ONNX Runtime has no CUDA provider. Install onnxruntime-gpu in "
-            "place of onnxruntime: pip install 'llava-edge[gpu]'"
+            f"{asked} was asked; this ONNX Runtime has no CUDA provider. Install onnxruntime-gpu "
+            "in place of onnxruntime: pip install 'llava-edge[gpu]'"
         )
     if not allow_slow:
         raise EngineError(

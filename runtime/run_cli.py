@@ -7,6 +7,7 @@ import json
 import sys
 from typing import Any, TextIO, get_args
 
+from llava_edge.profiles.device_name import DEVICE_METAVAR, device_argument
 from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.chat_loop import ChatLoop, terminal_lines
 from llava_edge.runtime.engine_arguments import (
@@ -212,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="draft up to N tokens from prompt and answer, faster where it copies; 0 is off",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", type=device_argument, metavar=DEVICE_METAVAR, default="auto")
     parser.add_argument("--context", type=int, help="positions of the cache; default: the plan's")
     add_cache_argument(parser)
     parser.add_argument("--threads", type=int, default=0, help="0: as many as are allowed")

@@ -38,6 +38,8 @@ ort.disable_telemetry_events()
 
 Array = np.ndarray[Any, np.dtype[Any]]
 DeviceKind = Literal["cpu", "cuda"]
+Place = tuple[DeviceKind, int]
+"""A device and, on ``cuda``, which GPU."""
 
 _PROVIDERS: dict[DeviceKind, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _RECORD = "session.record_ep_graph_assignment_info"
@@ -78,16 +80,19 @@ class Buffer:
 
     Attributes:
         device: where it lies.
+        gpu: which one, where it lies on one.
         array: the same memory as numpy on the CPU; None on another device.
         whole: the buffer whose first rows this is, where it is a part of one.
     """
 
     whole: Buffer | None = None
 
-    def __init__(self, shape: Sequence[int], dtype: type[np.generic], device: DeviceKind) -> None:
+    def __init__(
+        self, shape: Sequence[int], dtype: type[np.generic], device: DeviceKind, gpu: int = 0
+    ) -> None:
         self.shape = tuple(shape)
         self.dtype: np.dtype[Any] = np.dtype(dtype)
-        self.device = device
+        self.device, self.gpu = device, gpu
         self.array: Array | None = None
         what = f"a buffer {self.dtype.name}{list(self.shape)}"
         zeros = allocate(self.shape, self.dtype, what)
@@ -98,40 +103,43 @@ class Buffer:
                 self.array = zeros
                 self.value = ort.OrtValue.ortvalue_from_numpy(zeros)
             else:
-                self.value = Buffer.holding(zeros, device).value
+                self.value = Buffer.holding(zeros, device, gpu).value
 
     @classmethod
-    def holding(cls, array: Array, device: DeviceKind) -> Buffer:
+    def holding(cls, array: Array, device: DeviceKind, gpu: int = 0) -> Buffer:
         """A buffer with the content of an array: copied to another device, shared on the CPU."""
         contiguous = np.asarray(array, order="C")
         if device == "cpu":
             return cls.over(contiguous)
-        return cls._outside(contiguous.shape, contiguous.dtype, device, contiguous)
+        return cls._outside(contiguous.shape, contiguous.dtype, (device, gpu), contiguous)
 
     @classmethod
-    def unwritten(cls, shape: Sequence[int], dtype: type[np.generic], device: DeviceKind) -> Buffer:
+    def unwritten(
+        cls, shape: Sequence[int], dtype: type[np.generic], device: DeviceKind, gpu: int = 0
+    ) -> Buffer:
         """A buffer that a run writes whole before anybody reads it; zeros on the CPU.
 
         Zeros for another device would be made on the host and copied.
         """
         if device == "cpu":
             return cls(shape, dtype, device)
-        return cls._outside(shape, np.dtype(dtype), device, None)
+        return cls._outside(shape, np.dtype(dtype), (device, gpu), None)
 
     @classmethod
     def _outside(
-        cls, shape: Sequence[int], dtype: np.dtype[Any], device: DeviceKind, array: Array | None
+        cls, shape: Sequence[int], dtype: np.dtype[Any], place: Place, array: Array | None
     ) -> Buffer:
         buffer = cls.__new__(cls)
-        buffer.shape, buffer.dtype, buffer.device = tuple(shape), dtype, device
+        buffer.shape, buffer.dtype, (buffer.device, buffer.gpu) = tuple(shape), dtype, place
         buffer.array = None
+        device = place[0]
         with _mapped_errors(f"allocating a buffer {dtype.name}{list(shape)} on {device}"):
             _preload_cuda()
             _take_exact_memory()
             if array is None:
-                buffer.value = _room_on_device(buffer.shape, dtype, device)
+                buffer.value = _room_on_device(buffer.shape, dtype, place)
             else:
-                buffer.value = _on_device(array, device)
+                buffer.value = _on_device(array, place)
         return buffer
 
     @classmethod
@@ -139,7 +147,7 @@ class Buffer:
         """A CPU buffer that shares memory with a contiguous array."""
         buffer = cls.__new__(cls)
         buffer.shape, buffer.dtype, buffer.array = array.shape, array.dtype, array
-        buffer.device = "cpu"
+        buffer.device, buffer.gpu = "cpu", 0
         buffer.value = ort.OrtValue.ortvalue_from_numpy(array)
         return buffer
 
@@ -151,6 +159,7 @@ class Buffer:
         """
         part = Buffer.__new__(Buffer)
         part.shape, part.dtype, part.device = (1, count, self.shape[-1]), self.dtype, self.device
+        part.gpu = self.gpu
         part.array = None if self.array is None else self.array[:, :count]
         part.value, part.whole = None, self
         return part
@@ -186,7 +195,7 @@ class Buffer:
     @property
     def by_address(self) -> tuple[str, int, Any, tuple[int, ...], int]:
         """What ONNX Runtime asks for to bind memory that is no tensor of its own."""
-        return self.device, 0, self.dtype.type, self.shape, self.address
+        return self.device, self.gpu, self.dtype.type, self.shape, self.address
 
     @property
     def nbytes(self) -> int:
@@ -214,12 +223,12 @@ def _take_exact_memory() -> None:
         ort.set_default_logger_severity(_WARNINGS)
 
 
-def _on_device(array: Array, device: DeviceKind) -> Any:
-    return ort.OrtValue.ortvalue_from_numpy(array, device, 0)
+def _on_device(array: Array, place: Place) -> Any:
+    return ort.OrtValue.ortvalue_from_numpy(array, *place)
 
 
-def _room_on_device(shape: tuple[int, ...], dtype: np.dtype[Any], device: DeviceKind) -> Any:
-    return ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, device, 0)
+def _room_on_device(shape: tuple[int, ...], dtype: np.dtype[Any], place: Place) -> Any:
+    return ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, *place)
 
 
 @dataclass(frozen=True)
@@ -228,6 +237,7 @@ class SessionOptions:
 
     Attributes:
         device: where it runs.
+        gpu: which one on ``cuda``, as CUDA counts them.
         threads: 0 for as many as this process may use (``CpuLimit.threads``). Left to itself, ONNX
             Runtime takes every physical core of the machine and binds threads to them, whatever
             affinity and quotas leave.
@@ -242,6 +252,7 @@ class SessionOptions:
     """
 
     device: DeviceKind = "cpu"
+    gpu: int = 0
     threads: int = 0
     log_level: int = 4
     wide_sums: bool = False
@@ -279,7 +290,7 @@ class Session:
     def _open(
         self, model: str | bytes, name: str, options: SessionOptions, entries: Mapping[str, str]
     ) -> None:
-        self.device = options.device
+        self.device, self.gpu = options.device, options.gpu
         self.run_seconds = 0.0
         self._is_recorded = False
         settings = ort.SessionOptions()
@@ -288,8 +299,9 @@ class Session:
         limit = read_cpu_limit()
         self.threads = options.threads or limit.threads
         settings.intra_op_num_threads = self.threads
-        if limit.limited_by == "quota":
-            # Threads that wait busily spend the quota, and then all of them stand still.
+        if limit.quota is not None and self.threads > limit.quota:
+            # More threads were asked for than the quota grants. Where they wait busily, they spend
+            # it, and then all of them stand still.
             settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         settings.log_severity_level = options.log_level
         if options.wide_sums:
@@ -303,7 +315,7 @@ class Session:
         self.captures = options.device == "cuda" and options.cuda.graph
         if options.device == "cuda":
             _preload_cuda()
-            asked = options.cuda.provider_options(captures=self.captures)
+            asked = options.cuda.provider_options(captures=self.captures, gpu=options.gpu)
             entries = {_RECORD: "1", **options.cuda.session_entries(options.prompt_tokens)}
             for key, value in entries.items():
                 settings.add_session_config_entry(key, value)
@@ -348,6 +360,11 @@ class Session:
         ]
         return nodes_that_compute(path, on_cpu) if on_cpu else ()
 
+    @property
+    def place(self) -> Place:
+        """Where buffers of its own device lie."""
+        return self.device, self.gpu
+
     def has_input(self, name: str) -> bool:
         """Whether the graph is given a value of that name."""
         return name in self._inputs
@@ -391,7 +408,7 @@ class Session:
         if self.device == "cpu" or self._is_recorded:
             return
         options = ort.RunOptions()
-        options.add_run_config_entry(_SHRINK, "gpu:0")
+        options.add_run_config_entry(_SHRINK, f"gpu:{self.gpu}")
         if self.captures:
             options.add_run_config_entry(_GRAPH_ID, NO_CAPTURE)
         with suppress(Exception):

@@ -6,18 +6,19 @@ import platform
 from pathlib import Path
 
 from llava_edge.profiles.detect import read_board, read_cpu_model, read_int8_isa
+from llava_edge.profiles.device_name import parse_device
 from llava_edge.profiles.engines import EngineName
 from llava_edge.profiles.nvml import read_gpus
 from llava_edge.runtime.certificate import Host
 from llava_edge.runtime.session import ENGINE_VERSION, DeviceKind, provider_name
 
 
-def describe_host(device: DeviceKind, root: Path = Path("/"), engine: EngineName = "ort") -> Host:
+def describe_host(device: str, root: Path = Path("/"), engine: EngineName = "ort") -> Host:
     """This machine.
 
     Args:
-        device: where the graphs run. On ``cuda`` the GPU gives the machine its name, else the
-            board does where it has one, else the architecture.
+        device: name of where the graphs run, such as ``cuda:1``. A GPU gives the machine its name,
+            else the board does where it has one, else the architecture.
         root: stands in for the file system in tests.
         engine: what runs the vision tower; it is part of the provider's name where it is another.
     """
@@ -26,13 +27,15 @@ def describe_host(device: DeviceKind, root: Path = Path("/"), engine: EngineName
     except OSError:
         cpuinfo = ""
     machine = read_board(root) or platform.machine()
-    if device == "cuda":
-        gpus = read_gpus().gpus
-        machine = gpus[0].name if gpus else machine
+    kind: DeviceKind = "cpu"
+    if (asked := parse_device(device)).kind == "cuda":
+        kind = "cuda"
+        gpu = read_gpus().number(asked.gpu)
+        machine = machine if gpu is None else gpu.name
     return Host(
         machine=machine,
         cpu=read_cpu_model(cpuinfo),
         int8_isa=read_int8_isa(cpuinfo),
-        provider=provider_name(device) if engine == "ort" else f"{engine}, {provider_name(device)}",
+        provider=provider_name(kind) if engine == "ort" else f"{engine}, {provider_name(kind)}",
         onnxruntime=ENGINE_VERSION,
     )

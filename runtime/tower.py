@@ -36,7 +36,7 @@ from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.ort_device_vision import OrtDeviceEncoder
 from llava_edge.runtime.prompt_embedder import DeviceEncoder, TileEncoder
 from llava_edge.runtime.regular_file import read_bounded
-from llava_edge.runtime.session import DeviceKind
+from llava_edge.runtime.session import DeviceKind, Place
 from llava_edge.runtime.tensorrt_engine import TensorRTEngine, open_library
 
 AskedEngine = Literal["auto", "tensorrt", "tensorrt-rtx", "ort"]
@@ -70,6 +70,7 @@ def open_tower(
     open_ort: Callable[[], TileEncoder | OrtDeviceEncoder],
     *,
     trust_engines: bool = False,
+    gpu: int = 0,
 ) -> Tower:
     """Open the first engine that works.
 
@@ -80,6 +81,7 @@ def open_tower(
         open_ort: opens the graph in ONNX Runtime; called only where nothing better works.
         trust_engines: whether engines that came with the artifact may be opened. Opening one runs
             NVIDIA's library over bytes that whoever made the artifact chose.
+        gpu: which one, on ``cuda``.
 
     Raises:
         RequestError: there is no engine of that name.
@@ -92,7 +94,7 @@ def open_tower(
             others[name] = f"{asked} was asked for"
             continue
         try:
-            return _open_engine(artifact, device, name, trust_engines, others)
+            return _open_engine(artifact, (device, gpu), name, trust_engines, others)
         except LlavaEdgeError as error:
             if asked == name:
                 raise type(error)(f"engine {name} was asked for: {error}") from error
@@ -112,12 +114,12 @@ def open_tower(
 
 def _open_engine(
     artifact: Artifact,
-    device: DeviceKind,
+    place: Place,
     name: LibraryName,
     trust_engines: bool,
     others: dict[str, str],
 ) -> Tower:
-    if device != "cuda":
+    if place[0] != "cuda":
         flavour = artifact.manifest.flavour
         raise EngineError(
             "the artifact is of the cpu flavour; TensorRT runs those of the cuda flavour"
@@ -127,7 +129,7 @@ def _open_engine(
     if artifact.manifest.model.takes_video:
         raise EngineError("no engine is built for the tower of a video model, which pools frames")
     library = open_library(name)
-    cuda = CudaRuntime.open()
+    cuda = CudaRuntime.open(index=place[1])
     try:
         here = Surroundings(name, library.version, cuda.compute_capability, cuda.device_name)
         stored = _find(artifact, here, trust_engines)

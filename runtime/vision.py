@@ -57,14 +57,14 @@ class VisionEncoder:
         binding = self._session.binding()
         if self._pools:
             index = pooling_index(self._vision, out.shape[1])
-            binding.input(POOLING, Buffer.holding(index, self._session.device))
+            binding.input(POOLING, Buffer.holding(index, *self._session.place))
         if self._session.device == "cpu":
             binding.input("pixel_values", Buffer.over(tiles))
             binding.output("image_features", Buffer.over(out))
             binding.run(shrink=True)
             return
-        pixels = Buffer.holding(tiles, self._session.device)
-        features = Buffer.unwritten(out.shape, self._dtype, self._session.device)
+        pixels = Buffer.holding(tiles, *self._session.place)
+        features = Buffer.unwritten(out.shape, self._dtype, *self._session.place)
         binding.input("pixel_values", pixels)
         binding.output("image_features", features)
         binding.run()

@@ -36,6 +36,7 @@ class FakeCudart:
         self.fails: dict[str, int] = {}
         self.cudaGetErrorString = _Describe()
         self.held: dict[int, Any] = {}
+        self.current = 0
 
     def copied(self, kind: int) -> int:
         """Bytes of all copies of a kind."""
@@ -50,12 +51,18 @@ class FakeCudart:
         return self._code("cudaGetDeviceCount")
 
     def cudaDeviceGetAttribute(self, value: Any, attribute: Any, device: Any) -> int:  # noqa: N802
+        assert device.value == self.current
         value._obj.value = self.capability[attribute.value - 75]
         return self._code("cudaDeviceGetAttribute")
 
     def cudaGetDeviceProperties(self, properties: Any, device: Any) -> int:  # noqa: N802
+        assert device.value == self.current
         properties.value = self.name.encode()
         return self._code("cudaGetDeviceProperties")
+
+    def cudaSetDevice(self, device: Any) -> int:  # noqa: N802
+        self.current = device.value
+        return self.fails.get("cudaSetDevice", 0)
 
     def cudaStreamCreateWithFlags(self, stream: Any, flags: Any) -> int:  # noqa: N802
         stream._obj.value = STREAM
@@ -195,7 +202,7 @@ def install(
     providers = {"cpu": "CPUExecutionProvider", "cuda": "CPUExecutionProvider"}
     monkeypatch.setattr(session, "_PROVIDERS", providers)
     keep_on_host(monkeypatch)
-    monkeypatch.setattr(CudaRuntime, "open", lambda: CudaRuntime(cudart))
+    monkeypatch.setattr(CudaRuntime, "open", lambda index=0: CudaRuntime(cudart, index))
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", library)
 
@@ -211,5 +218,5 @@ def keep_on_host(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     by_address = Buffer.by_address.fget
     assert by_address is not None
-    here = property(lambda buffer: ("cpu", *by_address(buffer)[1:]))
+    here = property(lambda buffer: ("cpu", 0, *by_address(buffer)[2:]))
     monkeypatch.setattr(Buffer, "by_address", here)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 import time
@@ -27,6 +26,7 @@ from llava_edge.bench.pages.sample import training_sample
 from llava_edge.bench.pages.spec import Spec
 from llava_edge.bench.pages.state import load_state, save_state
 from llava_edge.bench.pages.tokenizer import train_tokenizer
+from llava_edge.profiles.cpu_limit import read_cpu_limit
 
 _POOL = 4
 """Batches that are drawn together and sorted by length, so that there is little padding."""
@@ -197,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m llava_edge.bench.pages.train")
     parser.add_argument("--out", type=Path, required=True, help="folder of state and log")
     parser.add_argument("--minutes", type=float, default=float("inf"))
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=read_cpu_limit().threads)
     parser.add_argument("--steps", type=int, default=4400, help="of the whole run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(arguments)

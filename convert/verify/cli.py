@@ -12,6 +12,7 @@ import importlib
 import json
 import sys
 
+from llava_edge.profiles.device_name import DEVICE_METAVAR, device_argument
 from llava_edge.profiles.errors import DependencyError, RequestError
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.device_results import keep_result
@@ -110,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("quick", "full"),
         help="how much is compared with the checkpoint; default: quick",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", type=device_argument, metavar=DEVICE_METAVAR, default="auto")
     parser.add_argument("--threads", type=int, default=0, help="0: as many as are allowed")
     parser.add_argument("--allow-slow", action="store_true", help="run a cuda artifact on the CPU")
     add_cache_argument(parser)

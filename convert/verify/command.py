@@ -14,6 +14,7 @@ from llava_edge.convert.hub import fetch_checkpoint
 from llava_edge.convert.progress import StageBars
 from llava_edge.convert.verify.verifier import QUICK_BYTES, VerifyOptions, verify_artifact
 from llava_edge.convert.write_artifact import write_certificate
+from llava_edge.profiles.device_name import parse_device
 from llava_edge.profiles.errors import RequestError
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.manifest_check import CARD
@@ -33,10 +34,11 @@ def main_against(options: argparse.Namespace, artifact: Artifact) -> int:
         RequestError: the checkpoint is not the one that the artifact was made from, or another
             device than the CPU was named.
     """
-    if options.device == "cuda":
+    if parse_device(options.device).kind == "cuda":
         raise RequestError(
-            "--device cuda and --against were both given; the reference and the artifact are "
-            "compared on the CPU. Leave --device out, and check the GPU with --on-device."
+            f"--device {options.device} and --against were both given; the reference and the "
+            "artifact are compared on the CPU. Leave --device out, and check the GPU with "
+            "--on-device."
         )
     source = resolve_source(options.against)
     folder = source.folder

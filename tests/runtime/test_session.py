@@ -146,10 +146,12 @@ def test_a_process_that_may_use_one_processor_gets_no_threads_that_wait_for_it(
     assert done.stdout == "1 0 {1}\n", done.stderr
 
 
-def _opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: CpuLimit) -> tuple[int, str]:
+def _opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: CpuLimit, threads: int = 0
+) -> tuple[int, str]:
     """Threads of a session, and whether they wait busily (``1``, or nothing said)."""
     monkeypatch.setattr(session_module, "read_cpu_limit", lambda: limit)
-    session = Session.from_bytes(graph("w"), tmp_path, SessionOptions())
+    session = Session.from_bytes(graph("w"), tmp_path, SessionOptions(threads=threads))
     options = session._session.get_session_options()
     assert options.intra_op_num_threads == session.threads
     try:
@@ -158,10 +160,13 @@ def _opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: CpuLimit) ->
         return session.threads, ""
 
 
-def test_threads_are_as_many_as_are_allowed_and_spend_no_quota_on_waiting(
+def test_threads_are_as_many_as_are_allowed_and_more_do_not_wait_busily(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert _opened(tmp_path, monkeypatch, CpuLimit(8, 8, 4)) == (4, "")
     assert _opened(tmp_path, monkeypatch, CpuLimit(8, 3, 3)) == (3, "")
-    assert _opened(tmp_path, monkeypatch, CpuLimit(8, 8, 8, quota=2.0)) == (2, "0")
+    assert _opened(tmp_path, monkeypatch, CpuLimit(8, 8, 8, quota=2.0)) == (2, "")
     assert _opened(tmp_path, monkeypatch, CpuLimit(8, 2, 2, quota=4.0)) == (2, "")
+    # More than that only where they were asked for.
+    assert _opened(tmp_path, monkeypatch, CpuLimit(8, 8, 8, quota=1.5), 2) == (2, "0")
+    assert _opened(tmp_path, monkeypatch, CpuLimit(8, 3, 3), 4) == (4, "")
