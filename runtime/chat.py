@@ -18,7 +18,6 @@ from typing import Any
 from llava_edge.profiles.errors import PromptError, RequestError
 from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.arguments import require_count, require_flag
-from llava_edge.runtime.clip import VideoSource
 from llava_edge.runtime.frame_choice import FrameChoice
 from llava_edge.runtime.images import ImageSource
 from llava_edge.runtime.lowering import Lowering, Step
@@ -29,6 +28,7 @@ from llava_edge.runtime.request import Request, VideoInput
 from llava_edge.runtime.request_builder import RequestBuilder
 from llava_edge.runtime.stream import AnswerStream, Pieces
 from llava_edge.runtime.time_budget import TimeBudget
+from llava_edge.runtime.video_reader import VideoSource
 
 WithinTurn = Callable[[Pieces], Pieces]
 """Wraps the work on an answer; runs where no other request can come between."""

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 from llava_edge.profiles.anyres import TileLayout
 from llava_edge.runtime.arguments import require_flag
-from llava_edge.runtime.clip import VideoSource
 from llava_edge.runtime.frame_choice import FrameChoice
 from llava_edge.runtime.session import Array
+from llava_edge.runtime.video_reader import VideoSource
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class VideoInput:
     """A video to ask about.
 
     Attributes:
-        source: path, bytes, or frames; see ``open_clip``.
+        source: path, bytes, or frames; see ``open_video``.
         num_frames: frames to look at; None for as many as the artifact was planned for, or as
             there are.
         frame_choice: which ones; see ``choose_frames``.

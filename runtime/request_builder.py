@@ -21,7 +21,6 @@ from llava_edge.profiles.anyres import GRID_NAMES, lower_pinpoints
 from llava_edge.profiles.buffers import video_tokens_per_frame
 from llava_edge.profiles.errors import PromptError, RequestError, VideoError
 from llava_edge.runtime.arguments import require_count
-from llava_edge.runtime.clip import Clip, open_clip
 from llava_edge.runtime.frame_choice import choose_frames
 from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.images import ImageSource, OpenedImage, load_image, open_image
@@ -36,6 +35,7 @@ from llava_edge.runtime.session import Array
 from llava_edge.runtime.tile_picture import draw_tiles, stacked
 from llava_edge.runtime.tokenizer import Tokenizer
 from llava_edge.runtime.video_processor import VideoProcessor
+from llava_edge.runtime.video_reader import Video, open_video
 
 _LONG_CHARACTERS = 32_768
 
@@ -248,7 +248,7 @@ class RequestBuilder:
         return PreparedVideo(pixels, digest_tiles(pixels), self._video_tokens(len(numbers)))
 
     @contextmanager
-    def _chosen_frames(self, video: VideoInput) -> Iterator[tuple[Clip, tuple[int, ...]]]:
+    def _chosen_frames(self, video: VideoInput) -> Iterator[tuple[Video, tuple[int, ...]]]:
         """The opened video, and numbers of the frames to look at."""
         most = self._video_processing().max_frames
         if video.num_frames is not None:
@@ -259,7 +259,7 @@ class RequestBuilder:
                     f"most {most}. Ask for fewer, or convert again with --video "
                     f"{video.num_frames}."
                 )
-        with open_clip(video.source, self._limits) as clip:
+        with open_video(video.source, self._limits) as clip:
             wanted = min(most, clip.total) if video.num_frames is None else video.num_frames
             yield clip, choose_frames(clip.total, wanted, video.frame_choice)
 

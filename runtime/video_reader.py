@@ -1,4 +1,4 @@
-"""Clip: a video that was opened within the limits, and hands out chosen frames.
+"""Video: a video that was opened within the limits, and hands out chosen frames.
 
 A file is decoded with PyAV (FFmpeg). FFmpeg would take nearly any file for a video, among them play
 lists that name other files and addresses; so the container is told from the first bytes and fixed,
@@ -48,7 +48,7 @@ _DEMUXERS = {"MP4": "mov", "WEBM": "matroska", "AVI": "avi"}
 _MOV_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 
 
-class Clip(Protocol):
+class Video(Protocol):
     """Frames by number."""
 
     @property
@@ -60,7 +60,7 @@ class Clip(Protocol):
 
 
 @contextmanager
-def open_clip(source: VideoSource, limits: Limits) -> Iterator[Clip]:
+def open_video(source: VideoSource, limits: Limits) -> Iterator[Video]:
     """Open a video file, its bytes, or a list of frames.
 
     Args:
@@ -75,11 +75,11 @@ def open_clip(source: VideoSource, limits: Limits) -> Iterator[Clip]:
     if isinstance(source, (str, os.PathLike)):
         label = f"video {os.fspath(source)!r:.200}"
         with _opened(label, source) as file:
-            yield FileClip(label, file, os.fstat(file.fileno()).st_size, limits)
+            yield VideoReader(label, file, os.fstat(file.fileno()).st_size, limits)
         return
     if isinstance(source, (bytes, bytearray, memoryview)):
         label = f"video of {len(source)} bytes"
-        yield FileClip(label, io.BytesIO(source), len(source), limits)
+        yield VideoReader(label, io.BytesIO(source), len(source), limits)
         return
     if isinstance(source, np.ndarray) and source.ndim != 4:
         raise VideoError(
@@ -91,10 +91,10 @@ def open_clip(source: VideoSource, limits: Limits) -> Iterator[Clip]:
             "array (frames, height, width, 3)"
         )
     frames: Any = source
-    yield FrameClip(frames, limits)
+    yield FrameList(frames, limits)
 
 
-class FrameClip:
+class FrameList:
     """Frames that are there already.
 
     Raises:
@@ -112,7 +112,7 @@ class FrameClip:
         return len(self._source)
 
     def frames(self, numbers: Sequence[int]) -> Iterator[Pixels]:
-        """See ``Clip``."""
+        """See ``Video``."""
         first: tuple[int, ...] | None = None
         for number in numbers:
             try:
@@ -128,17 +128,17 @@ class FrameClip:
             yield frame
 
 
-class FileClip:
+class VideoReader:
     """A video file, counted on opening.
 
     Args:
         label: what messages call it.
         file: readable and seekable; read again for every use.
         size: of the file in bytes.
-        limits: see ``open_clip``.
+        limits: see ``open_video``.
 
     Raises:
-        VideoError: see ``open_clip``.
+        VideoError: see ``open_video``.
         DependencyError: PyAV is not installed.
     """
 
@@ -162,7 +162,7 @@ class FileClip:
         return self._total
 
     def frames(self, numbers: Sequence[int]) -> Iterator[Pixels]:
-        """See ``Clip``; everything up to the last frame is decoded."""
+        """See ``Video``; everything up to the last frame is decoded."""
         left = list(numbers)
         require_free(video_decoding_bytes(self._size[0] * self._size[1]), self._label)
         with self._stream() as (container, stream):
