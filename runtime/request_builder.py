@@ -96,8 +96,8 @@ class RequestBuilder:
         layouts = tuple(processor.anyres.layout(image.height, image.width) for image in opened)
         counts: tuple[int, ...] = ()
         if video is not None:
-            with self._chosen_frames(video) as (_, numbers):
-                counts = (self._video_tokens(len(numbers)),)
+            with self._opened(video) as opened_video:
+                counts = (self._video_tokens(self._num_frames(video, opened_video)),)
         ids = self._expand(pieces, [layout.num_image_tokens for layout in layouts], counts)
         return Request(ids, layouts, (), video_counts=counts)
 
@@ -242,14 +242,23 @@ class RequestBuilder:
             DependencyError: it is to be decoded and PyAV is not installed.
             RequestError: the number of frames or their choice is out of range.
         """
-        processing = self._video_processing()
-        with self._chosen_frames(video) as (clip, numbers):
-            pixels = VideoProcessor(processing).preprocess(clip.frames(numbers), len(numbers))
-        return PreparedVideo(pixels, digest_tiles(pixels), self._video_tokens(len(numbers)))
+        processor = VideoProcessor(self._video_processing())
+        most = self._most_frames(video)
+        with self._opened(video) as opened:
+            # A file is decoded once where every packet gives a frame, as in nearly all.
+            total = opened.expected if most <= opened.expected else opened.total
+            while True:
+                wanted = min(most, total) if video.num_frames is None else most
+                numbers = choose_frames(total, wanted, video.frame_choice)
+                pixels = processor.preprocess(opened.frames(numbers), len(numbers))
+                if opened.total == total:
+                    break
+                total = opened.total
+            notes = opened.notes
+        return PreparedVideo(pixels, digest_tiles(pixels), self._video_tokens(len(numbers)), notes)
 
     @contextmanager
-    def _chosen_frames(self, video: VideoInput) -> Iterator[tuple[Video, tuple[int, ...]]]:
-        """The opened video, and numbers of the frames to look at."""
+    def _opened(self, video: VideoInput) -> Iterator[Video]:
         most = self._video_processing().max_frames
         if video.num_frames is not None:
             require_count("num_frames", video.num_frames, 1)
@@ -259,9 +268,14 @@ class RequestBuilder:
                     f"most {most}. Ask for fewer, or convert again with --video "
                     f"{video.num_frames}."
                 )
-        with open_video(video.source, self._limits) as clip:
-            wanted = min(most, clip.total) if video.num_frames is None else video.num_frames
-            yield clip, choose_frames(clip.total, wanted, video.frame_choice)
+        with open_video(video.source, self._limits) as opened:
+            yield opened
+
+    def _num_frames(self, video: VideoInput, opened: Video) -> int:
+        """Frames to look at."""
+        most = self._most_frames(video)
+        found = opened.count(most)
+        return found if video.num_frames is None else len(choose_frames(found, most))
 
     def _most_frames(self, video: VideoInput) -> int:
         most = self._video_processing().max_frames
