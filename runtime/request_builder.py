@@ -243,8 +243,8 @@ class RequestBuilder:
             RequestError: the number of frames or their choice is out of range.
         """
         processor = VideoProcessor(self._video_processing())
-        most = self._most_frames(video)
         with self._opened(video) as opened:
+            most = self._most_frames(video)
             # A file is decoded once where every packet gives a frame, as in nearly all.
             total = opened.expected if most <= opened.expected else opened.total
             while True:
