@@ -19,7 +19,6 @@ from llava_edge.profiles.errors import PromptError, RequestError
 from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.answer_options import AnswerOptions
 from llava_edge.runtime.arguments import refuse_unknown, require_count, require_flag, settle
-from llava_edge.runtime.clip import VideoSource
 from llava_edge.runtime.finished_prompt import warn_if_finished
 from llava_edge.runtime.frame_choice import FrameChoice
 from llava_edge.runtime.images import ImageSource
@@ -31,6 +30,7 @@ from llava_edge.runtime.request import Request, VideoInput
 from llava_edge.runtime.request_builder import RequestBuilder
 from llava_edge.runtime.stream import AnswerStream, Pieces
 from llava_edge.runtime.time_budget import TimeBudget
+from llava_edge.runtime.video_reader import VideoSource
 
 WithinTurn = Callable[[Pieces], Pieces]
 """Wraps the work on an answer; runs where no other request can come between."""

@@ -29,13 +29,14 @@ from PIL import (
     PngImagePlugin,
     TiffImagePlugin,
     WebPImagePlugin,
-    features,
 )
 
 from llava_edge.profiles.errors import ImageError
 
-_MAX_READS = 1_500_000
 _MAX_CHUNKS = 100_000
+_MAX_READS = 450_000
+_MAX_GIF_READS = 1_500_000
+"""A GIF of 128 MiB has half a million blocks, and each is read in two pieces."""
 _MAX_FRAMES_DECLARED = 0x80000000
 
 CheckSize = Callable[[int, int], None]
@@ -78,12 +79,9 @@ def open_image_file(format: str, data: bytes, check_size: CheckSize) -> Any:
     elif format == "WEBP" and data[12:16] == b"VP8X" and len(data) >= 30:
         # The decoder takes memory for the canvas when it is opened.
         check_size(*(int.from_bytes(data[at : at + 3], "little") + 1 for at in (27, 24)))
-    elif format == "AVIF" and not features.check("avif"):
-        raise ImageError(
-            "this Pillow does not read AVIF. Install Pillow 11.3 or later with AVIF, or convert "
-            "the file to JPEG or PNG."
-        )
-    image = _class_of(format)(_Reader(data))
+    reader = _Reader(data)
+    reader.reads_left = _MAX_GIF_READS if format == "GIF" else _MAX_READS
+    image = _class_of(format)(reader)
     check_size(image.height, image.width)
     if format == "TIFF":
         # Memory goes by the tiles that it is stored in as well.
@@ -131,13 +129,14 @@ def orientation_of(image: Any) -> Transpose | None:
 class _Reader(io.BytesIO):
     """Ends the reading of files that consist of tiny pieces, which would last minutes."""
 
-    reads_left: int | None = _MAX_READS
+    reads_left: int | None = None
+    """None for as many as are wanted."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if self.reads_left is not None:
             self.reads_left -= 1
             if self.reads_left < 0:
-                raise _damaged(f"more than {_MAX_READS} pieces")
+                raise _damaged("it consists of too many tiny pieces")
         return super().read(size)
 
 
@@ -150,12 +149,9 @@ class _JpegFile(JpegImagePlugin.JpegImageFile):
 
 def _class_of(format: str) -> Callable[[io.BytesIO], Any]:
     if format == "AVIF":
-        # Pillow before 11.3 has no such module.
-        from PIL import AvifImagePlugin
-
-        return AvifImagePlugin.AvifImageFile
+        return _avif_class()
     return {
-        # Several pictures in one file (MPO) are a JPEG and more behind it; the first is read.
+        # Several pictures in one file (MPO) are a JPEG and more after it; the first is read.
         "JPEG": _JpegFile,
         "PNG": PngImagePlugin.PngImageFile,
         "WEBP": WebPImagePlugin.WebPImageFile,
@@ -163,6 +159,21 @@ def _class_of(format: str) -> Callable[[io.BytesIO], Any]:
         "BMP": BmpImagePlugin.BmpImageFile,
         "TIFF": TiffImagePlugin.TiffImageFile,
     }[format]
+
+
+def _avif_class() -> Callable[[io.BytesIO], Any]:
+    try:
+        from PIL import AvifImagePlugin
+
+        if AvifImagePlugin.SUPPORTED:
+            return AvifImagePlugin.AvifImageFile
+    except ImportError:
+        # Pillow before 11.3.
+        pass
+    raise ImageError(
+        "this Pillow does not read AVIF. Install Pillow 11.3 or later with AVIF, or convert the "
+        "file to JPEG or PNG."
+    )
 
 
 def _damaged(what: str) -> ImageError:
@@ -214,7 +225,7 @@ def _gif_size(data: bytes) -> tuple[int, int]:
     try:
         width, height, flags = struct.unpack_from("<HHB", data, 6)
         position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
-        for _ in range(_MAX_READS):
+        for _ in range(_MAX_GIF_READS):
             kind = data[position]
             if kind == 0x3B:
                 break

@@ -12,8 +12,8 @@ from llava_edge.profiles.errors import RequestError
 from llava_edge.runtime.arguments import require_count, settle
 from llava_edge.runtime.image_formats import DEFAULT_FORMATS, READABLE_FORMATS
 
-VIDEO_FORMATS = ("MP4", "WEBM", "AVI")
-"""Video containers that are told from their content; MOV counts as MP4, Matroska as WEBM."""
+VIDEO_FORMATS = ("MP4", "WEBM", "AVI", "TS")
+"""Video containers, recognised by content; MOV counts as MP4, Matroska as WEBM; TS is MPEG-TS."""
 
 VIDEO_CODECS = ("av1", "h264", "hevc", "mjpeg", "mpeg4", "vp8", "vp9")
 """Video codecs, in FFmpeg's names."""

@@ -31,7 +31,6 @@ from llava_edge.runtime.answer_options import AnswerOptions
 from llava_edge.runtime.arguments import refuse_unknown, require_callable, require_flag
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.chat import Chat, WithinTurn
-from llava_edge.runtime.clip import VideoSource
 from llava_edge.runtime.cuda_options import CudaOptions
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.frame_choice import FrameChoice
@@ -52,6 +51,7 @@ from llava_edge.runtime.stream import AnswerStream, Pieces, StreamHandle
 from llava_edge.runtime.time_budget import TimeBudget
 from llava_edge.runtime.tower import AskedEngine
 from llava_edge.runtime.verified_here import check_verified_here
+from llava_edge.runtime.video_reader import VideoSource
 
 _STREAM_OPTIONS = (
     *("video", "num_frames", "frame_choice", "raw", "image_marks", "grid"),

@@ -10,10 +10,10 @@ from datetime import datetime
 
 from llava_edge.profiles.anyres import TileLayout
 from llava_edge.runtime.arguments import require_count, require_flag, settle
-from llava_edge.runtime.clip import VideoSource
 from llava_edge.runtime.frame_choice import FrameChoice, require_frame_choice
 from llava_edge.runtime.session import Array
 from llava_edge.runtime.tile_pixels import Pixels
+from llava_edge.runtime.video_reader import VideoSource
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class VideoInput:
     """A video to ask about.
 
     Attributes:
-        source: path, bytes, or frames; see ``open_clip``.
+        source: path, bytes, or frames; see ``open_video``.
         num_frames: frames to look at; None for as many as the artifact was planned for, or as
             there are.
         frame_choice: which ones; see ``choose_frames``.

@@ -23,7 +23,6 @@ from llava_edge.profiles.anyres import GRID_NAMES, lower_pinpoints
 from llava_edge.profiles.buffers import video_tokens_per_frame
 from llava_edge.profiles.errors import PromptError, RequestError, VideoError
 from llava_edge.runtime.arguments import require_count
-from llava_edge.runtime.clip import Clip, open_clip
 from llava_edge.runtime.finished_prompt import warn_if_finished
 from llava_edge.runtime.frame_choice import choose_frames
 from llava_edge.runtime.image_processor import ImageProcessor
@@ -40,6 +39,7 @@ from llava_edge.runtime.tile_picture import draw_tiles, stacked
 from llava_edge.runtime.tile_pixels import digests_of
 from llava_edge.runtime.tokenizer import Tokenizer
 from llava_edge.runtime.video_processor import VideoProcessor
+from llava_edge.runtime.video_reader import Video, open_video
 
 _LONG_CHARACTERS = 32_768
 _ONE_IMAGE = (str, bytes, bytearray, memoryview)
@@ -113,8 +113,8 @@ class RequestBuilder:
         layouts = tuple(processor.anyres.layout(image.height, image.width) for image in opened)
         counts: tuple[int, ...] = ()
         if video is not None:
-            with self._chosen_frames(video) as (_, numbers):
-                counts = (self._video_tokens(len(numbers)),)
+            with self._opened(video) as opened_video:
+                counts = (self._video_tokens(self._num_frames(video, opened_video)),)
         ids = self._expand(pieces, [layout.num_image_tokens for layout in layouts], counts)
         return Request(ids, layouts, (), video_counts=counts)
 
@@ -283,18 +283,32 @@ class RequestBuilder:
             DependencyError: it is to be decoded and PyAV is not installed.
             RequestError: the number of frames or their choice is out of range.
         """
-        processing = self._video_processing()
-        with self._chosen_frames(video) as (clip, numbers):
-            pixels = VideoProcessor(processing).preprocess(clip.frames(numbers), len(numbers))
-        return PreparedVideo(pixels, digests_of(pixels), self._video_tokens(len(numbers)))
+        processor = VideoProcessor(self._video_processing())
+        with self._opened(video) as opened:
+            most = self._most_frames(video)
+            # A file is decoded once where every packet gives a frame, as in nearly all.
+            total = opened.expected if most <= opened.expected else opened.total
+            while True:
+                wanted = min(most, total) if video.num_frames is None else most
+                numbers = choose_frames(total, wanted, video.frame_choice)
+                pixels = processor.preprocess(opened.frames(numbers), len(numbers))
+                if opened.total == total:
+                    break
+                total = opened.total
+            notes = opened.notes
+        return PreparedVideo(pixels, digests_of(pixels), self._video_tokens(len(numbers)), notes)
 
     @contextmanager
-    def _chosen_frames(self, video: VideoInput) -> Iterator[tuple[Clip, tuple[int, ...]]]:
-        """The opened video, and numbers of the frames to look at."""
-        most = self._check_frames(video)
-        with open_clip(video.source, self._limits) as clip:
-            wanted = min(most, clip.total) if video.num_frames is None else video.num_frames
-            yield clip, choose_frames(clip.total, wanted, video.frame_choice)
+    def _opened(self, video: VideoInput) -> Iterator[Video]:
+        self._check_frames(video)
+        with open_video(video.source, self._limits) as opened:
+            yield opened
+
+    def _num_frames(self, video: VideoInput, opened: Video) -> int:
+        """Frames to look at."""
+        most = self._most_frames(video)
+        found = opened.count(most)
+        return found if video.num_frames is None else len(choose_frames(found, most))
 
     def _check_frames(self, video: VideoInput) -> int:
         """Most frames of a video."""

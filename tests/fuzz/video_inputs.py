@@ -28,6 +28,7 @@ def corpus() -> dict[str, bytes]:
         "MKV vp8": ("matroska", "libvpx"),
         "AVI mjpeg": ("avi", "mjpeg"),
         "AVI mpeg4": ("avi", "mpeg4"),
+        "TS h264": ("mpegts", "libx264"),
     }
     return {name: encoded(moving(9), *how) for name, how in made.items()}
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image, features
 
 from llava_edge.profiles.errors import ImageError
-from llava_edge.runtime import image_file
 from llava_edge.runtime.image_formats import DEFAULT_FORMATS, READABLE_FORMATS, recognise
 from llava_edge.runtime.images import open_image
 from llava_edge.runtime.limits import Limits
@@ -117,7 +117,8 @@ def test_avif_is_read_by_default() -> None:
 
 
 def test_where_pillow_has_no_avif_the_message_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_file.features, "check", lambda name: name != "avif")
+    monkeypatch.setitem(sys.modules, "PIL.AvifImagePlugin", None)
+    monkeypatch.delattr("PIL.AvifImagePlugin", raising=False)
     with pytest.raises(ImageError, match=r"does not read AVIF\. Install Pillow 11"):
         open_image(brands(b"avif"))
 

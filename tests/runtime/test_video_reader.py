@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from llava_edge.profiles.errors import DependencyError, OutOfMemoryError, VideoError
-from llava_edge.runtime import clip as clip_module
-from llava_edge.runtime.clip import VideoSource, open_clip
+from llava_edge.runtime import video_reader
 from llava_edge.runtime.limits import Limits
+from llava_edge.runtime.video_reader import VideoSource, open_video
 from tests.videos import encoded, moving
 
 CONTAINERS = {
@@ -32,12 +32,12 @@ CONTAINERS = {
 
 def levels(source: VideoSource, numbers: list[int], limits: Limits | None = None) -> list[float]:
     """Mean grey of some frames."""
-    with open_clip(source, limits or Limits()) as clip:
+    with open_video(source, limits or Limits()) as clip:
         return [float(frame.mean()) for frame in clip.frames(numbers)]
 
 
 def refused(source: Any, limits: Limits | None = None) -> str:
-    with pytest.raises(VideoError) as caught, open_clip(source, limits or Limits()) as clip:
+    with pytest.raises(VideoError) as caught, open_video(source, limits or Limits()) as clip:
         list(clip.frames(range(clip.total)))
     return str(caught.value)
 
@@ -51,7 +51,7 @@ def test_chosen_frames_come_in_order(container: str, codec: str, tmp_path: Path)
     wanted = [0, 7, 7, 19]
 
     for source in (path, str(path), data, memoryview(data)):
-        with open_clip(source, Limits()) as clip:
+        with open_video(source, Limits()) as clip:
             assert clip.total == 20
         found = levels(source, wanted)
         assert found == pytest.approx([frames[n].mean() for n in wanted], abs=6)
@@ -151,7 +151,7 @@ def test_a_header_does_not_decide_the_number_of_frames() -> None:
         assert int.from_bytes(data[at : at + 4], "little") == 12
         data[at : at + 4] = (5_000_000).to_bytes(4, "little")
 
-    with open_clip(bytes(data), Limits()) as clip:
+    with open_video(bytes(data), Limits()) as clip:
         assert clip.total == 12
         assert len(list(clip.frames([0, 6, 11]))) == 3
 
@@ -178,7 +178,7 @@ def test_a_file_that_is_cut_off_says_so() -> None:
     # In Matroska packets follow their headers, so a part of the file can be read.
     data = encoded(moving(40, 240, 320), "matroska", "libx264", bf="0")
 
-    with open_clip(data[: len(data) // 2], Limits()) as clip:
+    with open_video(data[: len(data) // 2], Limits()) as clip:
         assert 0 < clip.total < 40
         assert len(list(clip.frames(range(clip.total)))) == clip.total
 
@@ -206,7 +206,7 @@ def test_damaged_files_end_in_an_error_or_in_frames(name: str, seed: int) -> Non
         data[place] = random.integers(0, 256)
 
     try:
-        with open_clip(bytes(data), Limits()) as clip:
+        with open_video(bytes(data), Limits()) as clip:
             shapes = {frame.shape for frame in clip.frames(range(min(10, clip.total)))}
     except (VideoError, OutOfMemoryError):
         # FFmpeg says that memory ran out where a header asks for an absurd amount.
@@ -236,7 +236,7 @@ def test_without_pyav_the_install_command_is_named(monkeypatch: pytest.MonkeyPat
     def missing(name: str) -> Any:
         raise ImportError(name)
 
-    monkeypatch.setattr(clip_module.importlib, "import_module", missing)
+    monkeypatch.setattr(video_reader.importlib, "import_module", missing)
 
     with pytest.raises(DependencyError, match=r"pip install 'llava-edge\[video\]'"):
         levels(encoded(moving(2)), [0])
@@ -247,9 +247,9 @@ def test_pyav_is_loaded_for_files_only() -> None:
     code = (
         "import sys, numpy as np\n"
         "from llava_edge.runtime import LlavaEdge\n"
-        "from llava_edge.runtime.clip import open_clip\n"
+        "from llava_edge.runtime.video_reader import open_video\n"
         "from llava_edge.runtime.limits import Limits\n"
-        "with open_clip(np.zeros((2, 4, 4, 3), np.uint8), Limits()) as clip:\n"
+        "with open_video(np.zeros((2, 4, 4, 3), np.uint8), Limits()) as clip:\n"
         "    list(clip.frames([0, 1]))\n"
         "sys.exit('av' in sys.modules)\n"
     )

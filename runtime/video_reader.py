@@ -1,10 +1,11 @@
-"""Clip: a video that was opened within the limits, and hands out chosen frames.
+"""Videos, opened within the limits; chosen frames are handed out upright.
 
 A file is decoded with PyAV (FFmpeg). FFmpeg would take nearly any file for a video, among them play
 lists that name other files and addresses; so the container is told from the first bytes and fixed,
 its data is read through one open file, nothing else can be opened, and only some codecs are
-decoded. What a header says is not believed: frames are counted packet by packet before anything is
-decoded, sizes are looked at again on every frame.
+decoded. What a header says is not believed: packets are counted before anything is decoded, and the
+number of frames is what decodes. A recording that starts between key frames, a cut at an open group
+of pictures or a damaged packet gives fewer frames than packets, and every player plays them.
 """
 
 from __future__ import annotations
@@ -45,23 +46,40 @@ VideoSource: TypeAlias = (
     | NDArray[np.uint8]
 )
 
-_DEMUXERS = {"MP4": "mov", "WEBM": "matroska", "AVI": "avi"}
+_DEMUXERS = {"MP4": "mov", "WEBM": "matroska", "AVI": "avi", "TS": "mpegts"}
+_HEAD_BYTES = 1024
+_TS_PACKETS = ((0, 188), (4, 192))
+"""Where the sync byte of a transport stream stands first, and how far apart the others are."""
 _MOV_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 
 
-class Clip(Protocol):
+class Video(Protocol):
     """Frames by number."""
 
     @property
+    def expected(self) -> int:
+        """Frames that there seem to be, known without decoding."""
+
+    @property
     def total(self) -> int:
-        """Frames that there are."""
+        """Frames that there are; a file is decoded to its end to know, once."""
+
+    def count(self, at_most: int) -> int:
+        """Frames that there are, counted no further than ``at_most``."""
 
     def frames(self, numbers: Sequence[int]) -> Iterator[Pixels]:
-        """Frames of ascending numbers, uint8 (height, width, 3), all of one size."""
+        """Frames of ascending numbers, uint8 (height, width, 3), all of one size.
+
+        Ends early where there are fewer frames. Once it has ended, ``total`` costs nothing.
+        """
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about how frames were read; complete once ``total`` is known."""
 
 
 @contextmanager
-def open_clip(source: VideoSource, limits: Limits) -> Iterator[Clip]:
+def open_video(source: VideoSource, limits: Limits) -> Iterator[Video]:
     """Open a video file, its bytes, or a list of frames.
 
     Args:
@@ -76,11 +94,11 @@ def open_clip(source: VideoSource, limits: Limits) -> Iterator[Clip]:
     if isinstance(source, (str, os.PathLike)):
         label = f"video {os.fspath(source)!r:.200}"
         with _opened(label, source) as file:
-            yield FileClip(label, file, os.fstat(file.fileno()).st_size, limits)
+            yield VideoReader(label, file, os.fstat(file.fileno()).st_size, limits)
         return
     if isinstance(source, (bytes, bytearray, memoryview)):
         label = f"video of {len(source)} bytes"
-        yield FileClip(label, io.BytesIO(source), len(source), limits)
+        yield VideoReader(label, io.BytesIO(source), len(source), limits)
         return
     if isinstance(source, np.ndarray) and source.ndim != 4:
         raise VideoError(
@@ -92,10 +110,10 @@ def open_clip(source: VideoSource, limits: Limits) -> Iterator[Clip]:
             "array (frames, height, width, 3)"
         )
     frames: Any = source
-    yield FrameClip(frames, limits)
+    yield FrameList(frames, limits)
 
 
-class FrameClip:
+class FrameList:
     """Frames that are there already.
 
     Raises:
@@ -107,17 +125,35 @@ class FrameClip:
         self._limits = limits
         _check_count("the list of frames", len(source), limits)
 
+    notes: tuple[str, ...] = ()
+
     @property
     def total(self) -> int:
         """Frames of the list."""
         return len(self._source)
 
+    @property
+    def expected(self) -> int:
+        """See ``Video``."""
+        return self.total
+
+    def count(self, at_most: int) -> int:
+        """See ``Video``."""
+        return min(self.total, at_most)
+
     def frames(self, numbers: Sequence[int]) -> Iterator[Pixels]:
-        """See ``Clip``."""
+        """See ``Video``."""
         first: tuple[int, ...] | None = None
         for number in numbers:
+            source = self._source[number]
+            if isinstance(source, np.ndarray) and source.dtype not in (np.uint8, np.uint16):
+                # One frame alone does not tell which range all of them have.
+                raise VideoError(
+                    f"frame {number}: image array of type {source.dtype}; frames are uint8. Scale "
+                    "all frames alike."
+                )
             try:
-                frame = np.asarray(open_image(self._source[number], self._limits))
+                frame = np.asarray(open_image(source, self._limits))
             except ImageError as error:
                 raise VideoError(f"frame {number}: {error}") from error
             first = first or frame.shape
@@ -129,17 +165,17 @@ class FrameClip:
             yield frame
 
 
-class FileClip:
+class VideoReader:
     """A video file, counted on opening.
 
     Args:
         label: what messages call it.
         file: readable and seekable; read again for every use.
         size: of the file in bytes.
-        limits: see ``open_clip``.
+        limits: see ``open_video``.
 
     Raises:
-        VideoError: see ``open_clip``.
+        VideoError: see ``open_video``.
         DependencyError: PyAV is not installed.
     """
 
@@ -155,45 +191,134 @@ class FileClip:
         self._av = _load_av()
         self._demuxer = self._told_from_content()
         self._size: tuple[int, int] = (0, 0)
-        self._total = self._counted()
+        self._expected = self._count_packets()
+        self._total: int | None = None
+        self._least = 0
+        self._damage = ""
+        self._orientation_note = ""
+
+    @property
+    def expected(self) -> int:
+        """Packets of the video stream."""
+        return self._expected
 
     @property
     def total(self) -> int:
-        """Frames of the first video stream, counted packet by packet."""
+        """Frames of the video stream that decode."""
+        if self._total is None:
+            for _ in self._decoded():
+                pass
+        assert self._total is not None
         return self._total
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """See ``Video``."""
+        return tuple(filter(None, (self._damage, self._orientation_note)))
+
+    def count(self, at_most: int) -> int:
+        """See ``Video``."""
+        if self._total is None and self._least < at_most:
+            for number, _ in enumerate(self._decoded(), start=1):
+                if number == at_most:
+                    self._least = number
+                    return at_most
+        return min(at_most, self._least if self._total is None else self._total)
+
     def frames(self, numbers: Sequence[int]) -> Iterator[Pixels]:
-        """See ``Clip``; everything up to the last frame is decoded."""
+        """See ``Video``; the first time everything is decoded, later up to the last frame."""
         left = list(numbers)
-        require_free(video_decoding_bytes(self._size[0] * self._size[1]), self._label)
-        with self._stream() as (container, stream):
-            decoded = 0
-            for frame in self._guarded(lambda: container.decode(stream)):
-                if not left:
-                    return
+        for number, (frame, tag) in enumerate(self._decoded()):
+            if left and left[0] == number:
                 if (frame.height, frame.width) != self._size:
                     raise VideoError(
-                        f"{self._label}: frame {decoded} is {frame.height}x{frame.width} (height x "
+                        f"{self._label}: frame {number} is {frame.height}x{frame.width} (height x "
                         f"width), the header says {self._size[0]}x{self._size[1]}. All frames of a "
                         "video have one size."
                     )
-                if left[0] == decoded:
-                    pixels = self._once(partial(frame.to_ndarray, format="rgb24"))
-                    while left and left[0] == decoded:
-                        left.pop(0)
-                        yield pixels
-                decoded += 1
-        if left:
+                pixels = self._once(partial(frame.to_ndarray, format="rgb24"))
+                pixels = self._upright(pixels, frame, tag)
+                while left and left[0] == number:
+                    left.pop(0)
+                    yield pixels
+            if not left and self._total is not None:
+                return
+
+    def _decoded(self) -> Iterator[tuple[Any, str]]:
+        """Every frame that decodes, with the rotation that the stream's tag tells.
+
+        Damaged packets are passed over. At the end the number of frames is known.
+        """
+        require_free(video_decoding_bytes(self._size[0] * self._size[1]), self._label)
+        count = damaged = 0
+        reason = ""
+        passed_over = (self._av.error.InvalidDataError, self._av.error.PatchWelcomeError)
+        with self._stream() as (container, stream):
+            tag = next((v for k, v in stream.metadata.items() if k.lower() == "rotate"), "")
+            for packet in self._packets(container, stream):
+                try:
+                    frames = self._once(packet.decode)
+                except VideoError as error:
+                    if not isinstance(error.__cause__, passed_over):
+                        raise
+                    damaged, reason = damaged + 1, reason or str(error.__cause__)
+                    continue
+                for frame in frames:
+                    count += 1
+                    _check_count(self._label, count, self._limits)
+                    yield frame, tag
+        if not count:
             raise VideoError(
-                f"{self._label} ends after {decoded} frames; its packets promise {self._total}. "
-                "The file is cut off or damaged."
+                f"{self._label} cannot be decoded: none of its {self._expected} packets gives a "
+                f"frame{f' ({reason:.200})' if reason else ''}. The file may be cut off or damaged."
             )
+        self._total = count
+        if damaged:
+            self._damage = (
+                f"{self._label}: damaged packets were passed over ({damaged}); frames were chosen "
+                f"from the {count} that decode"
+            )
+
+    def _packets(self, container: Any, stream: Any) -> Iterator[Any]:
+        """Packets up to the end or to where the file is damaged, the last ones empty."""
+        packets = self._guarded(lambda: container.demux(stream))
+        some = False
+        while True:
+            try:
+                packet = next(packets, None)
+            except VideoError as error:
+                if not some or not isinstance(error.__cause__, self._av.error.InvalidDataError):
+                    raise
+                # What was read so far is a video; the decoder hands over what it still holds.
+                packet = self._av.Packet(0)
+                packet.stream = stream
+                yield packet
+                return
+            if packet is None:
+                return
+            some = some or packet.size > 0
+            yield packet
+
+    def _upright(self, pixels: Pixels, frame: Any, tag: str) -> Pixels:
+        """A frame as the file says that it is to be seen."""
+        matrix = _display_matrix(frame)
+        if matrix is None and tag:
+            # Older files tell degrees, clockwise, in a tag of the stream.
+            matrix = _TAGGED.get(tag.strip())
+        turned = pixels if matrix is None else _transformed(pixels, matrix)
+        if turned is None:
+            self._orientation_note = (
+                f"{self._label}: its metadata asks for a rotation by {frame.rotation} degrees; "
+                "only quarter turns are applied, so frames are as they are stored"
+            )
+            return pixels
+        return turned
 
     def _told_from_content(self) -> str:
         try:
             self._file.seek(0)
             # Nothing, where a file of /proc would have to be waited for.
-            head = self._file.read(16) or b""
+            head = self._file.read(_HEAD_BYTES) or b""
         except OSError as error:
             raise VideoError(f"{self._label} cannot be read: {error.strerror}") from error
         found = None
@@ -203,6 +328,11 @@ class FileClip:
             found = "WEBM"
         elif head.startswith(b"RIFF") and head[8:12] == b"AVI ":
             found = "AVI"
+        elif any(
+            len(head) > start + 2 * apart and set(head[start : start + 3 * apart : apart]) == {0x47}
+            for start, apart in _TS_PACKETS
+        ):
+            found = "TS"
         if found not in self._limits.video_formats:
             raise VideoError(
                 f"{self._label} is {'no video of a known format' if found is None else found}; "
@@ -211,7 +341,7 @@ class FileClip:
             )
         return _DEMUXERS[found]
 
-    def _counted(self) -> int:
+    def _count_packets(self) -> int:
         limits = self._limits
         count, first, last = 0, None, None
         with self._stream() as (container, stream):
@@ -224,7 +354,7 @@ class FileClip:
                 )
             self._size = (int(context.height), int(context.width))
             self._check_size(*self._size)
-            for packet in self._guarded(lambda: container.demux(stream)):
+            for packet in self._packets(container, stream):
                 if not packet.size or packet.is_discard:
                     continue
                 count += 1
@@ -275,7 +405,12 @@ class FileClip:
         try:
             if not container.streams.video:
                 raise VideoError(f"{self._label} holds no video, only other streams")
-            stream = container.streams.video[0]
+            moving = [stream for stream in container.streams.video if not _is_picture(stream)]
+            if not moving:
+                raise VideoError(
+                    f"{self._label} holds no video, only a cover picture. Give it as an image."
+                )
+            stream = moving[0]
             if stream.codec_context is None:
                 raise VideoError(
                     f"{self._label} holds a video that FFmpeg has no decoder for; allowed codecs "
@@ -336,6 +471,58 @@ def _check_count(label: str, count: int, limits: Limits) -> None:
             f"{label} has more than {limits.max_video_frames} frames (max_video_frames). Cut it or "
             "raise the limit."
         )
+
+
+def _is_picture(stream: Any) -> bool:
+    """Whether a stream is a cover or thumbnails, not what is played."""
+    kinds = type(stream.disposition)
+    return bool(stream.disposition & (kinds.attached_pic | kinds.timed_thumbnails))
+
+
+Matrix: TypeAlias = tuple[int, int, int, int]
+"""(a, b, c, d): a pixel (x, y), y downwards, is seen at (a x + c y, b x + d y)."""
+
+_TAGGED: dict[str, Matrix] = {
+    "90": (0, 1, -1, 0),
+    "180": (-1, 0, 0, -1),
+    "270": (0, -1, 1, 0),
+    "-90": (0, -1, 1, 0),
+    "-180": (-1, 0, 0, -1),
+    "-270": (0, 1, -1, 0),
+}
+
+
+def _display_matrix(frame: Any) -> Matrix | None:
+    """How a frame is to be seen, as its container or codec tells.
+
+    Source: FFmpeg ``libavutil/display.h``: nine 32-bit numbers in rows of three.
+    """
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX" and len(bytes(data)) == 36:
+            numbers = np.frombuffer(bytes(data), np.int32)
+            return int(numbers[0]), int(numbers[1]), int(numbers[3]), int(numbers[4])
+    return None
+
+
+def _transformed(pixels: Pixels, matrix: Matrix) -> Pixels | None:
+    """Pixels after quarter turns and flips; None where the matrix asks for anything else."""
+    straight, crossed = (matrix[0], matrix[3]), (matrix[1], matrix[2])
+    is_crossed = min(map(abs, crossed)) > min(map(abs, straight))
+    along, across = (crossed, straight) if is_crossed else (straight, crossed)
+    if not any(matrix):
+        return pixels
+    if max(map(abs, across)) * _STRAIGHT > min(map(abs, along)):
+        return None
+    if is_crossed:
+        down, right = along
+        pixels = pixels.transpose(1, 0, 2)
+    else:
+        right, down = along
+    return np.ascontiguousarray(pixels[:: 1 if down > 0 else -1, :: 1 if right > 0 else -1])
+
+
+_STRAIGHT = 1000
+"""Times what lies across an axis goes into what lies along it, in a quarter turn."""
 
 
 def _load_av() -> Any:
