@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,10 @@ from llava_edge.runtime.interface_check import check_interfaces
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.load_fit import LoadFit, fit_at_load
 from llava_edge.runtime.load_options import LoadOptions
-from llava_edge.runtime.loaded_parts import open_parts
+from llava_edge.runtime.loaded_parts import nothing_kept_by_errors, open_parts
 from llava_edge.runtime.lowering import Lowering
 from llava_edge.runtime.placement import AskedCache, Device, choose_device
+from llava_edge.runtime.process import configure_process
 from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.replay import Replay
 from llava_edge.runtime.request import PromptOptions, Request, VideoInput
@@ -91,6 +93,8 @@ class LlavaEdge:
         self._tower = parts.tower
         self._decoder = parts.decoder
         self._answerer = parts.answerer
+        self._forget = parts.forget
+        self._opened = parts.opened
 
     @classmethod
     def load(
@@ -174,13 +178,13 @@ class LlavaEdge:
         }
         # Before anything is opened: what is asked wrongly costs no time.
         LoadOptions(**options)
-        opened = open_artifact(artifact, require_verified=require_verified)
-        model = cls.over(opened, device, progress=progress, **options)
-        try:
+        with ExitStack() as opened, nothing_kept_by_errors():
+            whole = open_artifact(artifact, require_verified=require_verified)
+            opened.callback(whole.close)
+            model = opened.enter_context(cls.over(whole, device, progress=progress, **options))
             check_verified_here(model)
-        except BaseException:
-            model.close()
-            raise
+            opened.pop_all()
+        model._opened.callback(whole.close)
         return model
 
     @classmethod
@@ -207,8 +211,13 @@ class LlavaEdge:
         require_callable("progress", progress)
         check_interfaces(artifact)
         chosen = choose_device(device, artifact.manifest.flavour, how.allow_slow)
+        configure_process(chosen)
         fit = fit_at_load(artifact, chosen, how.context_tokens, how.vision_cache_bytes, how.cache)
-        return cls(artifact, chosen, fit, how, progress)
+        with ExitStack() as opened, nothing_kept_by_errors():
+            with artifact.files.unchanged():
+                model = opened.enter_context(cls(artifact, chosen, fit, how, progress))
+            opened.pop_all()
+        return model
 
     def generate(self, prompt: str, images: Sequence[ImageSource] = (), **options: Any) -> Answer:
         """Answer a question; takes the options of ``stream``.
@@ -279,6 +288,8 @@ class LlavaEdge:
             An iterator of text; its ``answer`` is there once it ended.
 
         Raises:
+            ArtifactError: a file of the artifact changed on disk since it was loaded; while
+                iterating as well, in place of the end of the answer. Load it again.
             ImageError: an image is refused.
             VideoError: the video is refused.
             DependencyError: a video is to be decoded and PyAV is not installed.
@@ -290,6 +301,8 @@ class LlavaEdge:
             DeadlineError: while iterating, the time was over before the first token.
         """
         self._turnstile.require_own_process()
+        # Before pictures are opened; looked at again when the request's turn comes.
+        self.artifact.files.require_unchanged()
         budget = TimeBudget(deadline_seconds)
         requests, capped = self._requests, ""
         if max_image_tokens is not None:
@@ -351,6 +364,7 @@ class LlavaEdge:
     ) -> int:
         """Exactly how many tokens a prompt takes, images and video included, before running it."""
         self._turnstile.require_own_process()
+        self.artifact.files.require_unchanged()
         options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
         clip = None if video is None else VideoInput(video, num_frames)
         built = self._requests.build(prompt, images, options, video=clip, with_pixels=False)
@@ -430,7 +444,7 @@ class LlavaEdge:
         """
         request = self._requests.build(prompt, images, options or PromptOptions(), video=video)
         self._check_length(request)
-        with self._turnstile.turn():
+        with self._turnstile.turn(), self._unchanged():
             return self._answerer.replay(request, token_ids, on_logits)
 
     @property
@@ -454,19 +468,22 @@ class LlavaEdge:
                 stop, and no other gets in.
         """
         with self._turnstile.closing():
-            self._table.close()
-            tower = self.__dict__.pop("_tower", None)
-            if tower is not None:
-                tower.close()
+            self._opened.close()
+            self.__dict__.pop("_tower", None)
             # Nobody gets in any more, so nobody misses them.
             self.__dict__.pop("_answerer", None)
             self.__dict__.pop("_decoder", None)
+            self.__dict__.pop("_forget", None)
 
     def __enter__(self) -> LlavaEdge:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _unchanged(self) -> AbstractContextManager[None]:
+        """See to it that no file of the artifact changes while a request is answered."""
+        return self.artifact.files.unchanged(self._forget)
 
     def _check_length(self, request: Request) -> None:
         if request.num_tokens < self.context_tokens:
@@ -501,17 +518,23 @@ class LlavaEdge:
             with self._turnstile.turn(handle.close, handle.thread, time.remaining):
                 if handle.is_cancelled():
                     return None
-                pieces = self._answerer.pieces(
-                    lowering,
-                    prepared,
-                    choosing,
-                    max_new_tokens,
-                    prompt_lookup_num_tokens,
-                    progress,
-                    handle.is_cancelled,
-                    time,
+                pieces = self._checked(
+                    self._answerer.pieces(
+                        lowering,
+                        prepared,
+                        choosing,
+                        max_new_tokens,
+                        prompt_lookup_num_tokens,
+                        progress,
+                        handle.is_cancelled,
+                        time,
+                    )
                 )
                 with refusals("in the middle of a request"):
                     return (yield from pieces if within_turn is None else within_turn(pieces))
 
         return AnswerStream(run)
+
+    def _checked(self, pieces: Pieces) -> Pieces:
+        with self._unchanged():
+            return (yield from pieces)
