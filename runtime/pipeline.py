@@ -288,8 +288,8 @@ class LlavaEdge:
             An iterator of text; its ``answer`` is there once it ended.
 
         Raises:
-            ArtifactError: a file of the artifact changed on disk since it was loaded; while
-                iterating as well, in place of the end of the answer. Load it again.
+            ArtifactError: while iterating, a file of the artifact changed on disk since it was
+                loaded, or while the answer was made. Load it again.
             ImageError: an image is refused.
             VideoError: the video is refused.
             DependencyError: a video is to be decoded and PyAV is not installed.
@@ -301,8 +301,6 @@ class LlavaEdge:
             DeadlineError: while iterating, the time was over before the first token.
         """
         self._turnstile.require_own_process()
-        # Before pictures are opened; looked at again when the request's turn comes.
-        self.artifact.files.require_unchanged()
         budget = TimeBudget(deadline_seconds)
         requests, capped = self._requests, ""
         if max_image_tokens is not None:
