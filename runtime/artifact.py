@@ -218,20 +218,20 @@ def check_listing(root: Path, manifest: Manifest) -> None:
     found: dict[str, int | None] = {}
     for name, entry in _walk(root, "", manifest.files, faults, MAX_FILES + len(UNLISTED)):
         shown = ascii(name)[1:-1]
-        if entry.is_symlink() and entry.is_dir():
-            faults.append(f"{shown} is a link to a folder; an artifact may hold links to files")
-            continue
-        if name not in manifest.files and name not in UNLISTED:
-            faults.append(f"{shown} is not listed in {MANIFEST}; remove it")
-            continue
-        found[name] = None
+        is_known = name in manifest.files or name in UNLISTED
+        if is_known:
+            found[name] = None
         try:
             status = entry.stat()
         except OSError as error:
             fault = link_fault(root / name, error) if entry.is_symlink() else error.strerror
             faults.append(f"{shown} cannot be opened: {fault}")
             continue
-        if stat.S_ISREG(status.st_mode):
+        if stat.S_ISDIR(status.st_mode):
+            faults.append(f"{shown} is a link to a folder; an artifact may hold links to files")
+        elif not is_known:
+            faults.append(f"{shown} is not listed in {MANIFEST}; remove it")
+        elif stat.S_ISREG(status.st_mode):
             found[name] = status.st_size
         else:
             faults.append(f"{shown} is no regular file; an artifact holds plain files only")
