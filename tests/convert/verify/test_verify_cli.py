@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from llava_edge.convert.verify import cli as verify_cli
+from llava_edge.runtime import artifact as artifact_module
 from llava_edge.runtime import cli, digests
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.golden import GoldenProbe
@@ -227,6 +229,9 @@ def test_both_ways_hash_every_file_anew(
         hashed.append(opened.path)
         return real(opened, *rest)
 
+    # Files that were written a moment ago are remembered as well.
+    eager = functools.partial(digests.DigestCache, settle_seconds=0)
+    monkeypatch.setattr(artifact_module, "DigestCache", eager)
     open_artifact(artifact)  # fills the cache of digests
     monkeypatch.setattr(digests, "_hash", spy)
     open_artifact(artifact)
