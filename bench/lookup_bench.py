@@ -182,11 +182,11 @@ class _Large:
         manifest = opened.manifest
         wide_sums = needs_wide_sums(manifest.precision)
         settings = SessionOptions(threads=options.threads, wide_sums=wide_sums)
-        session = Session(opened.path(manifest.decoder.file), settings)
+        session = Session.from_files(opened.files, manifest.decoder.file, settings)
         text, chunk = manifest.model.text, manifest.prefill_chunk
         self._vocab_size = text.vocab_size
         self._decoder = Decoder(session, text, manifest.context_tokens, chunk, np.float32)
-        self._table = EmbeddingTable(opened.path(manifest.embeddings), manifest.model)
+        self._table = EmbeddingTable(opened.files[manifest.embeddings], manifest.model)
         random = np.random.default_rng(_SEED)
         # Frequent and rare words, as in text: the r-th most frequent comes as 1 / (r + 2.7).
         words = np.arange(3, manifest.tokens.num_text_tokens)

@@ -124,7 +124,7 @@ def _session(artifact: Artifact, threads: int) -> Session:
     manifest = artifact.manifest
     wide_sums = needs_wide_sums(manifest.precision)
     options = SessionOptions(device="cpu", threads=threads, wide_sums=wide_sums)
-    return Session(artifact.path(manifest.vision.file), options)
+    return Session.from_files(artifact.files, manifest.vision.file, options)
 
 
 def _in_turns(

@@ -26,9 +26,9 @@ from llava_edge.convert.verify.decoder_slice import DecoderGraph
 from llava_edge.profiles.errors import CheckpointError
 from llava_edge.profiles.model_dims import ModelDims, TextDims
 from llava_edge.runtime.decoder import Decoder
-from llava_edge.runtime.host_memory import map_large_blocks
 from llava_edge.runtime.instructions import needs_wide_sums
 from llava_edge.runtime.manifest import Precision
+from llava_edge.runtime.process import configure_process
 from llava_edge.runtime.session import Array, SessionOptions
 
 NUM_SAMPLES = 8
@@ -76,7 +76,7 @@ def calibrate_cache(
         CheckpointError: keys or values of a layer are not finite.
         ExportError: the disk is full.
     """
-    map_large_blocks()
+    configure_process()
     place = work / "cache-scales"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)

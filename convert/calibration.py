@@ -30,6 +30,7 @@ from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.images import open_image
 from llava_edge.runtime.instructions import sums_saturate
 from llava_edge.runtime.manifest import Flavour, ImageProcessing, PromptFormat, TokenIds
+from llava_edge.runtime.opened_files import OpenedFiles
 from llava_edge.runtime.prompt import MARKS, Message, Piece, Text, compose, user_message
 from llava_edge.runtime.prompt_date import COMPARED_NOW
 from llava_edge.runtime.prompt_embedder import PromptEmbedder, TileEncoder
@@ -188,16 +189,17 @@ class CalibrationModel:
             session = Session(folder / vision, options)
             return VisionEncoder(session, dims, 1, dtype)
 
-        return cls(
-            dims,
-            Tokenizer.open(folder / tokenizer, tokens, prompt),
-            prompt,
-            processing,
-            EmbeddingTable(folder / embeddings, dims),
-            open_encoder,
-            dtype,
-            context_tokens,
-        )
+        with OpenedFiles(folder) as files:
+            return cls(
+                dims,
+                Tokenizer.open(files[tokenizer], tokens, prompt),
+                prompt,
+                processing,
+                EmbeddingTable(files[embeddings], dims),
+                open_encoder,
+                dtype,
+                context_tokens,
+            )
 
     def prepare(
         self, conversations: Sequence[Conversation], source: dict[str, Any]

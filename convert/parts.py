@@ -27,9 +27,9 @@ from llava_edge.convert.vision_trace import VisionTrace
 from llava_edge.convert.weights import Array
 from llava_edge.convert.write_embeddings import write_embeddings
 from llava_edge.profiles.buffers import BEST_TOKENS
-from llava_edge.runtime.host_memory import map_large_blocks
 from llava_edge.runtime.manifest import Flavour, GraphSpec, Precision
 from llava_edge.runtime.pooling import POOLING, pooling_index
+from llava_edge.runtime.process import configure_process
 from llava_edge.runtime.records import to_json
 
 Report = Callable[[str, int, int], None]
@@ -110,7 +110,7 @@ class PartBuilders:
     def _traced(self, tiles: CalibrationTiles, work: Path) -> Iterator[VisionTrace]:
         """The float32 graph, in a folder that is gone afterwards, to be looked into."""
         # Pieces of the tower come and go; what they took shall leave the process.
-        map_large_blocks()
+        configure_process()
         place = work / "vision-trace"
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)

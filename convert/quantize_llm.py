@@ -53,7 +53,8 @@ from llava_edge.convert.quantized_store import (
 from llava_edge.convert.rounding import PER_CHANNEL
 from llava_edge.convert.torch_threads import torch_threads
 from llava_edge.profiles.errors import CheckpointError, RequestError
-from llava_edge.runtime.host_memory import map_large_blocks, peak_host_bytes
+from llava_edge.runtime.host_memory import peak_host_bytes
+from llava_edge.runtime.process import configure_process
 
 __all__ = [
     "LayerProgress",
@@ -132,7 +133,7 @@ def quantize_language_model(
     digest = source_digest or checkpoint.digest()
     journal = _open_journal(checkpoint, folder, settings, used, digest)
     with torch_threads(journal.threads), torch.no_grad():
-        map_large_blocks()
+        configure_process()
         run = _Run(checkpoint, folder, settings, journal, report)
         if used is None:
             run.round_layers()

@@ -32,6 +32,7 @@ from llava_edge.runtime.golden import GOLDEN_FILE, golden_bytes
 from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.manifest_check import CARD
+from llava_edge.runtime.opened_files import OpenedFiles
 from llava_edge.runtime.records import to_json
 from llava_edge.runtime.stage_table import deviation_line, stage_table, verdict_line
 
@@ -66,7 +67,7 @@ class Verification:
 
         def build(folder: Path) -> None:
             listed = replace(manifest, files=dict(writer.files))
-            artifact = Artifact(folder, listed, "", None, False)
+            artifact = Artifact(folder, listed, "", None, False, OpenedFiles(folder, listed.files))
             try:
                 probes, self._reference = golden_probes(artifact, self._checkpoint)
             except (LlavaEdgeError, ValueError, RuntimeError) as error:
@@ -84,7 +85,9 @@ class Verification:
             VerificationError: a stage failed; the folder is then kept aside with the report.
         """
         manifest, digest = read_manifest(folder)
-        artifact = Artifact(folder, manifest, digest, None, False)
+        artifact = Artifact(
+            folder, manifest, digest, None, False, OpenedFiles(folder, manifest.files)
+        )
         if self._mode == "none":
             certificate = unverified(artifact)
         else:

@@ -47,6 +47,7 @@ from llava_edge.runtime.artifact import check_graphs, check_listing, read_manife
 from llava_edge.runtime.digests import hash_files
 from llava_edge.runtime.manifest import FileEntry, Manifest
 from llava_edge.runtime.manifest_check import CARD, CERTIFICATE, MANIFEST, UNLISTED, is_safe_name
+from llava_edge.runtime.opened_files import OpenedFiles
 from llava_edge.runtime.records import from_json, to_json
 from llava_edge.runtime.regular_file import read_bounded
 from llava_edge.runtime.sealed_json import parse_strict, seal
@@ -228,7 +229,8 @@ class ArtifactWriter:
             try:
                 written, _ = read_manifest(self.folder)
                 check_listing(self.folder, written)
-                check_graphs(self.folder, written)
+                with OpenedFiles(self.folder, written.files) as files:
+                    check_graphs(files, written)
             except ArtifactError as error:
                 raise ExportError(f"the artifact just written would be refused: {error}") from error
         return self.folder

@@ -233,6 +233,10 @@ class Answerer:
             on_logits(index, self._decoder.step(row[0]))
         return Replay(request, embeddings.features[:-1])
 
+    def forget(self) -> None:
+        """Go on behind nothing that was computed so far."""
+        self._contents.clear()
+
     def _shorter_context(self, needed: int) -> int | None:
         """Positions to cut the cache to for a request of that many; None where it cannot be cut.
 

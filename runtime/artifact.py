@@ -4,8 +4,9 @@ The order is from cheap to dear, and no step trusts what a later one checks: the
 digest and contents, the folder's listing, sizes, SHA-256 of the files, then the graphs' operators,
 weights files, inputs and outputs. Faults of one step are reported together.
 
-The checks speak of the folder as it was when it was read. Whoever can write to it afterwards can
-exchange a file between check and use; keep artifacts where only their owner writes.
+Each file is opened once, and what was hashed is what is used, by the same descriptor; graphs are
+kept as the very bytes that were hashed. Files of a download cache may be symbolic links: a link to
+a file is followed once, on opening; one to a folder is refused.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llava_edge.profiles.errors import ArtifactError, plain_reason
 from llava_edge.runtime.certificate import Certificate
 from llava_edge.runtime.certificate_file import read_certificate
-from llava_edge.runtime.digests import DigestCache, hash_files
+from llava_edge.runtime.digests import DigestCache, hash_files, hash_opened
 from llava_edge.runtime.graph_check import graph_faults, spec_faults
-from llava_edge.runtime.manifest import GraphSpec, Manifest
+from llava_edge.runtime.manifest import FileEntry, GraphSpec, Manifest
 from llava_edge.runtime.manifest_check import (
     MANIFEST,
     MAX_FILES,
@@ -34,9 +35,11 @@ from llava_edge.runtime.manifest_check import (
     manifest_faults,
 )
 from llava_edge.runtime.old_manifest import with_prompt_of_2
-from llava_edge.runtime.onnx_header import read_onnx_header
+from llava_edge.runtime.onnx_header import HeaderLimits, read_onnx_header
+from llava_edge.runtime.opened_files import OpenedFiles
 from llava_edge.runtime.records import from_json
 from llava_edge.runtime.regular_file import read_bounded
+from llava_edge.runtime.safe_open import link_fault
 from llava_edge.runtime.sealed_json import check_seal, parse_strict
 from llava_edge.runtime.versions import own_version
 
@@ -58,7 +61,8 @@ class Artifact:
 
     ``certificate`` is there whenever one can be read, also where it does not count.
     ``manifest_sha256`` is the SHA-256 of ``manifest.json`` as it lies in the folder, the value that
-    a certificate refers to.
+    a certificate refers to. ``files`` are the listed files, opened once each; they stay open until
+    the artifact is closed or nobody holds it any more.
     """
 
     folder: Path
@@ -66,6 +70,7 @@ class Artifact:
     manifest_sha256: str
     certificate: Certificate | None
     verified: bool
+    files: OpenedFiles = field(repr=False, compare=False)
 
     def path(self, name: str) -> Path:
         """Where a listed file lies.
@@ -76,6 +81,10 @@ class Artifact:
         if name not in self.manifest.files:
             raise ArtifactError(f"{self.folder / MANIFEST} lists no file {name!r:.120}. {_AGAIN}")
         return self.folder / name
+
+    def close(self) -> None:
+        """Close its files; idempotent."""
+        self.files.close()
 
 
 def open_artifact(
@@ -89,7 +98,8 @@ def open_artifact(
     """Check an artifact and return it.
 
     Args:
-        folder: the artifact; the path to it may go through links, nothing inside may.
+        folder: the artifact; the path to it may go through links, and files inside may be links to
+            files. Unlisted files and folders whose names begin with a dot are not looked at.
         verify_digests: hash the files that running opens (all but ``gptq/`` and ``engines/``, which
             is looked at where an engine is chosen), or take the digests from the cache where the
             files are untouched since.
@@ -104,27 +114,38 @@ def open_artifact(
     root = _resolve(Path(folder))
     manifest, manifest_sha256 = read_manifest(root)
     check_listing(root, manifest)
-    if verify_digests or hash_everything:
-        _check_digests(root, manifest, hash_everything)
-    check_graphs(root, manifest)
-    if not read_certificate_too:
-        return Artifact(root, manifest, manifest_sha256, None, verified=False)
+    files = OpenedFiles(root, {**manifest.files, MANIFEST: _entry(root, manifest_sha256)})
+    try:
+        if verify_digests or hash_everything:
+            _check_digests(files, manifest, manifest_sha256, hash_everything)
+        check_graphs(files, manifest)
+        certificate, verified = None, False
+        if read_certificate_too:
+            certificate, verified = _certified(root, manifest, manifest_sha256, require_verified)
+    except BaseException:
+        files.close()
+        raise
+    return Artifact(root, manifest, manifest_sha256, certificate, verified, files)
+
+
+def _certified(
+    root: Path, manifest: Manifest, manifest_sha256: str, require_verified: bool
+) -> tuple[Certificate | None, bool]:
     certificate, reason = read_certificate(root, manifest, manifest_sha256)
-    if reason is not None:
-        message = f"{root} is not verified: {reason}"
-        if require_verified:
-            raise ArtifactError(
-                f"{message}, and a verified artifact is required. Take one whose certificate "
-                "belongs to it, or do without the requirement."
-            )
-        _LOG.warning("%s", message)
-    return Artifact(
-        folder=root,
-        manifest=manifest,
-        manifest_sha256=manifest_sha256,
-        certificate=certificate,
-        verified=reason is None,
-    )
+    if reason is None:
+        return certificate, True
+    message = f"{root} is not verified: {reason}"
+    if require_verified:
+        raise ArtifactError(
+            f"{message}, and a verified artifact is required. Take one whose certificate "
+            "belongs to it, or do without the requirement."
+        )
+    _LOG.warning("%s", message)
+    return certificate, False
+
+
+def _entry(root: Path, manifest_sha256: str) -> FileEntry:
+    return FileEntry((root / MANIFEST).stat().st_size, manifest_sha256)
 
 
 def _resolve(folder: Path) -> Path:
@@ -151,7 +172,7 @@ def read_manifest(root: Path) -> tuple[Manifest, str]:
         raise ArtifactError(
             f"{root} holds no {MANIFEST}, so it is no artifact or an unfinished one. {_AGAIN}"
         )
-    data = read_bounded(path, _MANIFEST_LIMIT)
+    data = read_bounded(path, _MANIFEST_LIMIT, follow_link=True)
     document = parse_strict(data, str(path))
     # Before the seal and the contents: a newer schema may differ in both.
     reader = _reader(document, path)
@@ -190,31 +211,46 @@ def _without(document: Any, *later: str) -> Manifest:
 def check_listing(root: Path, manifest: Manifest) -> None:
     """Compare the folder's files and their sizes with the manifest's list.
 
+    What version control, download tools and file managers leave (``.gitattributes``, ``.cache``,
+    ``.DS_Store``) is not looked at: unlisted names that begin with a dot.
+
     Raises:
-        ArtifactError: a file is missing, of another size, not listed, or no plain file.
+        ArtifactError: a file is missing, of another size, not listed, or no plain file; a link
+            leads to a folder, to nothing or in a circle.
     """
     faults: list[str] = []
-    found: dict[str, int] = {}
-    for name, status in _walk(root, "", faults, MAX_FILES + len(UNLISTED)):
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "no regular file"
-            faults.append(f"{ascii(name)[1:-1]} is {kind}; an artifact holds plain files only")
-        elif name in manifest.files:
+    found: dict[str, int | None] = {}
+    for name, entry in _walk(root, "", manifest.files, faults, MAX_FILES + len(UNLISTED)):
+        shown = ascii(name)[1:-1]
+        is_known = name in manifest.files or name in UNLISTED
+        if is_known:
+            found[name] = None
+        try:
+            status = entry.stat()
+        except OSError as error:
+            fault = link_fault(root / name, error) if entry.is_symlink() else error.strerror
+            faults.append(f"{shown} cannot be opened: {fault}")
+            continue
+        if stat.S_ISDIR(status.st_mode):
+            faults.append(f"{shown} is a link to a folder; an artifact may hold links to files")
+        elif not is_known:
+            faults.append(f"{shown} is not listed in {MANIFEST}; remove it")
+        elif stat.S_ISREG(status.st_mode):
             found[name] = status.st_size
-        elif name not in UNLISTED:
-            faults.append(f"{ascii(name)[1:-1]} is not listed in {MANIFEST}; remove it")
-    for name, entry in manifest.files.items():
-        if name in found and found[name] != entry.bytes:
-            faults.append(f"{name} has {found[name]} bytes; {MANIFEST} says {entry.bytes}")
-        elif name not in found and not any(fault.startswith(f"{name} ") for fault in faults):
+        else:
+            faults.append(f"{shown} is no regular file; an artifact holds plain files only")
+    for name, listed in manifest.files.items():
+        if name not in found:
             faults.append(f"{name} is missing")
+        elif found[name] not in (None, listed.bytes):
+            faults.append(f"{name} has {found[name]} bytes; {MANIFEST} says {listed.bytes}")
     _raise(root, faults)
 
 
 def _walk(
-    root: Path, prefix: str, faults: list[str], limit: int
-) -> Iterator[tuple[str, os.stat_result]]:
-    """Everything below a folder that is no folder, without following links."""
+    root: Path, prefix: str, listed: Mapping[str, FileEntry], faults: list[str], limit: int
+) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Everything below a folder that is no folder; links are not followed."""
     pending = [prefix]
     seen = 0
     while pending:
@@ -222,8 +258,10 @@ def _walk(
         try:
             with os.scandir(root / prefix) as entries:
                 for entry in entries:
-                    seen += 1
                     name = prefix + entry.name
+                    if entry.name.startswith(".") and not _is_listed(name, listed):
+                        continue
+                    seen += 1
                     if seen > limit:
                         faults.append(f"the folder holds more than {limit} files")
                         return
@@ -233,32 +271,51 @@ def _walk(
                         else:
                             pending.append(f"{name}/")
                     else:
-                        yield name, entry.stat(follow_symlinks=False)
+                        yield name, entry
         except OSError as error:
             faults.append(
                 f"{ascii(prefix)[1:-1] or 'the folder'} cannot be listed: {error.strerror}"
             )
 
 
-def _check_digests(root: Path, manifest: Manifest, everything: bool) -> None:
+def _is_listed(name: str, listed: Mapping[str, FileEntry]) -> bool:
+    """Whether a file is listed, or anything in a folder."""
+    return any(other == name or other.startswith(f"{name}/") for other in listed)
+
+
+def _check_digests(
+    files: OpenedFiles, manifest: Manifest, manifest_sha256: str, everything: bool
+) -> None:
+    expected = {name: entry.sha256 for name, entry in manifest.files.items()}
+    expected[MANIFEST] = manifest_sha256
+    # Graphs are judged and opened from memory: theirs is the digest of the bytes that are kept.
+    actual = {
+        name: hashlib.sha256(files[name].content(HeaderLimits().file_bytes)).hexdigest()
+        for name in expected
+        if _is_graph(name)
+    }
+    opened = [files[n] for n in expected if n not in actual and not n.startswith(NOT_OPENED)]
     if everything:
-        digests = hash_files([root / name for name in manifest.files])
-        actual = {name: digests[root / name] for name in manifest.files}
+        actual |= hash_opened(opened)
+        rest = {files.root / name: name for name in expected if name.startswith(NOT_OPENED)}
+        actual |= {rest[path]: digest for path, digest in hash_files(rest).items()}
     else:
-        opened = [name for name in manifest.files if not name.startswith(NOT_OPENED)]
-        actual = DigestCache(root).hash_files(opened)
+        actual |= DigestCache(files.root).hash_files(opened)
     _raise(
-        root,
+        files.root,
         [
-            f"{name} is damaged: its SHA-256 is {digest}, {MANIFEST} says "
-            f"{manifest.files[name].sha256}"
+            f"{name} is damaged: its SHA-256 is {digest}, {MANIFEST} says {expected[name]}"
             for name, digest in actual.items()
-            if digest != manifest.files[name].sha256
+            if digest != expected[name]
         ],
     )
 
 
-def check_graphs(root: Path, manifest: Manifest) -> None:
+def _is_graph(name: str) -> bool:
+    return name.endswith(".onnx") and not name.startswith(NOT_OPENED)
+
+
+def check_graphs(files: OpenedFiles, manifest: Manifest) -> None:
     """Judge every graph of the artifact, and compare the named ones with their GraphSpec.
 
     Raises:
@@ -268,9 +325,9 @@ def check_graphs(root: Path, manifest: Manifest) -> None:
     for spec in (manifest.vision, *manifest.decoders.values()):
         specs.setdefault(spec.file, []).append(spec)
     for name in manifest.files:
-        if not name.endswith(".onnx") or name.startswith(NOT_OPENED):
+        if not _is_graph(name):
             continue
-        header = read_onnx_header(root / name)
+        header = read_onnx_header(files[name])
         beside = name.rpartition("/")[0]
         sizes = {
             other.rpartition("/")[2]: entry.bytes
@@ -280,7 +337,7 @@ def check_graphs(root: Path, manifest: Manifest) -> None:
         faults = graph_faults(header, sizes)
         for spec in specs.get(name, []):
             faults += spec_faults(header, spec)
-        _raise(root / name, faults)
+        _raise(files.root / name, faults)
 
 
 def _raise(where: Path, faults: list[str]) -> None:

@@ -73,6 +73,10 @@ class CachedEncoder:
         """
         return sum((digest, rows) not in self._cache for digest in digests)
 
+    def forget(self) -> None:
+        """Let all features go."""
+        self._cache.clear()
+
     def _encode(self, pixel_values: Array, indices: list[int], out: Array) -> None:
         if len(indices) == len(pixel_values):
             self._encoder.encode(pixel_values, out)

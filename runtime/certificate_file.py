@@ -43,7 +43,7 @@ def read_certificate(
     path = root / CERTIFICATE
     if not os.path.lexists(path):
         return None, f"it has no {CERTIFICATE}"
-    data = read_bounded(path, _LIMIT)
+    data = read_bounded(path, _LIMIT, follow_link=True)
     document = parse_strict(data, str(path))
     check_seal(data, document, str(path))
     stated = document.get("schema_version")

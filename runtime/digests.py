@@ -12,86 +12,97 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime.cache_folder import cache_folder, keep_in_cache
-from llava_edge.runtime.regular_file import open_regular, read_bounded
+from llava_edge.runtime.opened_file import Fingerprint, OpenedFile
+from llava_edge.runtime.regular_file import read_bounded
 from llava_edge.runtime.sealed_json import parse_strict
 
 _CHUNK = 1 << 20
 _CACHE_LIMIT = 4 << 20
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
-Fingerprint = tuple[int, ...]
-"""size, mtime_ns, ctime_ns, inode, device of a file."""
-
-
-def fingerprint(status: os.stat_result) -> Fingerprint:
-    """What tells, without reading, that a file is still the one it was.
-
-    ``ctime_ns`` is in it because programs may set mtime at will, but not ctime.
-    """
-    return (
-        status.st_size,
-        status.st_mtime_ns,
-        status.st_ctime_ns,
-        status.st_ino,
-        status.st_dev,
-    )
+_Item = TypeVar("_Item")
 
 
 def hash_files(paths: Iterable[Path], *, threads: int = 2) -> dict[Path, str]:
-    """SHA-256 of each regular file, as 64 hexadecimal digits.
+    """SHA-256 of each regular file, as 64 hexadecimal digits; links to files are followed.
 
     Raises:
         ArtifactError: a file cannot be opened or read, or changes while it is read.
     """
+
+    def hash_path(path: Path, stop: threading.Event) -> str:
+        with OpenedFile(path) as opened:
+            return _hash(opened, stop)
+
+    return _on_threads(hash_path, paths, _size, threads)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of one regular file; raises as ``hash_files``."""
+    with OpenedFile(path) as opened:
+        return _hash(opened, threading.Event())
+
+
+def hash_opened(files: Iterable[OpenedFile], *, threads: int = 2) -> dict[str, str]:
+    """SHA-256 by name of files that are open; raises as ``hash_files``."""
+    digests = _on_threads(_hash, files, lambda opened: opened.size, threads)
+    return {opened.name: digest for opened, digest in digests.items()}
+
+
+def _on_threads(
+    hash_one: Callable[[_Item, threading.Event], str],
+    items: Iterable[_Item],
+    size: Callable[[_Item], int],
+    threads: int,
+) -> dict[_Item, str]:
     # The largest first: a big file that starts last would run alone at the end.
-    ordered = sorted(paths, key=_size, reverse=True)
+    ordered = sorted(items, key=size, reverse=True)
     stop = threading.Event()
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
         try:
-            return dict(zip(ordered, pool.map(lambda p: _hash(p, stop), ordered), strict=True))
+            digests = pool.map(lambda item: hash_one(item, stop), ordered)
+            return dict(zip(ordered, digests, strict=True))
         except BaseException:
             stop.set()
             raise
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of one regular file; raises as ``hash_files``."""
-    return _hash(path, threading.Event())
-
-
 def _size(path: Path) -> int:
     try:
-        return path.lstat().st_size
-    except OSError:
+        return path.stat().st_size
+    except (OSError, ValueError):
         return 0
 
 
-def _hash(path: Path, stop: threading.Event) -> str:
+def _hash(opened: OpenedFile, stop: threading.Event) -> str:
     digest = hashlib.sha256()
     buffer = bytearray(_CHUNK)
     view = memoryview(buffer)
     offset = 0
-    with open_regular(path) as descriptor:
-        before = fingerprint(os.fstat(descriptor))
-        try:
-            # No further than the size at the start: a file that grows as fast as it is read would
-            # never end.
-            while offset < before[0] and not stop.is_set():
-                count = os.preadv(descriptor, [buffer], offset)
-                if count == 0:
-                    break
-                digest.update(view[:count])
-                offset += count
-        except OSError as error:
-            raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
-        if fingerprint(os.fstat(descriptor))[:2] != before[:2]:
-            raise ArtifactError(f"{path} changed while it was read; try again when it is complete")
+    descriptor = opened.descriptor
+    before = opened.current_fingerprint()
+    try:
+        # No further than the size at the start: a file that grows as fast as it is read would
+        # never end.
+        while offset < before[0] and not stop.is_set():
+            count = os.preadv(descriptor, [buffer], offset)
+            if count == 0:
+                break
+            digest.update(view[:count])
+            offset += count
+    except OSError as error:
+        raise ArtifactError(f"{opened.path} cannot be read: {error.strerror}") from error
+    if opened.current_fingerprint()[:2] != before[:2]:
+        raise ArtifactError(
+            f"{opened.path} changed while it was read; try again when it is complete"
+        )
     return digest.hexdigest()
 
 
@@ -114,47 +125,34 @@ class DigestCache:
         name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]
         self._file = cache_folder() / "digests" / f"{name}.json"
 
-    def hash_files(self, names: Iterable[str], *, threads: int = 2) -> dict[str, str]:
-        """SHA-256 by name relative to the folder; only what changed is read.
+    def hash_files(self, files: Iterable[OpenedFile], *, threads: int = 2) -> dict[str, str]:
+        """SHA-256 by name; only what changed since it was last hashed is read.
 
         Raises:
             ArtifactError: as the function ``hash_files``.
         """
         known = self._load()
         found: dict[str, str] = {}
-        stale: dict[str, Fingerprint] = {}
-        for name in names:
-            print_now = self._fingerprint(name)
-            entry = known.get(name)
-            if entry is not None and entry[0] == print_now:
-                found[name] = entry[1]
+        stale: list[OpenedFile] = []
+        for opened in files:
+            entry = known.get(opened.name)
+            if entry is not None and entry[0] == opened.current_fingerprint():
+                found[opened.name] = entry[1]
             else:
-                stale[name] = print_now
+                stale.append(opened)
         if not stale:
             return found
-        fresh = hash_files([self._folder / name for name in stale], threads=threads)
-        found.update({name: fresh[self._folder / name] for name in stale})
-        self._store({**known, **self._settled(stale, found)})
-        return found
-
-    def _settled(
-        self, stale: Mapping[str, Fingerprint], found: Mapping[str, str]
-    ) -> dict[str, tuple[Fingerprint, str]]:
+        before = {opened: opened.current_fingerprint() for opened in stale}
+        fresh = hash_opened(stale, threads=threads)
+        found.update(fresh)
         latest = time.time_ns() - self._settle_ns
-        return {
-            name: (before, found[name])
-            for name, before in stale.items()
-            if max(before[1], before[2]) <= latest and self._fingerprint(name) == before
+        settled = {
+            opened.name: (prints, fresh[opened.name])
+            for opened, prints in before.items()
+            if max(prints[1], prints[2]) <= latest and opened.current_fingerprint() == prints
         }
-
-    def _fingerprint(self, name: str) -> Fingerprint:
-        try:
-            return fingerprint((self._folder / name).lstat())
-        except OSError as error:
-            raise ArtifactError(
-                f"{self._folder / name} cannot be read: {error.strerror}. "
-                "Copy or convert the artifact again."
-            ) from error
+        self._store({**known, **settled})
+        return found
 
     def _load(self) -> dict[str, tuple[Fingerprint, str]]:
         try:

@@ -17,7 +17,8 @@ import numpy as np
 from llava_edge.profiles.errors import ArtifactError, PromptError, shorten
 from llava_edge.profiles.model_dims import ModelDims
 from llava_edge.runtime.allocation import allocate
-from llava_edge.runtime.regular_file import open_regular, read_at
+from llava_edge.runtime.opened_file import OpenedFile
+from llava_edge.runtime.regular_file import read_at
 from llava_edge.runtime.sealed_json import parse_strict
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -36,33 +37,32 @@ class EmbeddingTable:
     Threads may share one table. Close it, or use it as a context manager.
 
     Args:
-        path: the file.
+        opened: the file; the table keeps a descriptor of its own.
         dims: the model it must agree with.
 
     Raises:
-        ArtifactError: the file is missing, or its header is not what these dimensions call for.
+        ArtifactError: its header is not what these dimensions call for.
 
     Attributes:
         image_newline: float16 [hidden_size]; None for models without tiles (``llava``).
     """
 
-    def __init__(self, path: Path, dims: ModelDims) -> None:
-        self.path = path
+    def __init__(self, opened: OpenedFile, dims: ModelDims) -> None:
+        self.path = opened.path
         self.vocab_size = dims.text.vocab_size
         self.hidden_size = dims.text.hidden_size
         self._lock = threading.Lock()
         self._descriptor = -1
-        with open_regular(path) as descriptor:
-            starts = _read_header(descriptor, path, _expected(dims))
-            newline = None
-            if IMAGE_NEWLINE in starts:
-                data = read_at(descriptor, starts[IMAGE_NEWLINE], 2 * self.hidden_size, path)
-                if len(data) != 2 * self.hidden_size:
-                    raise _truncated(path)
-                newline = np.frombuffer(data, _HALF).astype(np.float16)
-                newline.flags.writeable = False
-            self._start = starts[EMBED_TOKENS]
-            self._descriptor = os.dup(descriptor)
+        starts = _read_header(opened, _expected(dims))
+        newline = None
+        if IMAGE_NEWLINE in starts:
+            data = opened.read_at(starts[IMAGE_NEWLINE], 2 * self.hidden_size)
+            if len(data) != 2 * self.hidden_size:
+                raise _truncated(opened.path)
+            newline = np.frombuffer(data, _HALF).astype(np.float16)
+            newline.flags.writeable = False
+        self._start = starts[EMBED_TOKENS]
+        self._descriptor = os.dup(opened.descriptor)
         self.image_newline: Array | None = newline
 
     def rows(
@@ -170,17 +170,17 @@ def _truncated(path: Path) -> ArtifactError:
     return ArtifactError(f"{path} ends before its last row. Copy the artifact again.")
 
 
-def _read_header(descriptor: int, path: Path, expected: dict[str, list[int]]) -> dict[str, int]:
+def _read_header(opened: OpenedFile, expected: dict[str, list[int]]) -> dict[str, int]:
     """Check a safetensors header; return where each tensor starts in the file."""
-    size = os.fstat(descriptor).st_size
-    prefix = read_at(descriptor, 0, 8, path)
+    path, size = opened.path, opened.size
+    prefix = opened.read_at(0, 8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > min(_HEADER_LIMIT, size - 8):
         raise ArtifactError(
             f"{path} has no safetensors header of at most {_HEADER_LIMIT} bytes. "
             "Copy or convert the artifact again."
         )
-    header = parse_strict(read_at(descriptor, 8, length, path), f"the header of {path}")
+    header = parse_strict(opened.read_at(8, length), f"the header of {path}")
     tensors = dict(header) if isinstance(header, dict) else {}
     tensors.pop("__metadata__", None)
     faults: list[str] = []

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
 
 from llava_edge.profiles.engines import LibraryName
@@ -22,8 +24,8 @@ from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.cache_folder import cache_folder
 from llava_edge.runtime.digests import DigestCache
 from llava_edge.runtime.manifest import FileEntry, Manifest
+from llava_edge.runtime.opened_file import OpenedFile
 from llava_edge.runtime.records import from_json, to_json
-from llava_edge.runtime.regular_file import read_bounded
 from llava_edge.runtime.sealed_json import parse_strict
 
 ENGINES = "engines"
@@ -102,13 +104,14 @@ def facts_bytes(facts: EngineFacts) -> bytes:
     return (json.dumps(to_json(facts), indent=2, sort_keys=True) + "\n").encode()
 
 
-def read_facts(path: Path) -> EngineFacts:
+def read_facts(opened: OpenedFile) -> EngineFacts:
     """Read a record.
 
     Raises:
-        ArtifactError: it is missing, damaged, or of another schema version.
+        ArtifactError: it is damaged, or of another schema version.
     """
-    facts = from_json(EngineFacts, parse_strict(read_bounded(path, _FACTS_LIMIT), str(path)))
+    path = opened.path
+    facts = from_json(EngineFacts, parse_strict(opened.read(_FACTS_LIMIT), str(path)))
     if facts.schema_version != SCHEMA_VERSION:
         raise ArtifactError(
             f"{path} has schema_version {facts.schema_version}; this version reads "
@@ -148,8 +151,9 @@ def shipped_engines(artifact: Artifact) -> list[StoredEngine]:
     for name in sorted(artifact.manifest.files):
         if not (name.startswith(f"{ENGINES}/") and name.endswith(".json")):
             continue
-        check_listed(artifact, [name])
-        facts = read_facts(artifact.path(name))
+        opened = artifact.files[name]
+        _require_listed(artifact, opened)
+        facts = read_facts(opened)
         engine = f"{name.removesuffix('.json')}.engine"
         if artifact.manifest.files.get(engine) != facts.file:
             raise ArtifactError(
@@ -160,18 +164,36 @@ def shipped_engines(artifact: Artifact) -> list[StoredEngine]:
     return found
 
 
-def check_listed(artifact: Artifact, names: list[str]) -> None:
-    """Compare files with the manifest's digests; opening an artifact leaves engines out.
+def _require_listed(artifact: Artifact, opened: OpenedFile) -> None:
+    """Compare a file with the manifest's digest; opening an artifact leaves engines out."""
+    digest = DigestCache(artifact.folder).hash_files([opened])[opened.name]
+    if digest != artifact.manifest.files[opened.name].sha256:
+        raise ArtifactError(
+            f"{opened.path} is damaged: its SHA-256 is not the one of the manifest. "
+            "Copy the artifact again, or convert again."
+        )
+
+
+@contextmanager
+def opened_engine(stored: StoredEngine) -> Iterator[mmap]:
+    """The bytes of an engine, mapped from the file that was hashed.
 
     Raises:
-        ArtifactError: a file is damaged.
+        ArtifactError: it cannot be opened, or is not the one of its record.
     """
-    for name, digest in DigestCache(artifact.folder).hash_files(names).items():
-        if digest != artifact.manifest.files[name].sha256:
-            raise ArtifactError(
-                f"{artifact.folder / name} is damaged: its SHA-256 is not the one of the manifest. "
-                "Copy the artifact again, or convert again."
-            )
+    with OpenedFile(stored.path) as opened:
+        _require_recorded(opened, stored.facts)
+        with opened.mapped() as plan:
+            yield plan
+
+
+def _require_recorded(opened: OpenedFile, facts: EngineFacts) -> None:
+    path = opened.path
+    if DigestCache(path.parent).hash_files([opened])[path.name] != facts.file.sha256:
+        raise ArtifactError(
+            f"{path} is damaged: its SHA-256 is not the one of its record. Copy the artifact "
+            "again, or build the engine again: llava-edge build-engine --force."
+        )
 
 
 def built_engine_path(manifest: Manifest, here: Surroundings) -> Path:
@@ -194,10 +216,8 @@ def built_engine(manifest: Manifest, here: Surroundings) -> StoredEngine | None:
     record = path.with_suffix(".json")
     if not (path.is_file() and record.is_file()):
         return None
-    facts = read_facts(record)
-    if DigestCache(path.parent).hash_files([path.name])[path.name] != facts.file.sha256:
-        raise ArtifactError(
-            f"{path} is damaged: its SHA-256 is not the one of its record. Build it again: "
-            "llava-edge build-engine --force."
-        )
+    with OpenedFile(record) as opened:
+        facts = read_facts(opened)
+    with OpenedFile(path) as opened:
+        _require_recorded(opened, facts)
     return StoredEngine(path, facts)

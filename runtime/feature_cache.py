@@ -35,6 +35,11 @@ class FeatureCache:
             self._features.move_to_end(key)
         return found
 
+    def clear(self) -> None:
+        """Hold nothing any more."""
+        self._features.clear()
+        self.nbytes = 0
+
     def keep(self, key: FeatureKey, features: Array) -> None:
         """Hold a copy of features, and give up as many others as that takes."""
         if key in self._features or features.nbytes > self.capacity_bytes:

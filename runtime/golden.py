@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from llava_edge.profiles.buffers import video_tokens_per_frame
 from llava_edge.profiles.errors import ArtifactError, ExportError, ImageError
 from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.manifest import Manifest
-from llava_edge.runtime.regular_file import read_bounded
+from llava_edge.runtime.opened_file import OpenedFile
 from llava_edge.runtime.sealed_json import parse_strict
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -142,13 +141,13 @@ def golden_bytes(probes: Sequence[GoldenProbe], manifest: Manifest) -> bytes:
     return data
 
 
-def read_golden(path: Path, manifest: Manifest) -> tuple[GoldenProbe, ...]:
+def read_golden(opened: OpenedFile, manifest: Manifest) -> tuple[GoldenProbe, ...]:
     """Read and check the probes of an artifact.
 
     Raises:
         ArtifactError: the file is damaged, too large, or does not fit the model.
     """
-    return parse_golden(read_bounded(path, GOLDEN_LIMIT), manifest, str(path))
+    return parse_golden(opened.read(GOLDEN_LIMIT), manifest, str(opened.path))
 
 
 def parse_golden(data: bytes, manifest: Manifest, where: str) -> tuple[GoldenProbe, ...]:

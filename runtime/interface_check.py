@@ -35,7 +35,7 @@ def check_interfaces(artifact: Artifact) -> None:
     manifest = artifact.manifest
     faults = list(interface_faults(manifest))
     for cache, spec in manifest.decoders.items():
-        header = read_onnx_header(artifact.path(spec.file))
+        header = read_onnx_header(artifact.files[spec.file])
         faults += table_faults(header, manifest.context_tokens)
         if cache == "int8":
             faults += scale_faults(header, manifest.model.text)

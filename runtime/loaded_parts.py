@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from traceback import clear_frames
 
 import numpy as np
 
@@ -10,11 +13,10 @@ from llava_edge.profiles.buffers import prefill_chunk_tokens, tiles_per_batch
 from llava_edge.profiles.device_name import cuda_name
 from llava_edge.runtime.answerer import Answerer
 from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.cached_encoder import cached_encoder
+from llava_edge.runtime.cached_encoder import CachedEncoder, cached_encoder
 from llava_edge.runtime.cuda_runtime import CudaRuntime
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
-from llava_edge.runtime.host_memory import map_large_blocks
 from llava_edge.runtime.instructions import needs_wide_sums
 from llava_edge.runtime.kept_logits import check_recordable
 from llava_edge.runtime.load_fit import LoadFit, least_context
@@ -45,6 +47,8 @@ class LoadedParts:
         degraded: what was given up to fit the memory that was free; empty if nothing.
         off_device: nodes that run elsewhere than asked; see ``Answer``.
         threads: of the CPU provider.
+        forget: lets no later answer go on with what earlier ones computed.
+        opened: closes everything that was opened, once nothing runs any more.
     """
 
     tokenizer: Tokenizer
@@ -56,6 +60,8 @@ class LoadedParts:
     degraded: tuple[str, ...]
     off_device: tuple[str, ...]
     threads: int
+    forget: Callable[[], None]
+    opened: ExitStack
 
 
 def open_parts(
@@ -66,7 +72,7 @@ def open_parts(
     progress: ReportProgress,
     gpu: int = 0,
 ) -> LoadedParts:
-    """Open files and graphs of an artifact that is checked.
+    """Open files and graphs of an artifact that is checked; where that fails, nothing stays open.
 
     Args:
         artifact: opened.
@@ -79,14 +85,47 @@ def open_parts(
     Raises:
         LlavaEdgeError: as ``LlavaEdge.load``.
     """
+    with ExitStack() as opened:
+        return _open_parts(artifact, device, fit, options, progress, gpu, opened)
+
+
+@contextmanager
+def nothing_kept_by_errors() -> Iterator[None]:
+    """Let an error keep no session, cache or picture alive by the frames that it came through.
+
+    Whoever loads again with less while the first error is still there needs that memory.
+    """
+    try:
+        yield
+    except BaseException as error:
+        pending: list[BaseException | None] = [error]
+        seen: set[int] = set()
+        while pending:
+            each = pending.pop()
+            if each is not None and id(each) not in seen:
+                seen.add(id(each))
+                clear_frames(each.__traceback__)
+                pending += [each.__cause__, each.__context__]
+        raise
+
+
+def _open_parts(
+    artifact: Artifact,
+    device: DeviceKind,
+    fit: LoadFit,
+    options: LoadOptions,
+    progress: ReportProgress,
+    gpu: int,
+    opened: ExitStack,
+) -> LoadedParts:
     manifest = artifact.manifest
     dims, tokens = manifest.model, manifest.tokens
     dtype: type[np.float32] | type[np.float16]
     dtype = np.float32 if manifest.flavour == "cpu" else np.float16
-    tokenizer = Tokenizer.open(artifact.path(manifest.tokenizer), tokens, manifest.prompt)
+    tokenizer = Tokenizer.open(artifact.files[manifest.tokenizer], tokens, manifest.prompt)
     requests = RequestBuilder(manifest, tokenizer, options.limits)
-    table = EmbeddingTable(artifact.path(manifest.embeddings), dims)
-    map_large_blocks()
+    table = EmbeddingTable(artifact.files[manifest.embeddings], dims)
+    opened.callback(table.close)
     chunk = prefill_chunk_tokens(manifest.prefill_chunk, fit.context_tokens)
     cuda = options.cuda
     settings = SessionOptions(
@@ -102,11 +141,16 @@ def open_parts(
     # The plan asks the same functions, so what it counted is what is taken here.
     batch = tiles_per_batch(manifest.flavour, requests.max_tiles)
 
+    def open_session(name: str, how: SessionOptions, part: str) -> Session:
+        session = Session.from_files(artifact.files, name, how)
+        opened.callback(session.close)
+        off_device.extend(f"{part}: {node}" for node in session.off_device)
+        return session
+
     def open_ort() -> VisionEncoder | OrtDeviceEncoder:
         # Tiles come in other numbers each time, which nothing recorded can replay.
         plain = replace(settings, cuda=replace(cuda, graph=False))
-        session = Session(artifact.path(manifest.vision.file), plain)
-        off_device.extend(f"vision: {node}" for node in session.off_device)
+        session = open_session(manifest.vision.file, plain, "vision")
         if device == "cuda" and cuda.features_on_device and not dims.takes_video:
             shape = (dims.vision.num_patches, dims.text.hidden_size)
             return OrtDeviceEncoder(session, CudaRuntime.open(index=gpu), batch, shape)
@@ -119,9 +163,9 @@ def open_parts(
     tower = open_tower(
         artifact, device, options.engine, open_ort, trust_engines=options.trust_engines, gpu=gpu
     )
+    opened.callback(tower.close)
     progress("loading", 1, 3)
-    session = Session(artifact.path(graph.file), settings)
-    off_device.extend(f"decoder: {node}" for node in session.off_device)
+    session = open_session(graph.file, settings, "decoder")
     progress("loading", 2, 3)
     encoder = cached_encoder(tower.encoder, dims, dtype, options.vision_cache_bytes)
     embedder = PromptEmbedder(dims, tokens.image, table, encoder, dtype, batch, tokens.video)
@@ -156,7 +200,22 @@ def open_parts(
         tuple(off_device),
         None if fit.gpu is None else fit.gpu.pci_bus_id,
     )
-    nodes, threads = tuple(off_device), session.threads
+
+    def forget() -> None:
+        answerer.forget()
+        if isinstance(encoder, CachedEncoder):
+            encoder.forget()
+
     return LoadedParts(
-        tokenizer, requests, table, tower, decoder, answerer, degraded, nodes, threads
+        tokenizer,
+        requests,
+        table,
+        tower,
+        decoder,
+        answerer,
+        degraded,
+        tuple(off_device),
+        session.threads,
+        forget,
+        opened.pop_all(),
     )

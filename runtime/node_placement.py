@@ -7,29 +7,25 @@ kernels read them. Every other node that it leaves there costs two copies a run,
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
-from llava_edge.runtime.onnx_header import ELEMENT_TYPES, OnnxHeader, read_onnx_header
+from llava_edge.runtime.onnx_header import ELEMENT_TYPES, OnnxHeader
 
 _SIZES = "int64"
 _SHOWN = 4
 
 
-def nodes_that_compute(path: Path, nodes: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+def nodes_that_compute(header: OnnxHeader, nodes: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     """Those of some nodes that do more than work out sizes.
 
     Args:
-        path: the graph, as it lies on disk.
-        nodes: (op_type, name) of each. A name that the file does not hold is of a node that the
+        header: of the graph, as it lies on disk.
+        nodes: (op_type, name) of each. A name that the graph does not hold is of a node that the
             engine made itself; it counts as computing.
 
     Returns:
         ``op_type name`` of each, in their order.
-
-    Raises:
-        ArtifactError: the file is no ONNX graph within bounds.
     """
-    harmless = size_nodes(read_onnx_header(path))
+    harmless = size_nodes(header)
     return tuple(f"{kind} {name}" for kind, name in nodes if name not in harmless)
 
 
@@ -47,11 +43,11 @@ def size_nodes(header: OnnxHeader) -> frozenset[str]:
     return frozenset(found)
 
 
-def refusal(path: Path, device: str, nodes: Sequence[str]) -> str:
+def refusal(graph: str, device: str, nodes: Sequence[str]) -> str:
     """The sentence for whoever asked for the device alone."""
     more = f" and {len(nodes) - _SHOWN} more" if len(nodes) > _SHOWN else ""
     return (
-        f"{path} was to run on {device} alone, and ONNX Runtime puts {len(nodes)} of its nodes on "
+        f"{graph} was to run on {device} alone, and ONNX Runtime puts {len(nodes)} of its nodes on "
         f"the CPU: {', '.join(nodes[:_SHOWN])}{more}. Install the onnxruntime-gpu that this tool "
         "is tested with, or load without strict_device (--strict-device), which is slower and "
         "names these nodes in every answer."

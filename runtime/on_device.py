@@ -58,7 +58,7 @@ def check_on_device(model: LlavaEdge, progress: ReportProgress = no_progress) ->
             "convert again with verification."
         )
     bounds = bounds_for(manifest.flavour, manifest.precision, int8_cache=model.cache == "int8")
-    probes = read_golden(artifact.path(GOLDEN_FILE), manifest)
+    probes = read_golden(artifact.files[GOLDEN_FILE], manifest)
     seen: list[_Seen] = []
     for index, probe in enumerate(probes):
         progress("golden prompts", index, len(probes))

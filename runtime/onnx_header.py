@@ -13,11 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.runtime.regular_file import read_bounded
+from llava_edge.runtime.opened_file import OpenedFile
 
 
 @dataclass(frozen=True)
@@ -134,14 +133,14 @@ ELEMENT_TYPES: dict[int, str] = {
 """Names of ``TensorProto.DataType``, as numpy and ml_dtypes call them."""
 
 
-def read_onnx_header(path: Path, limits: HeaderLimits | None = None) -> OnnxHeader:
-    """Read the header of an ONNX file.
+def read_onnx_header(opened: OpenedFile, limits: HeaderLimits | None = None) -> OnnxHeader:
+    """Read the header of an ONNX file; its bytes are kept, see ``OpenedFile.content``.
 
     Raises:
-        ArtifactError: the file is no plain file, too large, or not an ONNX model within bounds.
+        ArtifactError: the file is too large, or not an ONNX model within bounds.
     """
     limits = limits or HeaderLimits()
-    return parse_onnx_header(read_bounded(path, limits.file_bytes), str(path), limits)
+    return parse_onnx_header(opened.content(limits.file_bytes), str(opened.path), limits)
 
 
 def parse_onnx_header(data: bytes, where: str, limits: HeaderLimits | None = None) -> OnnxHeader:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -39,9 +40,10 @@ from llava_edge.runtime.interface_check import check_interfaces
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.load_fit import LoadFit, fit_at_load
 from llava_edge.runtime.load_options import LoadOptions
-from llava_edge.runtime.loaded_parts import open_parts
+from llava_edge.runtime.loaded_parts import nothing_kept_by_errors, open_parts
 from llava_edge.runtime.lowering import Lowering
 from llava_edge.runtime.placement import AskedCache, Device, choose_device
+from llava_edge.runtime.process import configure_process
 from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.replay import Replay
 from llava_edge.runtime.request import PromptOptions, Request, VideoInput
@@ -99,6 +101,8 @@ class LlavaEdge:
         self._tower = parts.tower
         self._decoder = parts.decoder
         self._answerer = parts.answerer
+        self._forget = parts.forget
+        self._opened = parts.opened
 
     @classmethod
     def load(
@@ -190,13 +194,13 @@ class LlavaEdge:
         require_callable("progress", progress)
         if not isinstance(artifact, (str, os.PathLike)):
             raise RequestError(f"artifact is {artifact!r:.60}; it must be the path of a folder")
-        opened = open_artifact(artifact, require_verified=require_verified)
-        model = cls.over(opened, device, progress=progress, **options)
-        try:
+        with ExitStack() as opened, nothing_kept_by_errors():
+            whole = open_artifact(artifact, require_verified=require_verified)
+            opened.callback(whole.close)
+            model = opened.enter_context(cls.over(whole, device, progress=progress, **options))
             check_verified_here(model)
-        except BaseException:
-            model.close()
-            raise
+            opened.pop_all()
+        model._opened.callback(whole.close)
         return model
 
     @classmethod
@@ -223,6 +227,7 @@ class LlavaEdge:
         require_callable("progress", progress)
         check_interfaces(artifact)
         chosen = choose_device(device, artifact.manifest.flavour, how.allow_slow)
+        configure_process(chosen)
         gpu = parse_device(device).gpu if chosen == "cuda" else 0
         if chosen == "cuda":
             # It is going to be used here anyway, and then tells itself how it counts the GPUs.
@@ -230,7 +235,11 @@ class LlavaEdge:
         fit = fit_at_load(
             artifact, chosen, how.context_tokens, how.vision_cache_bytes, how.cache, gpu
         )
-        return cls(artifact, chosen, fit, how, progress, gpu)
+        with ExitStack() as opened, nothing_kept_by_errors():
+            with artifact.files.unchanged():
+                model = opened.enter_context(cls(artifact, chosen, fit, how, progress, gpu))
+            opened.pop_all()
+        return model
 
     def generate(
         self, prompt: str, images: Iterable[ImageSource] | None = (), **options: Any
@@ -305,6 +314,8 @@ class LlavaEdge:
             An iterator of text; its ``answer`` is there once it ended.
 
         Raises:
+            ArtifactError: while iterating, a file of the artifact changed on disk since it was
+                loaded, or while the answer was made. Load it again.
             ImageError: an image is refused.
             VideoError: the video is refused.
             DependencyError: a video is to be decoded and PyAV is not installed.
@@ -396,6 +407,7 @@ class LlavaEdge:
         self._queue.require_open()
         known = ("video", "num_frames", "raw", "image_marks", "grid")
         refuse_unknown("count_tokens()", unknown, known)
+        self.artifact.files.require_unchanged()
         options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
         clip = VideoInput.given(video, num_frames)
         built = self._requests.build(prompt, images, options, video=clip, with_pixels=False)
@@ -477,7 +489,7 @@ class LlavaEdge:
         self._queue.require_open()
         request = self._requests.build(prompt, images, options or PromptOptions(), video=video)
         self._check_length(request)
-        with self._queue.turn():
+        with self._queue.turn(), self._unchanged():
             return self._answerer.replay(request, token_ids, on_logits)
 
     @property
@@ -508,13 +520,12 @@ class LlavaEdge:
                 stop, and no other gets in.
         """
         with self._queue.closing():
-            self._table.close()
-            tower = self.__dict__.pop("_tower", None)
-            if tower is not None:
-                tower.close()
+            self._opened.close()
+            self.__dict__.pop("_tower", None)
             # Nobody gets in any more, so nobody misses them.
             self.__dict__.pop("_answerer", None)
             self.__dict__.pop("_decoder", None)
+            self.__dict__.pop("_forget", None)
 
     def __setattr__(self, name: str, value: object) -> None:
         if not name.startswith("_") and name in self.__dict__:
@@ -529,6 +540,10 @@ class LlavaEdge:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _unchanged(self) -> AbstractContextManager[None]:
+        """See to it that no file of the artifact changes while a request is answered."""
+        return self.artifact.files.unchanged(self._forget)
 
     def _check_length(self, request: Request) -> None:
         if request.num_tokens < self.context_tokens:
@@ -553,14 +568,20 @@ class LlavaEdge:
             with self._queue.turn(handle.close, handle.thread, time.remaining):
                 if handle.is_cancelled():
                     return None
-                pieces = self._answerer.pieces(
-                    lowering,
-                    prepared,
-                    options,
-                    handle.is_cancelled,
-                    time,
+                pieces = self._checked(
+                    self._answerer.pieces(
+                        lowering,
+                        prepared,
+                        options,
+                        handle.is_cancelled,
+                        time,
+                    )
                 )
                 with refusals("in the middle of a request"):
                     return (yield from pieces if within_turn is None else within_turn(pieces))
 
         return AnswerStream(run)
+
+    def _checked(self, pieces: Pieces) -> Pieces:
+        with self._unchanged():
+            return (yield from pieces)

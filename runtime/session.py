@@ -5,36 +5,29 @@ A buffer is bound once and changed in place; on the CPU it shares its memory wit
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
 import time
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-# ONNX Runtime 1.29 and later, as pip installs it on Linux, holds a client that reports to its maker
-# over the network: a thread, a database in the user's cache folder, a file in the folder for
-# temporary ones, and a process that never ends after fork(). It looks at this when it is imported.
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+# Before ONNX Runtime: it sets what that looks at when it is imported.
+from llava_edge.runtime.process import keep_in_children, preload_cuda, take_exact_memory
+
+# isort: split
 import onnxruntime as ort
 
 from llava_edge.profiles.cpu_limit import read_cpu_limit
 from llava_edge.profiles.errors import EngineError, LlavaEdgeError, OutOfMemoryError
 from llava_edge.runtime.allocation import allocate
-from llava_edge.runtime.cuda_libraries import nvidia_folders
 from llava_edge.runtime.cuda_options import CAPTURE, NO_CAPTURE, CudaOptions
+from llava_edge.runtime.external_data import relocate
 from llava_edge.runtime.node_placement import nodes_that_compute, refusal
-
-# Where an application imported it before us, the above came too late for the thread; this does not
-# for the reports.
-ort.disable_telemetry_events()
+from llava_edge.runtime.onnx_header import parse_onnx_header
+from llava_edge.runtime.opened_files import OpenedFiles
 
 Array = np.ndarray[Any, np.dtype[Any]]
 DeviceKind = Literal["cpu", "cuda"]
@@ -43,10 +36,11 @@ Place = tuple[DeviceKind, int]
 
 _PROVIDERS: dict[DeviceKind, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _RECORD = "session.record_ep_graph_assignment_info"
+_LARGEST_GRAPH = (1 << 31) - 1
+"""Bytes of a graph file: what a protobuf message can hold."""
 _GRAPH_ID = "gpu_graph_id"
 _SHRINK = "memory.enable_memory_arena_shrinkage"
-_WARNINGS, _ERRORS = 2, 3
-"""ONNX Runtime's levels of what it writes to stderr."""
+_FOLDER = "session.model_external_initializers_file_folder_path"
 _OUT_OF_MEMORY = (
     *("failed to allocate memory", "out of memory", "bad allocation", "bad_alloc"),
     # What an arena says of its limit, and cuBLAS of its workspace (CUBLAS_STATUS_ALLOC_FAILED).
@@ -134,8 +128,8 @@ class Buffer:
         buffer.array = None
         device = place[0]
         with _mapped_errors(f"allocating a buffer {dtype.name}{list(shape)} on {device}"):
-            _preload_cuda()
-            _take_exact_memory()
+            preload_cuda()
+            take_exact_memory()
             if array is None:
                 buffer.value = _room_on_device(buffer.shape, dtype, place)
             else:
@@ -203,26 +197,6 @@ class Buffer:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-@cache
-def _take_exact_memory() -> None:
-    """Let buffers on a GPU take what they ask for.
-
-    ONNX Runtime's Python layer has an arena of its own for them, one a process. No option of a
-    session reaches it, and it doubles: a cache of 8.1 GiB would take 16. What is said to it holds
-    when it is said before the first buffer. Source: ``GetCudaAllocator`` in ONNX Runtime's
-    ``onnxruntime_pybind_mlvalue.cc``; the call is in 1.31.1, marked as deprecated.
-    """
-    layer = ort.capi.onnxruntime_pybind11_state
-    if not hasattr(layer, "set_arena_extend_strategy"):
-        return
-    # It warns of its end; an application's own level cannot be asked for, so this is the default.
-    ort.set_default_logger_severity(_ERRORS)
-    try:
-        layer.set_arena_extend_strategy(layer.ArenaExtendStrategy.kSameAsRequested)
-    finally:
-        ort.set_default_logger_severity(_WARNINGS)
-
-
 def _on_device(array: Array, place: Place) -> Any:
     return ort.OrtValue.ortvalue_from_numpy(array, *place)
 
@@ -273,29 +247,54 @@ class Session:
     """
 
     def __init__(self, path: Path, options: SessionOptions) -> None:
-        self._open(str(path), path.name, options, {})
-        self.off_device = self._off_device(path) if options.device != "cpu" else ()
-        if self.off_device and options.strict:
-            raise EngineError(refusal(path, options.device, self.off_device))
+        with OpenedFiles(path.parent) as beside:
+            self._open_listed(beside, path.name, options)
+
+    @classmethod
+    def from_files(cls, files: OpenedFiles, name: str, options: SessionOptions) -> Session:
+        """A graph of an artifact, over weights by the descriptors that were hashed.
+
+        Args:
+            files: of the artifact; they may be closed once the session is open.
+            name: of the graph among them.
+            options: how it is opened.
+        """
+        session = cls.__new__(cls)
+        session._open_listed(files, name, options)
+        return session
 
     @classmethod
     def from_bytes(cls, model: bytes, folder: Path, options: SessionOptions) -> Session:
         """A graph in memory whose weights lie in files of ``folder``."""
         session = cls.__new__(cls)
-        place = {"session.model_external_initializers_file_folder_path": str(folder)}
-        session._open(model, f"a graph over the weights of {folder.name}", options, place)
+        with OpenedFiles(folder) as beside:
+            label = f"a graph over the weights of {folder.name}"
+            session._open(model, label, options, beside, "")
         session.off_device = ()
         return session
 
+    def _open_listed(self, files: OpenedFiles, name: str, options: SessionOptions) -> None:
+        folder, _, plain = name.rpartition("/")
+        model = files[name].content(_LARGEST_GRAPH)
+        self._open(model, plain, options, files, f"{folder}/" if folder else "")
+        self.off_device = self._off_device(model, plain) if options.device != "cpu" else ()
+        if self.off_device and options.strict:
+            raise EngineError(refusal(str(files.root / name), options.device, self.off_device))
+
     def _open(
-        self, model: str | bytes, name: str, options: SessionOptions, entries: Mapping[str, str]
+        self,
+        model: bytes,
+        label: str,
+        options: SessionOptions,
+        files: OpenedFiles,
+        folder: str,
     ) -> None:
+        """Open a model whose weights are files of a folder (empty, or ending with a slash)."""
         self.device, self.gpu = options.device, options.gpu
         self.run_seconds = 0.0
         self._is_recorded = False
         settings = ort.SessionOptions()
-        for key, value in entries.items():
-            settings.add_session_config_entry(key, value)
+        model = self._place_weights(model, settings, files, folder)
         limit = read_cpu_limit()
         self.threads = options.threads or limit.threads
         settings.intra_op_num_threads = self.threads
@@ -314,18 +313,18 @@ class Session:
         asked: dict[str, str] = {}
         self.captures = options.device == "cuda" and options.cuda.graph
         if options.device == "cuda":
-            _preload_cuda()
+            preload_cuda()
             asked = options.cuda.provider_options(captures=self.captures, gpu=options.gpu)
             entries = {_RECORD: "1", **options.cuda.session_entries(options.prompt_tokens)}
             for key, value in entries.items():
                 settings.add_session_config_entry(key, value)
-        with _mapped_errors(f"opening {name}"):
+        with _mapped_errors(f"opening {label}"):
             # Else ONNX Runtime's Python layer takes whatever a GPU fails with, memory that ran out
             # too, says so on stdout, and opens the graph on the CPU.
             self._session = ort.InferenceSession(
                 model, settings, providers=[(provider, asked)], enable_fallback=0
             )
-        _OPEN.add(self)
+        keep_in_children(self)
         # Asked at every run that wants logits of several positions.
         self._inputs = frozenset(given.name for given in self._session.get_inputs())
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
@@ -348,7 +347,43 @@ class Session:
             self._shrinking.add_run_config_entry(_GRAPH_ID, NO_CAPTURE)
             self._replaying.add_run_config_entry(_GRAPH_ID, CAPTURE)
 
-    def _off_device(self, path: Path) -> tuple[str, ...]:
+    def _place_weights(self, model: bytes, settings: Any, files: OpenedFiles, folder: str) -> bytes:
+        """Have ONNX Runtime read weights by their descriptors; the model to give to it.
+
+        It opens the files that a model names below one folder, follows links and refuses what lies
+        outside. Below ``/`` nothing does, and a descriptor has a path there: what is mapped is the
+        file that was hashed, piece by piece and only until it is packed. Handed over as memory
+        (``add_external_initializers_from_files_in_memory``) the same weights take twice the peak;
+        that is the way where the system has no such paths.
+        """
+        in_memory: dict[str, memoryview] = {}
+
+        def place(location: str) -> str:
+            opened = files[folder + location]
+            path = opened.path_of_descriptor()
+            if path is not None:
+                return str(path.relative_to("/"))
+            if location not in in_memory:
+                in_memory[location] = memoryview(self._mappings.enter_context(opened.mapped()))
+            return location
+
+        self._mappings = ExitStack()
+        placed = relocate(model, place)
+        if in_memory:
+            sizes = list(map(len, in_memory.values()))
+            settings.add_external_initializers_from_files_in_memory(
+                list(in_memory), list(in_memory.values()), sizes
+            )
+        elif placed != model:
+            settings.add_session_config_entry(_FOLDER, "/")
+        return placed
+
+    def close(self) -> None:
+        """End the session: its threads, mappings and memory; idempotent. Nothing may run."""
+        self._session = None
+        self._mappings.close()
+
+    def _off_device(self, model: bytes, label: str) -> tuple[str, ...]:
         """What ONNX Runtime itself says of where it put the nodes of this session."""
         if not hasattr(self._session, "get_provider_graph_assignment_info"):
             return (f"(ONNX Runtime {ort.__version__} does not say which)",)
@@ -358,7 +393,8 @@ class Session:
             if part.ep_name == "CPUExecutionProvider" and part.ep_name != self.providers[0]
             for node in part.get_nodes()
         ]
-        return nodes_that_compute(path, on_cpu) if on_cpu else ()
+        header = parse_onnx_header(model, label) if on_cpu else None
+        return () if header is None else nodes_that_compute(header, on_cpu)
 
     @property
     def place(self) -> Place:
@@ -415,24 +451,6 @@ class Session:
             self._session.run_with_iobinding(binding, options)
 
 
-_OPEN: weakref.WeakSet[Session] = weakref.WeakSet()
-
-
-def _keep_in_child() -> None:
-    """Let no session end in a child of ``fork()``.
-
-    Its end would wait for threads that only the parent has; seen are a child that never exits, and
-    one that dies of a segmentation fault. The memory is the parent's and costs the child nothing.
-    """
-    for session in list(_OPEN):
-        held = getattr(session, "_session", None)
-        if held is not None:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
-
-
-os.register_at_fork(after_in_child=_keep_in_child)
-
-
 class Binding:
     """Inputs and outputs of one kind of call, bound once and run many times."""
 
@@ -484,22 +502,6 @@ class Binding:
             EngineError: anything else that ONNX Runtime reports.
         """
         self._session.run_bound(self._binding, shrink=shrink, replay=replay)
-
-
-@cache
-def _preload_cuda() -> None:
-    """Let the loader find CUDA libraries that pip installed; the graphs need no cuDNN.
-
-    ONNX Runtime looks beside its own folder alone; the libraries may be of another one on the
-    search path, such as that of the environment below this one.
-    """
-    if not hasattr(ort, "preload_dlls"):
-        return
-    major = (getattr(ort, "cuda_version", None) or "").partition(".")[0]
-    folders = [str(folder) for folder in nvidia_folders([f"cu{major}/lib"])] if major else []
-    # It reports on stdout, which belongs to answers.
-    with redirect_stdout(sys.stderr):
-        ort.preload_dlls(cudnn=False, directory=folders[0] if folders else None)
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Encoding
@@ -27,6 +26,7 @@ from tokenizers import Tokenizer as Backend
 
 from llava_edge.profiles.errors import ArtifactError, PromptError
 from llava_edge.runtime.manifest import PromptFormat, TokenIds
+from llava_edge.runtime.opened_file import OpenedFile
 from llava_edge.runtime.prompt import Piece
 from llava_edge.runtime.stream_decoder import StreamDecoder
 from llava_edge.runtime.tokenizer_backend import decode, encode, mapped_errors, open_backend
@@ -53,19 +53,19 @@ class Tokenizer:
 
     @classmethod
     def open(
-        cls, path: Path, tokens: TokenIds, prompt_format: PromptFormat | None = None
+        cls, opened: OpenedFile, tokens: TokenIds, prompt_format: PromptFormat | None = None
     ) -> Tokenizer:
         """Load and check a ``tokenizer.json``.
 
         Args:
-            path: the file.
+            opened: the file.
             tokens: special ids of the manifest.
             prompt_format: segments whose control tokens must be single ids.
 
         Raises:
             ArtifactError: the file cannot be read, or does not hold the manifest's tokens.
         """
-        backend = open_backend(path)
+        backend = open_backend(opened)
         backend.no_truncation()
         backend.no_padding()
         added = backend.get_added_tokens_decoder()
@@ -90,7 +90,7 @@ class Tokenizer:
             ]
         if faults:
             raise ArtifactError(
-                f"{path} does not fit its manifest: {'; '.join(faults)}. Convert again."
+                f"{opened.path} does not fit its manifest: {'; '.join(faults)}. Convert again."
             )
         control = {i for i, token in added.items() if token.special}
         control |= {*named.values(), *tokens.stop, *(contents[t] for t in written)}

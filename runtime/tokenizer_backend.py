@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from llava_edge.profiles.errors import ArtifactError, LlavaEdgeError
-from llava_edge.runtime.regular_file import read_bounded
+from llava_edge.runtime.opened_file import OpenedFile
 from llava_edge.runtime.sealed_json import parse_strict
 from llava_edge.runtime.tokenizer_check import tokenizer_faults
 
@@ -22,13 +21,13 @@ MAX_BYTES = 64 << 20
 """Largest ``tokenizer.json``; those of vocabularies of 262,144 have 33 MB."""
 
 
-def open_backend(path: Path) -> Backend:
+def open_backend(opened: OpenedFile) -> Backend:
     """Read, judge and open a ``tokenizer.json``.
 
     Raises:
-        ArtifactError: it is no plain file, too large, or holds what is not let through.
+        ArtifactError: it is too large, or holds what is not let through.
     """
-    data = read_bounded(path, MAX_BYTES)
+    path, data = opened.path, opened.read(MAX_BYTES)
     if faults := tokenizer_faults(parse_strict(data, str(path))):
         listed = "; ".join(faults[:8])
         raise ArtifactError(

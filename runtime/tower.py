@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import mmap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -23,13 +21,12 @@ from llava_edge.runtime.cache_folder import cache_folder, keep_in_cache
 from llava_edge.runtime.cuda_runtime import CudaRuntime
 from llava_edge.runtime.device_vision import TensorRTEncoder
 from llava_edge.runtime.engine_files import (
-    ENGINES,
     StoredEngine,
     Surroundings,
     built_engine,
-    check_listed,
     graph_digests,
     mismatch,
+    opened_engine,
     shipped_engines,
 )
 from llava_edge.runtime.manifest import Manifest
@@ -137,7 +134,7 @@ def _open_engine(
         vision = artifact.manifest.model.vision
         tile_shape = (3, vision.image_size, vision.image_size)
         feature_shape = (vision.num_patches, artifact.manifest.model.text.hidden_size)
-        with _mapped(stored.path) as plan:
+        with opened_engine(stored) as plan:
             engine = TensorRTEngine(
                 library, plan, tile_shape, feature_shape, _known_kernels(kernels)
             )
@@ -178,7 +175,6 @@ def _find(artifact: Artifact, here: Surroundings, trust_engines: bool) -> Stored
             "where their maker is trusted. Load with trust_engines=True (--trust-engines), or "
             f"{command[0].lower()}{command[1:]}"
         )
-    check_listed(artifact, [f"{ENGINES}/{chosen.path.name}"])
     return chosen
 
 
@@ -191,13 +187,6 @@ def _fitting(
             f"the engine {engine.path.name} is not for this place: {reason}. {command}"
         )
     return engine
-
-
-@contextmanager
-def _mapped(path: Path) -> Iterator[mmap.mmap]:
-    """A file's bytes without holding them in memory; they are pages of the file."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        yield data
 
 
 def _kernels_path(engine: StoredEngine, here: Surroundings) -> Path:

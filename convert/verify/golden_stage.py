@@ -37,7 +37,7 @@ def golden_stage(
         return None
     asked = {probe.name: probe for probe in probes}
     faults: list[str] = []
-    found = read_golden(artifact.path(GOLDEN_FILE), artifact.manifest)
+    found = read_golden(artifact.files[GOLDEN_FILE], artifact.manifest)
     for ours in found:
         if ours.name not in asked:
             faults.append(f"{ours.name}: this tool asks no such question")

@@ -47,7 +47,7 @@ def prompt_stage(
     becomes one, which is where it leaves the reference.
     """
     manifest = artifact.manifest
-    tokenizer = Tokenizer.open(artifact.path(manifest.tokenizer), manifest.tokens, manifest.prompt)
+    tokenizer = Tokenizer.open(artifact.files[manifest.tokenizer], manifest.tokens, manifest.prompt)
     faults: list[str] = []
     count = 0
     left_out = manifest.conversion.get("template_left_out", manifest.prompt is None)

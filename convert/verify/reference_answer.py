@@ -135,7 +135,7 @@ class Reference:
             )
         self._manifest = manifest
         self._tokenizer = Tokenizer.open(
-            artifact.path(manifest.tokenizer), manifest.tokens, manifest.prompt
+            artifact.files[manifest.tokenizer], manifest.tokens, manifest.prompt
         )
         self._answers: dict[str, ReferenceAnswer] = {}
 

@@ -44,8 +44,9 @@ from llava_edge.runtime.certificate import (
     overall,
 )
 from llava_edge.runtime.golden import GoldenProbe
-from llava_edge.runtime.host_memory import map_large_blocks, peak_host_bytes
+from llava_edge.runtime.host_memory import peak_host_bytes
 from llava_edge.runtime.manifest import Manifest
+from llava_edge.runtime.process import configure_process
 from llava_edge.runtime.this_machine import describe_host
 from llava_edge.runtime.versions import tool_versions
 
@@ -111,7 +112,7 @@ class Verifier:
         """Run every stage; a stage that cannot run at all fails with its reason."""
         started = time.perf_counter()
         # What a session or a layer gives back shall leave the process, not wait for the next.
-        map_large_blocks()
+        configure_process()
         artifact, checkpoint, reference = self.artifact, self.checkpoint, self.reference
         self._stage("structure", lambda: structure_stage(artifact, checkpoint))
         self._stage("prompt", lambda: prompt_stage(artifact, checkpoint, reference.processor))
@@ -264,7 +265,7 @@ def golden_probes(
     artifact: Artifact, checkpoint: Checkpoint
 ) -> tuple[list[GoldenProbe], Reference]:
     """Golden probes for an artifact, and the reference that remembers its answers to them."""
-    map_large_blocks()
+    configure_process()
     reference = open_reference(artifact, checkpoint)
     probes = probes_for(artifact.manifest, "quick")
     return [golden_probe(reference.answer(p, remember=True)) for p in probes], reference

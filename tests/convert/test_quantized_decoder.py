@@ -33,6 +33,7 @@ from llava_edge.profiles.model_dims import TextDims
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.graph_check import graph_faults
 from llava_edge.runtime.onnx_header import read_onnx_header
+from llava_edge.runtime.opened_file import OpenedFile
 from llava_edge.runtime.session import Session, SessionOptions
 
 CONTEXT = 64
@@ -392,7 +393,7 @@ def test_the_runtime_lets_the_graphs_through(
     path = write(open_backbone("llama-mha"), form, tmp_path)
     sizes = {"weights.bin": (tmp_path / "weights.bin").stat().st_size}
 
-    assert graph_faults(read_onnx_header(path), sizes) == []
+    assert graph_faults(read_onnx_header(OpenedFile(path)), sizes) == []
 
 
 def test_each_weight_is_loaded_once_and_only_when_it_is_written(

@@ -551,9 +551,32 @@ def _inside_tensor(random: Random, tensor: TensorProto) -> None:
 def _folder(random: Random, folder: Path) -> str:
     """The folder itself: files missing, added, of other kinds."""
     names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
-    name, act = random.choice(names), random.randrange(8)
+    name, act = random.choice(names), random.randrange(16)
     path = folder / name
-    path.unlink()
+    moved = folder.with_name("moved")
+    moved.mkdir()
+    path.rename(moved / "one")
+    if act < 8:
+        _put_in_place(path, act)
+    elif act == 8:
+        path.symlink_to(os.path.relpath(moved / "one", path.parent))
+    elif act == 9:
+        (moved / "two").symlink_to("one")
+        path.symlink_to(moved / "two")
+    elif act == 10:
+        path.symlink_to(
+            random.choice(("/dev/zero", "/dev/stdin", "/proc/self/mem", "/proc/1/maps"))
+        )
+    elif act == 11:
+        path.symlink_to(random.choice((moved, "..", "/", moved / "missing", "\udcff\n", "x" * 255)))
+    else:
+        (moved / "one").rename(path)
+        _leave_beside(random, path, act)
+    return f"{name} by {act}"
+
+
+def _put_in_place(path: Path, act: int) -> None:
+    """Something else than the file; 0 leaves nothing."""
     if act == 1:
         path.symlink_to("/etc/passwd")
     elif act == 2:
@@ -568,10 +591,50 @@ def _folder(random: Random, folder: Path) -> str:
     elif act == 6:
         path.symlink_to(path)
     elif act == 7:
-        deep = folder.joinpath(*["d"] * 60)
+        deep = path.parent.joinpath(*["d"] * 60)
         deep.mkdir(parents=True)
         (deep / "x").write_bytes(b"x")
-    return f"{name} by {act}"
+
+
+def _leave_beside(random: Random, path: Path, act: int) -> None:
+    """What tools leave: to be ignored under a name with a dot, and refused under any other."""
+    name = random.choice((".DS_Store", ".git", ".cache", ".", "..x", "Thumbs.db", ".\udcff"))
+    beside = path.with_name(name if name != "." else ".hidden")
+    if act == 12:
+        beside.write_bytes(b"anything")
+    elif act == 13:
+        beside.mkdir()
+        (beside / "x").symlink_to(path.parent)
+    elif act == 14:
+        os.mkfifo(beside)
+    else:
+        beside.symlink_to(path.parent)
+
+
+def change_in_use(random: Random, folder: Path) -> str:
+    """Change one file of an artifact that is loaded, as copying tools and people do."""
+    names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
+    name, act = random.choice(names), random.randrange(9)
+    path = folder / name
+    status, data = path.stat(), path.read_bytes()
+    if act in (0, 1, 2):
+        with path.open("r+b") as file:
+            file.write(data if act == 2 else mutated(random, data, [data])[: len(data)])
+        if act == 1:
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    elif act == 3:
+        os.truncate(path, random.randrange(len(data)))
+    elif act == 4:
+        replace(path, mutated(random, data, [data]))
+    elif act == 5:
+        path.unlink()
+    elif act == 6:
+        path.touch()
+    elif act == 7:
+        os.link(path, path.with_name(".link"))
+    else:
+        path.parent.rename(path.parent.with_name(".old"))
+    return f"{name} changed by {act}"
 
 
 _DAMAGE: dict[str, Callable[[Random, Path], str]] = {

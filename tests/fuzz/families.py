@@ -359,6 +359,22 @@ def convert(checkpoint: Path, out: Path, precision: str, *, verify: bool) -> obj
     return convert_checkpoint(request, no_progress, lambda _: None)
 
 
+def _changed(bench: Bench, random: Random, number: int) -> Case:
+    """A loaded artifact of which a file changes: the answer of before, or no answer."""
+    folder = bench.scratch / "artifact"
+    shutil.copytree(bench.artifacts / "image", folder)
+
+    def ask() -> object:
+        with LlavaEdge.load(folder, threads=1) as model:
+            before = model.generate("What?", [image_inputs.picture()], max_new_tokens=4)
+            artifact_inputs.change_in_use(random, folder)
+            after = model.generate("What?", [image_inputs.picture()], max_new_tokens=4)
+            assert after.token_ids == before.token_ids, (before, after)
+            return after
+
+    return Case("changed in use", ask, None, folder, 0, SMALL)
+
+
 def _misbehaving(bench: Bench, random: Random, number: int) -> Case:
     """What a fuzzed runtime must not do, so that the watch over it can be tested."""
 
@@ -402,6 +418,7 @@ FAMILIES: dict[str, Callable[[Bench, Random, int], Case]] = {
     "quality": _quality,
     **{damage: _artifact(damage) for damage in artifact_inputs.DAMAGES},
     **{f"checkpoint-{d}": _checkpoint(d) for d in checkpoint_inputs.DAMAGES},
+    "changed": _changed,
     "misbehaving": _misbehaving,
 }
 
@@ -418,7 +435,8 @@ COUNTS: dict[str, int] = {
     "tokenizer": 300,
     "embeddings": 150,
     "graph": 700,
-    "folder": 60,
+    "folder": 160,
+    "changed": 100,
     "checkpoint-config": 400,
     "checkpoint-index": 150,
     "checkpoint-header": 350,

@@ -379,7 +379,7 @@ def talk(released: Released) -> tuple[Message, ...]:
 def opened(artifact: Path) -> tuple[Artifact, Tokenizer]:
     found = open_artifact(artifact, verify_digests=False)
     manifest = found.manifest
-    return found, Tokenizer.open(found.path(manifest.tokenizer), manifest.tokens, manifest.prompt)
+    return found, Tokenizer.open(found.files[manifest.tokenizer], manifest.tokens, manifest.prompt)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

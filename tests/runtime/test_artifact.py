@@ -234,7 +234,7 @@ def test_a_missing_file_is_named(toy: Path) -> None:
         open_artifact(toy)
 
 
-@pytest.mark.parametrize("name", ["extra.bin", "vision/extra.bin", "manifest.json.bak", ".hidden"])
+@pytest.mark.parametrize("name", ["extra.bin", "vision/extra.bin", "manifest.json.bak", "vision/x"])
 def test_a_file_that_is_not_listed_is_refused(toy: Path, name: str) -> None:
     (toy / name).write_bytes(b"")
     with pytest.raises(ArtifactError, match=re.escape(name)):
@@ -248,22 +248,122 @@ def test_the_card_may_be_changed_or_missing(toy: Path) -> None:
     open_artifact(toy)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "vision/weights.bin", "README.md", "vision"])
-def test_a_symbolic_link_inside_is_refused_wherever_it_leads(
-    toy: Path, tmp_path: Path, name: str
+LEFT_BY_TOOLS = (
+    ".gitattributes",
+    ".DS_Store",
+    "vision/.DS_Store",
+    "decoder/.nfs000000001",
+    ".cache/huggingface/.gitignore",
+    ".cache/huggingface/download/vision/model.onnx.metadata",
+    ".git/objects/pack/deep/deeper/deepest/pack.idx",
+)
+
+
+@pytest.mark.parametrize("name", LEFT_BY_TOOLS)
+def test_what_tools_leave_under_names_with_a_dot_is_not_looked_at(toy: Path, name: str) -> None:
+    (toy / name).parent.mkdir(parents=True, exist_ok=True)
+    (toy / name).write_bytes(b"anything")
+    os.mkfifo((toy / name).with_name(".pipe"))
+    (toy / ".link").symlink_to("/nowhere")
+    (toy / ".folder").symlink_to(toy.parent)
+    assert open_artifact(toy, require_verified=True).verified
+
+
+def test_a_listed_name_with_a_dot_is_checked_like_any_other(toy: Path) -> None:
+    (toy / ".more").mkdir()
+    (toy / ".more/data.bin").write_bytes(b"listed")
+    relist(toy, ".more/data.bin")
+    open_artifact(toy)
+    (toy / ".more/data.bin").write_bytes(b"LISTED")
+    with pytest.raises(ArtifactError, match=r"\.more/data\.bin is damaged"):
+        open_artifact(toy)
+    (toy / ".more/other.bin").write_bytes(b"")
+    with pytest.raises(ArtifactError, match=r"\.more/other\.bin is not listed"):
+        open_artifact(toy)
+
+
+def link_into_blobs(toy: Path, blobs: Path) -> None:
+    """Every file becomes a relative link to a blob named by its digest, as in a hub's cache."""
+    blobs.mkdir()
+    for file in [path for path in toy.rglob("*") if path.is_file()]:
+        blob = blobs / hashlib.sha256(file.read_bytes()).hexdigest()
+        file.replace(blob)
+        file.symlink_to(os.path.relpath(blob, file.parent))
+
+
+def test_files_may_be_links_to_files(toy: Path, tmp_path: Path) -> None:
+    link_into_blobs(toy, tmp_path / "blobs")
+    artifact = open_artifact(toy, require_verified=True, hash_everything=True)
+    assert artifact.verified
+    assert artifact.files["tokenizer.json"].read(100) == (toy / "tokenizer.json").read_bytes()
+
+    (toy / "tokenizer.json").resolve().write_bytes(b"?" * artifact.files["tokenizer.json"].size)
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json is damaged"):
+        open_artifact(toy)
+    (toy / "tokenizer.json").resolve().write_bytes(b"shorter")
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json has 7 bytes"):
+        open_artifact(toy)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "manifest.json", "certificate.json"])
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("missing", "is a link to .*missing, where there is nothing"),
+        ("circle", "leads in a circle"),
+        ("folder", "is a link to a folder"),
+        ("pipe", "regular file"),
+        ("/dev/zero", "regular file"),
+    ],
+)
+def test_a_link_to_anything_but_a_file_is_refused(
+    toy: Path, tmp_path: Path, name: str, target: str, reason: str
 ) -> None:
-    (toy / name).rename(tmp_path / "moved")
-    (toy / name).symlink_to(tmp_path / "moved")
-    with pytest.raises(ArtifactError, match=f"{name} is a symbolic link"):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    (toy / name).unlink()
+    (toy / name).symlink_to(tmp_path / target)
+    with pytest.raises(ArtifactError, match=f"{re.escape(name)}.*{reason}"):
         open_artifact(toy)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "certificate.json"])
-def test_a_linked_manifest_or_certificate_is_refused(toy: Path, tmp_path: Path, name: str) -> None:
-    (toy / name).rename(tmp_path / "moved")
-    (toy / name).symlink_to(tmp_path / "moved")
-    with pytest.raises(ArtifactError, match="symbolic link"):
+def test_a_link_to_a_folder_is_refused_although_its_files_are_right(
+    toy: Path, tmp_path: Path
+) -> None:
+    (toy / "vision").rename(tmp_path / "moved")
+    (toy / "vision").symlink_to(tmp_path / "moved")
+    with pytest.raises(ArtifactError, match="vision is a link to a folder"):
         open_artifact(toy)
+
+
+def test_an_opened_artifact_reads_what_was_hashed_whatever_its_names_stand_for(toy: Path) -> None:
+    before = {name: (toy / name).read_bytes() for name in FILES}
+    artifact = open_artifact(toy)
+    for name in FILES:
+        (toy / name).rename(toy / "old")
+        (toy / name).write_bytes(b"another")
+    assert {name: artifact.files[name].read(1 << 20) for name in FILES} == before
+
+
+def test_closing_an_artifact_gives_all_descriptors_back(toy: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    artifact = open_artifact(toy)
+    assert len(os.listdir("/proc/self/fd")) >= before + len(FILES)
+    artifact.close()
+    artifact.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    open_artifact(toy)
+    assert len(os.listdir("/proc/self/fd")) == before, "nobody holds it"
+
+
+@pytest.mark.parametrize("name", [*FILES, "manifest.json", "certificate.json"])
+def test_an_artifact_that_is_refused_leaves_nothing_open(toy: Path, name: str) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    flip(toy / name, (toy / name).stat().st_size // 2)
+    with pytest.raises(ArtifactError) as refused:
+        open_artifact(toy)
+    assert len(os.listdir("/proc/self/fd")) == before, refused.value
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "certificate.json", "tokenizer.json"])

@@ -15,7 +15,7 @@ from PIL import Image
 
 from llava_edge.profiles.errors import OutOfMemoryError, RequestError
 from llava_edge.profiles.nvml import read_gpus
-from llava_edge.runtime import LlavaEdge, session
+from llava_edge.runtime import LlavaEdge, process, session
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.cuda_options import CudaOptions
 from llava_edge.runtime.decoder import Decoder
@@ -136,18 +136,18 @@ def test_buffers_take_what_they_ask_for(monkeypatch: pytest.MonkeyPatch) -> None
     )
     monkeypatch.setattr(onnxruntime.capi, "onnxruntime_pybind11_state", layer)
     monkeypatch.setattr(session, "_on_device", lambda array, _: asked.append(array.shape))
-    monkeypatch.setattr(session, "_preload_cuda", lambda: None)
-    session._take_exact_memory.cache_clear()
+    monkeypatch.setattr(session, "preload_cuda", lambda: None)
+    process.take_exact_memory.cache_clear()
 
     session.Buffer((2, 3), np.float16, "cuda")
     session.Buffer((4,), np.float16, "cuda")
     assert asked == ["exactly", (2, 3), (4,)], "once, and before the first"
 
-    session._take_exact_memory.cache_clear()
+    process.take_exact_memory.cache_clear()
     del layer.set_arena_extend_strategy
     session.Buffer((5,), np.float16, "cuda")
     assert asked[3:] == [(5,)], "other builds have no such arena"
-    session._take_exact_memory.cache_clear()
+    process.take_exact_memory.cache_clear()
 
 
 def test_libraries_of_another_folder_are_found_before_the_first_buffer(
@@ -160,9 +160,9 @@ def test_libraries_of_another_folder_are_found_before_the_first_buffer(
     monkeypatch.setattr(onnxruntime, "cuda_version", "13.0", raising=False)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda **asked: said.append(asked))
     monkeypatch.setattr(session, "_on_device", lambda array, _: said.append(array.shape))
-    session._preload_cuda.cache_clear()
+    process.preload_cuda.cache_clear()
     session.Buffer((2, 3), np.float16, "cuda")
-    session._preload_cuda.cache_clear()
+    process.preload_cuda.cache_clear()
 
     assert said == [{"cudnn": False, "directory": str(folder)}, (2, 3)]
 

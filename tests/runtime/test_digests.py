@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime import digests
 from llava_edge.runtime.cache_folder import cache_folder
 from llava_edge.runtime.digests import DigestCache, hash_file, hash_files
+from llava_edge.runtime.opened_file import OpenedFile
 
 
 @pytest.fixture(autouse=True)
@@ -34,15 +36,21 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def hash_cached(folder: Path, names: list[str], settle_seconds: float = 2.0) -> dict[str, str]:
+    with contextlib.ExitStack() as opened:
+        files = [opened.enter_context(OpenedFile(folder / name)) for name in names]
+        return DigestCache(folder, settle_seconds=settle_seconds).hash_files(files)
+
+
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that are really read."""
     names: list[str] = []
     real = digests._hash
 
-    def spy(path: Path, *rest: object) -> str:
-        names.append(path.name)
-        return real(path, *rest)  # type: ignore[arg-type]
+    def spy(opened: OpenedFile, *rest: object) -> str:
+        names.append(opened.name)
+        return real(opened, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(digests, "_hash", spy)
     return names
@@ -71,36 +79,36 @@ def test_a_missing_file_is_an_artifact_error(folder: Path) -> None:
 def test_untouched_files_are_read_once(folder: Path, hashed: list[str]) -> None:
     expected = {"a": sha256(b"first"), "b": sha256(b"second")}
     for _ in range(3):
-        assert DigestCache(folder, settle_seconds=0).hash_files(["a", "b"]) == expected
+        assert hash_cached(folder, ["a", "b"], settle_seconds=0) == expected
     assert sorted(hashed) == ["a", "b"]
 
 
 def test_a_changed_file_is_read_again_even_if_size_and_mtime_are_restored(
     folder: Path, hashed: list[str]
 ) -> None:
-    DigestCache(folder, settle_seconds=0).hash_files(["a", "b"])
+    hash_cached(folder, ["a", "b"], settle_seconds=0)
     before = (folder / "a").stat()
     time.sleep(0.05)  # one tick of the file system's clock is a few milliseconds
     (folder / "a").write_bytes(b"FIRST")
     os.utime(folder / "a", ns=(before.st_atime_ns, before.st_mtime_ns))
     hashed.clear()
-    found = DigestCache(folder, settle_seconds=0).hash_files(["a", "b"])
+    found = hash_cached(folder, ["a", "b"], settle_seconds=0)
     assert found == {"a": sha256(b"FIRST"), "b": sha256(b"second")}
     assert hashed == ["a"]
 
 
 def test_a_replaced_file_is_read_again(folder: Path) -> None:
-    DigestCache(folder, settle_seconds=0).hash_files(["a"])
+    hash_cached(folder, ["a"], settle_seconds=0)
     before = (folder / "a").stat()
     (folder / "new").write_bytes(b"FIRST")
     os.utime(folder / "new", ns=(before.st_atime_ns, before.st_mtime_ns))
     os.replace(folder / "new", folder / "a")
-    assert DigestCache(folder).hash_files(["a"]) == {"a": sha256(b"FIRST")}
+    assert hash_cached(folder, ["a"]) == {"a": sha256(b"FIRST")}
 
 
 def test_a_file_touched_a_moment_ago_is_not_remembered(folder: Path, hashed: list[str]) -> None:
-    DigestCache(folder, settle_seconds=60).hash_files(["a"])
-    DigestCache(folder, settle_seconds=60).hash_files(["a"])
+    hash_cached(folder, ["a"], settle_seconds=60)
+    hash_cached(folder, ["a"], settle_seconds=60)
     assert hashed == ["a", "a"]
 
 
@@ -109,16 +117,16 @@ def test_a_file_touched_a_moment_ago_is_not_remembered(folder: Path, hashed: lis
     [b"", b"{", b"[]", b'{"a": 1}', b'{"a": [[1], 2]}', b'{"a": [["x"], "y"]}', b"\xff" * 10],
 )
 def test_a_damaged_cache_costs_only_time(folder: Path, own_cache: Path, damage: bytes) -> None:
-    DigestCache(folder, settle_seconds=0).hash_files(["a"])
+    hash_cached(folder, ["a"], settle_seconds=0)
     (file,) = own_cache.iterdir()
     file.write_bytes(damage)
-    assert DigestCache(folder).hash_files(["a"]) == {"a": sha256(b"first")}
+    assert hash_cached(folder, ["a"]) == {"a": sha256(b"first")}
 
 
 def test_entries_of_the_cache_name_all_that_identifies_a_file(
     folder: Path, own_cache: Path
 ) -> None:
-    DigestCache(folder, settle_seconds=0).hash_files(["a"])
+    hash_cached(folder, ["a"], settle_seconds=0)
     (file,) = own_cache.iterdir()
     status = (folder / "a").stat()
     numbers = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]
@@ -130,7 +138,7 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert DigestCache(folder, settle_seconds=0).hash_files(["a"]) == {"a": sha256(b"first")}
+    assert hash_cached(folder, ["a"], settle_seconds=0) == {"a": sha256(b"first")}
 
 
 def test_a_relative_cache_home_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

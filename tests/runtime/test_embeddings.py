@@ -17,6 +17,7 @@ from llava_edge.convert.write_embeddings import write_embeddings
 from llava_edge.profiles.errors import ArtifactError, PromptError
 from llava_edge.profiles.model_dims import ModelDims, TextDims, VisionDims
 from llava_edge.runtime.embeddings import EmbeddingTable
+from llava_edge.runtime.opened_file import OpenedFile
 
 VOCAB, HIDDEN = 11, 6
 TABLE = (np.arange(VOCAB * HIDDEN).reshape(VOCAB, HIDDEN) / 8).astype(np.float16)
@@ -56,7 +57,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def table(path: Path) -> Iterator[EmbeddingTable]:
-    with EmbeddingTable(path, model()) as opened:
+    with EmbeddingTable(OpenedFile(path), model()) as opened:
         yield opened
 
 
@@ -156,7 +157,7 @@ def test_threads_share_one_table(table: EmbeddingTable) -> None:
 
 def test_a_closed_table_says_so_and_holds_no_descriptor(path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    table = EmbeddingTable(path, model())
+    table = EmbeddingTable(OpenedFile(path), model())
     table.close()
     table.close()
     assert len(os.listdir("/proc/self/fd")) == before
@@ -174,22 +175,22 @@ def test_a_file_cut_after_opening_is_an_error_not_a_crash(
 
 def test_a_table_from_the_usual_library_is_read_too(tmp_path: Path) -> None:
     save_file({"image_newline": NEWLINE, "embed_tokens": TABLE}, tmp_path / "e.safetensors")
-    with EmbeddingTable(tmp_path / "e.safetensors", model()) as table:
+    with EmbeddingTable(OpenedFile(tmp_path / "e.safetensors"), model()) as table:
         np.testing.assert_array_equal(table.rows(np.array([10, 2])), TABLE[[10, 2]])
 
 
 def test_a_model_without_tiles_has_no_newline(tmp_path: Path) -> None:
     write_embeddings(tmp_path / "e.safetensors", [TABLE], None)
-    with EmbeddingTable(tmp_path / "e.safetensors", model("llava")) as table:
+    with EmbeddingTable(OpenedFile(tmp_path / "e.safetensors"), model("llava")) as table:
         assert table.image_newline is None
         np.testing.assert_array_equal(table.rows(np.array([10])), TABLE[[10]])
 
 
 def test_a_table_of_another_model_is_refused(path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"not F16 \[12, 6\]"):
-        EmbeddingTable(path, model(vocab=12))
+        EmbeddingTable(OpenedFile(path), model(vocab=12))
     with pytest.raises(ArtifactError, match="holds embed_tokens, image_newline, not embed_tokens"):
-        EmbeddingTable(path, model("llava"))
+        EmbeddingTable(OpenedFile(path), model("llava"))
 
 
 def entry(**changes: object) -> dict[str, object]:
@@ -221,7 +222,7 @@ def test_a_header_that_does_not_fit_is_refused(tmp_path: Path, header: object) -
     data = len(text).to_bytes(8, "little") + text + bytes(144)
     (tmp_path / "e.safetensors").write_bytes(data)
     with pytest.raises(ArtifactError, match="does not fit the model"):
-        EmbeddingTable(tmp_path / "e.safetensors", model())
+        EmbeddingTable(OpenedFile(tmp_path / "e.safetensors"), model())
 
 
 @pytest.mark.parametrize(
@@ -232,4 +233,4 @@ def test_a_header_that_does_not_fit_is_refused(tmp_path: Path, header: object) -
 def test_a_file_without_a_bounded_header_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "e.safetensors").write_bytes(data)
     with pytest.raises(ArtifactError):
-        EmbeddingTable(tmp_path / "e.safetensors", model())
+        EmbeddingTable(OpenedFile(tmp_path / "e.safetensors"), model())

@@ -31,6 +31,7 @@ from llava_edge.runtime.manifest import (
     TokenIds,
     VideoProcessing,
 )
+from llava_edge.runtime.opened_file import OpenedFile
 
 VOCAB, HIDDEN, CONTEXT, IMAGE = 50, 4, 64, 60
 NAMES = [field.name for field in dataclasses.fields(GoldenProbe)]
@@ -104,7 +105,7 @@ def test_probes_come_back_as_they_were(
     second = dataclasses.replace(without_images(probe), name="words alone")
     (tmp_path / "golden").write_bytes(golden_bytes([probe, second], manifest))
 
-    found = read_golden(tmp_path / "golden", manifest)
+    found = read_golden(OpenedFile(tmp_path / "golden"), manifest)
 
     for given, read in zip((probe, second), found, strict=True):
         for name in NAMES:

@@ -17,6 +17,7 @@ from llava_edge.profiles.errors import EngineError
 from llava_edge.runtime import LlavaEdge, session
 from llava_edge.runtime.node_placement import size_nodes
 from llava_edge.runtime.onnx_header import read_onnx_header
+from llava_edge.runtime.opened_file import OpenedFile
 from llava_edge.runtime.session import Session, SessionOptions
 from tests.fake_cuda import keep_on_host
 
@@ -85,7 +86,7 @@ def test_every_answer_names_them(
 
 def test_the_decoder_for_a_gpu_works_out_no_sizes(artifact: Path) -> None:
     """ONNX Runtime would do that on the GPU, with copies there and back, and record no graph."""
-    assert size_nodes(read_onnx_header(graph_of(artifact, "decoder"))) == frozenset()
+    assert size_nodes(read_onnx_header(OpenedFile(graph_of(artifact, "decoder")))) == frozenset()
 
 
 @pytest.mark.parametrize(("profile", "part"), [("cpu-16gb", "decoder"), ("a100", "vision")])
@@ -99,7 +100,7 @@ def test_size_nodes_make_nothing_but_sizes(
     path = graph_of(made, part)
     model = onnx.load(path, load_external_data=False)
     makes = {node.output[0]: node.name for node in model.graph.node}
-    wanted = size_nodes(read_onnx_header(path))
+    wanted = size_nodes(read_onnx_header(OpenedFile(path)))
     assert wanted
     # ONNX Runtime computes them: integers of few elements come out.
     del model.graph.output[:]

@@ -22,6 +22,7 @@ from llava_edge.runtime.onnx_header import (
     parse_onnx_header,
     read_onnx_header,
 )
+from llava_edge.runtime.opened_file import OpenedFile
 
 
 def external(name: str, location: str = "weights.bin", offset: int = 0) -> TensorProto:
@@ -303,9 +304,9 @@ def test_each_limit_holds(limits: HeaderLimits, reason: str) -> None:
 
 def test_a_file_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(RICH)
-    assert read_onnx_header(tmp_path / "model.onnx") == parse_onnx_header(RICH, "rich")
+    assert read_onnx_header(OpenedFile(tmp_path / "model.onnx")) == parse_onnx_header(RICH, "rich")
     with pytest.raises(ArtifactError, match="at most 100 are read"):
-        read_onnx_header(tmp_path / "model.onnx", HeaderLimits(file_bytes=100))
+        read_onnx_header(OpenedFile(tmp_path / "model.onnx"), HeaderLimits(file_bytes=100))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from llava_edge.convert.write_embeddings import write_embeddings
 from llava_edge.profiles.anyres import AnyRes
 from llava_edge.profiles.model_dims import ModelDims, TextDims, VisionDims
 from llava_edge.runtime.embeddings import EmbeddingTable
+from llava_edge.runtime.opened_file import OpenedFile
 from llava_edge.runtime.prompt_embedder import PromptEmbedder
 from llava_edge.runtime.request import Request
 
@@ -47,7 +48,7 @@ class Encoder:
 def table(tmp_path: Path) -> Iterator[EmbeddingTable]:
     rows = np.arange(7, dtype=np.float32)[:, None] + 100 + np.zeros((7, HIDDEN), np.float32)
     write_embeddings(tmp_path / "embeddings.safetensors", [rows], np.full(HIDDEN, 9.0))
-    with EmbeddingTable(tmp_path / "embeddings.safetensors", DIMS) as opened:
+    with EmbeddingTable(OpenedFile(tmp_path / "embeddings.safetensors"), DIMS) as opened:
         yield opened
 
 

@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from llava_edge.profiles.cpu_limit import CpuLimit
-from llava_edge.profiles.errors import EngineError, OutOfMemoryError
+from llava_edge.profiles.errors import ArtifactError, EngineError, OutOfMemoryError
+from llava_edge.runtime import opened_file
 from llava_edge.runtime import session as session_module
+from llava_edge.runtime.opened_files import OpenedFiles
 from llava_edge.runtime.session import Buffer, Session, SessionOptions, _map_error
 
 _SPINNING = "session.intra_op.allow_spinning"
@@ -170,3 +173,69 @@ def test_threads_are_as_many_as_are_allowed_and_more_do_not_wait_busily(
     # More than that only where they were asked for.
     assert _opened(tmp_path, monkeypatch, CpuLimit(8, 8, 8, quota=1.5), 2) == (2, "0")
     assert _opened(tmp_path, monkeypatch, CpuLimit(8, 3, 3), 4) == (4, "")
+
+
+def graph_over(folder: Path, values: list[float]) -> Path:
+    """``y = x * w`` with w float32 [3] in ``weights.bin`` beside the graph."""
+    folder.mkdir()
+    model = onnx.ModelProto.FromString(graph("w"))
+    weight = model.graph.initializer[0]
+    weight.ClearField("float_data")
+    weight.ClearField("raw_data")
+    weight.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", "weights.bin"), ("offset", "4"), ("length", "12")):
+        weight.external_data.add(key=key, value=value)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    (folder / "weights.bin").write_bytes(np.array([0.0, *values], np.float32).tobytes())
+    return folder / "model.onnx"
+
+
+def product(session: Session) -> list[float]:
+    (found,) = session.run({"x": np.ones(3, np.float32)}, ["y"])
+    return [float(value) for value in found]
+
+
+@pytest.mark.parametrize("paths", [True, False], ids=["by descriptor", "in memory"])
+def test_weights_are_those_that_were_opened_whatever_their_name_stands_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paths: bool
+) -> None:
+    if not paths:
+        monkeypatch.setattr(opened_file, "DESCRIPTORS", tmp_path / "no such folder")
+    graph_over(tmp_path / "one", [1.0, 2.0, 3.0])
+    graph_over(tmp_path / "two", [7.0, 8.0, 9.0])
+    with OpenedFiles(tmp_path) as files:
+        opened = files["one/model.onnx"], files["one/weights.bin"]
+        # The whole folder: ONNX Runtime would not open a file that has no name any more.
+        (tmp_path / "one").rename(tmp_path / "old")
+        (tmp_path / "two").rename(tmp_path / "one")
+        session = Session.from_files(files, "one/model.onnx", SessionOptions(threads=1))
+        assert opened[1] is files["one/weights.bin"]
+    assert product(session) == [1.0, 2.0, 3.0]
+    session.close()
+    session.close()
+
+
+def test_weights_may_lie_behind_a_link(tmp_path: Path) -> None:
+    path = graph_over(tmp_path / "one", [1.0, 2.0, 3.0])
+    for name in ("model.onnx", "weights.bin"):
+        (path.parent / name).rename(tmp_path / name[:3])
+        (path.parent / name).symlink_to(f"../{name[:3]}")
+    assert product(Session(path, SessionOptions(threads=1))) == [1.0, 2.0, 3.0]
+    data, folder = path.read_bytes(), path.parent
+    assert product(Session.from_bytes(data, folder, SessionOptions(threads=1))) == [1.0, 2.0, 3.0]
+
+
+def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
+    path = graph_over(tmp_path / "one", [1.0, 2.0, 3.0])
+    (path.parent / "weights.bin").unlink()
+    with pytest.raises(ArtifactError, match=r"weights\.bin cannot be opened"):
+        Session(path, SessionOptions(threads=1))
+
+
+def test_opening_a_session_leaves_no_file_open(tmp_path: Path) -> None:
+    path = graph_over(tmp_path / "one", [1.0, 2.0, 3.0])
+    Session(path, SessionOptions(threads=1)).close()
+    before = len(os.listdir("/proc/self/fd"))
+    session = Session(path, SessionOptions(threads=1))
+    assert len(os.listdir("/proc/self/fd")) == before
+    session.close()

@@ -25,6 +25,7 @@ from llava_edge.convert.prompt_family import builtin_format
 from llava_edge.convert.sentencepiece_tokenizer import SentencePieceModel, SentencePieceSettings
 from llava_edge.profiles.errors import ArtifactError, PromptError
 from llava_edge.runtime.manifest import PromptFormat, TokenIds
+from llava_edge.runtime.opened_file import OpenedFile
 from llava_edge.runtime.prompt import (
     Message,
     Piece,
@@ -228,7 +229,7 @@ def make_model(name: str, folder: Path) -> Model:
         family=family,
         prompt_format=prompt_format,
         backend=backend,
-        tokenizer=Tokenizer.open(file, tokens, prompt_format),
+        tokenizer=Tokenizer.open(OpenedFile(file), tokens, prompt_format),
         processor=processor,
     )
 
@@ -392,7 +393,9 @@ def test_an_added_token_across_a_seam(
     backend.save(str(file))
     tokens = TokenIds(image=7, video=None, bos=None, stop=(6,), num_text_tokens=7)
     rest = "".join(expected).removeprefix(text)
-    ids = Tokenizer.open(file, tokens).encode_pieces((Piece("text", text), Piece("template", rest)))
+    ids = Tokenizer.open(OpenedFile(file), tokens).encode_pieces(
+        (Piece("text", text), Piece("template", rest))
+    )
     assert [backend.id_to_token(i) for i in ids] == expected
 
 
@@ -424,7 +427,7 @@ def test_a_vocabulary_that_holds_the_end_mark_as_a_mergeable_piece_never_yields_
     file = tmp_path / "tokenizer.json"
     backend.save(str(file))
     tokens = TokenIds(image=11, video=None, bos=1, stop=(2,), num_text_tokens=11)
-    tokenizer = Tokenizer.open(file, tokens)
+    tokenizer = Tokenizer.open(OpenedFile(file), tokens)
     ids = tokenizer.encode_pieces((Piece("text", "a</s>a"), Piece("template", "</s>")))
     assert ids == [10, 8, 9, 10, 2]
     assert tokenizer.encode_pieces((Piece("text", "<unk>"),)) == [4, 0, 7]
@@ -438,7 +441,7 @@ def test_a_unigram_vocabulary_never_yields_its_end_mark_from_text(tmp_path: Path
     file = tmp_path / "tokenizer.json"
     backend.save(str(file))
     tokens = TokenIds(image=7, video=None, bos=None, stop=(1,), num_text_tokens=7)
-    tokenizer = Tokenizer.open(file, tokens)
+    tokenizer = Tokenizer.open(OpenedFile(file), tokens)
     ids = tokenizer.encode_pieces((Piece("text", "a</s>"), Piece("image", "<image>")))
     assert ids == [6, 2, 3, 4, 5, 7]
     # The model itself would: the token is only a piece here, not an added token.
@@ -446,7 +449,7 @@ def test_a_unigram_vocabulary_never_yields_its_end_mark_from_text(tmp_path: Path
     document["added_tokens"] = [t for t in document["added_tokens"] if t["content"] != "</s>"]
     file.write_text(json.dumps(document), encoding="utf-8")
     tokens = replace(tokens, image=Backend.from_file(str(file)).token_to_id("<image>"))
-    loose = Tokenizer.open(file, tokens)
+    loose = Tokenizer.open(OpenedFile(file), tokens)
     assert 1 not in loose.encode_pieces((Piece("text", "a</s>"),))
 
 
@@ -574,16 +577,16 @@ def test_a_video_mark_needs_a_model_with_videos(model: Model) -> None:
 def test_files_that_are_no_tokenizer_are_artifact_errors(tmp_path: Path, model: Model) -> None:
     tokens = TokenIds(image=1, video=None, bos=None, stop=(0,), num_text_tokens=1)
     with pytest.raises(ArtifactError, match=r"no tokenizer|cannot be opened"):
-        Tokenizer.open(tmp_path / "missing.json", tokens)
+        Tokenizer.open(OpenedFile(tmp_path / "missing.json"), tokens)
     (tmp_path / "bad.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ArtifactError, match="no tokenizer"):
-        Tokenizer.open(tmp_path / "bad.json", tokens)
+        Tokenizer.open(OpenedFile(tmp_path / "bad.json"), tokens)
     good = tmp_path / "good.json"
     model.backend.save(str(good))
     wrong = replace(tokens, image=7, video=9, stop=(10**6,))
     odd = replace(model.prompt_format, special_tokens=("<|nothing|>",))
     with pytest.raises(ArtifactError, match=r"image id 7.*video id 9.*stop id.*nothing"):
-        Tokenizer.open(good, wrong, odd)
+        Tokenizer.open(OpenedFile(good), wrong, odd)
 
 
 def test_a_long_text_takes_at_least_what_its_slices_do(model: Model) -> None:

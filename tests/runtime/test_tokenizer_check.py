@@ -18,6 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from llava_edge.bench.pages.checkpoint import SHIPPED
 from llava_edge.profiles.errors import ArtifactError
+from llava_edge.runtime.opened_file import OpenedFile
 from llava_edge.runtime.tokenizer_backend import encode, open_backend
 from llava_edge.runtime.tokenizer_check import tokenizer_faults
 
@@ -164,7 +165,7 @@ def test_what_is_not_let_through_is_named(
     (tmp_path / "tokenizer.json").write_text(json.dumps(document), "utf-8")
 
     with pytest.raises(ArtifactError, match=f"(?s){reason}.*Copy or convert"):
-        open_backend(tmp_path / "tokenizer.json")
+        open_backend(OpenedFile(tmp_path / "tokenizer.json"))
 
 
 ALLOWED = {
@@ -208,7 +209,9 @@ def test_what_the_library_writes_is_let_through(tmp_path: Path) -> None:
     backend.enable_padding(length=9)
     backend.save(str(tmp_path / "tokenizer.json"))
 
-    assert encode(open_backend(tmp_path / "tokenizer.json"), "A a", add_special_tokens=True).ids
+    assert encode(
+        open_backend(OpenedFile(tmp_path / "tokenizer.json")), "A a", add_special_tokens=True
+    ).ids
 
 
 @pytest.mark.parametrize("rule", ["nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf"])
@@ -235,4 +238,4 @@ def test_a_file_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
         file.truncate(1 << 40)
 
     with pytest.raises(ArtifactError, match="at most"):
-        open_backend(tmp_path / "tokenizer.json")
+        open_backend(OpenedFile(tmp_path / "tokenizer.json"))

@@ -14,6 +14,7 @@ from llava_edge.convert.checkpoint import open_checkpoint
 from llava_edge.convert.verify.verifier import VerifyOptions, open_reference, verify_artifact
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.golden import GOLDEN_FILE, golden_bytes, read_golden
+from llava_edge.runtime.opened_file import OpenedFile
 from llava_edge.runtime.progress import no_progress
 from tests.convert.verify.tamper import Tampered
 
@@ -94,7 +95,7 @@ def test_golden_prompts_that_say_something_else_are_found(
     manifest = open_artifact(sound).manifest
     probes = [
         replace(probe, logits=np.flip(probe.logits, axis=1).copy())
-        for probe in read_golden(path, manifest)
+        for probe in read_golden(OpenedFile(path), manifest)
     ]
     path.write_bytes(golden_bytes(probes, manifest))
 

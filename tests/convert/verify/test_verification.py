@@ -22,6 +22,7 @@ from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.cli import main
 from llava_edge.runtime.golden import GOLDEN_FILE, read_golden
+from llava_edge.runtime.opened_file import OpenedFile
 from llava_edge.runtime.progress import no_progress
 from tests.convert.verify.checkpoint_changes import CHANGES
 
@@ -156,7 +157,7 @@ def test_golden_features_are_those_that_the_artifact_computes(
     request_of: Callable[..., ConvertRequest],
 ) -> None:
     conversion, _ = converted(request_of())
-    probes = read_golden(conversion.folder / GOLDEN_FILE, conversion.manifest)
+    probes = read_golden(OpenedFile(conversion.folder / GOLDEN_FILE), conversion.manifest)
 
     assert [probe.name for probe in probes] == ["text", "grid 1x2"]
     assert all(np.isfinite(probe.logits).all() for probe in probes)
