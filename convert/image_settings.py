@@ -17,6 +17,15 @@ from llava_edge.runtime.manifest import ImageProcessing, Reference
 BICUBIC = 3
 """Pillow's number of the bicubic filter, as the hub's files write it."""
 
+CLASSES = frozenset(
+    {
+        *("LlavaNextImageProcessor", "CLIPImageProcessor", "LlavaImageProcessor"),
+        # Of the video model, whose processors were saved to one file.
+        *("LlavaNextVideoImageProcessor", "LlavaNextVideoVideoProcessor"),
+    }
+)
+"""Image processors that are known, without ``Fast`` and ``Pil``, which say who resizes."""
+
 _ALWAYS = ("do_convert_rgb", "do_normalize", "do_rescale", "do_resize")
 
 
@@ -37,6 +46,7 @@ def read_image_processing(
     Raises:
         CheckpointError: the processor would do something else than the runtime does.
     """
+    check_image_class(settings)
     tile = dims.vision.image_size
     faults = [
         f"{key} is false; the runtime always does it"
@@ -78,6 +88,29 @@ def read_image_processing(
         reference=reference,
         view="tiles" if dims.takes_tiles else "crop",
     )
+
+
+def check_image_class(settings: Mapping[str, Any]) -> None:
+    """Refuse an image processor that is none of transformers' own.
+
+    Raises:
+        CheckpointError: names the class and what to do.
+    """
+    name = settings.get("image_processor_type", settings.get("feature_extractor_type"))
+    if name is None and isinstance(mapped := settings.get("auto_map"), Mapping):
+        named = mapped.get("AutoImageProcessor")
+        listed = named if isinstance(named, list) else [named]
+        name = next((each for each in reversed(listed) if each is not None), None)
+    if name is None:
+        return
+    short = str(name).removesuffix("Fast").removesuffix("Pil")
+    if short.replace("FeatureExtractor", "ImageProcessor") not in CLASSES:
+        raise CheckpointError(
+            f"the checkpoint's image processor is of the class {name!r:.80}; known are "
+            f"{', '.join(sorted(CLASSES))}. Code of a checkpoint is never run. Where its values "
+            "are those of a known class, name that one as image_processor_type in "
+            "preprocessor_config.json and remove auto_map."
+        )
 
 
 def middle_faults(settings: Mapping[str, Any]) -> Iterator[str]:
