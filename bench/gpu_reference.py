@@ -27,6 +27,7 @@ from PIL import Image
 
 from llava_edge.bench.chat_prompt import chat_prompts
 from llava_edge.bench.gpu_models import GPU_MODELS
+from llava_edge.bench.reference_loader import load_model, load_processor
 from llava_edge.bench.speed_cases import draw_picture
 from llava_edge.profiles.nvml import process_bytes
 from llava_edge.runtime.host_memory import peak_host_bytes
@@ -47,12 +48,11 @@ class Reference:
 
     def __init__(self, checkpoint: Path, device: str) -> None:
         self.device = device
-        self.processor: Any = transformers.LlavaNextProcessor.from_pretrained(checkpoint)
-        loader: Any = transformers.LlavaNextForConditionalGeneration
-        model = loader.from_pretrained(
-            checkpoint, dtype=torch.float16, attn_implementation="sdpa", low_cpu_mem_usage=True
+        self.processor: Any = load_processor(checkpoint)
+        model = load_model(
+            checkpoint, torch.float16, attn_implementation="sdpa", low_cpu_mem_usage=True
         )
-        self.model: Any = model.to(device).eval()
+        self.model: Any = model.to(device)
 
     def prompt(self, question: str) -> str:
         """A question about one picture in the model's own template."""

@@ -32,6 +32,7 @@ from transformers import LlamaForCausalLM
 
 _LINEAR = re.compile(r"(?:^|\.)(layers\.\d+\.\w+\.\w+)\.qweight$")
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
+SAFE: Mapping[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 _Weights = Mapping[str, torch.Tensor]
 _Found = tuple[list[torch.Tensor], torch.Tensor]
 """Residual stream before the first layer and behind each, and logits."""
@@ -78,7 +79,9 @@ class Judge:
 
     def __init__(self, folder: Path) -> None:
         # From a checkpoint a model comes in evaluation mode.
-        self._model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self._model: Any = LlamaForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, **SAFE
+        )
         decoder = self._model.model
         self._linears: dict[str, torch.nn.Linear] = {
             f"layers.{number}.{name}": module

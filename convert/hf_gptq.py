@@ -28,6 +28,7 @@ from llava_edge.convert.layouts import hub_name
 from llava_edge.convert.packing import GptqTensors, to_gptq
 from llava_edge.convert.quantized_source import LINEARS, QuantizedSource, linear_name
 from llava_edge.convert.safetensors_file import DTYPE_BYTES, write_safetensors
+from llava_edge.convert.text_files import read_object
 from llava_edge.convert.weights import Array, as_float16
 from llava_edge.profiles.errors import RequestError
 
@@ -53,6 +54,8 @@ _COPIED = (
     "vocab.json",
 )
 _DTYPE_KEYS = ("dtype", "torch_dtype")
+_CODE_KEYS = ("auto_map", "attn_implementation", "_attn_implementation", "custom_generate")
+"""What selects code in the files of a checkpoint."""
 _PROCESSORS = {
     "llava": "LlavaProcessor",
     "llava_next": "LlavaNextProcessor",
@@ -182,13 +185,13 @@ def _write_texts(
     _write_json(folder / QUANTIZE_CONFIG_FILE, settings)
     for name in _COPIED:
         if (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, folder / name)
+            _copy(checkpoint.folder / name, folder / name)
     if tokenizer_file is not None and not (folder / "tokenizer.json").exists():
         shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
     _write_json(folder / "preprocessor_config.json", checkpoint.preprocessor_config())
     own = checkpoint.folder / "processor_config.json"
     if own.is_file():
-        shutil.copyfile(own, folder / own.name)
+        _copy(own, folder / own.name)
         return
     vision = checkpoint.dims.vision
     _write_json(
@@ -203,9 +206,25 @@ def _write_texts(
     )
 
 
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file; JSON that names code loses it, all else stays byte for byte."""
+    if source.suffix == ".json" and source.name not in ("tokenizer.json", "vocab.json"):
+        values = read_object(source)
+        if (plain := _without_code(values)) != values:
+            _write_json(target, plain)
+            return
+    shutil.copyfile(source, target)
+
+
+def _without_code(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_code(v) for k, v in value.items() if k not in _CODE_KEYS}
+    return [_without_code(each) for each in value] if isinstance(value, list) else value
+
+
 def _config(checkpoint: Checkpoint, settings: dict[str, Any]) -> dict[str, Any]:
     """The source's configuration, said to be fp16 and quantised; code of its own is left out."""
-    config = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
+    config: dict[str, Any] = _without_code(dict(checkpoint.config))
     tied = checkpoint.dims.text.tie_word_embeddings
     for section in ("text_config", "vision_config"):
         own = dict(config.get(section) or {})

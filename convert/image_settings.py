@@ -23,6 +23,15 @@ from llava_edge.runtime.manifest import ImageProcessing, Reference
 BICUBIC = 3
 """Pillow's number of the bicubic filter, as the hub's files write it."""
 
+CLASSES = frozenset(
+    {
+        *("LlavaNextImageProcessor", "CLIPImageProcessor", "LlavaImageProcessor"),
+        # Of the video model, whose processors were saved to one file.
+        *("LlavaNextVideoImageProcessor", "LlavaNextVideoVideoProcessor"),
+    }
+)
+"""Image processors that are known, without ``Fast`` and ``Pil``, which say who resizes."""
+
 CLASS_VALUES: Mapping[str, Any] = {
     "crop_size": {"height": 224, "width": 224},
     "do_center_crop": True,
@@ -69,6 +78,7 @@ def read_image_processing(
     Raises:
         CheckpointError: the processor would do something else than the runtime does.
     """
+    check_image_class(settings)
     faults: list[str] = []
     if not dims.takes_tiles and settings.get("do_pad"):
         faults.append("do_pad is true; the middle of an image is seen, and nothing is padded")
@@ -90,6 +100,29 @@ def read_image_processing(
         reference=reference,
         view="tiles" if dims.takes_tiles else "crop",
     )
+
+
+def check_image_class(settings: Mapping[str, Any]) -> None:
+    """Refuse an image processor that is none of transformers' own.
+
+    Raises:
+        CheckpointError: names the class and what to do.
+    """
+    name = settings.get("image_processor_type", settings.get("feature_extractor_type"))
+    if name is None and isinstance(mapped := settings.get("auto_map"), Mapping):
+        named = mapped.get("AutoImageProcessor")
+        listed = named if isinstance(named, list) else [named]
+        name = next((each for each in reversed(listed) if each is not None), None)
+    if name is None:
+        return
+    short = str(name).removesuffix("Fast").removesuffix("Pil")
+    if short.replace("FeatureExtractor", "ImageProcessor") not in CLASSES:
+        raise CheckpointError(
+            f"the checkpoint's image processor is of the class {name!r:.80}; known are "
+            f"{', '.join(sorted(CLASSES))}. Code of a checkpoint is never run. Where its values "
+            "are those of a known class, name that one as image_processor_type in "
+            "preprocessor_config.json and remove auto_map."
+        )
 
 
 def read_pixel_values(

@@ -5,9 +5,8 @@ Used to show its answer beside ours and by tests; the runtime never sees it.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +15,24 @@ import transformers
 from PIL.Image import Image
 
 from llava_edge.convert.template_sandbox import ChatRequest, render_all
+from llava_edge.convert.text_files import read_object
+from llava_edge.convert.tokenizer_files import build_tokenizer_json
+from llava_edge.convert.transformers_loader import load_model, load_processor
 from llava_edge.convert.verify.reference_video import frame_pixels
 from llava_edge.profiles.errors import CheckpointError
 
 REFERENCE = f"transformers {transformers.__version__}"
 
 
-_CLASSES: Mapping[str, tuple[str, str]] = {
-    "llava": ("LlavaConfig", "LlavaForConditionalGeneration"),
-    "llava_next": ("LlavaNextConfig", "LlavaNextForConditionalGeneration"),
-    "llava_next_video": ("LlavaNextVideoConfig", "LlavaNextVideoForConditionalGeneration"),
-}
-
-
-def meta_model(config: Mapping[str, Any]) -> Any:
-    """The reference's model of a ``config.json``, without weights (torch's meta device)."""
-    config_class, model_class = _CLASSES[config["model_type"]]
-    fields = {key: value for key, value in config.items() if key != "model_type"}
-    made = getattr(transformers, config_class)(**fields)
-    with torch.device("meta"):
-        return getattr(transformers, model_class)(made)
-
-
 class ReferenceModel:
     """A checkpoint folder in Hugging Face layout, loaded whole in float32 on the CPU."""
 
     def __init__(self, folder: Path) -> None:
-        kind = json.loads((folder / "config.json").read_text("utf-8"))["model_type"]
-        # The video model's own processor needs torchvision; templates, ids and tiles are these.
-        processor: Any = (
-            transformers.LlavaProcessor if kind == "llava" else transformers.LlavaNextProcessor
-        )
-        self.processor: Any = processor.from_pretrained(folder)
-        loader: Any = getattr(transformers, _CLASSES[kind][1])
-        self.model: Any = loader.from_pretrained(folder, dtype=torch.float32).eval()
+        stand_in = None
+        if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
+            stand_in = build_tokenizer_json(folder, read_object(folder / "config.json"))
+        self.processor: Any = load_processor(folder, stand_in)
+        self.model: Any = load_model(folder)
 
     def render(self, prompt: str, num_images: int, num_videos: int = 0) -> str:
         """One user turn through the checkpoint's chat template, images first, then videos.

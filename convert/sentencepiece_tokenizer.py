@@ -17,12 +17,20 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
+from llava_edge.convert.sentencepiece_model import (
+    BPE,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    read_sentencepiece,
+)
+from llava_edge.convert.tokenizer_source import library_errors
 from llava_edge.profiles.errors import CheckpointError
 
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 3, 4, 5, 6
-_UNIGRAM, _BPE = 1, 2
 _NEVER = -1e6
-_MAX_MODEL_BYTES = 64 << 20
 _BLANK = "▁"
 
 
@@ -54,33 +62,8 @@ class SentencePieceModel:
         Raises:
             CheckpointError: the file is no sentencepiece model of a kind that can be rebuilt.
         """
-        from sentencepiece import sentencepiece_model_pb2
-
-        # The generated module makes its classes when it is loaded; types do not know them.
-        generated: Any = sentencepiece_model_pb2
-        proto = generated.ModelProto()
-        try:
-            if path.stat().st_size > _MAX_MODEL_BYTES:
-                raise ValueError(f"it has more than {_MAX_MODEL_BYTES} bytes")
-            data = path.read_bytes()
-            proto.ParseFromString(data)
-        except Exception as error:  # protobuf raises its own kinds, which differ by version.
-            raise CheckpointError(
-                f"{path} is no sentencepiece model: {error}. Fetch it again."
-            ) from error
-        faults = []
-        if proto.trainer_spec.model_type not in (_UNIGRAM, _BPE):
-            faults.append(f"model type {proto.trainer_spec.model_type} is neither unigram nor BPE")
-        if proto.trainer_spec.treat_whitespace_as_suffix:
-            faults.append("white space is a suffix of words, not a prefix")
-        if not proto.pieces:
-            faults.append("it has no pieces")
-        if faults:
-            raise CheckpointError(
-                f"{path} cannot be rebuilt as tokenizer.json: {'; '.join(faults)}. "
-                "Give a checkpoint that has a tokenizer.json."
-            )
-        return cls(data, proto)
+        proto = read_sentencepiece(path)
+        return cls(proto.SerializeToString(), proto)
 
     @property
     def bos(self) -> str | None:
@@ -96,12 +79,20 @@ class SentencePieceModel:
         return str(self.proto.pieces[index].piece) if 0 <= index < len(self.proto.pieces) else None
 
     def build(self, settings: SentencePieceSettings) -> Backend:
-        """The same tokenizer in the form of the ``tokenizers`` library."""
+        """The same tokenizer in the form of the ``tokenizers`` library.
+
+        Raises:
+            CheckpointError: the library cannot be given this model.
+        """
+        with library_errors("tokenizer.model cannot be rebuilt as tokenizer.json"):
+            return self._build(settings)
+
+    def _build(self, settings: SentencePieceSettings) -> Backend:
         prefix = settings.add_prefix_space
         if prefix is None:
             prefix = bool(self.proto.normalizer_spec.add_dummy_prefix)
-        symbols = [p.piece for p in self.proto.pieces if p.type == _USER_DEFINED]
-        bpe = self.proto.trainer_spec.model_type == _BPE
+        symbols = [p.piece for p in self.proto.pieces if p.type == USER_DEFINED]
+        bpe = self.proto.trainer_spec.model_type == BPE
         backend = Backend(self._bpe(bool(symbols)) if bpe else self._unigram())
         backend.normalizer = self._normalizer(prefix and settings.legacy)
         splits: list[Any] = []
@@ -122,7 +113,7 @@ class SentencePieceModel:
         backend.decoder = decoders.Sequence(
             [*steps, decoders.Strip(" ", 1, 0)] if prefix else steps
         )
-        special = [p.piece for p in self.proto.pieces if p.type in (_CONTROL, 2)]
+        special = [p.piece for p in self.proto.pieces if p.type in (CONTROL, UNKNOWN)]
         backend.add_special_tokens([AddedToken(p, normalized=False) for p in special])
         bos = self.bos
         if settings.add_bos and bos is not None:
@@ -136,7 +127,7 @@ class SentencePieceModel:
     def _bpe(self, words: bool) -> models.BPE:
         pieces = self.proto.pieces
         vocab = {p.piece: i for i, p in enumerate(pieces)}
-        score = {p.piece: p.score for p in pieces if p.type == _NORMAL}
+        score = {p.piece: p.score for p in pieces if p.type == NORMAL}
         merges = [
             (-value, vocab[piece], vocab[piece[:cut]], vocab[piece[cut:]])
             for piece, value in score.items()
@@ -157,12 +148,12 @@ class SentencePieceModel:
 
     def _unigram(self) -> models.Unigram:
         pieces = self.proto.pieces
-        best = max((p.score for p in pieces if p.type == _NORMAL), default=0.0)
+        best = max((p.score for p in pieces if p.type == NORMAL), default=0.0)
 
         def score(piece: Any) -> float:
-            if piece.type == _USER_DEFINED:
+            if piece.type == USER_DEFINED:
                 return float(len(piece.piece) * best - 0.1)
-            return float(piece.score) if piece.type == _NORMAL else _NEVER
+            return float(piece.score) if piece.type == NORMAL else _NEVER
 
         return models.Unigram(
             [(p.piece, score(p)) for p in pieces],
@@ -193,10 +184,11 @@ class SentencePieceModel:
         """
         from sentencepiece import SentencePieceProcessor
 
-        original = SentencePieceProcessor(model_proto=self.data)
+        with library_errors("sentencepiece cannot open tokenizer.model"):
+            original = SentencePieceProcessor(model_proto=self.data)
         pieces = self.proto.pieces
-        special = [p.piece for p in pieces if p.type not in (_NORMAL, _UNUSED, _BYTE)]
-        normal = [p.piece for p in pieces if p.type in (_NORMAL, _USER_DEFINED)]
+        special = [p.piece for p in pieces if p.type not in (NORMAL, UNUSED, BYTE)]
+        normal = [p.piece for p in pieces if p.type in (NORMAL, USER_DEFINED)]
         implied = self.proto.normalizer_spec.add_dummy_prefix
         for text in probe_texts([p.replace(_BLANK, " ") for p in normal]):
             if any(s in text for s in special if s not in normal):

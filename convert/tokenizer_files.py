@@ -6,7 +6,7 @@ transformers can load one; the file is written as that one is when the two diffe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,25 @@ from tokenizers import Tokenizer as Backend
 
 from llava_edge.convert import original_config
 from llava_edge.convert.chat_template import special_tokens_map
-from llava_edge.convert.prompt_family import detect_family, stop_tokens
+from llava_edge.convert.prompt_family import builtin_format, detect_family, stop_tokens
 from llava_edge.convert.sentencepiece_tokenizer import (
     SentencePieceModel,
     SentencePieceSettings,
     probe_texts,
 )
-from llava_edge.convert.text_files import read_object, read_text
+from llava_edge.convert.text_files import read_object
+from llava_edge.convert.tokenizer_settings import (
+    read_added_tokens,
+    read_tokenizer_config,
+    refuse_foreign_class,
+)
+from llava_edge.convert.tokenizer_source import (
+    judge_tokenizer_json,
+    library_errors,
+    open_tokenizer_json,
+    read_tokenizer_json,
+)
+from llava_edge.convert.transformers_loader import load_merges, load_tokenizer
 from llava_edge.profiles.errors import CheckpointError, shorten
 from llava_edge.runtime.manifest import TokenIds
 from llava_edge.runtime.prompt import MARKS, Kind
@@ -59,14 +71,34 @@ def prepare_tokenizer(
         CheckpointError: there is no usable tokenizer, or configuration and tokenizer do not agree
             about an id.
     """
-    files = _Files.read(checkpoint_folder, config)
+    family = family or detect_family(config, source_id)
+    with library_errors(f"the tokenizer of {checkpoint_folder} cannot be read"):
+        files = _Files.read(checkpoint_folder, config, family)
+        return _prepare(files, out_file, vocab_size, report)
+
+
+def build_tokenizer_json(checkpoint_folder: Path, config: Mapping[str, Any]) -> str:
+    """A ``tokenizer.json`` made from ``tokenizer.model``, with the marks of media.
+
+    Raises:
+        CheckpointError: as ``prepare_tokenizer``.
+    """
+    with library_errors(f"the tokenizer of {checkpoint_folder} cannot be read"):
+        files = _Files.read(checkpoint_folder, config)
+        backend = _from_sentencepiece(files)
+        _place_marks(backend, files)
+        return backend.to_str()
+
+
+def _prepare(files: _Files, out_file: Path, vocab_size: int, report: Report | None) -> TokenIds:
     say = report or (lambda sentence: None)
     backend = _choose(files, say)
-    tokens = _token_ids(backend, files, vocab_size, family or detect_family(config, source_id))
+    tokens = _token_ids(backend, files, vocab_size, files.family or "")
     backend.no_truncation()
     backend.no_padding()
     text = backend.to_str()
-    again = _parse(text, "the tokenizer.json to be written")
+    judge_tokenizer_json(text, "the tokenizer.json to be written")
+    again = open_tokenizer_json(text, "the tokenizer.json to be written")
     if (fault := _first_difference(backend, again, files)) is not None:
         raise CheckpointError(
             f"The tokenizer changes when it is written and read again: {fault}. "
@@ -86,10 +118,12 @@ class _Files:
     names: Mapping[str, str]
     added: Mapping[int, AddedToken]
     original: bool
+    family: str | None = None
 
     @classmethod
-    def read(cls, folder: Path, config: Mapping[str, Any]) -> _Files:
-        settings = read_object(folder / "tokenizer_config.json")
+    def read(cls, folder: Path, config: Mapping[str, Any], family: str | None = None) -> _Files:
+        refuse_foreign_class(folder)
+        settings = read_tokenizer_config(folder)
         names = special_tokens_map(folder, config)
         raw = read_object(folder / "config.json")
         return cls(
@@ -99,6 +133,7 @@ class _Files:
             names=names,
             added=_listed_tokens(folder, settings, set(names.values())),
             original=original_config.is_original(raw),
+            family=family,
         )
 
     def mark(self, kind: Kind) -> str:
@@ -172,17 +207,14 @@ def _choose(files: _Files, say: Report) -> Backend:
 
 def _own(files: _Files, say: Report) -> Backend:
     path = files.folder / "tokenizer.json"
-    backend = _parse(read_text(path), str(path))
+    backend = open_tokenizer_json(read_tokenizer_json(path), str(path))
     if files.original or files.config.get("model_type") not in _HUB_TYPES:
         _add_listed(backend, files)
         return backend
     try:
-        reference = _reference(files.folder)
-    except Exception as error:  # Anything may come out of files that transformers cannot read.
-        say(
-            f"transformers cannot load this checkpoint's tokenizer ({error!s:.200}); "
-            "tokenizer.json is taken as it is."
-        )
+        reference = _backend(load_tokenizer(files.folder))
+    except CheckpointError as error:
+        say(f"{error!s:.300} tokenizer.json is taken as it is.")
         _add_listed(backend, files)
         return backend
     if (fault := _first_difference(backend, reference, files)) is not None:
@@ -193,14 +225,9 @@ def _own(files: _Files, say: Report) -> Backend:
     return reference
 
 
-def _reference(folder: Path) -> Backend:
-    """The tokenizer that the reference's processor would use."""
-    from transformers import AutoTokenizer
-
-    loaded = AutoTokenizer.from_pretrained(
-        str(folder), local_files_only=True, trust_remote_code=False
-    )
-    return Backend.from_str(loaded.backend_tokenizer.to_str())
+def _backend(loaded: Any) -> Backend:
+    """A copy of what a tokenizer of transformers computes with."""
+    return open_tokenizer_json(loaded.backend_tokenizer.to_str(), "what transformers reads")
 
 
 def _from_sentencepiece(files: _Files) -> Backend:
@@ -214,20 +241,18 @@ def _from_sentencepiece(files: _Files) -> Backend:
     backend = model.build(settings)
     model.compare(backend, settings)
     _add_listed(backend, files)
+    # What the settings name, or turns of the family are written with, is control text as well
+    # where the model file has it as an ordinary symbol.
+    written = builtin_format(files.family).special_tokens if files.family else ()
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for content in dict.fromkeys((*files.names.values(), *written)):
+        if content not in added and backend.token_to_id(content) is not None:
+            backend.add_special_tokens([AddedToken(content, normalized=False)])
     return backend
 
 
 def _from_merges(files: _Files) -> Backend:
-    from transformers import Qwen2Tokenizer
-
-    try:
-        loaded = Qwen2Tokenizer.from_pretrained(str(files.folder), local_files_only=True)
-        backend = Backend.from_str(loaded.backend_tokenizer.to_str())
-    except Exception as error:  # Anything may come out of files that transformers cannot read.
-        raise CheckpointError(
-            f"vocab.json and merges.txt of {files.folder} make no tokenizer: {error}. "
-            "Fetch them again."
-        ) from error
+    backend = _backend(load_merges(files.folder))
     _add_listed(backend, files)
     return backend
 
@@ -237,19 +262,19 @@ def _listed_tokens(
 ) -> dict[int, AddedToken]:
     """Added tokens that stand beside the vocabulary, by id."""
     found: dict[int, AddedToken] = {}
-    named = set(special) | {str(t) for t in settings.get("additional_special_tokens") or ()}
-    try:
-        for content, index in read_object(folder / "added_tokens.json").items():
-            is_special = content in named or content in MARKS.values()
-            found[int(index)] = AddedToken(content, special=is_special, normalized=not is_special)
-        for index, token in (settings.get("added_tokens_decoder") or {}).items():
-            found[int(index)] = AddedToken(**token)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"The added tokens of {folder} are malformed: {error}. Fetch added_tokens.json and "
-            "tokenizer_config.json again."
-        ) from error
+    named = set(special) | {*_contents(settings.get("additional_special_tokens"))}
+    for content, index in read_added_tokens(folder).items():
+        is_special = content in named or content in MARKS.values()
+        found[index] = AddedToken(content, special=is_special, normalized=not is_special)
+    for place, token in (settings.get("added_tokens_decoder") or {}).items():
+        flags = {key: value for key, value in token.items() if key not in ("__type", "id")}
+        found[int(place)] = AddedToken(**flags)
     return found
+
+
+def _contents(tokens: Any) -> Iterator[str]:
+    for token in tokens or ():
+        yield str(token["content"] if isinstance(token, Mapping) else token)
 
 
 def _add_listed(backend: Backend, files: _Files) -> None:
@@ -413,11 +438,3 @@ def _first_difference(one: Backend, other: Backend, files: _Files) -> str | None
         if contents[0].get(i) != contents[1].get(i):
             return f"special id {i} is {contents[0].get(i)!r} and {contents[1].get(i)!r}"
     return None
-
-
-def _parse(text: str, where: str) -> Backend:
-    try:
-        backend = Backend.from_str(text)
-    except Exception as error:  # The library raises bare Exception.
-        raise CheckpointError(f"{where} is no tokenizer: {error}. Fetch it again.") from error
-    return backend

@@ -293,7 +293,11 @@ def _cpu_phases(
     transient = _load_transient(dims, precision, vision, machine, c)
     factor = c["prefill_factor"]
     phases = {
-        "load": loaded + MemoryTerms(load_transient=transient),
+        "load": max(
+            loaded + MemoryTerms(load_transient=transient),
+            _tokenizer_load(text, c),
+            key=lambda terms: terms.total,
+        ),
         "encode": encode,
         "prefill": ready + media + _decoder_run(text, chunk, precision, factor, c),
         "decode": ready
@@ -415,11 +419,23 @@ def _cuda_host_phases(dims: ModelDims, work: Workload, c: Constants) -> Phases:
         prompt_embeddings=prompt_embedding_bytes(text, chunk, "cuda"), logits=logits_bytes(text)
     )
     return {
-        "load": base + MemoryTerms(load_transient=c.bytes("staging")),
+        "load": max(
+            base + MemoryTerms(load_transient=c.bytes("staging")),
+            _tokenizer_load(text, c),
+            key=lambda terms: terms.total,
+        ),
         "encode": base + media + _encode_host(dims, work),
         "prefill": base + media + run,
         "decode": base + media + MemoryTerms(logits=logits_bytes(text)),
     }
+
+
+def _tokenizer_load(text: TextDims, c: Constants) -> MemoryTerms:
+    """While ``tokenizer.json`` is opened, which comes before everything else that is loaded."""
+    return MemoryTerms(
+        process=c.bytes("process"),
+        load_transient=text.vocab_size * c.bytes("tokenizer_load_per_token"),
+    )
 
 
 def _cache(text: TextDims, work: Workload, flavour: Flavour) -> int:

@@ -29,6 +29,19 @@ def map_large_blocks() -> bool:
         return False
 
 
+def trim_heap() -> bool:
+    """Have the C library give free memory in small pieces back to the system.
+
+    Returns:
+        Whether the C library can; others than glibc have no such call.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
 def peak_host_bytes(proc: Path = _PROC) -> int:
     """VmHWM: the largest resident set this process has had; 0 where the kernel does not say."""
     return _field(proc / "self" / "status", "VmHWM:")

@@ -18,6 +18,8 @@ from llava_edge.profiles.errors import ArtifactError, ExportError
 
 _SEAL = re.compile(rb'"self_sha256"[ \t\r\n]*:[ \t\r\n]*"([0-9a-f]{64})?"')
 _MAX_DIGITS = 20
+_ODD_NUMBER = re.compile(rb"[0-9]{%d}|[0-9][eE][+-]?[0-9]{3}" % (_MAX_DIGITS + 1))
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def seal(document: Mapping[str, Any]) -> bytes:
@@ -80,16 +82,20 @@ def parse_strict(data: bytes, where: str) -> Any:
     Raises:
         ArtifactError: the text is refused; the message names ``where`` and the reason.
     """
+    # Calling back for each number takes longer than all the rest; few documents can need it.
+    odd = _ODD_NUMBER.search(data) is not None
     try:
         document = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_unique,
             parse_constant=_refuse_constant,
-            parse_float=_finite,
-            parse_int=_bounded_int,
+            parse_float=_finite if odd else None,
+            parse_int=_bounded_int if odd else None,
         )
-        # A half surrogate parses, and then breaks whoever encodes the string.
-        json.dumps(document, ensure_ascii=False).encode("utf-8")
+        # A half surrogate parses, and then breaks whoever encodes the string; in UTF-8 itself
+        # there is none.
+        if _SURROGATE.search(data):
+            json.dumps(document, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise ArtifactError(
             f"{where} is not valid JSON: {error}. Copy or convert the artifact again."

@@ -25,6 +25,7 @@ from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
 from llava_edge.profiles.errors import ArtifactError, PromptError
+from llava_edge.runtime.host_memory import trim_heap
 from llava_edge.runtime.manifest import PromptFormat, TokenIds
 from llava_edge.runtime.opened_file import OpenedFile
 from llava_edge.runtime.prompt import Piece
@@ -47,7 +48,7 @@ class Tokenizer:
         self._added: Mapping[int, AddedToken] = backend.get_added_tokens_decoder()
         self._unk = _unk_id(backend)
         self._lock = threading.Lock()
-        self._sealed: _Sealed | None = None
+        self._sealed: dict[bool, _Sealed] = {}
         names = {"image": tokens.image, "video": tokens.video}
         self._marks = {k: self._added[i].content for k, i in names.items() if i is not None}
 
@@ -66,6 +67,8 @@ class Tokenizer:
             ArtifactError: the file cannot be read, or does not hold the manifest's tokens.
         """
         backend = open_backend(opened)
+        # Reading needs four times what is kept, in small pieces that no weight fits into.
+        trim_heap()
         backend.no_truncation()
         backend.no_padding()
         added = backend.get_added_tokens_decoder()
@@ -146,19 +149,21 @@ class Tokenizer:
         encoding = encode(
             self._backend, "".join(text for _, text in runs), add_special_tokens=add_special
         )
-        if self._clean(encoding, runs, sealed=False):
+        if self._clean(encoding, encoding.ids, runs, sealed=False):
             return list(encoding.ids)
-        sealed = self._seal(runs)
-        hidden = [(k, t if k == "text" else sealed.hide(t)) for k, t in runs]
-        encoding = encode(
-            sealed.backend, "".join(text for _, text in hidden), add_special_tokens=add_special
-        )
-        if not self._clean(encoding, hidden, sealed=True):
-            raise PromptError(
-                "The text holds control tokens that cannot be encoded as plain text. "
-                "A prompt's text must not steer the model's turns: remove them."
+        for copied in (False, True):
+            sealed = self._seal(runs, copied=copied)
+            hidden = [(k, t if k == "text" else sealed.hide(t)) for k, t in runs]
+            encoding = encode(
+                sealed.backend, "".join(text for _, text in hidden), add_special_tokens=add_special
             )
-        return list(encoding.ids)
+            ids = [sealed.ids.get(i, i) for i in encoding.ids]
+            if self._clean(encoding, ids, hidden, sealed=True):
+                return ids
+        raise PromptError(
+            "The text holds control tokens that cannot be encoded as plain text. "
+            "A prompt's text must not steer the model's turns: remove them."
+        )
 
     def least_tokens(self, text: str, enough: int) -> int:
         """Tokens that a text takes at least, counted until there are more than ``enough``.
@@ -214,12 +219,19 @@ class Tokenizer:
         content = self._backend.id_to_token(bos)
         return not (content and runs[0][1].startswith(content))
 
-    def _clean(self, encoding: Encoding, runs: Sequence[tuple[str, str]], *, sealed: bool) -> bool:
+    def _clean(
+        self,
+        encoding: Encoding,
+        ids: Sequence[int],
+        runs: Sequence[tuple[str, str]],
+        *,
+        sealed: bool,
+    ) -> bool:
         """Whether control ids stand only where the template put them, and every mark is one id.
 
         ``unk`` comes from unknown characters as well; only where it was written out it is control.
         """
-        ids, offsets = encoding.ids, encoding.offsets
+        offsets = encoding.offsets
         starts: list[int] = []
         position = 0
         for _, text in runs:
@@ -250,11 +262,13 @@ class Tokenizer:
         # A finished prompt is all template text; its marks are split off, so counts agree there.
         return marks == wanted
 
-    def _seal(self, runs: Sequence[tuple[str, str]]) -> _Sealed:
+    def _seal(self, runs: Sequence[tuple[str, str]], *, copied: bool) -> _Sealed:
         with self._lock:
-            if self._sealed is None or any(self._sealed.secret in text for _, text in runs):
-                self._sealed = _Sealed.make(self._backend, self._control)
-            return self._sealed
+            known = self._sealed.get(copied)
+            if known is None or any(known.secret in text for _, text in runs):
+                make = _Sealed.copy if copied else _Sealed.make
+                known = self._sealed[copied] = make(self._backend, self._control)
+            return known
 
 
 @dataclass(frozen=True)
@@ -262,36 +276,93 @@ class _Sealed:
     """A tokenizer whose control tokens answer to secret names only.
 
     Renaming keeps every rule of the library (white space around added tokens, dummy prefixes,
-    order of normalisation) where taking the tokens out and encoding runs apart would not.
+    order of normalisation) where taking the tokens out and encoding runs apart would not. The
+    model (vocabulary and merges) is shared with the open tokenizer and needs no memory again.
+    Where the model itself finds control tokens as its words (unigram models, and symbols of
+    sentencepiece), a copy is made in which they are renamed as well.
+
+    Attributes:
+        backend: the tokenizer.
+        secret: begins every secret name.
+        pattern: finds control tokens in template text.
+        ids: of tokens that the library gave another id here, by that id.
     """
 
     backend: Backend
     secret: str
     pattern: re.Pattern[str]
+    ids: Mapping[int, int]
 
     @classmethod
     def make(cls, backend: Backend, control: frozenset[int]) -> _Sealed:
         secret = secrets.token_hex(12)
+        added = backend.get_added_tokens_decoder()
+        taken = {i: token.content for i, token in added.items()}
+        # Control tokens that are words of the model have to be looked for as well.
+        named = {i: name for i in control if (name := backend.id_to_token(i)) is not None}
+        with mapped_errors("tokenizer.json cannot be sealed against control tokens in text"):
+            sealed = Backend(backend.model)
+            for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+                if (step := getattr(backend, part)) is not None:
+                    setattr(sealed, part, step)
+            for i, token in sorted({**named, **taken}.items()):
+                _add(sealed, added.get(i), token, secret if i in control else "")
+        ids = {
+            found: i
+            for i, token in {**named, **taken}.items()
+            if (found := sealed.token_to_id((secret if i in control else "") + token)) is not None
+        }
+        if len(ids) != len(named.keys() | taken.keys()):
+            raise ArtifactError(
+                "tokenizer.json holds control tokens that cannot be told from its words. "
+                "Convert the checkpoint again."
+            )
+        return cls(sealed, secret, _finder(added, named), ids)
+
+    @classmethod
+    def copy(cls, backend: Backend, control: frozenset[int]) -> _Sealed:
+        """The same with a model of its own, in which the words are renamed."""
+        secret = secrets.token_hex(12)
         names = {i: name for i in control if (name := backend.id_to_token(i)) is not None}
         document = json.loads(backend.to_str())
         _rename(document, {name: secret + name for name in names.values()})
+        text = json.dumps(document, ensure_ascii=False)
+        del document
         with mapped_errors("tokenizer.json cannot be sealed against control tokens in text"):
-            sealed = Backend.from_str(json.dumps(document, ensure_ascii=False))
+            sealed = Backend.from_str(text)
+        del text
+        trim_heap()
         moved = [n for i, n in names.items() if sealed.token_to_id(secret + n) != i]
         if moved:
             raise ArtifactError(
                 f"tokenizer.json moves {moved[:5]} when its control tokens are renamed. "
                 "Convert the checkpoint again."
             )
-        # The library takes the longest token that starts at the leftmost place.
-        added = backend.get_added_tokens_decoder()
-        longest_first = sorted((n for i, n in names.items() if i in added), key=len, reverse=True)
-        pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        return cls(sealed, secret, pattern)
+        return cls(sealed, secret, _finder(backend.get_added_tokens_decoder(), names), {})
 
     def hide(self, text: str) -> str:
         """Template text with its control tokens under their secret names."""
         return self.pattern.sub(lambda match: self.secret + match.group(), text)
+
+
+def _finder(added: Mapping[int, AddedToken], names: Mapping[int, str]) -> re.Pattern[str]:
+    """Finds control tokens in template text."""
+    # The library takes the longest token that starts at the leftmost place.
+    longest_first = sorted((n for i, n in names.items() if i in added), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _add(backend: Backend, token: AddedToken | None, content: str, secret: str) -> None:
+    """Add a token with the flags of another."""
+    same = AddedToken(
+        secret + content,
+        single_word=token is not None and token.single_word,
+        lstrip=token is not None and token.lstrip,
+        rstrip=token is not None and token.rstrip,
+        normalized=token is not None and token.normalized,
+        special=token is None or token.special,
+    )
+    (backend.add_special_tokens if same.special else backend.add_tokens)([same])
 
 
 def _rename(document: dict[str, Any], names: Mapping[str, str]) -> None:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from llava_edge.profiles.errors import ArtifactError, LlavaEdgeError
 from llava_edge.runtime.opened_file import OpenedFile
 from llava_edge.runtime.sealed_json import parse_strict
-from llava_edge.runtime.tokenizer_check import tokenizer_faults
+from llava_edge.runtime.tokenizer_validation import tokenizer_faults
 
 MAX_BYTES = 64 << 20
 """Largest ``tokenizer.json``; those of vocabularies of 262,144 have 33 MB."""

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from llava_edge.bench.chat_prompt import chat_prompts
 from llava_edge.bench.pages.geometry import PATCHES
@@ -25,6 +24,7 @@ from llava_edge.bench.pages.page import Question
 from llava_edge.bench.pages.sample import Sample, held_out_sample
 from llava_edge.bench.pages.spoil import FAULTS, Fault, spoiled
 from llava_edge.bench.pages.text_page import READING_KINDS
+from llava_edge.bench.reference_loader import load_model, load_processor
 
 _BATCH = 50
 _MOST_TOKENS = 48
@@ -71,9 +71,8 @@ class Evaluator:
     """
 
     def __init__(self, checkpoint: Path) -> None:
-        self._processor: Any = transformers.LlavaNextProcessor.from_pretrained(checkpoint)
-        loader: Any = transformers.LlavaNextForConditionalGeneration
-        self.model: Any = loader.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self._processor: Any = load_processor(checkpoint)
+        self.model: Any = load_model(checkpoint, torch.float32)
 
     def answers(
         self, samples: Sequence[Sample], fault: Fault | None = None, base: bool = False

@@ -72,6 +72,7 @@ def prompt_stage(
             faults.append(f"the finished prompt {prompt!r:.60} has other ids")
     faults += _stop_faults(artifact, checkpoint, reference, tokenizer)
     looked = f"{count} prompts, stop ids {list(manifest.tokens.stop)}"
+    looked += f"; reference of the ids: {reference.tokenizer.name}"
     if left_out:
         looked += "; the chat template was left out"
     elif not reference.has_template:

@@ -13,12 +13,7 @@ from datetime import datetime
 from typing import Any
 
 import torch
-import transformers
 from PIL.Image import Image
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import (
-    LlavaNextImageProcessorPil,
-)
 
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.template_sandbox import (
@@ -27,6 +22,9 @@ from llava_edge.convert.template_sandbox import (
     Rendering,
     render_all,
 )
+from llava_edge.convert.tokenizer_files import build_tokenizer_json
+from llava_edge.convert.transformers_loader import image_processor, load_processor
+from llava_edge.convert.verify.reference_tokenizer import reads_sentencepiece, reference_tokenizer
 from llava_edge.convert.verify.reference_video import frame_pixels
 from llava_edge.convert.verify.streamed_model import ReferenceInputs
 from llava_edge.profiles.errors import CheckpointError
@@ -48,7 +46,7 @@ class ReferenceProcessor:
         image_token_id: of the image mark, where config.json does not name it.
 
     Raises:
-        CheckpointError: the library cannot read the checkpoint's processor or tokenizer.
+        CheckpointError: the libraries cannot read the checkpoint's processor or tokenizer.
     """
 
     def __init__(
@@ -66,38 +64,22 @@ class ReferenceProcessor:
         self._video_settings: dict[str, Any] = {}
         if checkpoint.dims.takes_video:
             self._video_settings = checkpoint.video_preprocessor_config()
-        values = {
-            key: value
-            for key, value in checkpoint.preprocessor_config().items()
-            if key not in ("image_processor_type", "processor_class", "image_grid_pinpoints")
-        }
         self._crops = checkpoint.dims.model_type == "llava"
-        if self._crops:
-            cropping: Any = CLIPImageProcessorPil
-            self._images = cropping(**values)
-        else:
-            listed = [list(point) for point in pinpoints] or [[side, side]]
-            image_processor: Any = LlavaNextImageProcessorPil
-            self._images = image_processor(**values, image_grid_pinpoints=listed)
+        listed = [list(point) for point in pinpoints] or [[side, side]]
+        values = {**checkpoint.preprocessor_config(), "image_grid_pinpoints": listed}
+        self._images = image_processor(values, crops=self._crops)
+        folder, config = checkpoint.folder, checkpoint.config
+        marks = {MARKS["image"]: self._image_id}
+        if self._video_id is not None:
+            marks[MARKS["video"]] = self._video_id
+        self.tokenizer = reference_tokenizer(folder, config, marks)
         self._processor: Any = None
         self._rendered: dict[tuple[Message, ...], Rendering] = {}
-        try:
-            if checkpoint.layout == "original":
-                loader: Any = transformers.AutoTokenizer
-                self._tokenizer = loader.from_pretrained(checkpoint.folder)
-            else:
-                # The video model's own needs torchvision; templates and ids do not depend on it.
-                whole: Any = transformers.LlavaNextProcessor
-                if self._crops:
-                    whole = transformers.LlavaProcessor
-                self._processor = whole.from_pretrained(checkpoint.folder)
-                self._processor.image_processor = self._images
-                self._tokenizer = self._processor.tokenizer
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(
-                f"transformers {transformers.__version__} cannot read the processor of "
-                f"{checkpoint.folder}: {error}. Without it there is no reference to verify with."
-            ) from error
+        if checkpoint.layout != "original":
+            # Where sentencepiece is the reference, this one serves templates alone.
+            stand_in = build_tokenizer_json(folder, config) if reads_sentencepiece(folder) else None
+            self._processor = load_processor(folder, stand_in)
+            self._processor.image_processor = self._images
 
     @property
     def has_template(self) -> bool:
@@ -107,20 +89,18 @@ class ReferenceProcessor:
     @property
     def control_tokens(self) -> frozenset[str]:
         """Texts of the tokenizer's added tokens, which people's text must not become."""
-        added = (str(token) for token in self._tokenizer.added_tokens_decoder.values())
-        return frozenset(text for text in added if text.strip())
+        return frozenset(text for text in self.tokenizer.added if text.strip())
 
     @property
     def bos_id(self) -> int | None:
         """What the tokenizer calls the beginning of a sequence."""
-        found = self._tokenizer.bos_token_id
-        return None if found is None else int(found)
+        return None if self.tokenizer.bos is None else self.tokenizer.id_of(self.tokenizer.bos)
 
     @property
     def eos_ids(self) -> frozenset[int]:
         """What the tokenizer calls the end of a sequence."""
-        found = self._tokenizer.eos_token_id
-        return frozenset() if found is None else frozenset({int(found)})
+        found = None if self.tokenizer.eos is None else self.tokenizer.id_of(self.tokenizer.eos)
+        return frozenset() if found is None else frozenset({found})
 
     def render(self, messages: Sequence[Message]) -> str:
         """A conversation through the checkpoint's template, opened for an answer.
@@ -163,7 +143,7 @@ class ReferenceProcessor:
         answers = iter(
             render_all(
                 self._template(),
-                self._tokenizer.special_tokens_map,
+                self._processor.tokenizer.special_tokens_map,
                 requests,
                 environment=environment,
             )
@@ -182,20 +162,17 @@ class ReferenceProcessor:
 
     def ids(self, text: str) -> list[int]:
         """Ids of a finished prompt, one for each image mark."""
+        bos = self.tokenizer.bos
         if self._processor is not None:
-            bos = self._tokenizer.bos_token
             # As the library's processors do with what a template wrote: no second bos.
-            add = not (bos and text.startswith(bos))
-            encoded = self._tokenizer(text, add_special_tokens=add)
-            return [int(each) for each in encoded["input_ids"]]
+            return self.tokenizer.ids(text, adds_bos=not (bos and text.startswith(bos)))
         # As the original code: chunks are encoded apart, and only the first keeps its bos.
         found: list[int] = []
         for place, chunk in enumerate(text.split(_MARK)):
-            ids = [int(each) for each in self._tokenizer(chunk)["input_ids"]]
+            ids = self.tokenizer.ids(chunk)
             if place:
                 found.append(self._image_id)
-                bos = self._tokenizer.bos_token_id
-                ids = ids[1:] if bos is not None and ids[:1] == [bos] else ids
+                ids = ids[1:] if bos is not None and ids[:1] == [self.bos_id] else ids
             found += ids
         return found
 

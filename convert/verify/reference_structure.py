@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from llava_edge.convert.checkpoint import Checkpoint
-from llava_edge.convert.reference import meta_model
+from llava_edge.convert.transformers_loader import meta_model
 
 _ACTIVATIONS = {"GELUActivation": "gelu", "QuickGELUActivation": "quick_gelu"}
 

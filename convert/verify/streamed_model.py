@@ -20,7 +20,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 
 from llava_edge.convert.checkpoint import Checkpoint
-from llava_edge.convert.reference import meta_model
+from llava_edge.convert.transformers_loader import meta_model
 from llava_edge.convert.weights import as_float16
 from llava_edge.profiles.errors import CheckpointError
 

@@ -57,7 +57,10 @@ _MOST_STAGES = 12
 """Of a full run that looks for a deviation."""
 QUICK_BYTES = 640 << 20
 """Weights of the decoder in memory at once while ``quick`` runs it."""
-_TOOLS = ("llava-edge", "onnx", "onnxruntime", "tokenizers", "torch", "transformers", "pillow")
+_TOOLS = (
+    *("llava-edge", "onnx", "onnxruntime", "tokenizers", "torch", "transformers", "pillow"),
+    "sentencepiece",
+)
 
 
 @dataclass(frozen=True)
@@ -228,6 +231,7 @@ class Verifier:
     def _certificate(self, deviation: Deviation | None, seconds: float) -> Certificate:
         manifest = self.artifact.manifest
         verdict = overall(self._stages)
+        ids_by = self.reference.processor.tokenizer.name
         return Certificate(
             schema_version=CERTIFICATE_VERSION,
             passed=verdict == "pass",
@@ -236,7 +240,7 @@ class Verifier:
             issued=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             flavour=manifest.flavour,
             host=describe_host("cpu"),
-            reference=REFERENCE,
+            reference=REFERENCE if ids_by == REFERENCE else f"{REFERENCE}; ids by {ids_by}",
             tools=tool_versions(_TOOLS),
             stages=tuple(self._stages),
             first_deviation=deviation,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,6 +203,29 @@ def test_the_folder_holds_all_that_loading_needs(emit: Callable[..., Emitted]) -
     text = "A <image> and words."
     assert processor.tokenizer(text).input_ids == source.tokenizer(text).input_ids
     assert processor.chat_template == source.chat_template
+
+
+def test_no_file_of_the_folder_names_code_of_the_source(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "source"
+    shutil.copytree(make_checkpoint("odd", **SIZES), folder)
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json"):
+        path = folder / name
+        values = json.loads(path.read_text()) if path.is_file() else {}
+        values["auto_map"] = {"AutoTokenizer": ["payload.Custom", None]}
+        if name == "config.json":
+            values["text_config"] |= {"auto_map": {}, "_attn_implementation": "owner/kernel"}
+        path.write_text(json.dumps(values))
+    checkpoint = open_checkpoint(folder)
+    emitted = tmp_path / "emitted"
+    emitted.mkdir()
+
+    write_hf_gptq(emitted, checkpoint, RtnSource(checkpoint, 4, 128, scale="absmax"))
+
+    texts = [file.read_text() for file in emitted.glob("*.json")]
+    assert texts
+    assert not [t for t in texts if "auto_map" in t or "payload" in t or "owner/kernel" in t]
 
 
 def test_shards_have_an_index_and_keep_a_layers_tensors_together(

@@ -443,23 +443,41 @@ def test_the_artifact_follows_the_reference_where_it_reads_the_files_its_own_way
     assert any("follows transformers" in s for s in said) == differs or said
 
 
-def test_files_that_the_reference_cannot_load_are_taken_as_they_are(tmp_path: Path) -> None:
-    backend = byte_level(("</s>", "<image>"))
-    config = hub_config(backend.token_to_id("<image>"))
-    write(
-        tmp_path,
-        {
-            "tokenizer.json": backend,
-            "config.json": config,
-            "tokenizer_config.json": {
-                "tokenizer_class": "Strange",
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({"tokenizer_class": "Strange"}, True),
+        ({"auto_map": {"AutoTokenizer": ["strange.Strange", None]}}, True),
+        ({"auto_map": ["owner/repo--strange.Strange", None]}, True),
+        (
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
                 "auto_map": {"AutoTokenizer": ["strange.Strange", None]},
             },
-        },
+            False,
+        ),
+    ],
+)
+@pytest.mark.parametrize("model_type", ["llava_next", "llava_next_video"])
+def test_a_tokenizer_class_is_used_by_its_name_or_refused(
+    model_type: str, settings: dict[str, Any], refused: bool, tmp_path: Path
+) -> None:
+    backend = byte_level(("</s>", "<video>", "<image>"))
+    config = hub_config(
+        backend.token_to_id("<image>"),
+        model_type=model_type,
+        video_token_index=backend.token_to_id("<video>"),
+    )
+    write(
+        tmp_path,
+        {"tokenizer.json": backend, "config.json": config, "tokenizer_config.json": settings},
     )
     (tmp_path / "strange.py").write_text("raise SystemExit('was run')", encoding="utf-8")
-    said: list[str] = []
-    tokens, _ = prepare(tmp_path, config, said)
+    if refused:
+        with pytest.raises(CheckpointError, match=r"class 'Strange'; known are .*never run"):
+            prepare(tmp_path, config)
+        return
+    tokens, _ = prepare(tmp_path, config)
     assert tokens.image == config["image_token_index"]
 
 

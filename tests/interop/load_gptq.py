@@ -33,6 +33,9 @@ RUNS = {
 """Type, backend and largest logit gap as a share of the range."""
 
 
+SAFE = {"trust_remote_code": False, "local_files_only": True}
+
+
 def check(folder: Path, dtype: torch.dtype, backend: str | None, bound: float) -> dict[str, Any]:
     """Load a checkpoint and compare."""
     expected = load_file(folder / "expected.safetensors")
@@ -42,7 +45,7 @@ def check(folder: Path, dtype: torch.dtype, backend: str | None, bound: float) -
     if backend is not None:
         chosen["quantization_config"] = transformers.GPTQConfig(config["bits"], backend=backend)
     model = transformers.LlavaNextForConditionalGeneration.from_pretrained(
-        folder / "gptq", dtype=dtype, **chosen
+        folder / "gptq", dtype=dtype, use_safetensors=True, **chosen, **SAFE
     ).eval()
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "qweight")}
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in expected.items()}
@@ -59,7 +62,9 @@ def check(folder: Path, dtype: torch.dtype, backend: str | None, bound: float) -
         "bound": bound,
         "passed": gap <= bound and len(layers) == decoder and not outside,
         "quantized_layers": len(layers),
-        "processor": type(transformers.AutoProcessor.from_pretrained(folder / "gptq")).__name__,
+        "processor": type(
+            transformers.AutoProcessor.from_pretrained(folder / "gptq", **SAFE)
+        ).__name__,
     }
 
 

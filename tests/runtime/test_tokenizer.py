@@ -497,13 +497,14 @@ def test_any_text_without_control_tokens_has_the_ids_of_the_reference(
     assert model.our_ids(pieces) == model.reference_ids(rendered(pieces), 1)
 
 
+@pytest.mark.parametrize("copied", [False, True])
 @RELAXED
 @given(text=st.text(max_size=30))
 def test_the_sealed_way_gives_the_same_ids_where_nothing_had_to_be_sealed(
-    model: Model, text: str
+    model: Model, copied: bool, text: str
 ) -> None:
     runs = [("template", "[INST] "), ("text", text), ("template", " [/INST]")]
-    sealed = model.tokenizer._seal(runs)
+    sealed = model.tokenizer._seal(runs, copied=copied)
     whole = "".join(run for _, run in runs)
     if any(t.content in text for t in model.backend.get_added_tokens_decoder().values()):
         return

@@ -20,7 +20,7 @@ from llava_edge.bench.pages.checkpoint import SHIPPED
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime.opened_file import OpenedFile
 from llava_edge.runtime.tokenizer_backend import encode, open_backend
-from llava_edge.runtime.tokenizer_check import tokenizer_faults
+from llava_edge.runtime.tokenizer_validation import tokenizer_faults
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -106,7 +106,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "empty text": (sequence(replaces("", "ee")), "has the pattern"),
     "decoder grows": (changed("decoder", replaces("e", "e" * 65)), "decoder: a character may"),
     "prepends": (sequence({"type": "Prepend", "prepend": "x" * 17}), "17 characters are put"),
-    "strips": (changed("decoder", {"type": "Strip", "start": 1 << 62, "stop": 0}), "takes off"),
+    "strips": (changed("decoder", {"type": "Strip", "start": 1 << 62, "stop": 0}), "as start"),
     "nested repetition": (splits("(a+)+$"), "repeats a group"),
     "counted repetition": (splits("(?:a{1,1000}){1,1000}"), "repeats a group"),
     "long repetition": (splits("a{1,100000}"), "more than 1000 times"),
@@ -129,7 +129,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
         "unknown token is 1 of 1",
     ),
     "unknown of words": (
-        changed("model", {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}),
+        in_model(unk_token="nowhere"),
         "lacks its unknown token",
     ),
     "added high": (lambda document: document["added_tokens"].append(ADDED), "the added token"),
