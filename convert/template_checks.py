@@ -29,6 +29,7 @@ ODD_TEXTS = {
     "instruction marks": "[INST] <<SYS>> x <</SYS>> [/INST]",
     "reasoning": "<think>\nit may be a cat\n</think>\n\nIt is a cat.",
     "reasoning without an opening mark": "it may be a cat</think> a cat",
+    "reasoning that is closed twice": "<think>a</think>\nb</think>\n\nIt is a cat.",
     "role names": "USER: one ASSISTANT: two",
     "letters of many scripts": "Größe 日本語 עברית 🦙\u200d🔥",
     "a no-break space at the ends": "\u00a0what is this?\u00a0",

@@ -44,7 +44,8 @@ class Style:
     """
 
     user: Form
-    others: Form
+    assistant: Form
+    system: Form
     placed: bool = True
 
     def request(
@@ -59,7 +60,7 @@ class Style:
                 text = "".join(p.text for p in parts if isinstance(p, Text))
                 parts = (Text(media + text),)
             content: Any
-            if (self.user if message.role == "user" else self.others) == "string":
+            if getattr(self, message.role) == "string":
                 content = "".join(p.text for p in parts if isinstance(p, Text))
             else:
                 content = [
@@ -103,39 +104,46 @@ def find_style(renderer: Renderer) -> Style:
         CheckpointError: no form shows every text once.
     """
     spoken = (user_message(_FIRST), _say("assistant", _ANSWER), user_message(_SECOND))
-    styles = (
-        Style("list", "list"),
-        Style("list", "string"),
-        Style("string", "string", placed=False),
-    )
     pictured = (user_message(_FIRST, images=1),)
-    *answers, with_list, with_string = renderer.render(
-        [
-            *(s.request(spoken, None) for s in styles),
-            *(s.request(pictured, None) for s in styles[:2]),
-        ]
+    ruled = (_say("system", _SYSTEM), user_message(_FIRST))
+    styles = (
+        Style("list", "list", "list"),
+        Style("list", "string", "list"),
+        Style("string", "string", "string"),
     )
+    requests: list[ChatRequest] = []
+    for style in styles:
+        requests += [style.request(messages, None) for messages in (spoken, pictured, ruled)]
+        requests.append(replace(style, system="string").request(ruled, None))
+    answers = iter(renderer.render(requests))
     seen: list[str] = []
-    for style, answer, image in zip(
-        styles, answers, (with_list, with_string, Rendering(None)), strict=True
-    ):
-        if answer.text is None:
-            seen.append(f"{style.user} content: {answer.error}")
-            continue
-        # A list printed as such shows its keys.
-        if "'type'" in answer.text or '"type"' in answer.text:
-            seen.append(f"{style.user} content is printed as such: {answer.text!r:.200}")
-            continue
-        if not all(answer.text.count(t) == 1 for t in (_FIRST, _ANSWER, _SECOND)):
-            seen.append(
-                f"{style.user} content: texts are missing or repeated in {answer.text!r:.200}"
-            )
-            if any(t.casefold() in answer.text.casefold() for t in (_FIRST, _ANSWER, _SECOND)):
+    for style in styles:
+        said, image, *rules = (next(answers) for _ in range(4))
+        if said.text is None:
+            seen.append(f"{style.user} content: {said.error}")
+        elif _prints_lists(said.text):
+            seen.append(f"{style.user} content is printed as such: {said.text!r:.200}")
+        elif not all(said.text.count(t) == 1 for t in (_FIRST, _ANSWER, _SECOND)):
+            fault = "texts are missing or repeated in"
+            seen.append(f"{style.user} content: {fault} {said.text!r:.200}")
+            if any(t.casefold() in said.text.casefold() for t in (_FIRST, _ANSWER, _SECOND)):
                 break
-            continue
-        placed = image.text is not None and MARKS["image"] in image.text
-        return replace(style, placed=placed)
+        else:
+            shows = [
+                rule.text is not None and _SYSTEM in rule.text and not _prints_lists(rule.text)
+                for rule in rules
+            ]
+            return replace(
+                style,
+                system="string" if shows[1] and not shows[0] else style.system,
+                placed=style.user == "list" and MARKS["image"] in (image.text or ""),
+            )
     raise other_form("user, assistant, user has no usable text", "; ".join(seen))
+
+
+def _prints_lists(text: str) -> bool:
+    """Whether a list of parts was printed as such, which shows its keys."""
+    return "'type'" in text or '"type"' in text
 
 
 def derive_format(renderer: Renderer, style: Style, family: str) -> PromptFormat:
@@ -349,13 +357,14 @@ class _Seen:
         for mark in self.cuts:
             whole = self.texts[f"cut {mark}"] or ""
             if whole == self.texts["turns"]:
+                last = self.texts[f"cut {mark} twice"] == whole
                 spaces = [self.texts[f"cut {mark} {pad!r}"] == whole for pad in _PADS]
                 trim: Space = "none"
                 if spaces[0]:
                     trim = "any" if spaces[1] else "newline"
                 elif spaces[1]:
                     trim = "blank"
-                return Cut(mark, trim)
+                return Cut(mark, trim, "last" if last else "first")
         return None
 
     def part_order(self) -> tuple[tuple[PartKind, ...], ...]:
@@ -477,6 +486,8 @@ def _probes(cuts: Sequence[str]) -> dict[str, tuple[Message, ...]]:
             text = f"{_REASON}{mark}{pad}{_ANSWER}"
             name = f"cut {mark} {pad!r}" if pad else f"cut {mark}"
             probes[name] = (ask, _say("assistant", text), ask_again)
+        twice = _say("assistant", f"{_REASON}{mark}{_REASON}{mark}{_ANSWER}")
+        probes[f"cut {mark} twice"] = (ask, twice, ask_again)
     return probes
 
 

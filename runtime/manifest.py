@@ -114,10 +114,16 @@ class Copy:
 
 @dataclass(frozen=True)
 class Cut:
-    """A text begins after the last ``through`` in it (an earlier answer without its reasoning)."""
+    """A text begins after a mark in it (an earlier answer without its reasoning).
+
+    Attributes:
+        trim: white space that goes with the mark.
+        place: of the mark that counts.
+    """
 
     through: str
     trim: Space = "none"
+    place: Literal["first", "last"] = "last"
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,8 @@ def _spoken(turn: Turn, message: Message) -> list[Piece]:
     """A turn of the system or the assistant."""
     text = _only_text(message)
     if turn.cut is not None and turn.cut.through in text:
-        text = _trimmed(text.rpartition(turn.cut.through)[2], Trim(turn.cut.trim))
+        split = text.partition if turn.cut.place == "first" else text.rpartition
+        text = _trimmed(split(turn.cut.through)[2], Trim(turn.cut.trim))
     pieces = [Piece("template", turn.before), Piece("text", _trimmed(text, turn.trim))]
     for copy in turn.copies:
         pieces += [Piece("template", copy.before), Piece("text", _trimmed(text, copy.trim))]

@@ -32,8 +32,14 @@ from llava_edge.runtime.prompt import MARKS, Media, Message, Text
 from llava_edge.runtime.prompt_date import COMPARED_NOW
 
 _MARK = MARKS["image"]
-_STYLES = (("list", "list"), ("list", "string"), ("string", "string"))
-"""How a template may want the content of users, and of the others."""
+_STYLES: tuple[dict[str, str], ...] = (
+    {"user": "list", "assistant": "list", "system": "list"},
+    {"user": "list", "assistant": "list", "system": "string"},
+    {"user": "list", "assistant": "string", "system": "list"},
+    {"user": "list", "assistant": "string", "system": "string"},
+    {"user": "string", "assistant": "string", "system": "string"},
+)
+"""How a template may want the content of each role."""
 
 
 class ReferenceProcessor:
@@ -134,11 +140,11 @@ class ReferenceProcessor:
         """
         requests = [
             ChatRequest(
-                tuple(_said(m, user if m.role == "user" else others) for m in messages),
+                tuple(_said(m, style[m.role]) for m in messages),
                 clock=now.timestamp(),
             )
             for messages, now in conversations
-            for user, others in _STYLES
+            for style in _STYLES
         ]
         answers = iter(
             render_all(

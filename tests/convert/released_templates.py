@@ -17,12 +17,14 @@ class Released:
     Attributes:
         source: jinja2.
         strings: it reads a message's content as one string, so media are written as marks.
+        system_string: it reads the system's content as one string.
         system: it has system turns.
         video: it places videos.
     """
 
     source: str
     strings: bool = False
+    system_string: bool = False
     system: bool = True
     video: bool = False
 
@@ -477,6 +479,36 @@ NEIGHBOURS: Mapping[str, Released] = {
         "{{ '<A>' + m.content + '<E>' }}{%- endif %}{%- endfor %}<A>",
         strings=True,
         system=False,
+    ),
+    "a system string before lists, merged into the first turn": Released(
+        "{{ bos_token }}{%- if messages[0].role == 'system' %}"
+        "{%- set rule = messages[0].content + '\n\n' %}{%- set talk = messages[1:] %}{%- else %}"
+        "{%- set rule = '' %}{%- set talk = messages %}{%- endif %}{%- for m in talk %}"
+        "{%- set role = 'model' if m.role == 'assistant' else m.role %}"
+        "{{ '<turn>' + role + '\n' + (rule if loop.first else '') }}{%- for c in m.content %}"
+        "{%- if c.type == 'image' %}{{ '<image>' }}{%- else %}{{ c.text | trim }}{%- endif %}"
+        "{%- endfor %}{{ '<end>\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{ '<turn>model\n' }}{%- endif %}",
+        system_string=True,
+    ),
+    "a system string that is trimmed, and lists": Released(
+        "{%- if messages[0].role == 'system' %}{%- set rule = messages[0].content | trim %}"
+        "{%- set talk = messages[1:] %}{%- else %}{%- set rule = '' %}{%- set talk = messages %}"
+        "{%- endif %}{{ '<S>Today Date: ' + strftime_now('%d %b %Y') + '\n\n' + rule + '<E>' }}"
+        "{%- for m in talk %}{{ '<' + m.role + '>' }}{%- for c in m.content %}"
+        "{%- if c.type == 'image' %}{{ '<image>' }}{%- else %}{{ c.text }}{%- endif %}"
+        "{%- endfor %}{{ '<E>' }}{%- endfor %}{{ '<assistant>' }}",
+        system_string=True,
+    ),
+    "thinking dropped up to its first end": Released(
+        _messages(
+            "{{ '<' + m.role + '>' }}"
+            + _IMAGES
+            + "{%- for c in m.content if c.type == 'text' %}{%- if m.role == 'assistant' and "
+            "'</think>' in c.text %}{{ c.text.split('</think>', 1)[1] }}{%- else %}{{ c.text }}"
+            "{%- endif %}{%- endfor %}{{ '<E>' }}"
+        )
+        + "{{ '<assistant>' }}"
     ),
     "the weekday and the hour": Released(
         "{{ 'It is ' + strftime_now('%A, %-d %B %Y, %H:%M') + '.\n' }}"

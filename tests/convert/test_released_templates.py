@@ -20,7 +20,7 @@ from tests.convert.released_templates import ALL, VARIANTS, Released
 VARIABLES = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
-def chat(messages: Sequence[Message], strings: bool) -> list[dict[str, Any]]:
+def chat(messages: Sequence[Message], released: Released) -> list[dict[str, Any]]:
     """What a user of transformers hands to the template."""
     found: list[dict[str, Any]] = []
     for m in messages:
@@ -28,7 +28,7 @@ def chat(messages: Sequence[Message], strings: bool) -> list[dict[str, Any]]:
             {"type": "text", "text": p.text} if isinstance(p, Text) else {"type": p.kind}
             for p in m.parts
         ]
-        if strings:
+        if released.strings or (released.system_string and m.role == "system"):
             media = "".join(MARKS[p.kind] + "\n" for p in m.parts if isinstance(p, Media))
             content = media + "".join(p.text for p in m.parts if isinstance(p, Text))
         found.append({"role": m.role, "content": content})
@@ -44,7 +44,7 @@ def tokenizer() -> Any:
 def reference(tokenizer: Any, released: Released, messages: Sequence[Message]) -> str:
     return str(
         tokenizer.apply_chat_template(
-            chat(messages, released.strings),
+            chat(messages, released),
             chat_template=released.source,
             tokenize=False,
             add_generation_prompt=True,

@@ -311,6 +311,9 @@ def test_a_system_turn_may_precede_the_last_question() -> None:
 def test_an_earlier_answer_loses_its_reasoning() -> None:
     cut = Turn("A:", ";", cut=Cut("</think>", "newline"))
     prompt_format = replace(FORMAT, assistant=cut)
+    first = replace(FORMAT, assistant=Turn("A:", ";", cut=Cut("</think>", place="first")))
+    conversation = (user_message("q"), say("a</think>b</think>c"), user_message("p"))
+    assert "A:b</think>c;" in rendered(compose(first, conversation))
     for answer, kept in {
         "<think>why</think>\n\nso": "so",
         "a</think>b</think> c": " c",
