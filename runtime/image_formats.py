@@ -33,7 +33,7 @@ class FileKind:
 
     Attributes:
         format: out of ``READABLE_FORMATS``; None if it is not read.
-        name: for messages.
+        name: for messages, with its article.
         next_step: what to do about a file that is not read.
     """
 
@@ -64,64 +64,68 @@ def recognise(data: bytes) -> FileKind | None:
 
 
 def _readable(name: str) -> FileKind:
-    return FileKind(name, name)
+    return FileKind(name, f"{'an' if name == 'AVIF' else 'a'} {name} file")
 
 
-_RAW = FileKind(None, "camera raw file", "Develop it to JPEG, PNG or TIFF.")
+_RAW = FileKind(None, "a camera raw file", "Develop it to JPEG, PNG or TIFF.")
 _MAGIC: tuple[tuple[bytes, int, FileKind], ...] = (
     (b"\xff\xd8\xff", 0, _readable("JPEG")),
     (b"\x89PNG\r\n\x1a\n", 0, _readable("PNG")),
     (b"GIF87a", 0, _readable("GIF")),
     (b"GIF89a", 0, _readable("GIF")),
     (b"BM", 0, _readable("BMP")),
-    (b"\0\0\0\x0cJXL \r\n\x87\n", 0, FileKind(None, "JPEG XL file")),
-    (b"\xff\x0a", 0, FileKind(None, "JPEG XL file")),
-    (b"\0\0\0\x0cjP  \r\n\x87\n", 0, FileKind(None, "JPEG 2000 file")),
-    (b"\xff\x4f\xff\x51", 0, FileKind(None, "JPEG 2000 file")),
-    (b"\xff\xd8", 0, FileKind(None, "damaged JPEG file", "Give the whole file.")),
-    (b"8BPS", 0, FileKind(None, "Photoshop file")),
-    (b"gimp xcf", 0, FileKind(None, "GIMP file")),
-    (b"%PDF", 0, FileKind(None, "PDF document", "Render the page that you want to PNG.")),
-    (b"%!PS", 0, FileKind(None, "PostScript file", _RENDER)),
-    (b"\xc5\xd0\xd3\xc6", 0, FileKind(None, "PostScript file", _RENDER)),
-    (b"\0\0\1\0", 0, FileKind(None, "icon file (ICO)")),
-    (b"\0\0\2\0", 0, FileKind(None, "cursor file (CUR)")),
-    (b"icns", 0, FileKind(None, "icon file (ICNS)")),
-    (b"qoif", 0, FileKind(None, "QOI file")),
-    (b"v/1\x01", 0, FileKind(None, "OpenEXR file", "Convert it to an 8-bit JPEG or PNG.")),
-    (b"#?RADIANCE", 0, FileKind(None, "Radiance HDR file", "Convert it to an 8-bit JPEG or PNG.")),
-    (b"#?RGBE", 0, FileKind(None, "Radiance HDR file", "Convert it to an 8-bit JPEG or PNG.")),
-    (b"DDS ", 0, FileKind(None, "DDS texture")),
-    (b"\x01\xda", 0, FileKind(None, "SGI file")),
-    (b"\x0a\x05\x01", 0, FileKind(None, "PCX file")),
-    (b"\xd7\xcd\xc6\x9a", 0, FileKind(None, "Windows metafile", _RENDER)),
-    (b"DICM", 128, FileKind(None, "DICOM file")),
-    (b"SIMPLE  =", 0, FileKind(None, "FITS file")),
+    (b"\0\0\0\x0cJXL \r\n\x87\n", 0, FileKind(None, "a JPEG XL file")),
+    (b"\xff\x0a", 0, FileKind(None, "a JPEG XL file")),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", 0, FileKind(None, "a JPEG 2000 file")),
+    (b"\xff\x4f\xff\x51", 0, FileKind(None, "a JPEG 2000 file")),
+    (b"\xff\xd8", 0, FileKind(None, "a damaged JPEG file", "Give the whole file.")),
+    (b"8BPS", 0, FileKind(None, "a Photoshop file")),
+    (b"gimp xcf", 0, FileKind(None, "a GIMP file")),
+    (b"%PDF", 0, FileKind(None, "a PDF document", "Render the page that you want to PNG.")),
+    (b"%!PS", 0, FileKind(None, "a PostScript file", _RENDER)),
+    (b"\xc5\xd0\xd3\xc6", 0, FileKind(None, "a PostScript file", _RENDER)),
+    (b"\0\0\1\0", 0, FileKind(None, "an icon file (ICO)")),
+    (b"\0\0\2\0", 0, FileKind(None, "a cursor file (CUR)")),
+    (b"icns", 0, FileKind(None, "an icon file (ICNS)")),
+    (b"qoif", 0, FileKind(None, "a QOI file")),
+    (b"v/1\x01", 0, FileKind(None, "an OpenEXR file", "Convert it to an 8-bit JPEG or PNG.")),
+    (
+        b"#?RADIANCE",
+        0,
+        FileKind(None, "a Radiance HDR file", "Convert it to an 8-bit JPEG or PNG."),
+    ),
+    (b"#?RGBE", 0, FileKind(None, "a Radiance HDR file", "Convert it to an 8-bit JPEG or PNG.")),
+    (b"DDS ", 0, FileKind(None, "a DDS texture")),
+    (b"\x01\xda", 0, FileKind(None, "an SGI file")),
+    (b"\x0a\x05\x01", 0, FileKind(None, "a PCX file")),
+    (b"\xd7\xcd\xc6\x9a", 0, FileKind(None, "a Windows metafile", _RENDER)),
+    (b"DICM", 128, FileKind(None, "a DICOM file")),
+    (b"SIMPLE  =", 0, FileKind(None, "a FITS file")),
     (b"FUJIFILMCCD-RAW", 0, _RAW),
     (b"IIRO", 0, _RAW),
     (b"IIRS", 0, _RAW),
     (b"MMOR", 0, _RAW),
     (b"IIU\0", 0, _RAW),
     (b"FOVb", 0, _RAW),
-    (b"\x93NUMPY", 0, FileKind(None, "NumPy file", "Load it with numpy and give the array.")),
-    (b"\x1a\x45\xdf\xa3", 0, FileKind(None, "video (Matroska or WebM)", _VIDEO)),
-    (b"PK\x03\x04", 0, FileKind(None, "ZIP archive", "Unpack it.")),
-    (b"\x1f\x8b", 0, FileKind(None, "gzip archive", "Unpack it.")),
+    (b"\x93NUMPY", 0, FileKind(None, "a NumPy file", "Load it with numpy and give the array.")),
+    (b"\x1a\x45\xdf\xa3", 0, FileKind(None, "a video (Matroska or WebM)", _VIDEO)),
+    (b"PK\x03\x04", 0, FileKind(None, "a ZIP archive", "Unpack it.")),
+    (b"\x1f\x8b", 0, FileKind(None, "a gzip archive", "Unpack it.")),
     *(
-        (b"P%d%c" % (number, space), 0, FileKind(None, "PNM file"))
+        (b"P%d%c" % (number, space), 0, FileKind(None, "a PNM file"))
         for number in range(1, 8)
         for space in b"\n\r\t #"
     ),
     (
         b"version https://git-lfs.github.com/spec/v1",
         0,
-        FileKind(None, "Git LFS pointer, not the file itself", "Run git lfs pull."),
+        FileKind(None, "a Git LFS pointer, not the file itself", "Run git lfs pull."),
     ),
 )
 _RIFF = {
     b"WEBP": _readable("WEBP"),
-    b"AVI ": FileKind(None, "video (AVI)", _VIDEO),
-    b"WAVE": FileKind(None, "sound file", "Give a picture."),
+    b"AVI ": FileKind(None, "a video (AVI)", _VIDEO),
+    b"WAVE": FileKind(None, "a sound file", "Give a picture."),
 }
 _HEIC_BRANDS = frozenset({b"hei" + end for end in (b"c", b"x", b"m", b"s")}) | frozenset(
     {b"hev" + end for end in (b"c", b"x", b"m", b"s")}
@@ -139,12 +143,12 @@ def _iso_media(data: bytes) -> FileKind:
         if brand in (b"avif", b"avis"):
             return _readable("AVIF")
         if brand in _HEIC_BRANDS:
-            return FileKind(None, "HEIC file", _HEIF)
+            return FileKind(None, "a HEIC file", _HEIF)
     if brands[0] in _STILL_BRANDS:
-        return FileKind(None, "HEIF file", _HEIF)
+        return FileKind(None, "a HEIF file", _HEIF)
     if brands[0] == b"crx ":
         return _RAW
-    return FileKind(None, "video (MP4 or MOV)", _VIDEO)
+    return FileKind(None, "a video (MP4 or MOV)", _VIDEO)
 
 
 _TIFF_MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -175,13 +179,13 @@ def _text(head: bytes) -> FileKind | None:
     """What text stands where a picture was expected; None if it is none of the known kinds."""
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
-        return FileKind(None, "HTML page, probably an error page", _DOWNLOAD)
+        return FileKind(None, "an HTML page, probably an error page", _DOWNLOAD)
     if start.startswith(b"<svg") or (start.startswith((b"<?xml", b"<!--")) and b"<svg" in start):
-        return FileKind(None, "SVG drawing", _RENDER)
+        return FileKind(None, "an SVG drawing", _RENDER)
     if start.startswith(b"<?xml"):
-        return FileKind(None, "XML document, probably an error message", _DOWNLOAD)
+        return FileKind(None, "an XML document, probably an error message", _DOWNLOAD)
     if start.startswith((b'{"', b"{\n", b"{\r", b"{ ", b"{}", b"[{", b'["')):
-        return FileKind(None, "JSON document, probably an error message", _DOWNLOAD)
+        return FileKind(None, "a JSON document, probably an error message", _DOWNLOAD)
     if start.startswith(b"data:image/"):
-        return FileKind(None, "data URL", "Decode its base64 part and give the bytes.")
+        return FileKind(None, "a data URL", "Decode its base64 part and give the bytes.")
     return None

@@ -236,7 +236,7 @@ def _open_file(label: str, data: bytes, limits: Limits) -> Any:
             f"that is read: {names}."
         )
     if kind.format is None:
-        raise ImageError(f"{label} is no image that is read, but a {kind.name}. {kind.next_step}")
+        raise ImageError(f"{label} is no image that is read, but {kind.name}. {kind.next_step}")
     if kind.format not in limits.image_formats:
         allowed = ", ".join(limits.image_formats)
         wanted = (*limits.image_formats, kind.format)
@@ -246,7 +246,7 @@ def _open_file(label: str, data: bytes, limits: Limits) -> Any:
             else f" Allow it with --image-formats {','.join(wanted)} or "
             f"Limits(image_formats={wanted!r}), or convert the file to PNG."
         )
-        raise ImageError(f"{label} is a {kind.format} file; allowed formats are {allowed}.{hint}")
+        raise ImageError(f"{label} is {kind.name}; allowed formats are {allowed}.{hint}")
 
     def check_size(height: int, width: int) -> None:
         _check_size(label, height, width, limits)
