@@ -30,7 +30,7 @@ from llava_edge.runtime.images import read_image_size
 from llava_edge.runtime.json_lines import NoEntriesError, read_entries
 from llava_edge.runtime.limits import Limits
 
-__all__ = ["TEXT_SHARE", "Conversation", "Turn", "read_conversations"]
+__all__ = ["TEXT_SHARE", "Conversation", "Turn", "find_files", "read_conversations"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def read_conversations(
             every fault is listed.
     """
     source = Path(source)
-    folder, files = _files(source)
+    folder, files = find_files(source)
     faults: list[str] = []
     left_out = _LeftOut()
     found: list[Conversation] = []
@@ -100,8 +100,12 @@ def read_conversations(
     return tuple(found), report
 
 
-def _files(source: Path) -> tuple[Path, list[Path]]:
-    """The folder that images lie in, and the files to be read."""
+def find_files(source: Path) -> tuple[Path, list[Path]]:
+    """The folder that images lie in, and the files to be read.
+
+    Raises:
+        RequestError: there is no such folder or file, or the folder has none that is read.
+    """
     try:
         if source.is_dir():
             listed = sorted(source.iterdir())

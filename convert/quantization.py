@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from llava_edge.convert.calibration import CalibrationModel, CalibrationSet
 from llava_edge.convert.checkpoint import Checkpoint
-from llava_edge.convert.conversations import Conversation, read_conversations
+from llava_edge.convert.conversations import Conversation, find_files, read_conversations
 from llava_edge.convert.drawn_conversations import draw_conversations
 from llava_edge.convert.gptq_checkpoint import open_gptq
 from llava_edge.convert.linear_ops import QuantizedLayers
@@ -21,6 +21,7 @@ from llava_edge.convert.quantized_source import QuantizedSource, RtnSource, quan
 from llava_edge.profiles.anyres import AnyRes
 from llava_edge.profiles.formats import Int8Route, group_size, int8_route
 from llava_edge.profiles.hardware import HardwareProfile
+from llava_edge.runtime.arguments import require_count
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.manifest import ImageProcessing, PromptFormat, TokenIds
 
@@ -39,6 +40,9 @@ class QuantizationRequest:
 
     ``calibration`` is a folder or file of conversations; None draws a small set. ``limits`` are
     bounds on its images.
+
+    Raises:
+        RequestError: there is no such folder or file, or less than one sample is wanted.
     """
 
     quantizer: Quantizer = "gptq"
@@ -46,6 +50,12 @@ class QuantizationRequest:
     num_samples: int = NUM_SAMPLES
     seed: int = 0
     limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        require_count("the number of calibration samples (--samples)", self.num_samples, 1)
+        if self.calibration is not None:
+            # Now, not after the hours that come before the samples are read.
+            find_files(self.calibration)
 
 
 @dataclass(frozen=True)

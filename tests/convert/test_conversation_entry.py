@@ -15,6 +15,7 @@ from llava_edge.convert import conversations as conversations_module
 from llava_edge.convert.calibration import CalibrationModel
 from llava_edge.convert.conversation_entry import Conversation
 from llava_edge.convert.conversations import read_conversations
+from llava_edge.convert.quantization import QuantizationRequest
 from llava_edge.profiles.anyres import AnyRes
 from llava_edge.profiles.errors import RequestError
 from llava_edge.runtime import json_lines
@@ -351,3 +352,17 @@ def test_a_sample_holds_all_turns_and_all_pictures(
     assert len(sample.kinds) > len(plain.kinds) + 2 * 25
     assert prepared.report["num_text_only"] == 1
     assert sum(prepared.report["grids"].values()) == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"calibration": Path("/nowhere")}, "--calibration /nowhere cannot be read: No such file"),
+        ({"num_samples": 0}, r"\(--samples\) is 0; it must be a whole number, at least 1"),
+    ],
+)
+def test_what_cannot_be_calibrated_with_is_refused_before_any_work(
+    asked: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        QuantizationRequest(**asked)
