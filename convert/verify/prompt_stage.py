@@ -120,7 +120,7 @@ def _template_faults(
         if not any(mark in text for mark in marks for text in _texts(conversation.messages))
     ]
     # Whether there are system turns is asked of the template, not of the manifest.
-    now = datetime.now(timezone.utc)
+    now = current_time()
     times = [now if index % 2 else COMPARED_NOW for index in range(len(chosen))]
     asked = [(c.messages, time) for c, time in zip(chosen, times, strict=True)]
     ruled, *answers = reference.render_all([(rule, COMPARED_NOW), *asked])
@@ -140,6 +140,11 @@ def _template_faults(
         elif (ids := tokenizer.encode_pieces(pieces)) != (wanted := reference.ids(answer.text)):
             faults.append(f"{conversation.name}: ids are {ids[:12]}, the reference's {wanted[:12]}")
     return len(chosen), faults
+
+
+def current_time() -> datetime:
+    """What half of the conversations take for now; the other half is at ``COMPARED_NOW``."""
+    return datetime.now(timezone.utc)
 
 
 def _bos_fits(artifact: Artifact, reference: ReferenceProcessor) -> bool:

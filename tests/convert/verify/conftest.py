@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llava_edge.convert import template_sandbox
 from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
 from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.quantization import QuantizationRequest
 from llava_edge.convert.request import ConvertRequest
+from llava_edge.convert.verify import prompt_stage
 from llava_edge.profiles.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact import Artifact, open_artifact
@@ -34,6 +37,26 @@ BACKBONES: dict[str, dict[str, object]] = {
     "mistral-gqa": {"backbone": "mistral", "kv_heads": 2},
     "qwen2-bias": {"backbone": "qwen2", "kv_heads": 2},
 }
+
+
+@pytest.fixture(scope="package", autouse=True)
+def renderings_are_kept() -> Iterator[None]:
+    """Equal requests to the template's process are answered once, and the time stands still.
+
+    Hundreds of verifications here differ in weights and graphs, not in their template.
+    """
+    kept: dict[tuple[object, ...], bytes] = {}
+    real, now = template_sandbox.run_bounded, prompt_stage.current_time()
+
+    def run(*arguments: Any) -> bytes:
+        if arguments not in kept:
+            kept[arguments] = real(*arguments)
+        return kept[arguments]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(template_sandbox, "run_bounded", run)
+        patch.setattr(prompt_stage, "current_time", lambda: now)
+        yield
 
 
 @pytest.fixture(scope="session")
