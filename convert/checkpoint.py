@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from llava_edge.convert import original_config
+from llava_edge.convert.checkpoint_files import Progress, hash_checkpoint_files
 from llava_edge.convert.gptq_settings import GptqSettings, read_gptq_settings
 from llava_edge.convert.layouts import ORIGINAL, canonical_tensors, is_buffer, read_name
 from llava_edge.convert.quantized_formats import find_format
@@ -32,9 +33,7 @@ from llava_edge.convert.unmerged import (
 )
 from llava_edge.profiles.errors import CheckpointError, printable, shorten
 from llava_edge.profiles.model_dims import ModelDims
-
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
+from llava_edge.runtime.manifest import FileEntry
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -64,7 +63,6 @@ READ_BY_NAME = (
 
 _MAX_FILES = 4096
 _MAX_TENSORS = 1 << 17
-_BLOCK_BYTES = 1 << 22
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _SNAPSHOT = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
@@ -126,26 +124,14 @@ class Checkpoint:
         Raises:
             CheckpointError: a file can no longer be read.
         """
-        files = sorted((self.folder / CONFIG_FILE, *self.weight_files), key=lambda file: file.name)
+        found = hash_checkpoint_files((self.folder / CONFIG_FILE, *self.weight_files), progress)
+        return self.digest_of({file.name: entry for file, entry in found.items()})
+
+    def digest_of(self, found: Mapping[str, FileEntry]) -> str:
+        """``digest``, where bytes and SHA-256 of these files are known by name."""
         whole = hashlib.sha256()
-        done = 0
-        try:
-            total = sum(file.stat().st_size for file in files)
-            for file in files:
-                single = hashlib.sha256()
-                size = 0
-                with open(file, "rb") as stream:
-                    while block := stream.read(_BLOCK_BYTES):
-                        single.update(block)
-                        size += len(block)
-                        done += len(block)
-                        if progress is not None:
-                            progress(done, total)
-                whole.update(f"{single.hexdigest()}  {size}  {file.name}\n".encode())
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.folder} changed while it was read: {error.strerror or error}"
-            ) from error
+        for name in sorted((CONFIG_FILE, *(file.name for file in self.weight_files))):
+            whole.update(f"{found[name].sha256}  {found[name].bytes}  {name}\n".encode())
         return whole.hexdigest()
 
     @cached_property

@@ -15,6 +15,20 @@ _FULL = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file grew beyond the size that is allowed here (see ulimit -f)",
 }
+_REFUSALS = {
+    errno.EROFS: "the file system is read-only. Name a folder on another one",
+    errno.EACCES: "this user may not write there. Change its permissions, or name another folder",
+    errno.EPERM: "this user may not write there. Change its permissions, or name another folder",
+    errno.EBUSY: "it is in use as a mount point or by another process. Name a folder inside it",
+    errno.EXDEV: "it lies on another file system than its neighbours. Name a folder inside it",
+    errno.ENAMETOOLONG: "the name is longer than the file system allows. Name a shorter one",
+    errno.ENOTDIR: "a part of the path is a file, not a folder. Name another folder",
+    errno.EEXIST: "a file is in the way of a folder. Remove it, or name another folder",
+    errno.ELOOP: "its symbolic links lead in a circle. Name the folder itself",
+    errno.EIO: "the disk does not work (input/output error). Check it, or use another one",
+    errno.ESTALE: "the network file system has let go of the folder. Mount it again",
+    errno.EMFILE: "too many files are open. Raise the limit (ulimit -n)",
+}
 _SHORT = re.compile(r"\d+ requested and \d+ written")
 # Writers in other languages hand on the system's answer as text only.
 _FOREIGN = re.compile(rf"os error ({'|'.join(str(code) for code in _FULL)})\b")
@@ -59,6 +73,33 @@ def full_disk_reason(error: BaseException) -> str | None:
             return _FULL[int(match[1])]
         current = current.__cause__ or current.__context__
     return None
+
+
+def refusal(error: OSError) -> str:
+    """What the system refused, of which file, and what to do; a part of a sentence."""
+    said = _REFUSALS.get(error.errno or 0, error.strerror or str(error))
+    named = error.filename2 or error.filename
+    where = os.fsdecode(named) if isinstance(named, (str, bytes)) else ""
+    return f"{where}: {said}" if where else said
+
+
+def is_mount_point(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
+    """Whether a folder is where something is mounted, such as a volume of a container.
+
+    Args:
+        folder: an existing one.
+        mounts: the system's list; a folder mounted from the same file system is found there alone.
+    """
+    if os.path.ismount(folder):
+        return True
+    try:
+        lines = mounts.read_text("utf-8", "surrogateescape").splitlines()
+    except OSError:
+        return False
+    places = {line.split(" ")[4] for line in lines if line.count(" ") > 4}
+    # Blanks and the like stand in the list as octal numbers.
+    written = re.sub(r"[ \t\n\\]", lambda m: f"\\{ord(m[0]):03o}", str(folder.resolve()))
+    return written in places
 
 
 def show_bytes(count: int) -> str:

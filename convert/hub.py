@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import tqdm
 
-from llava_edge.convert.checkpoint import Progress
+from llava_edge.convert.checkpoint_files import Progress
 from llava_edge.convert.disk import free_bytes
 from llava_edge.convert.hub_cache import (
     bytes_on_disk,

@@ -6,10 +6,11 @@ touched; whatever fails later leaves finished parts for the next run and nothing
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from llava_edge.convert.cache_scales import NUM_SAMPLES as CACHE_SAMPLES
 from llava_edge.convert.card import write_card
 from llava_edge.convert.chat_template import compile_chat_template
 from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
+from llava_edge.convert.checkpoint_files import SETTINGS, CheckpointFiles, setting_digests
 from llava_edge.convert.checkpoint_source import resolve_source
+from llava_edge.convert.conversion_inputs import CalibrationFiles, environment
 from llava_edge.convert.disk import check_free_space
 from llava_edge.convert.hf_gptq import check_emit_hf, write_hf_gptq
 from llava_edge.convert.hub import fetch_checkpoint
@@ -29,6 +32,7 @@ from llava_edge.convert.preflight import check_download
 from llava_edge.convert.quantization import (
     BodyFormat,
     LightParts,
+    calibration_conversations,
     calibration_samples,
     quantize,
     tile_conversations,
@@ -95,6 +99,12 @@ class _Job:
     prompt: PromptFormat | None
     body: BodyFormat | None
     digest: str
+    settings: dict[str, str]
+    """SHA-256 of the checkpoint's files beside its weights, by name."""
+    inputs: dict[str, str]
+    """Digests and versions of everything else that parts are made from."""
+    check_inputs: Callable[[], None]
+    """Raises where files are no longer what they were when ``inputs`` was made."""
 
 
 @allowed_torch_threads()
@@ -112,16 +122,24 @@ def convert_checkpoint(request: ConvertRequest, report: Report, say: Say) -> Con
         ExportError: writing failed; the same command resumes.
         VerificationError: the artifact does not do what the checkpoint does; it is kept aside.
     """
-    checkpoint = _open(request, report, say)
+    checkpoint, files = _open(request, report, say)
     planned = plan_artifact(request, checkpoint)
     out = request.out or default_output(planned)
-    _refuse_inside(out, checkpoint)
+    _refuse_inside(out, checkpoint, request.quantization.calibration)
     refuse_existing(out, force=request.force)
     for note in planned.notes:
         say(f"note: {note}")
-    job = _prepare(request, checkpoint, planned, report)
+    job = _prepare(request, checkpoint, files, planned, report)
     needed = _needed_bytes(job)
-    with ArtifactWriter(out, _key(job), force=request.force, needed_bytes=needed) as writer:
+    with ArtifactWriter(
+        out,
+        _key(job),
+        force=request.force,
+        needed_bytes=needed,
+        inputs=job.inputs,
+        check_inputs=job.check_inputs,
+        say=lambda text: say(f"note: {text}"),
+    ) as writer:
         check_free_space(writer.folder, max(0, needed - writer.finished_bytes))
         manifest = _write_parts(job, writer, report)
         verification = Verification(request.verify, checkpoint, report, say)
@@ -301,10 +319,11 @@ def default_output(planned: ArtifactPlan) -> Path:
     return Path("artifacts") / f"{plan.variant}-{plan.precision}-{plan.profile}"
 
 
-def _open(request: ConvertRequest, report: Report, say: Say) -> Checkpoint:
+def _open(request: ConvertRequest, report: Report, say: Say) -> tuple[Checkpoint, CheckpointFiles]:
     source = resolve_source(request.checkpoint or _planned_id(request, say))
     if source.folder is not None:
-        return open_checkpoint(source.folder)
+        files = CheckpointFiles(source.folder)
+        return open_checkpoint(source.folder), files
     assert source.repo_id is not None
     _check_known(request, source.repo_id)
     parent = request.out.parent if request.out is not None else Path("artifacts")
@@ -314,15 +333,26 @@ def _open(request: ConvertRequest, report: Report, say: Say) -> Checkpoint:
         progress=lambda done, total: report("download", done, total),
         announce=lambda plan: check_download(plan, parent, say),
     )
-    return open_checkpoint(folder)
+    files = CheckpointFiles(folder)
+    return open_checkpoint(folder), files
 
 
-def _refuse_inside(out: Path, checkpoint: Checkpoint) -> None:
-    """An artifact inside its checkpoint would be part of the next digest of it."""
-    if out.resolve().is_relative_to(checkpoint.folder.resolve()):
-        raise RequestError(
-            f"{out} lies inside the checkpoint {checkpoint.folder}. Name a folder outside it."
-        )
+def _refuse_inside(out: Path, checkpoint: Checkpoint, calibration: Path | None) -> None:
+    """No folder that is read may hold the artifact, nor lie in it, where it would be replaced.
+
+    Raises:
+        RequestError: one does.
+    """
+    target = out.resolve()
+    sources = {"the checkpoint": checkpoint.folder, "the calibration set": calibration}
+    for what, folder in sources.items():
+        if folder is None:
+            continue
+        source = folder.resolve()
+        if target == source or target.is_relative_to(source):
+            raise RequestError(f"{out} lies inside {what} {folder}. Name a folder outside it.")
+        if source.is_relative_to(target):
+            raise RequestError(f"{out} holds {what} {folder}. Name a folder that does not.")
 
 
 def _planned_id(request: ConvertRequest, say: Say) -> str:
@@ -345,7 +375,11 @@ def _check_known(request: ConvertRequest, repo_id: str) -> None:
 
 
 def _prepare(
-    request: ConvertRequest, checkpoint: Checkpoint, planned: ArtifactPlan, report: Report
+    request: ConvertRequest,
+    checkpoint: Checkpoint,
+    files: CheckpointFiles,
+    planned: ArtifactPlan,
+    report: Report,
 ) -> _Job:
     processing = read_image_processing(
         checkpoint.preprocessor_config(),
@@ -362,19 +396,46 @@ def _prepare(
         prompt = compile_chat_template(
             checkpoint.folder, checkpoint.config, source_id=checkpoint.source_id
         )
-    digest = checkpoint.digest(lambda done, total: report("digest", done, total))
+    found = files.digests(
+        checkpoint.weight_files, lambda done, total: report("digest", done, total)
+    )
     if request.emit_hf:
         check_emit_hf(checkpoint, planned.plan.precision)
     body = BodyFormat.of(checkpoint, planned.plan.precision, request.profile)
-    return _Job(request, checkpoint, planned, processing, video, prompt, body, digest)
+    inputs = {**{name: entry.sha256 for name, entry in found.items()}, **environment()}
+    job = _Job(
+        request,
+        checkpoint,
+        planned,
+        processing,
+        video,
+        prompt,
+        body,
+        checkpoint.digest_of(found),
+        setting_digests(found),
+        inputs,
+        files.check,
+    )
+    folder = request.quantization.calibration
+    if folder is None or not _looks_at_samples(job):
+        return job
+    everything = replace(request.quantization, num_samples=sys.maxsize)
+    samples = CalibrationFiles(folder, calibration_conversations(everything, processing)[0])
+
+    def check() -> None:
+        files.check()
+        samples.check()
+
+    return replace(job, inputs={**inputs, "calibration": samples.digest}, check_inputs=check)
 
 
 def _key(job: _Job) -> dict[str, object]:
-    """What the artifact's bytes depend on; a finished part is taken over only under equal keys."""
+    """What was asked; an unfinished conversion is taken over only under equal keys."""
     plan, profile = job.planned.plan, job.request.profile
     return {
-        "checkpoint": job.digest,
+        "checkpoint": job.checkpoint.source_id,
         "profile": profile.name,
+        "profile_sha256": hashlib.sha256(repr(profile).encode()).hexdigest(),
         "flavour": profile.flavour,
         "precision": plan.precision,
         "vision_precision": plan.vision_precision,
@@ -389,7 +450,6 @@ def _key(job: _Job) -> dict[str, object]:
         "quantization": None if job.body is None else _quantization_key(job, job.body),
         "calibration": _calibration_key(job) if _looks_at_samples(job) else None,
         "int8_cache": _has_int8_cache(job),
-        "tool": version("llava-edge"),
     }
 
 
@@ -404,7 +464,7 @@ def _quantization_key(job: _Job, body: BodyFormat) -> dict[str, object]:
 def _calibration_key(job: _Job) -> dict[str, object]:
     asked = job.request.quantization
     return {
-        "folder": None if asked.calibration is None else str(asked.calibration.resolve()),
+        "drawn": asked.calibration is None,
         "samples": asked.num_samples,
         "seed": asked.seed,
     }
@@ -469,6 +529,7 @@ def _manifest(
             "asked_reference": job.request.reference,
             "template_left_out": not job.request.use_template,
             "random_weights": checkpoint.config.get(RANDOM_KEY) is True,
+            SETTINGS: job.settings,
             **facts,
         },
         files={},

@@ -10,6 +10,12 @@ Beside the output ``OUT`` lies ``OUT.partial`` while the work is going on:
 
 Whatever the journal does not hold is removed before work goes on, so a part is there whole or not
 at all as well.
+
+An ``OUT`` that exists and is empty is used. Where it is a mount point (a volume of a container), no
+folder can be renamed to it, and what lies beside it is another disk: ``OUT.partial`` and
+``OUT.failed`` then lie inside it, and the files move up one by one, the manifest last. Without its
+manifest a folder is no artifact; the list of files that were to move lies in
+``OUT.partial/publishing.json`` meanwhile, so that an interruption is undone by the next run.
 """
 
 from __future__ import annotations
@@ -22,15 +28,18 @@ import math
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from llava_edge.convert.checkpoint_files import changed_names
 from llava_edge.convert.disk import (
     free_bytes,
     full_disk_reason,
+    is_mount_point,
+    refusal,
     show_bytes,
     sync,
     write_atomic,
@@ -55,7 +64,10 @@ from llava_edge.runtime.sealed_json import parse_strict, seal
 _LOG = logging.getLogger(__name__)
 _LOCK, _JOURNAL, _ARTIFACT, _REPLACED = ".lock", "journal.json", "artifact", "replaced"
 _WORK = "work"
+_PUBLISHING = "publishing.json"
 _REPORT = "failure.json"
+_LOST_AND_FOUND = "lost+found"
+"""What a file system has of its own at its top."""
 _JOURNAL_LIMIT = 64 << 20
 
 Stamp = tuple[int, int, int]
@@ -73,6 +85,7 @@ class _Part:
 @dataclass
 class _Journal:
     request: dict[str, Any]
+    inputs: dict[str, str]
     parts: dict[str, _Part] = field(default_factory=dict)
 
     @property
@@ -87,18 +100,76 @@ def refuse_existing(out: Path, *, force: bool) -> None:
         OutputExistsError: ``out`` exists and ``force`` is not set.
         RequestError: ``out`` is something else than an artifact, which ``force`` does not replace.
     """
-    if not os.path.lexists(out):
+    _settle_move(out)
+    if not os.path.lexists(out) or is_empty_folder(out):
         return
+    if not out.is_dir():
+        raise OutputExistsError(
+            f"{out} is a file, and an artifact is a folder. Name another output."
+        )
     if not force:
         raise OutputExistsError(
             f"{out} exists. Nothing is overwritten unasked: add --force to replace it, or "
             "name another output."
         )
-    if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
+    if not (out / MANIFEST).is_file():
         raise RequestError(
             f"{out} is no artifact (it holds no {MANIFEST}), so --force does not replace "
             "it. Name another output, or remove it yourself."
         )
+
+
+def _settle_move(out: Path) -> None:
+    """Where a run was killed while files moved up on a volume: move all back, or end it.
+
+    It is ended where the new manifest has moved, which is last.
+
+    Raises:
+        RequestError: the list of files names some outside the artifact.
+        OSError: moving failed.
+    """
+    partial = out / f"{out.name}.partial"
+    path = partial / _PUBLISHING
+    if not path.is_file():
+        return
+    try:
+        descriptor = _lock(partial)
+    except RequestError:
+        # The run is alive.
+        return
+    try:
+        moves = from_json(
+            dict[str, tuple[str, ...]],
+            parse_strict(read_bounded(path, _JOURNAL_LIMIT), str(path)),
+            "moves",
+        )
+        if not all(is_safe_name(name) for names in moves.values() for name in names):
+            raise RequestError(f"{path} names files outside the artifact. Remove {partial}.")
+        folder, replaced = partial / _ARTIFACT, partial / _REPLACED
+        # The old artifact's manifest left first: while the new one waits, none is in its place.
+        if (out / MANIFEST).is_file() and not (folder / MANIFEST).is_file():
+            shutil.rmtree(partial)
+            return
+        for source, target, names in (
+            (out, folder, moves.get("moving", ())),
+            (replaced, out, moves.get("replaced", ())),
+        ):
+            for name in names:
+                if os.path.lexists(source / name) and not os.path.lexists(target / name):
+                    os.rename(source / name, target / name)
+        _remove(replaced)
+        path.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def is_empty_folder(out: Path) -> bool:
+    """Whether nothing lies in an existing folder but what this tool leaves on a volume."""
+    ours = {f"{out.name}.partial", f"{out.name}.failed", _LOST_AND_FOUND}
+    try:
+        return not out.is_symlink() and all(name in ours for name in os.listdir(out))
+    except OSError:
+        return False
 
 
 class ArtifactWriter:
@@ -106,8 +177,13 @@ class ArtifactWriter:
 
     Args:
         out: the artifact's folder; everything is written beside it until it is complete.
-        request_key: what the result depends on (checkpoint digest, options, tool version) as JSON
-            values. Finished parts are taken over only by a request with an equal key.
+        request_key: what was asked (checkpoint by name, options) as JSON values. An unfinished
+            conversion is taken over only by a request with an equal key.
+        inputs: what else the result depends on (files, libraries), a digest or version each. Where
+            one of them differs, everything that an earlier run finished is made again.
+        check_inputs: raises where inputs changed since they were digested. Called before a part
+            counts as finished, and before the artifact takes its place.
+        say: told which inputs changed since an earlier run.
         force: replace an existing artifact, and discard an unfinished conversion.
         needed_bytes: what the whole artifact will take, for the message on a full disk.
 
@@ -130,18 +206,27 @@ class ArtifactWriter:
         *,
         force: bool = False,
         needed_bytes: int | None = None,
+        inputs: Mapping[str, str] | None = None,
+        check_inputs: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = _LOG.warning,
     ) -> None:
         self.out = Path(os.path.abspath(out))
         if not self.out.name:
             raise RequestError(f"{self.out} cannot be an output folder. Name a folder below it.")
-        self._partial = self.out.with_name(f"{self.out.name}.partial")
+        self._was_there = os.path.lexists(self.out)
+        self._beside = self.out.parent
+        if self.out.is_dir() and (is_mount_point(self.out) or not os.access(self._beside, os.W_OK)):
+            self._beside = self.out
+        self._partial = self._beside / f"{self.out.name}.partial"
         self.folder = self._partial / _ARTIFACT
         self.work = self._partial / _WORK
         self._force = force
         self._needed_bytes = needed_bytes
         self._lock = -1
         self._asked: set[str] = set()
-        self._journal = _Journal({})
+        self._check_inputs = check_inputs
+        self._say = say
+        self._journal = _Journal({}, dict(inputs or {}))
         request = json.loads(json.dumps(dict(request_key), allow_nan=False))
         self._refuse_existing()
         try:
@@ -149,7 +234,7 @@ class ArtifactWriter:
             self._lock = _lock(self._partial)
             self._restore_replaced()
             self._refuse_existing()
-            self._journal = self._open_journal(request)
+            self._journal = self._open_journal(request, self._journal.inputs)
             self.folder.mkdir(exist_ok=True)
             self._remove_unfinished()
             self._write_journal()
@@ -197,6 +282,7 @@ class ArtifactWriter:
         with self._cleaning(f"part {name!r}"):
             before = self._stamps()
             value = json.loads(json.dumps(build(self.folder), allow_nan=False))
+            self._require_inputs()
             self._journal.parts[name] = _Part(self._seal_files(before), value)
             try:
                 self._write_journal()
@@ -242,10 +328,21 @@ class ArtifactWriter:
             OutputExistsError: something appeared at ``out`` meanwhile.
             ExportError: moving failed; the prepared folder stays.
         """
+        self._require_inputs()
+        if os.path.lexists(self.out) and not (self._was_there or self._force):
+            raise OutputExistsError(
+                f"{self.out} appeared meanwhile. Nothing is overwritten unasked: remove it and run "
+                "the same command again."
+            )
         self._refuse_existing()
         old = self._partial / _REPLACED
         try:
-            if os.path.lexists(self.out):
+            if self._beside == self.out:
+                self._move_up()
+                self._discard()
+                return self.out
+            # An empty folder gives way to another one by itself.
+            if os.path.lexists(self.out) and not is_empty_folder(self.out):
                 os.rename(self.out, old)
             try:
                 os.rename(self.folder, self.out)
@@ -273,9 +370,10 @@ class ArtifactWriter:
             RequestError: a folder of that name exists that this tool did not write.
             ExportError: writing failed.
         """
-        failed = self.out.with_name(f"{self.out.name}.failed")
+        failed = self._beside / f"{self.out.name}.failed"
         if os.path.lexists(failed) and not (failed / _REPORT).is_file():
             raise RequestError(f"{failed} exists and holds no {_REPORT}; move it out of the way.")
+        self._require_inputs()
         try:
             text = json.dumps(_finite(report), indent=2, sort_keys=True, default=str)
             write_atomic(self.folder / _REPORT, text.encode("utf-8") + b"\n")
@@ -308,6 +406,25 @@ class ArtifactWriter:
     def _refuse_existing(self) -> None:
         refuse_existing(self.out, force=self._force)
 
+    def _move_up(self) -> None:
+        """Publish on a volume: old files out of the way, new ones in, the manifest last."""
+        old = self._partial / _REPLACED
+        stays = {self._partial.name, f"{self.out.name}.failed", _LOST_AND_FOUND}
+        replaced = _manifest_at_the_end(name for name in os.listdir(self.out) if name not in stays)
+        moving = _manifest_at_the_end(os.listdir(self.folder))
+        old.mkdir(exist_ok=True)
+        document = json.dumps({"replaced": replaced, "moving": moving})
+        write_atomic(self._partial / _PUBLISHING, document.encode())
+        # Without its manifest the old artifact is none; the new one is not before it has its own.
+        for name in reversed(replaced):
+            os.rename(self.out / name, old / name)
+        for name in moving:
+            os.rename(self.folder / name, self.out / name)
+        sync(self.out)
+        failed = self.out / f"{self.out.name}.failed"
+        if (failed / _REPORT).is_file():
+            _remove(failed)
+
     def _restore_replaced(self) -> None:
         """Undo an exchange that ended half way: the old artifact belongs where it was."""
         old = self._partial / _REPLACED
@@ -318,18 +435,19 @@ class ArtifactWriter:
         else:
             os.rename(old, self.out)
 
-    def _open_journal(self, request: dict[str, Any]) -> _Journal:
+    def _open_journal(self, request: dict[str, Any], inputs: dict[str, str]) -> _Journal:
         path = self._partial / _JOURNAL
         if self._force or not path.exists():
-            _remove(self.folder)
-            _remove(self.work)
-            return _Journal(request)
+            return self._begin_anew(request, inputs)
         discard = "Add --force to discard it, or name another output."
         try:
             document = parse_strict(read_bounded(path, _JOURNAL_LIMIT), str(path))
-            if not isinstance(document, dict) or set(document) != {"request", "parts"}:
+            if not isinstance(document, dict) or not (
+                {"request", "parts"} <= set(document) <= {"request", "inputs", "parts"}
+            ):
                 raise ArtifactError(f"{path} is no journal of this version")
             there = from_json(dict[str, Any], document["request"], "request")
+            known = from_json(dict[str, str], document.get("inputs", {}), "inputs")
             parts = from_json(dict[str, _Part], document["parts"], "parts")
         except ArtifactError as error:
             raise RequestError(
@@ -348,10 +466,36 @@ class ArtifactWriter:
             )
         if not all(is_safe_name(name) for part in parts.values() for name in part.files):
             raise RequestError(f"{path} names files outside the artifact. {discard}")
-        return _Journal(request, parts)
+        changed = changed_names(known, inputs)
+        if changed:
+            # What one part is made of goes into the others through calibration and golden prompts.
+            made = ", ".join(sorted(parts)) or "nothing so far"
+            self._say(
+                f"changed since the interrupted run: {shorten(changed)}. Made again: {made}, and "
+                "what was begun."
+            )
+            return self._begin_anew(request, inputs)
+        return _Journal(request, inputs, parts)
+
+    def _begin_anew(self, request: dict[str, Any], inputs: dict[str, str]) -> _Journal:
+        _remove(self.folder)
+        _remove(self.work)
+        return _Journal(request, inputs)
+
+    def _require_inputs(self) -> None:
+        """Make sure that inputs are unchanged; else what was begun is a mixture and goes."""
+        try:
+            self._check_inputs()
+        except LlavaEdgeError:
+            _remove(self.work)
+            raise
 
     def _write_journal(self) -> None:
-        document = {"request": self._journal.request, "parts": to_json(self._journal.parts)}
+        document = {
+            "request": self._journal.request,
+            "inputs": self._journal.inputs,
+            "parts": to_json(self._journal.parts),
+        }
         text = json.dumps(document, indent=1, allow_nan=False)
         write_atomic(self._partial / _JOURNAL, text.encode("utf-8"))
 
@@ -450,8 +594,9 @@ class ArtifactWriter:
             else "Nothing is left half-written: run the same command again."
         )
         if reason is None:
-            return ExportError(f"{doing} of {self.out} failed: {error}. {resume}")
-        room = [f"{show_bytes(free_bytes(self.out.parent))} are free at {self.out.parent}"]
+            said = refusal(error) if isinstance(error, OSError) else str(error)
+            return ExportError(f"{doing} of {self.out} failed: {said}. {resume}")
+        room = [f"{show_bytes(free_bytes(self._beside))} are free at {self._beside}"]
         if self._needed_bytes is not None:
             left = max(self._needed_bytes - self.finished_bytes, 0)
             room.insert(0, f"{show_bytes(left)} are still needed")
@@ -496,7 +641,7 @@ def write_certificate(folder: Path, certificate: Mapping[str, Any]) -> Path:
     try:
         write_atomic(path, data)
     except OSError as error:
-        raise ExportError(f"{path} cannot be written: {error.strerror}") from error
+        raise ExportError(f"the certificate cannot be written: {refusal(error)}.") from error
     return path
 
 
@@ -539,11 +684,12 @@ def _refuse_foreign(partial: Path) -> None:
             raise RequestError(
                 f"{partial} is no folder; it is needed for unfinished work. Move it."
             )
-        ours = {_LOCK, _JOURNAL, _ARTIFACT, _WORK, _REPLACED}
+        ours = {_LOCK, _JOURNAL, _ARTIFACT, _WORK, _REPLACED, _PUBLISHING}
         foreign = [
             entry.name
             for entry in partial.iterdir()
-            if entry.name not in ours and not entry.name.startswith(f".{_JOURNAL}.")
+            if entry.name not in ours
+            and not entry.name.startswith((f".{_JOURNAL}.", f".{_PUBLISHING}."))
         ]
     except FileNotFoundError:
         return
@@ -552,6 +698,10 @@ def _refuse_foreign(partial: Path) -> None:
             f"{partial} holds files that this tool did not write ({shorten(sorted(foreign))}). "
             "Move them, or name another output."
         )
+
+
+def _manifest_at_the_end(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: (name == MANIFEST, name))
 
 
 def _remove(path: Path) -> None:

@@ -5,9 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 
 from llava_edge.convert.card import write_card
 from llava_edge.convert.checkpoint import open_checkpoint
+from llava_edge.convert.checkpoint_files import (
+    SETTINGS,
+    CheckpointFiles,
+    changed_names,
+    setting_digests,
+)
 from llava_edge.convert.checkpoint_source import resolve_source
 from llava_edge.convert.disk import write_atomic
 from llava_edge.convert.hub import fetch_checkpoint
@@ -15,7 +23,7 @@ from llava_edge.convert.progress import StageBars
 from llava_edge.convert.verify.verifier import QUICK_BYTES, VerifyOptions, verify_artifact
 from llava_edge.convert.write_artifact import write_certificate
 from llava_edge.profiles.device_name import parse_device
-from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.errors import RequestError, shorten
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.manifest_check import CARD
 from llava_edge.runtime.records import to_json
@@ -31,6 +39,7 @@ def main_against(options: argparse.Namespace, artifact: Artifact) -> int:
     """Verify, write the certificate and the card, and return the exit code.
 
     Raises:
+        CheckpointError: the checkpoint changed meanwhile.
         RequestError: the checkpoint is not the one that the artifact was made from, or another
             device than the CPU was named.
     """
@@ -50,8 +59,12 @@ def main_against(options: argparse.Namespace, artifact: Artifact) -> int:
                 source.revision,
                 progress=lambda done, total: bars("download", done, total),
             )
+        files = CheckpointFiles(folder)
         checkpoint = open_checkpoint(folder)
-        digest = checkpoint.digest(lambda done, total: bars("digest", done, total))
+        found = files.digests(
+            checkpoint.weight_files, lambda done, total: bars("digest", done, total)
+        )
+        digest = checkpoint.digest_of(found)
         made_from = artifact.manifest.source
         if digest != made_from.sha256:
             raise RequestError(
@@ -59,12 +72,14 @@ def main_against(options: argparse.Namespace, artifact: Artifact) -> int:
                 f"{made_from.sha256[:16]}…; {folder} has {digest[:16]}…. Give the same checkpoint "
                 "and revision."
             )
+        _require_settings(artifact, folder, setting_digests(found))
         certificate = verify_artifact(
             artifact,
             checkpoint,
             VerifyOptions(options.mode, QUICK_BYTES, options.threads),
             bars,
         )
+        files.check()
     size = sum(entry.bytes for entry in artifact.manifest.files.values())
     card = write_card(artifact.manifest, size, certificate)
     write_atomic(artifact.folder / CARD, card.encode("utf-8"))
@@ -81,3 +96,14 @@ def main_against(options: argparse.Namespace, artifact: Artifact) -> int:
         document["first_deviation"] = to_json(certificate.first_deviation)
         print(json.dumps(document, allow_nan=False))
     return 0 if certificate.verdict == "pass" else 1
+
+
+def _require_settings(artifact: Artifact, folder: Path, found: Mapping[str, str]) -> None:
+    """The same for tokenizer, template, processor and the like; older artifacts do not say."""
+    known = artifact.manifest.conversion.get(SETTINGS)
+    changed = changed_names(known, found) if isinstance(known, dict) else []
+    if changed:
+        raise RequestError(
+            f"{artifact.folder} was made from other files than lie in {folder}, whose weights are "
+            f"the same: {shorten(changed)}. Give the checkpoint as it was, or convert again."
+        )

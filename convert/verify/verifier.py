@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.checkpoint_files import SETTINGS
 from llava_edge.convert.reference import REFERENCE
 from llava_edge.convert.torch_threads import allowed_torch_threads
 from llava_edge.convert.verify.answer_stages import AnswerStages
@@ -31,7 +32,7 @@ from llava_edge.convert.verify.reference_answer import Reference
 from llava_edge.convert.verify.structure import structure_stage
 from llava_edge.convert.verify.subject import Subject
 from llava_edge.convert.verify.vision_weights import ArtifactWeights, VisionWeights
-from llava_edge.convert.verify.weights import weights_stage
+from llava_edge.convert.verify.weights import DIGESTS, weights_stage
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.bounds import Bounds, bounds_for
 from llava_edge.runtime.certificate import (
@@ -304,5 +305,6 @@ def unverified(artifact: Artifact) -> Certificate:
 
 
 def _quoted(manifest: Manifest) -> dict[str, Any]:
-    """Facts of the conversion, less the digests of single weights."""
-    return {key: value for key, value in manifest.conversion.items() if key != "weights_sha256"}
+    """Facts of the conversion, less digests of single weights and files."""
+    facts = manifest.conversion.items()
+    return {key: value for key, value in facts if key not in (DIGESTS, SETTINGS)}

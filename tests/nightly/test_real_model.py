@@ -63,12 +63,11 @@ def test_it_is_converted_verified_and_answers(artifact_of: ArtifactOf, precision
     with LlavaEdge.over(artifact, "cpu") as model:
         answer = model.generate(_CAPITAL, max_new_tokens=32)
         chat = model.chat()
-        chat.send("My name is Anna. Please remember it.", max_new_tokens=32)
-        recalled = chat.send("What is my name?", max_new_tokens=32)
+        chat.send("What is the capital of Spain?", max_new_tokens=32)
+        second = chat.send("And of France?", max_new_tokens=32)
     assert answer.text == "The capital of France is Paris."
     assert answer.finish_reason == "stop"
-    if precision != "int4":
-        assert "Anna" in recalled.text
+    assert "Paris" in second.text
 
 
 @pytest.mark.parametrize("precision", _PRECISIONS)

@@ -31,6 +31,9 @@ class Tensor:
     def __init__(self, value: Any, dtype: str, ndim: int = 0) -> None:
         self.value, self.dtype, self.ndim = value, f"torch.{dtype}", ndim
 
+    def __repr__(self) -> str:
+        return f"tensor({self.value!r}, dtype={self.dtype}, ndim={self.ndim})"
+
     def __index__(self) -> int:
         if "int" not in self.dtype:
             raise TypeError("only integer tensors of a single element can be an index")
@@ -74,7 +77,9 @@ def test_what_is_no_real_number_is_named_with_its_rule(value: Any) -> None:
         require_number("temperature", value)
 
 
-@pytest.mark.parametrize("value", [True, np.bool_(True), np.array(True), Tensor(1, "bool")])
+@pytest.mark.parametrize(
+    "value", [True, np.bool_(True), np.array(True), Tensor(1, "bool")], ids=repr
+)
 def test_truth_values_of_other_libraries_are_flags(value: Any) -> None:
     assert require_flag("raw", value) is True
 
@@ -161,7 +166,11 @@ def test_an_array_of_images_is_told_to_become_a_list(model: LlavaEdge) -> None:
         model.stream("Hi", np.zeros((2, 8, 8, 3), np.uint8))
 
 
-@pytest.mark.parametrize("one", [memoryview(b"abc"), bytearray(b"abc"), Image.new("RGB", (9, 9))])
+@pytest.mark.parametrize(
+    "one",
+    [memoryview(b"abc"), bytearray(b"abc"), Image.new("RGB", (9, 9))],
+    ids=["view", "bytes", "image"],
+)
 def test_one_image_in_place_of_a_list_is_told_to_be_wrapped(model: LlavaEdge, one: Any) -> None:
     with pytest.raises(PromptError, match=r"must be a list of images. Wrap the one you have"):
         model.stream("Hi", one)

@@ -1,0 +1,88 @@
+"""Inputs of a conversion beside its checkpoint: calibration by contents, libraries, processor."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from llava_edge.convert.checkpoint_files import file_stamp, hash_contents
+from llava_edge.convert.conversations import Conversation
+from llava_edge.profiles.errors import RequestError, shorten
+from llava_edge.runtime.this_machine import describe_host
+from llava_edge.runtime.versions import tool_versions
+
+_LIBRARIES = (
+    "jinja2",
+    "llava-edge",
+    "ml_dtypes",
+    "numpy",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "pillow",
+    "safetensors",
+    "sentencepiece",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
+
+
+class CalibrationFiles:
+    """A calibration set by its contents.
+
+    Args:
+        path: the folder or file that was asked for.
+        conversations: all that may be chosen from.
+
+    Attributes:
+        digest: SHA-256, in hex, over names, texts and bytes of images.
+    """
+
+    def __init__(self, path: Path, conversations: Iterable[Conversation]) -> None:
+        lists = [path] if path.is_file() else sorted(path.glob("*.json*"))
+        self._stamps = {file: file_stamp(file) for file in lists}
+        # The folder's name stands in the artifact.
+        whole = hashlib.sha256(path.name.encode("utf-8", "surrogateescape"))
+        for conversation in conversations:
+            for text in (conversation.name, conversation.question, conversation.answer):
+                whole.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+            image = None if conversation.image is None else conversation.image()
+            if isinstance(image, Path):
+                self._stamps[image] = file_stamp(image)
+                whole.update(_contents(image).encode())
+        self.digest = whole.hexdigest()
+
+    def check(self) -> None:
+        """Make sure that lists and images are still the ones they were.
+
+        Raises:
+            RequestError: one was changed or removed.
+        """
+        changed = [path.name for path, stamp in self._stamps.items() if file_stamp(path) != stamp]
+        if changed:
+            raise RequestError(
+                f"the calibration set changed while it was in use: {shorten(sorted(changed))}. Run "
+                "the same command again once it is complete."
+            )
+
+
+def environment() -> dict[str, str]:
+    """Libraries and processor: they decide the last bits of what is computed."""
+    host = describe_host("cpu")
+    return {
+        **tool_versions(_LIBRARIES),
+        "processor": f"{host.machine}, {host.cpu}, {host.int8_isa}",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _contents(path: Path) -> str:
+    """Digest of a file; nothing where it cannot be read, which leaves the sample out."""
+    try:
+        return hash_contents(path).sha256 if file_stamp(path) is not None else ""
+    except OSError:
+        return ""
