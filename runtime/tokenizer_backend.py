@@ -29,7 +29,7 @@ def open_backend(path: Path) -> Backend:
         ArtifactError: it is no plain file, too large, or holds what is not let through.
     """
     data = read_bounded(path, MAX_BYTES)
-    if faults := tokenizer_faults(parse_strict(data, str(path))):
+    if faults := tokenizer_faults(parse_strict(data, str(path), judges_numbers=False)):
         listed = "; ".join(faults[:8])
         raise ArtifactError(
             f"{path} is no tokenizer that is opened: {listed}. Copy or convert the artifact again."
