@@ -28,7 +28,7 @@ def open_backend(opened: OpenedFile) -> Backend:
         ArtifactError: it is too large, or holds what is not let through.
     """
     path, data = opened.path, opened.read(MAX_BYTES)
-    if faults := tokenizer_faults(parse_strict(data, str(path))):
+    if faults := tokenizer_faults(parse_strict(data, str(path), judges_numbers=False)):
         listed = "; ".join(faults[:8])
         raise ArtifactError(
             f"{path} is no tokenizer that is opened: {listed}. Copy or convert the artifact again."

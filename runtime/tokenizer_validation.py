@@ -27,6 +27,7 @@ MAX_ADDED = 16
 """Tokens that are put around every text, and characters in front of it."""
 MAX_STEPS = 32
 _MAX_PATTERN = 2000
+_MAX_SCORE = 1e9
 _MAX_REPEATS = 1000
 _MAX_OPEN_REPEATS = 3
 """Repetitions without an upper end in one branch of a pattern; released patterns have two."""
@@ -381,7 +382,9 @@ def _unigram_faults(vocab: list[Any], unknown: Any) -> Iterator[str]:
     for entry in vocab:
         match entry:
             case [str(piece), int() | float() as score] if (
-                len(piece) <= MAX_CONTENT and score is not True and score is not False
+                len(piece) <= MAX_CONTENT
+                and not isinstance(score, bool)
+                and abs(score) <= _MAX_SCORE
             ):
                 continue
         yield f"its vocabulary holds {entry!r:.60}"

@@ -163,9 +163,12 @@ print("left", len(sys.stdin.read()))
 def test_no_loader_runs_what_the_files_name_or_asks_for_leave(tmp_path: Path) -> None:
     folders = []
     for kind in KINDS:
-        for name, auto_map in (("own", AUTO_MAP), ("elsewhere", ELSEWHERE)):
-            folders.append(write(tmp_path / f"{kind} {name}", kind))
-            arm(folders[-1], auto_map)
+        folders.append(write(tmp_path / kind, kind))
+        arm(folders[-1], AUTO_MAP)
+        if kind in ("hub", "original"):
+            folders.append(tmp_path / f"{kind} elsewhere")
+            write(tmp_path / "again" / kind, kind).rename(folders[-1])
+            arm(folders[-1], ELSEWHERE)
     marker = tmp_path / "marker"
 
     said = run_child(LOAD_ALL, *map(str, folders), marker=marker)
