@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
 from llava_edge.convert.calibration import CalibrationModel
@@ -232,3 +233,18 @@ def test_the_drawn_set_follows_from_its_seed() -> None:
 def test_an_artifact_with_the_thumbnail_alone_gets_drawings_as_well() -> None:
     conversations, _ = draw_conversations(AnyRes(70, 14, (), "hf"), count=4)
     assert sum(c.image is not None for c in conversations) == 3
+
+
+def test_a_stop_token_written_in_a_sample_is_text_and_ends_nothing(artifact: Artifact) -> None:
+    (stop,) = artifact.manifest.tokens.stop
+    written = Tokenizer.from_file(str(artifact.path("tokenizer.json"))).id_to_token(stop)
+    plain = Conversation("plain", "Say more.", "It ends here and goes on.")
+    marked = Conversation("marked", f"Say {written} more.", f"It ends here{written} and goes on.")
+    with _open(artifact) as model:
+        samples = model.prepare([plain, marked], {}).samples
+        ids = [model._tokenizer.encode_pieces(model._pieces(each)) for each in (plain, marked)]
+        rows = [sample.embed() for sample in samples]
+
+    assert ids[1].count(stop) == ids[0].count(stop)
+    assert len(samples[1].kinds) == len(ids[1]) > len(ids[0])
+    assert [len(each) for each in rows] == [len(each) for each in ids]
