@@ -16,14 +16,9 @@ from typing import Any
 
 from llava_edge.convert.prompt_family import builtin_format, detect_family
 from llava_edge.convert.template_checks import Conversation, check_conversations
+from llava_edge.convert.template_probes import Renderer, Style, find_style, other_form
 from llava_edge.convert.template_sandbox import Rendering, TemplateLimits
-from llava_edge.convert.template_segments import (
-    Renderer,
-    Style,
-    derive_format,
-    find_style,
-    other_form,
-)
+from llava_edge.convert.template_segments import derive_format
 from llava_edge.convert.text_files import read_object, read_text
 from llava_edge.profiles.errors import CheckpointError
 from llava_edge.runtime.manifest import PromptFormat

@@ -207,11 +207,12 @@ def test_segments_know_their_control_tokens() -> None:
     ],
 )
 def test_hostile_templates_end_quickly_with_a_checkpoint_error(template: str, words: str) -> None:
-    limits = TemplateLimits(seconds=3)
+    limits = TemplateLimits(seconds=1)
     started = time.monotonic()
     with pytest.raises(CheckpointError, match=words):
         compile_template(template, {}, "vicuna", limits=limits)
-    assert time.monotonic() - started < 12
+    # The bound is processor time; a busy machine takes longer.
+    assert time.monotonic() - started < 60
 
 
 def test_a_template_is_not_given_files_or_other_processes() -> None:
