@@ -6,10 +6,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
 from llava_edge.convert.checkpoint_files import file_stamp, hash_contents
-from llava_edge.convert.conversations import Conversation
+from llava_edge.convert.conversations import Conversation, find_files
 from llava_edge.profiles.errors import RequestError, shorten
 from llava_edge.runtime.this_machine import describe_host
 from llava_edge.runtime.versions import tool_versions
@@ -32,28 +30,33 @@ _LIBRARIES = (
 
 
 class CalibrationFiles:
-    """A calibration set by its contents.
+    """A calibration set by its contents: its lists whole, and the images that were chosen.
+
+    Which ones are chosen follows from the lists, the seed and the sizes of images, so another
+    choice shows here as well. A public data set has a hundred gigabytes of others.
 
     Args:
         path: the folder or file that was asked for.
-        conversations: all that may be chosen from.
+        chosen: conversations that will be used.
 
     Attributes:
-        digest: SHA-256, in hex, over names, texts and bytes of images.
+        digest: SHA-256, in hex, over lists, names and bytes of images.
     """
 
-    def __init__(self, path: Path, conversations: Iterable[Conversation]) -> None:
-        lists = [path] if path.is_file() else sorted(path.glob("*.json*"))
+    def __init__(self, path: Path, chosen: Iterable[Conversation]) -> None:
+        _, lists = find_files(path)
         self._stamps = {file: file_stamp(file) for file in lists}
         # The folder's name stands in the artifact.
         whole = hashlib.sha256(path.name.encode("utf-8", "surrogateescape"))
-        for conversation in conversations:
-            for text in (conversation.name, conversation.question, conversation.answer):
-                whole.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
-            image = None if conversation.image is None else conversation.image()
-            if isinstance(image, Path):
-                self._stamps[image] = file_stamp(image)
-                whole.update(_contents(image).encode())
+        for file in lists:
+            whole.update(_contents(file).encode())
+        for conversation in chosen:
+            whole.update(hashlib.sha256(conversation.name.encode("utf-8", "replace")).digest())
+            for opened in conversation.images:
+                image = opened()
+                if isinstance(image, Path):
+                    self._stamps[image] = file_stamp(image)
+                    whole.update(_contents(image).encode())
         self.digest = whole.hexdigest()
 
     def check(self) -> None:
@@ -71,12 +74,14 @@ class CalibrationFiles:
 
 
 def environment() -> dict[str, str]:
-    """Libraries and processor: they decide the last bits of what is computed."""
+    """Libraries and processor: they decide the last bits of what is computed.
+
+    The number of threads is not among them: solving goes on with the one that it began with.
+    """
     host = describe_host("cpu")
     return {
         **tool_versions(_LIBRARIES),
         "processor": f"{host.machine}, {host.cpu}, {host.int8_isa}",
-        "threads": str(torch.get_num_threads()),
     }
 
 

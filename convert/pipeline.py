@@ -7,7 +7,6 @@ touched; whatever fails later leaves finished parts for the next run and nothing
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -419,8 +418,8 @@ def _prepare(
     folder = request.quantization.calibration
     if folder is None or not _looks_at_samples(job):
         return job
-    everything = replace(request.quantization, num_samples=sys.maxsize)
-    samples = CalibrationFiles(folder, calibration_conversations(everything, processing)[0])
+    chosen, _ = calibration_conversations(request.quantization, processing)
+    samples = CalibrationFiles(folder, chosen)
 
     def check() -> None:
         files.check()

@@ -38,8 +38,12 @@ def folder(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
     samples.mkdir()
     lines = [{"question": "What is it?", "answer": "A square.", "image": "a.png"}]
     lines += [{"question": f"Say {word}.", "answer": word} for word in ("red", "blue", "green")]
+    values = ("<image>\nAnd this?", "A circle.", "<image>\nAnd that?", "A line.")
+    turns = [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+    lines.append({"conversations": turns, "image": ["b.png", "c.png"]})
     (samples / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    Image.new("RGB", (40, 60), "navy").save(samples / "a.png")
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (40, 60), "navy").save(samples / name)
     return copy
 
 
@@ -48,7 +52,7 @@ def request_of(
 ) -> ConvertRequest:
     samples = QuantizationRequest("rtn", num_samples=2)
     if calibrates:
-        samples = QuantizationRequest("gptq", folder.parent / "samples", num_samples=3)
+        samples = QuantizationRequest("gptq", folder.parent / "samples", num_samples=8)
     request = ConvertRequest(
         checkpoint=str(folder),
         out=out,
@@ -126,9 +130,18 @@ def another_picture(folder: Path) -> None:
     Image.new("RGB", (40, 60), "gold").save(folder.parent / "samples" / "a.png")
 
 
+def another_later_picture(folder: Path) -> None:
+    Image.new("RGB", (40, 60), "gold").save(folder.parent / "samples" / "c.png")
+
+
 def another_answer(folder: Path) -> None:
     path = folder.parent / "samples" / "all.jsonl"
     path.write_text(path.read_text().replace("green", "white"))
+
+
+def another_later_answer(folder: Path) -> None:
+    path = folder.parent / "samples" / "all.jsonl"
+    path.write_text(path.read_text().replace("A line", "A cross"))
 
 
 def another_template(folder: Path) -> None:
@@ -145,6 +158,8 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "weights": (another_weight, "model.safetensors"),
     "picture": (another_picture, "calibration"),
     "answer": (another_answer, "calibration"),
+    "picture of a later turn": (another_later_picture, "calibration"),
+    "answer of a later turn": (another_later_answer, "calibration"),
 }
 
 
@@ -214,7 +229,7 @@ def test_unchanged_inputs_build_nothing_twice_wherever_the_checkpoint_lies(
     assert not any("changed" in line for line in said)
 
 
-@pytest.mark.parametrize("name", ["torch", "tokenizers", "processor", "threads"])
+@pytest.mark.parametrize("name", ["torch", "tokenizers", "processor"])
 def test_another_library_or_processor_makes_parts_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
