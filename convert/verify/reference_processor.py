@@ -40,8 +40,9 @@ _STYLES: tuple[dict[str, str], ...] = (
     {"user": "list", "assistant": "string", "system": "list"},
     {"user": "list", "assistant": "string", "system": "string"},
     {"user": "string", "assistant": "string", "system": "string"},
+    {"user": "marks", "assistant": "list", "system": "list"},
 )
-"""How a template may want the content of each role."""
+"""How a template may want the content of each role; ``marks`` is a list of one text with marks."""
 
 
 class ReferenceProcessor:
@@ -259,6 +260,8 @@ def _said(message: Message, form: str) -> dict[str, Any]:
     else:
         media = "".join(f"{MARKS[p.kind]}\n" for p in message.parts if isinstance(p, Media))
         content = media + "".join(p.text for p in message.parts if isinstance(p, Text))
+        if form == "marks":
+            content = [{"type": "text", "text": content}]
     return {"role": message.role, "content": content}
 
 

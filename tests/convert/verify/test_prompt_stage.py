@@ -81,6 +81,17 @@ def test_another_division_into_segments_is_no_fault(verify: Callable[..., StageR
     assert stage.verdict == "pass", stage
 
 
+def test_lists_without_places_for_pictures_have_marks_in_their_text(
+    verify: Callable[..., StageResult],
+) -> None:
+    texts = (
+        "{% for m in messages %}{{ m.role + ':' }}{% for c in m.content %}{{ c.text }}{% endfor %}"
+        "{{ '\\n' }}{% endfor %}{{ 'assistant:' }}"
+    )
+    stage = verify(texts, compiled(texts))
+    assert stage.verdict == "pass", stage
+
+
 def test_a_lost_newline_is_found(verify: Callable[..., StageResult]) -> None:
     prompt = compiled(PLAIN)
     assert prompt.text_before == "\n"
