@@ -7,6 +7,7 @@ the image marks.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
@@ -167,19 +168,24 @@ class ReferenceProcessor:
             for messages, now in conversations
             for style in _STYLES
         ]
-        answers = iter(
-            render_all(
-                self._template(),
-                self._tokenizer.special_tokens_map,
-                requests,
-                environment=environment,
-            )
+        answers = render_all(
+            self._template(),
+            self._tokenizer.special_tokens_map,
+            requests,
+            environment=environment,
         )
+        pairs = iter(zip(requests, answers, strict=True))
         found = []
         for messages, _ in conversations:
-            forms = [next(answers) for _ in _STYLES]
-            errors = [form.error or f"it wrote {form.text!r:.120}" for form in forms]
-            usable = (f for f in forms if f.text is not None and _shows(messages, f.text))
+            forms = [next(pairs) for _ in _STYLES]
+            errors = [answer.error or f"it wrote {answer.text!r:.120}" for _, answer in forms]
+            usable = (
+                answer
+                for request, answer in forms
+                if answer.text is not None
+                and _shows(messages, answer.text)
+                and not _prints_parts(request, answer.text)
+            )
             found.append(next(usable, Rendering(None, "; ".join(errors))))
         return found
 
@@ -266,12 +272,16 @@ def _said(message: Message, form: str) -> dict[str, Any]:
 
 
 def _shows(messages: Sequence[Message], text: str) -> bool:
-    """Whether every text and image of the messages is in what the template wrote, and no list."""
+    """Whether every text and image of the messages is in what the template wrote."""
     parts = [part for message in messages for part in message.parts]
     texts = [part.text.strip() for part in parts if isinstance(part, Text)]
     counts = Counter(part.kind for part in parts if isinstance(part, Media))
     shows_media = all(text.count(MARKS[kind]) >= count for kind, count in counts.items())
-    # A template that prints the list of parts as such shows its keys.
-    said = "".join(texts)
-    printed = any(text.count(key) > said.count(key) for key in ("'type'", '"type"'))
-    return not printed and all(each in text for each in texts) and shows_media
+    return all(each in text for each in texts) and shows_media
+
+
+def _prints_parts(request: ChatRequest, text: str) -> bool:
+    """Whether a part of a list was printed as such, not its text."""
+    contents = (message["content"] for message in request.messages)
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(str(p) in text or json.dumps(p, ensure_ascii=False) in text for p in parts)

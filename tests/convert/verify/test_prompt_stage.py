@@ -92,6 +92,14 @@ def test_lists_without_places_for_pictures_have_marks_in_their_text(
     assert stage.verdict == "pass", stage
 
 
+def test_a_system_text_that_is_printed_twice_may_look_like_a_part(
+    verify: Callable[..., StageResult],
+) -> None:
+    twice = "{% if messages[0].role == 'system' %}{{ messages[0].content[0].text }}{% endif %}"
+    stage = verify(twice + PLAIN, compiled(twice + PLAIN))
+    assert stage.verdict == "pass", stage
+
+
 def test_a_lost_newline_is_found(verify: Callable[..., StageResult]) -> None:
     prompt = compiled(PLAIN)
     assert prompt.text_before == "\n"
