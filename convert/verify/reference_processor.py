@@ -175,18 +175,20 @@ class ReferenceProcessor:
             environment=environment,
         )
         pairs = iter(zip(requests, answers, strict=True))
+        written = [[_written(*next(pairs)) for _ in _STYLES] for _ in conversations]
+        shown = [
+            [form.text is not None and _shows(messages, form.text) for form in forms]
+            for (messages, _), forms in zip(conversations, written, strict=True)
+        ]
+        # A template may leave a text out (earlier reasoning); its form is that of the others.
+        usual = max(range(len(_STYLES)), key=lambda style: sum(row[style] for row in shown))
         found = []
-        for messages, _ in conversations:
-            forms = [next(pairs) for _ in _STYLES]
-            errors = [answer.error or f"it wrote {answer.text!r:.120}" for _, answer in forms]
-            usable = (
-                answer
-                for request, answer in forms
-                if answer.text is not None
-                and _shows(messages, answer.text)
-                and not _prints_parts(request, answer.text)
-            )
-            found.append(next(usable, Rendering(None, "; ".join(errors))))
+        for forms, row in zip(written, shown, strict=True):
+            chosen = forms[row.index(True) if True in row else usual]
+            if not any(map(any, shown)) or chosen.text is None:
+                errors = (form.error or f"it wrote {form.text!r:.120}" for form in forms)
+                chosen = Rendering(None, "; ".join(errors))
+            found.append(chosen)
         return found
 
     def _template(self) -> str:
@@ -280,8 +282,11 @@ def _shows(messages: Sequence[Message], text: str) -> bool:
     return all(each in text for each in texts) and shows_media
 
 
-def _prints_parts(request: ChatRequest, text: str) -> bool:
-    """Whether a part of a list was printed as such, not its text."""
+def _written(request: ChatRequest, answer: Rendering) -> Rendering:
+    """The answer, or an error where a part of a list was printed as such, not its text."""
     contents = (message["content"] for message in request.messages)
     parts = [part for content in contents if isinstance(content, list) for part in content]
-    return any(str(p) in text or json.dumps(p, ensure_ascii=False) in text for p in parts)
+    text = answer.text or ""
+    if any(str(p) in text or json.dumps(p, ensure_ascii=False) in text for p in parts):
+        return Rendering(None, f"it wrote {text!r:.120}")
+    return answer

@@ -100,6 +100,13 @@ def test_a_system_text_that_is_printed_twice_may_look_like_a_part(
     assert stage.verdict == "pass", stage
 
 
+def test_reasoning_left_out_of_answers_passes(verify: Callable[..., StageResult]) -> None:
+    answers = "(c.text.split('</think>')[-1] if m.role == 'assistant' else c.text) }}"
+    thinking = PLAIN.replace("c.text }}", answers)
+    stage = verify(thinking, compiled(thinking))
+    assert stage.verdict == "pass", stage
+
+
 def test_a_lost_newline_is_found(verify: Callable[..., StageResult]) -> None:
     prompt = compiled(PLAIN)
     assert prompt.text_before == "\n"
