@@ -7,6 +7,7 @@ the image marks.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
@@ -38,8 +39,9 @@ _STYLES: tuple[dict[str, str], ...] = (
     {"user": "list", "assistant": "string", "system": "list"},
     {"user": "list", "assistant": "string", "system": "string"},
     {"user": "string", "assistant": "string", "system": "string"},
+    {"user": "marks", "assistant": "list", "system": "list"},
 )
-"""How a template may want the content of each role."""
+"""How a template may want the content of each role; ``marks`` is a list of one text with marks."""
 
 
 class ReferenceProcessor:
@@ -146,20 +148,27 @@ class ReferenceProcessor:
             for messages, now in conversations
             for style in _STYLES
         ]
-        answers = iter(
-            render_all(
-                self._template(),
-                self._processor.tokenizer.special_tokens_map,
-                requests,
-                environment=environment,
-            )
+        answers = render_all(
+            self._template(),
+            self._processor.tokenizer.special_tokens_map,
+            requests,
+            environment=environment,
         )
+        pairs = iter(zip(requests, answers, strict=True))
+        written = [[_written(*next(pairs)) for _ in _STYLES] for _ in conversations]
+        shown = [
+            [form.text is not None and _shows(messages, form.text) for form in forms]
+            for (messages, _), forms in zip(conversations, written, strict=True)
+        ]
+        # A template may leave a text out (earlier reasoning); its form is that of the others.
+        usual = max(range(len(_STYLES)), key=lambda style: sum(row[style] for row in shown))
         found = []
-        for messages, _ in conversations:
-            forms = [next(answers) for _ in _STYLES]
-            errors = [form.error or f"it wrote {form.text!r:.120}" for form in forms]
-            usable = (f for f in forms if f.text is not None and _shows(messages, f.text))
-            found.append(next(usable, Rendering(None, "; ".join(errors))))
+        for forms, row in zip(written, shown, strict=True):
+            chosen = forms[row.index(True) if True in row else usual]
+            if not any(map(any, shown)) or chosen.text is None:
+                errors = (form.error or f"it wrote {form.text!r:.120}" for form in forms)
+                chosen = Rendering(None, "; ".join(errors))
+            found.append(chosen)
         return found
 
     def _template(self) -> str:
@@ -236,16 +245,25 @@ def _said(message: Message, form: str) -> dict[str, Any]:
     else:
         media = "".join(f"{MARKS[p.kind]}\n" for p in message.parts if isinstance(p, Media))
         content = media + "".join(p.text for p in message.parts if isinstance(p, Text))
+        if form == "marks":
+            content = [{"type": "text", "text": content}]
     return {"role": message.role, "content": content}
 
 
 def _shows(messages: Sequence[Message], text: str) -> bool:
-    """Whether every text and image of the messages is in what the template wrote, and no list."""
+    """Whether every text and image of the messages is in what the template wrote."""
     parts = [part for message in messages for part in message.parts]
     texts = [part.text.strip() for part in parts if isinstance(part, Text)]
     counts = Counter(part.kind for part in parts if isinstance(part, Media))
     shows_media = all(text.count(MARKS[kind]) >= count for kind, count in counts.items())
-    # A template that prints the list of parts as such shows its keys.
-    said = "".join(texts)
-    printed = any(text.count(key) > said.count(key) for key in ("'type'", '"type"'))
-    return not printed and all(each in text for each in texts) and shows_media
+    return all(each in text for each in texts) and shows_media
+
+
+def _written(request: ChatRequest, answer: Rendering) -> Rendering:
+    """The answer, or an error where a part of a list was printed as such, not its text."""
+    contents = (message["content"] for message in request.messages)
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    text = answer.text or ""
+    if any(str(p) in text or json.dumps(p, ensure_ascii=False) in text for p in parts):
+        return Rendering(None, f"it wrote {text!r:.120}")
+    return answer

@@ -81,6 +81,32 @@ def test_another_division_into_segments_is_no_fault(verify: Callable[..., StageR
     assert stage.verdict == "pass", stage
 
 
+def test_lists_without_places_for_pictures_have_marks_in_their_text(
+    verify: Callable[..., StageResult],
+) -> None:
+    texts = (
+        "{% for m in messages %}{{ m.role + ':' }}{% for c in m.content %}{{ c.text }}{% endfor %}"
+        "{{ '\\n' }}{% endfor %}{{ 'assistant:' }}"
+    )
+    stage = verify(texts, compiled(texts))
+    assert stage.verdict == "pass", stage
+
+
+def test_a_system_text_that_is_printed_twice_may_look_like_a_part(
+    verify: Callable[..., StageResult],
+) -> None:
+    twice = "{% if messages[0].role == 'system' %}{{ messages[0].content[0].text }}{% endif %}"
+    stage = verify(twice + PLAIN, compiled(twice + PLAIN))
+    assert stage.verdict == "pass", stage
+
+
+def test_reasoning_left_out_of_answers_passes(verify: Callable[..., StageResult]) -> None:
+    answers = "(c.text.split('</think>')[-1] if m.role == 'assistant' else c.text) }}"
+    thinking = PLAIN.replace("c.text }}", answers)
+    stage = verify(thinking, compiled(thinking))
+    assert stage.verdict == "pass", stage
+
+
 def test_a_lost_newline_is_found(verify: Callable[..., StageResult]) -> None:
     prompt = compiled(PLAIN)
     assert prompt.text_before == "\n"
