@@ -149,6 +149,7 @@ def main() -> int:
         print(f"{release}: {len(found)} forms, strange: {strange or 'none'}", flush=True)
         data["releases"][release] = found
         keep(data)
+    shutil.rmtree(BUILD / "site", ignore_errors=True)
     return int(failed)
 
 

@@ -11,16 +11,11 @@ from typing import Any
 import pytest
 
 FILES: dict[str, tuple[str, dict[str, Any]]] = {
-    "a crop that is null": ("llava_next", {"crop_size": None}),
-    "nothing but sizes": (
-        "llava_next",
-        {"crop_size": None, "do_center_crop": None, "do_resize": False, "do_pad": None},
-    ),
+    "nulls": ("llava_next", {"crop_size": None, "image_grid_pinpoints": None, "do_pad": None}),
     "lists and single numbers": (
         "llava_next",
         {"size": [70, 70], "crop_size": 70, "image_mean": 0.5, "image_std": 0.25},
     ),
-    "grids left to config.json": ("llava_next", {"image_grid_pinpoints": None}),
     "single numbers of a video": ("llava_next_video", {"image_mean": 0.5, "size": 70}),
     "single numbers of one view": ("llava", {"image_std": 0.5, "size": 70, "crop_size": [70, 70]}),
 }
