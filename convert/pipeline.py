@@ -6,7 +6,6 @@ touched; whatever fails later leaves finished parts for the next run and nothing
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -434,7 +433,9 @@ def _key(job: _Job) -> dict[str, object]:
     return {
         "checkpoint": job.checkpoint.source_id,
         "profile": profile.name,
-        "profile_sha256": hashlib.sha256(repr(profile).encode()).hexdigest(),
+        # What a plan leaves of the board; memory that is free now decides the plan alone.
+        "int8_isa": profile.int8_isa,
+        "prefill_chunk": profile.prefill_chunk,
         "flavour": profile.flavour,
         "precision": plan.precision,
         "vision_precision": plan.vision_precision,
