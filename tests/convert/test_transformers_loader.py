@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,8 +17,10 @@ import pytest
 import llava_edge.bench
 import llava_edge.convert
 from llava_edge.convert.image_settings import check_image_class
+from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.random_checkpoint import write_random_checkpoint
 from llava_edge.convert.random_spec import preset
+from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.transformers_loader import (
     load_model,
     load_processor,
@@ -26,6 +29,7 @@ from llava_edge.convert.transformers_loader import (
     reduced_config,
 )
 from llava_edge.profiles.errors import CheckpointError
+from llava_edge.runtime.progress import no_progress
 from tests.checkpoint_layouts import as_original, renamed
 
 LOADERS = {"transformers_loader.py", "reference_loader.py", "peer_judge.py"}
@@ -336,3 +340,20 @@ def test_scripts_of_other_environments_load_with_the_same_arguments() -> None:
                 starred = [ast.unparse(key.value) for key in node.keywords if key.arg is None]
                 assert "SAFE" in starred or given.get("trust_remote_code") == "False", file
     assert seen
+
+
+@pytest.mark.parametrize(("key", "value"), [("use_cache", "no"), ("initializer_range", None)])
+def test_a_value_that_transformers_refuses_is_named_before_anything_is_written(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, key: str, value: Any
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(make_checkpoint("odd", backbone="mistral", layers=2), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"][key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    request = ConvertRequest(checkpoint=str(folder), out=tmp_path / "out")
+
+    with pytest.raises(CheckpointError, match=rf"transformers refuses config\.json.*{key}"):
+        convert_checkpoint(request, no_progress, lambda _: None)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
