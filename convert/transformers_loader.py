@@ -311,13 +311,20 @@ def _write(path: Path, values: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _failures(what: str, folder: Path) -> Iterator[None]:
-    """Errors of transformers as ``CheckpointError``, panics of its libraries as well; offline."""
+    """Errors of transformers as ``CheckpointError``, panics of its libraries as well; offline.
+
+    Its warnings are about files that it was not given, so they would only mislead.
+    """
     version = transformers.__version__
     constants: Any = huggingface_hub.constants
     before = constants.HF_HUB_OFFLINE
+    logging: Any = transformers.logging
+    verbosity = logging.get_verbosity()
     constants.HF_HUB_OFFLINE = True
+    logging.set_verbosity_error()
     try:
         with library_errors(f"transformers {version} cannot read the {what} of {folder}"):
             yield
     finally:
         constants.HF_HUB_OFFLINE = before
+        logging.set_verbosity(verbosity)
