@@ -356,6 +356,8 @@ def _model_faults(model: Mapping[str, Any]) -> Iterator[str]:
     elif kind == "BPE" and isinstance(vocab, dict):
         if not all(type(i) is int and 0 <= i < MAX_ID for i in vocab.values()):
             yield f"its vocabulary holds an id outside 0 to {MAX_ID - 1}"
+        elif len(set(vocab.values())) < len(vocab):
+            yield "two pieces of its vocabulary have one id"
         if max(map(len, vocab), default=0) > MAX_CONTENT:
             yield f"its vocabulary holds a piece of more than {MAX_CONTENT} characters"
     else:

@@ -121,6 +121,8 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "no vocabulary": (in_model(vocab={}), "vocabulary is empty"),
     "high id": (in_model(vocab={"a": 1 << 31}), "id outside 0 to"),
     "id of text": (in_model(vocab={"a": "0"}), "id outside 0 to"),
+    # The library panics at some of those.
+    "id twice": (in_model(vocab={"a": 0, "b": 0}), "two pieces of its vocabulary have one id"),
     "id True": (in_model(vocab={"a": True}), "id outside 0 to"),
     "chance": (in_model(dropout=0.5), "dropout"),
     "other model": (in_model(type="Gpt"), "its model is 'Gpt'"),
