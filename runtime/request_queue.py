@@ -7,8 +7,10 @@ the child is told so.
 from __future__ import annotations
 
 import gc
+import math
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,9 @@ from dataclasses import dataclass, field
 from llava_edge.profiles.errors import DeadlineError, EngineError
 
 CLOSED = "the model is closed; load the artifact again"
+
+_COLLECT_SECONDS = 5.0
+"""How long the first who waits does so before it looks for a holder that nobody can reach."""
 
 _LOCAL = threading.local()
 
@@ -61,7 +66,9 @@ class RequestQueue:
     from that thread would wait for itself, so it is refused.
 
     A stream that is dropped gives its turn back at once. One that was dropped inside a reference
-    cycle does so when Python's collector finds it; those who wait never start a collection.
+    cycle does so when Python's collector finds it. Where all threads wait, none allocates and the
+    collector never runs by itself: then the first in the queue, and no other, starts it, after
+    pauses that double, since each collection stops the whole application.
 
     It belongs to the process that made it. ONNX Runtime's threads, the CUDA context and locks that
     other threads held do not exist in a child of ``fork()``, where a request would wait for ever.
@@ -142,21 +149,31 @@ class RequestQueue:
     @contextmanager
     def _held(self, place: _Place, seconds: float | None = None) -> Iterator[None]:
         self._refuse_own_thread(place)
-        wait = -1.0 if seconds is None else min(max(seconds, 0.0), threading.TIMEOUT_MAX)
+        until = math.inf if seconds is None else time.monotonic() + seconds
         try:
             with self._mutex:
                 self._waiting.append(place)
                 self._next()
-            if not place.gate.acquire(timeout=wait):
-                raise DeadlineError(
-                    "the time that was given (deadline_seconds) was over while other requests "
-                    "were answered. Give more time, or ask less at once."
-                )
+            self._wait(place, until)
             if self._closed and not place.closes:
                 raise EngineError(CLOSED)
             yield
         finally:
             self._leave(place)
+
+    def _wait(self, place: _Place, until: float) -> None:
+        pause = _COLLECT_SECONDS
+        while not place.gate.acquire(timeout=max(0.0, min(pause, until - time.monotonic()))):
+            if time.monotonic() >= until:
+                raise DeadlineError(
+                    "the time that was given (deadline_seconds) was over while other requests "
+                    "were answered. Give more time, or ask less at once."
+                )
+            with self._mutex:
+                first = bool(self._waiting) and self._waiting[0] is place
+            if first:
+                gc.collect()
+                pause *= 2
 
     def _refuse_own_thread(self, place: _Place) -> None:
         for collect in (gc.collect, None):
