@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
 from llava_edge.profiles.errors import RequestError, UnknownOptionError
 
@@ -100,6 +101,20 @@ def refuse_unknown(call: str, given: Mapping[str, object], known: Iterable[str])
         near = get_close_matches(name.lower(), known, 1)
         named.append(f"{name!r:.60}" + (f" (did you mean {near[0]}?)" if near else ""))
     raise UnknownOptionError(f"{call} has no option {', '.join(named)}; it has {', '.join(known)}")
+
+
+_Options = TypeVar("_Options", bound="NamedOptions")
+
+
+class NamedOptions:
+    """Base of a dataclass of options: a misspelt one is told as in ``refuse_unknown``."""
+
+    def __new__(cls: type[_Options], *_: object, **options: object) -> _Options:
+        """Look at names alone; the dataclass checks values, and static checks see its fields."""
+        known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        unknown = {name: value for name, value in options.items() if name not in known}
+        refuse_unknown(f"{cls.__name__}()", unknown, known)
+        return object.__new__(cls)
 
 
 def settle(options: object, **values: object) -> None:

@@ -191,6 +191,7 @@ class LlavaEdge:
         refuse_unknown("load()", unknown, {*options, "device", "require_verified", "progress"})
         # Before anything is opened: what is asked wrongly costs no time.
         LoadOptions(**options)
+        parse_device(device)
         require_callable("progress", progress)
         if not isinstance(artifact, (str, os.PathLike)):
             raise RequestError(f"artifact is {artifact!r:.60}; it must be the path of a folder")
@@ -413,12 +414,15 @@ class LlavaEdge:
         built = self._requests.build(prompt, images, options, video=clip, with_pixels=False)
         return built.num_tokens
 
-    def draw_tiles(self, images: Sequence[ImageSource], grid: str | None = None) -> Image:
+    def draw_tiles(
+        self, images: Sequence[ImageSource], grid: str | None = None, **unknown: NoReturn
+    ) -> Image:
         """The images as they are cut, with tokens of each part: a picture for people.
 
         Args:
             images: at least one, as in ``stream``.
             grid: as in ``stream``.
+            unknown: none; a misspelt option is named.
 
         Returns:
             RGB, the images one below the other.
@@ -429,6 +433,7 @@ class LlavaEdge:
             RequestError: the grid is unknown or larger than the artifact's.
         """
         self._queue.require_open()
+        refuse_unknown("draw_tiles()", unknown, ("grid",))
         return self._requests.draw_tiles(images, grid)
 
     def teacher_forced_logits(

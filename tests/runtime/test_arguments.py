@@ -187,6 +187,12 @@ def test_one_image_in_place_of_a_list_is_told_to_be_wrapped(model: LlavaEdge, on
         (lambda model: model.chat().stream("Hi", raw=True), "has no option 'raw'"),
         (lambda model: model.chat().count_tokens("Hi", grid="base"), "has no option 'grid'"),
         (lambda model: model.count_tokens("Hi", seed=1), r"count_tokens\(\) has no option 'seed'"),
+        (
+            lambda model: model.draw_tiles([], gird="base"),
+            r"draw_tiles\(\) has no option 'gird' \(",
+        ),
+        (lambda _: Limits(max_image_pixel=9), r"Limits\(\) has no option .* mean max_image_pixels"),  # type: ignore[call-arg]
+        (lambda _: CudaOptions(graphs=True), r"CudaOptions\(\) has no option .* mean graph\?"),  # type: ignore[call-arg]
     ],
 )
 def test_an_unknown_option_is_named_with_the_known_ones(
@@ -248,6 +254,7 @@ def test_text_and_marks_are_checked_before_any_picture_is_opened(
         ({"context_tokens": 0}, "context_tokens is 0"),
         ({"progress": 1}, "progress is 1; it must be a function"),
         ({"cuda": 1}, "cuda is 1; it must be a CudaOptions object"),
+        ({"device": "gpu"}, "device 'gpu' is unknown; devices are auto, cpu, cuda and cuda:N"),
     ],
 )
 def test_options_of_load_are_checked_before_anything_is_opened(
