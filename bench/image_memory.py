@@ -29,6 +29,7 @@ _MIB = 1 << 20
 _CODE = """
 import sys
 from pathlib import Path
+import numpy as np
 from PIL import Image
 from llava_edge.runtime.images import convert_to_rgb, open_image
 from llava_edge.runtime.limits import Limits
@@ -38,6 +39,10 @@ open_image(path.with_name("small"), limits)
 if kind == "memory":
     width, height = map(int, path.read_text().split("x"))
     source = Image.new(mode, (width, height), 0 if len(mode) < 2 else None)
+elif kind == "array":
+    width, height = map(int, path.read_text().split("x"))
+    dtype, _, channels = mode.partition(" ")
+    source = np.ones((height, width, *map(int, channels.split())), dtype)
 else:
     source = path
 def status(name):
@@ -57,8 +62,8 @@ class ImageCase:
 
     Attributes:
         name: for the table.
-        format: of the file; "memory" for a Pillow image.
-        mode: that Pillow opens it in.
+        format: of the file; "memory" for a Pillow image, "array" for one of numpy.
+        mode: that Pillow opens it in; of an array its type and channels.
         save: options of ``Image.save``.
         frames: of an animation.
     """
@@ -124,6 +129,8 @@ def image_cases() -> Iterator[ImageCase]:
         yield ImageCase(f"memory {mode}", "memory", mode)
     for mode in ("I;16", "I", "F"):
         yield ImageCase(f"memory {mode}", "memory", mode)
+    for mode in ("bool", "uint8", "uint8 3", "uint8 4", "uint16 3", "float32 3", "float64 4"):
+        yield ImageCase(f"array {mode}", "array", mode)
 
 
 def encoded(case: ImageCase, height: int, width: int) -> bytes:
@@ -160,14 +167,15 @@ def measure(case: ImageCase, height: int, width: int, folder: Path) -> int:
     An image in memory is there already; a file's content counts.
     """
     path = folder / "image"
-    if case.format == "memory":
+    in_memory = case.format in ("memory", "array")
+    if in_memory:
         path.write_text(f"{width}x{height}", "ascii")
     else:
         path.write_bytes(encoded(case, height, width))
     small = ImageCase("small", "PNG", "P", (("transparency", 3),))
     (folder / "small").write_bytes(encoded(small, 64, 64))
     code = _CODE % (READABLE_FORMATS,)
-    kind = "memory" if case.format == "memory" else "file"
+    kind = case.format if in_memory else "file"
     command = [sys.executable, "-c", code, str(path), kind, case.mode]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     path.unlink()
@@ -178,7 +186,7 @@ def measure(case: ImageCase, height: int, width: int, folder: Path) -> int:
 
 def asked_bytes(case: ImageCase, num_pixels: int) -> int:
     """What the runtime asks of the system for it."""
-    if case.format == "memory":
+    if case.format in ("memory", "array"):
         return image_conversion_bytes(num_pixels)
     return image_decoding_bytes(
         num_pixels,
