@@ -83,24 +83,24 @@ def _exif() -> bytes:
 
 def image_cases() -> Iterator[ImageCase]:
     """All kinds, files first."""
-    turned = (("exif", _exif()),)
+    rotated = (("exif", _exif()),)
     for mode in ("L", "RGB", "CMYK"):
         for progressive in (False, True):
-            for exif in ((), turned):
+            for exif in ((), rotated):
                 name = f"JPEG {mode}{' progressive' * progressive}{' EXIF' * bool(exif)}"
                 save = (("quality", 90), ("progressive", progressive), *exif)
                 yield ImageCase(name, "JPEG", mode, save)
     full = (("quality", 95), ("subsampling", 0), ("progressive", True))
-    yield ImageCase("JPEG RGB 4:4:4 progressive EXIF", "JPEG", "RGB", full + turned)
+    yield ImageCase("JPEG RGB 4:4:4 progressive EXIF", "JPEG", "RGB", full + rotated)
     clear: dict[str, Any] = {"1": 0, "L": 7, "P": 3, "RGB": (1, 2, 3), "I;16": 500}
     fast = (("compress_level", 1),)
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
-        for exif in ((), turned):
+        for exif in ((), rotated):
             yield ImageCase(f"PNG {mode}{' EXIF' * bool(exif)}", "PNG", mode, fast + exif)
             if mode in clear:
                 save = (*fast, ("transparency", clear[mode]), *exif)
                 yield ImageCase(f"PNG {mode} tRNS{' EXIF' * bool(exif)}", "PNG", mode, save)
-    every = (*fast, ("transparency", bytes(range(256))), *turned)
+    every = (*fast, ("transparency", bytes(range(256))), *rotated)
     yield ImageCase("PNG P tRNS bytes EXIF", "PNG", "P", every)
     yield ImageCase("PNG RGB animated", "PNG", "RGB", (*fast, ("save_all", True)), 3)
     yield ImageCase("GIF P", "GIF", "P")
@@ -110,21 +110,21 @@ def image_cases() -> Iterator[ImageCase]:
         yield ImageCase(f"BMP {mode}", "BMP", mode)
     quick = (("method", 0), ("quality", 60))
     for mode in ("RGB", "RGBA"):
-        for exif in ((), turned):
+        for exif in ((), rotated):
             yield ImageCase(f"WEBP {mode}{' EXIF' * bool(exif)}", "WEBP", mode, quick + exif)
-        lossless = (("method", 0), ("lossless", True), *turned)
+        lossless = (("method", 0), ("lossless", True), *rotated)
         yield ImageCase(f"WEBP {mode} lossless EXIF", "WEBP", mode, lossless)
     yield ImageCase("WEBP RGB animated", "WEBP", "RGB", (*quick, ("save_all", True)), 3)
     speed = (("speed", 10), ("quality", 60))
     for mode in ("L", "RGB", "RGBA"):
-        yield ImageCase(f"AVIF {mode} EXIF", "AVIF", mode, speed + turned)
+        yield ImageCase(f"AVIF {mode} EXIF", "AVIF", mode, speed + rotated)
     yield ImageCase("AVIF RGB 4:4:4", "AVIF", "RGB", (*speed, ("subsampling", "4:4:4")))
     for mode in ("1", "L", "P", "RGB", "RGBA", "CMYK", "LAB", "YCbCr", "I;16", "I", "F"):
-        for exif in ((), turned):
+        for exif in ((), rotated):
             yield ImageCase(f"TIFF {mode}{' EXIF' * bool(exif)}", "TIFF", mode, exif)
     packed = (("compression", "tiff_adobe_deflate"),)
     for mode in ("RGB", "CMYK", "I;16"):
-        yield ImageCase(f"TIFF {mode} deflate EXIF", "TIFF", mode, packed + turned)
+        yield ImageCase(f"TIFF {mode} deflate EXIF", "TIFF", mode, packed + rotated)
     for mode in ("1", "L", "LA", "P", "PA", "RGBA", "RGBa", "CMYK", "YCbCr", "LAB", "HSV"):
         yield ImageCase(f"memory {mode}", "memory", mode)
     for mode in ("I;16", "I", "F"):

@@ -94,8 +94,8 @@ def open_parts(
 def nothing_kept_by_errors() -> Iterator[None]:
     """Let an error keep no session, cache or picture alive by the frames that it came through.
 
-    Whoever loads again with less while the first error is still there needs that memory. An error
-    that the application is handling meanwhile keeps its own.
+    A caller that loads again with less, while the first error is still there, needs that memory.
+    An error that the application is handling meanwhile keeps its own.
     """
     handled = sys.exc_info()[1]
     try:

@@ -305,14 +305,14 @@ class VideoReader:
         if matrix is None and tag:
             # Older files tell degrees, clockwise, in a tag of the stream.
             matrix, asked = _TAGGED.get(_degrees(tag), _NO_QUARTER), tag.strip()
-        turned = pixels if matrix is None else _transformed(pixels, matrix)
-        if turned is None:
+        upright = pixels if matrix is None else _transformed(pixels, matrix)
+        if upright is None:
             self._orientation_note = (
                 f"{self._label}: its metadata asks for a rotation by {asked:.20} degrees; only "
                 "quarter turns are applied, so frames are as they are stored"
             )
             return pixels
-        return turned
+        return upright
 
     def _told_from_content(self) -> str:
         try:

@@ -295,7 +295,7 @@ def make(kind: str, path: Path) -> None:
         ("empty list", "no line holds a conversation"),
         ("cut off", r"data.json entry 2: no JSON \("),
         ("no comma", "data.json entry 1: no JSON .*a comma or ] is missing"),
-        ("more", "there is more behind its list"),
+        ("more", "there is more after its list"),
         ("deep", "data.json entry 1: no JSON"),
         ("number", "data.json entry 1: no JSON object"),
         ("long line", "data.json:1: a line of more than 4194304 bytes"),
