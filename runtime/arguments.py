@@ -33,6 +33,17 @@ def require_count(name: str, value: object, smallest: int, largest: int | None =
     )
 
 
+def require_counts(name: str, values: object) -> tuple[int, ...]:
+    """Whole numbers of at least 0, as ``require_count`` takes each; a text is none.
+
+    Raises:
+        RequestError: names the argument, the first wrong value and the rule.
+    """
+    if isinstance(values, (str, bytes, bytearray)) or not isinstance(values, Iterable):
+        raise RequestError(f"{name} is {_shown(values)}; it must be a list of whole numbers")
+    return tuple(require_count(f"{name}[{i}]", value, 0) for i, value in enumerate(values))
+
+
 def require_number(name: str, value: object) -> float:
     """A real number, as a ``float``; infinite ones and NaN are left to the caller's range.
 

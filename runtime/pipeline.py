@@ -29,7 +29,12 @@ from llava_edge.profiles.errors import EngineError, PromptError, RequestError
 from llava_edge.runtime.allocation import allocate, refusals
 from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.answer_options import AnswerOptions
-from llava_edge.runtime.arguments import refuse_unknown, require_callable, require_flag
+from llava_edge.runtime.arguments import (
+    refuse_unknown,
+    require_callable,
+    require_counts,
+    require_flag,
+)
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.chat import Chat, WithinTurn
 from llava_edge.runtime.cuda_options import CudaOptions
@@ -460,7 +465,12 @@ class LlavaEdge:
 
         Returns:
             float32 (1 + len(token_ids), vocab).
+
+        Raises:
+            RequestError: ``token_ids`` are no whole numbers.
+            LlavaEdgeError: as ``replay``.
         """
+        token_ids = require_counts("token_ids", token_ids)
         shape = (1 + len(token_ids), self._dims.text.vocab_size)
         rows = allocate(shape, np.float32, "logits of every token")
         options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
@@ -490,8 +500,10 @@ class LlavaEdge:
         Raises:
             ImageError: an image is refused.
             PromptError: as ``stream``, or the tokens do not fit the context.
+            RequestError: ``token_ids`` are no whole numbers.
         """
         self._queue.require_open()
+        token_ids = require_counts("token_ids", token_ids)
         request = self._requests.build(prompt, images, options or PromptOptions(), video=video)
         self._check_length(request)
         with self._queue.turn(), self._unchanged():

@@ -244,9 +244,9 @@ def test_of_a_large_set_only_some_pictures_are_looked_at(
     entries = [llava("<image>", "x", image="a.png")] * 90 + [llava("<image>", "x", image="b.png")]
     (folder / "data.json").write_text(json.dumps(entries))
     looked: list[object] = []
-    real = conversations_module.open_plain
+    real = conversations_module.read_image_size
     monkeypatch.setattr(
-        conversations_module, "open_plain", lambda *args: looked.append(1) or real(*args)
+        conversations_module, "read_image_size", lambda *args: looked.append(1) or real(*args)
     )
     assert len(read(folder, limit=3)[0]) == 3
     assert len(looked) == 60

@@ -15,6 +15,7 @@ from PIL import Image
 
 from llava_edge.profiles.errors import PromptError, RequestError
 from llava_edge.runtime.arguments import require_count, require_flag, require_number
+from llava_edge.runtime.chat import ChatMessage
 from llava_edge.runtime.cuda_options import CudaOptions
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.load_options import LoadOptions
@@ -200,6 +201,22 @@ def test_an_unknown_option_is_named_with_the_known_ones(
 ) -> None:
     with pytest.raises(RequestError, match=message):
         ask(model)
+
+
+@pytest.mark.parametrize("ids", ["ab", b"ab", None, 5, [1.5], [True], ["1"], [-1]])
+def test_token_ids_are_whole_numbers(model: LlavaEdge, ids: Any) -> None:
+    with pytest.raises(RequestError, match="token_ids"):
+        model.teacher_forced_logits("Hi", token_ids=ids)
+    with pytest.raises(RequestError, match="token_ids"):
+        model.replay("Hi", (), ids, lambda *_: None)
+    with pytest.raises(RequestError, match="token_ids"):
+        ChatMessage("assistant", "Ho", token_ids=ids)
+
+
+def test_token_ids_of_an_array_are_those_of_a_list(model: LlavaEdge) -> None:
+    of_list = model.teacher_forced_logits("Hi", token_ids=[5, 6])
+    assert np.array_equal(model.teacher_forced_logits("Hi", token_ids=np.array([5, 6])), of_list)
+    assert ChatMessage("assistant", "Ho", token_ids=np.array([5, 6])).token_ids == (5, 6)  # type: ignore[arg-type]
 
 
 def test_an_unknown_option_of_load_is_named_before_anything_is_opened() -> None:
