@@ -343,10 +343,11 @@ class Chat:
     def _pieces(
         self, messages: Sequence[ChatMessage], *, generation_prompt: bool = True
     ) -> tuple[Piece, ...]:
-        for text in (self.system, *(message.text for message in messages)):
-            # Both may have been set since by whoever holds the conversation.
-            if text is not None:
-                self._requests.check_text(text)
+        # Both may have been set since by the application.
+        if self.system is not None:
+            self._requests.check_text(self.system, "the system text")
+        for message in messages:
+            self._requests.check_text(message.text)
         said = [
             user_message(
                 message.text,

@@ -203,6 +203,12 @@ def test_an_unknown_option_is_named_with_the_known_ones(
         ask(model)
 
 
+@pytest.mark.parametrize("system", [3, b"x", "a\ud800", "x" * (1 << 21)])
+def test_a_system_text_that_is_refused_is_called_so(model: LlavaEdge, system: Any) -> None:
+    with pytest.raises(PromptError, match=r"^the system text (is a|has|holds)"):
+        model.chat(system=system)
+
+
 @pytest.mark.parametrize("ids", ["ab", b"ab", None, 5, [1.5], [True], ["1"], [-1]])
 def test_token_ids_are_whole_numbers(model: LlavaEdge, ids: Any) -> None:
     with pytest.raises(RequestError, match="token_ids"):
