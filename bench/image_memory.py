@@ -29,6 +29,7 @@ _MIB = 1 << 20
 _CODE = """
 import sys
 from pathlib import Path
+import numpy as np
 from PIL import Image
 from llava_edge.runtime.images import convert_to_rgb, open_image
 from llava_edge.runtime.limits import Limits
@@ -38,6 +39,10 @@ open_image(path.with_name("small"), limits)
 if kind == "memory":
     width, height = map(int, path.read_text().split("x"))
     source = Image.new(mode, (width, height), 0 if len(mode) < 2 else None)
+elif kind == "array":
+    width, height = map(int, path.read_text().split("x"))
+    dtype, _, channels = mode.partition(" ")
+    source = np.ones((height, width, *map(int, channels.split())), dtype)
 else:
     source = path
 def status(name):
@@ -57,8 +62,8 @@ class ImageCase:
 
     Attributes:
         name: for the table.
-        format: of the file; "memory" for a Pillow image.
-        mode: that Pillow opens it in.
+        format: of the file; "memory" for a Pillow image, "array" for one of numpy.
+        mode: that Pillow opens it in; of an array its type and channels.
         save: options of ``Image.save``.
         frames: of an animation.
     """
@@ -78,24 +83,24 @@ def _exif() -> bytes:
 
 def image_cases() -> Iterator[ImageCase]:
     """All kinds, files first."""
-    turned = (("exif", _exif()),)
+    rotated = (("exif", _exif()),)
     for mode in ("L", "RGB", "CMYK"):
         for progressive in (False, True):
-            for exif in ((), turned):
+            for exif in ((), rotated):
                 name = f"JPEG {mode}{' progressive' * progressive}{' EXIF' * bool(exif)}"
                 save = (("quality", 90), ("progressive", progressive), *exif)
                 yield ImageCase(name, "JPEG", mode, save)
     full = (("quality", 95), ("subsampling", 0), ("progressive", True))
-    yield ImageCase("JPEG RGB 4:4:4 progressive EXIF", "JPEG", "RGB", full + turned)
+    yield ImageCase("JPEG RGB 4:4:4 progressive EXIF", "JPEG", "RGB", full + rotated)
     clear: dict[str, Any] = {"1": 0, "L": 7, "P": 3, "RGB": (1, 2, 3), "I;16": 500}
     fast = (("compress_level", 1),)
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
-        for exif in ((), turned):
+        for exif in ((), rotated):
             yield ImageCase(f"PNG {mode}{' EXIF' * bool(exif)}", "PNG", mode, fast + exif)
             if mode in clear:
                 save = (*fast, ("transparency", clear[mode]), *exif)
                 yield ImageCase(f"PNG {mode} tRNS{' EXIF' * bool(exif)}", "PNG", mode, save)
-    every = (*fast, ("transparency", bytes(range(256))), *turned)
+    every = (*fast, ("transparency", bytes(range(256))), *rotated)
     yield ImageCase("PNG P tRNS bytes EXIF", "PNG", "P", every)
     yield ImageCase("PNG RGB animated", "PNG", "RGB", (*fast, ("save_all", True)), 3)
     yield ImageCase("GIF P", "GIF", "P")
@@ -105,25 +110,27 @@ def image_cases() -> Iterator[ImageCase]:
         yield ImageCase(f"BMP {mode}", "BMP", mode)
     quick = (("method", 0), ("quality", 60))
     for mode in ("RGB", "RGBA"):
-        for exif in ((), turned):
+        for exif in ((), rotated):
             yield ImageCase(f"WEBP {mode}{' EXIF' * bool(exif)}", "WEBP", mode, quick + exif)
-        lossless = (("method", 0), ("lossless", True), *turned)
+        lossless = (("method", 0), ("lossless", True), *rotated)
         yield ImageCase(f"WEBP {mode} lossless EXIF", "WEBP", mode, lossless)
     yield ImageCase("WEBP RGB animated", "WEBP", "RGB", (*quick, ("save_all", True)), 3)
     speed = (("speed", 10), ("quality", 60))
     for mode in ("L", "RGB", "RGBA"):
-        yield ImageCase(f"AVIF {mode} EXIF", "AVIF", mode, speed + turned)
+        yield ImageCase(f"AVIF {mode} EXIF", "AVIF", mode, speed + rotated)
     yield ImageCase("AVIF RGB 4:4:4", "AVIF", "RGB", (*speed, ("subsampling", "4:4:4")))
     for mode in ("1", "L", "P", "RGB", "RGBA", "CMYK", "LAB", "YCbCr", "I;16", "I", "F"):
-        for exif in ((), turned):
+        for exif in ((), rotated):
             yield ImageCase(f"TIFF {mode}{' EXIF' * bool(exif)}", "TIFF", mode, exif)
     packed = (("compression", "tiff_adobe_deflate"),)
     for mode in ("RGB", "CMYK", "I;16"):
-        yield ImageCase(f"TIFF {mode} deflate EXIF", "TIFF", mode, packed + turned)
+        yield ImageCase(f"TIFF {mode} deflate EXIF", "TIFF", mode, packed + rotated)
     for mode in ("1", "L", "LA", "P", "PA", "RGBA", "RGBa", "CMYK", "YCbCr", "LAB", "HSV"):
         yield ImageCase(f"memory {mode}", "memory", mode)
     for mode in ("I;16", "I", "F"):
         yield ImageCase(f"memory {mode}", "memory", mode)
+    for mode in ("bool", "uint8", "uint8 3", "uint8 4", "uint16 3", "float32 3", "float64 4"):
+        yield ImageCase(f"array {mode}", "array", mode)
 
 
 def encoded(case: ImageCase, height: int, width: int) -> bytes:
@@ -160,14 +167,15 @@ def measure(case: ImageCase, height: int, width: int, folder: Path) -> int:
     An image in memory is there already; a file's content counts.
     """
     path = folder / "image"
-    if case.format == "memory":
+    in_memory = case.format in ("memory", "array")
+    if in_memory:
         path.write_text(f"{width}x{height}", "ascii")
     else:
         path.write_bytes(encoded(case, height, width))
     small = ImageCase("small", "PNG", "P", (("transparency", 3),))
     (folder / "small").write_bytes(encoded(small, 64, 64))
     code = _CODE % (READABLE_FORMATS,)
-    kind = "memory" if case.format == "memory" else "file"
+    kind = case.format if in_memory else "file"
     command = [sys.executable, "-c", code, str(path), kind, case.mode]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     path.unlink()
@@ -178,7 +186,7 @@ def measure(case: ImageCase, height: int, width: int, folder: Path) -> int:
 
 def asked_bytes(case: ImageCase, num_pixels: int) -> int:
     """What the runtime asks of the system for it."""
-    if case.format == "memory":
+    if case.format in ("memory", "array"):
         return image_conversion_bytes(num_pixels)
     return image_decoding_bytes(
         num_pixels,

@@ -234,7 +234,7 @@ class Answerer:
         return Replay(request, embeddings.features[:-1])
 
     def forget(self) -> None:
-        """Go on behind nothing that was computed so far."""
+        """Let no later answer reuse what was computed so far."""
         self._contents.clear()
 
     def _shorter_context(self, needed: int) -> int | None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
 from llava_edge.profiles.errors import RequestError, UnknownOptionError
 
@@ -30,6 +31,17 @@ def require_count(name: str, value: object, smallest: int, largest: int | None =
     raise RequestError(
         f"{name} is {_shown(value)}; it must be a whole number, at least {smallest}{upto}"
     )
+
+
+def require_counts(name: str, values: object) -> tuple[int, ...]:
+    """Whole numbers of at least 0, as ``require_count`` takes each; a text is none.
+
+    Raises:
+        RequestError: names the argument, the first wrong value and the rule.
+    """
+    if isinstance(values, (str, bytes, bytearray)) or not isinstance(values, Iterable):
+        raise RequestError(f"{name} is {_shown(values)}; it must be a list of whole numbers")
+    return tuple(require_count(f"{name}[{i}]", value, 0) for i, value in enumerate(values))
 
 
 def require_number(name: str, value: object) -> float:
@@ -100,6 +112,20 @@ def refuse_unknown(call: str, given: Mapping[str, object], known: Iterable[str])
         near = get_close_matches(name.lower(), known, 1)
         named.append(f"{name!r:.60}" + (f" (did you mean {near[0]}?)" if near else ""))
     raise UnknownOptionError(f"{call} has no option {', '.join(named)}; it has {', '.join(known)}")
+
+
+_Options = TypeVar("_Options", bound="NamedOptions")
+
+
+class NamedOptions:
+    """Base of a dataclass of options: a misspelt one is told as in ``refuse_unknown``."""
+
+    def __new__(cls: type[_Options], *_: object, **options: object) -> _Options:
+        """Look at names alone; the dataclass checks values, and static checks see its fields."""
+        known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        unknown = {name: value for name, value in options.items() if name not in known}
+        refuse_unknown(f"{cls.__name__}()", unknown, known)
+        return object.__new__(cls)
 
 
 def settle(options: object, **values: object) -> None:

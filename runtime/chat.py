@@ -18,7 +18,13 @@ from typing import Any, NoReturn, get_args
 from llava_edge.profiles.errors import PromptError, RequestError
 from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.answer_options import AnswerOptions
-from llava_edge.runtime.arguments import refuse_unknown, require_count, require_flag, settle
+from llava_edge.runtime.arguments import (
+    refuse_unknown,
+    require_count,
+    require_counts,
+    require_flag,
+    settle,
+)
 from llava_edge.runtime.finished_prompt import warn_if_finished
 from llava_edge.runtime.frame_choice import FrameChoice
 from llava_edge.runtime.images import ImageSource
@@ -60,7 +66,8 @@ class ChatMessage:
         video: of a user's message, cut already.
 
     Raises:
-        RequestError: a role is unknown, or images or video are not cut already.
+        RequestError: a role is unknown, images or video are not cut already, or token ids are no
+            whole numbers.
         PromptError: the text is none.
     """
 
@@ -82,7 +89,8 @@ class ChatMessage:
             raise RequestError(
                 f"images is {images!r:.60}; a message holds a list of what Chat.prepare gives"
             )
-        settle(self, images=tuple(images))
+        ids = require_counts("token_ids", self.token_ids)
+        settle(self, images=tuple(images), token_ids=ids)
         if self.video is not None and not isinstance(self.video, PreparedVideo):
             raise RequestError(
                 f"video is {self.video!r:.60}; a message holds what Chat.prepare_video gives"
@@ -335,10 +343,11 @@ class Chat:
     def _pieces(
         self, messages: Sequence[ChatMessage], *, generation_prompt: bool = True
     ) -> tuple[Piece, ...]:
-        for text in (self.system, *(message.text for message in messages)):
-            # Both may have been set since by whoever holds the conversation.
-            if text is not None:
-                self._requests.check_text(text)
+        # Both may have been set since by the application.
+        if self.system is not None:
+            self._requests.check_text(self.system, "the system text")
+        for message in messages:
+            self._requests.check_text(message.text)
         said = [
             user_message(
                 message.text,

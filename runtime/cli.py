@@ -105,8 +105,8 @@ def _report(kind: str, message: str, code: int, wants_json: bool) -> int:
 
 
 def _print_json(kind: str, message: str) -> None:
-    # Where stdout itself is what failed, stderr has said it already.
-    with contextlib.suppress(OSError):
+    # What went wrong stands on stderr already, and the exit code is that of it.
+    with contextlib.suppress(OutputError, ReaderGoneError):
         print(json.dumps({"error": {"type": kind, "message": message}}), flush=True)
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from llava_edge.runtime.arguments import require_count, require_flag, settle
+from llava_edge.runtime.arguments import NamedOptions, require_count, require_flag, settle
 
 NO_CAPTURE, CAPTURE = "-1", "1"
 """Values of the run option ``gpu_graph_id``: run as usual, or record once and replay from then."""
 
 
 @dataclass(frozen=True)
-class CudaOptions:
+class CudaOptions(NamedOptions):
     """Choices of which measurements on a GPU decide; the defaults are what needs no measurement.
 
     Attributes:

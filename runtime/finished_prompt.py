@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 from llava_edge.runtime.manifest import PromptFormat
 
@@ -19,6 +20,10 @@ _KNOWN = (
     ("<|user|>", "<|assistant|>"),
 )
 """How prompts of common formats open a user's turn and end."""
+
+_PRECEDING = ("\n", ">", ".", "!", "。")
+"""What may stand in front of a turn: nothing, a line, a token or a sentence of the system. Inside
+a sentence it is a mention."""
 
 _SHORTEST = 4
 """Shorter openings and ends of a template may stand in any question."""
@@ -57,8 +62,8 @@ def finished_marks(prompt_format: PromptFormat, text: str) -> tuple[str, str] | 
     for opening, end in (own, *_KNOWN):
         if min(len(opening), len(end)) < _SHORTEST or not written.endswith(end):
             continue
-        at = written.find(opening, 0, len(written) - len(end))
-        # A word that another letter precedes is another word.
-        if at == 0 or (at > 0 and not (opening[0].isalnum() and written[at - 1].isalnum())):
-            return opening, end
+        for found in re.finditer(re.escape(opening), written[: -len(end)]):
+            before = written[: found.start()].rstrip(" \t")
+            if not before or before.endswith(_PRECEDING):
+                return opening, end
     return None

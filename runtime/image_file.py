@@ -123,7 +123,7 @@ def orientation_of(image: Any) -> Transpose | None:
         xmp = xmp.encode("utf-8", "replace") if isinstance(xmp, str) else xmp
         if match := re.search(rb'tiff:Orientation(="|>)([0-9])', xmp):
             found = int(match[2])
-    return _BY_ORIENTATION.get(found or 1)
+    return _BY_ORIENTATION.get(1 if found is None else found)
 
 
 class _Reader(io.BytesIO):
@@ -244,25 +244,42 @@ def _gif_size(data: bytes) -> tuple[int, int]:
 
 
 def _exif_orientation(exif: bytes) -> int | None:
-    """The orientation that EXIF tells; None if it tells none that can be read."""
+    """The orientation that EXIF tells, 0 for one that is no whole number; None if it tells none.
+
+    What Pillow passes over in a damaged directory is passed over, and where it stops, this stops.
+    """
     while exif.startswith(b"Exif\0\0"):
         exif = exif[6:]
-    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    order = _BYTE_ORDERS.get(exif[:4])
     if order is None:
         return None
-    found = None
     try:
         (start,) = struct.unpack_from(order + "I", exif, 4)
         (count,) = struct.unpack_from(order + "H", exif, start)
+        far = 0
         for place in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind, values = struct.unpack_from(order + "HHI", exif, place)
-            if tag == 0x0112 and values == 1 and kind in _INTEGERS:
-                (found,) = struct.unpack_from(order + _INTEGERS[kind], exif, place + 8)
+            tag, kind, values, offset = struct.unpack_from(order + "HHII", exif, place)
+            size, at = values * _SIZES.get(kind, 0), place + 8
+            if size > 4:
+                far, at = far + size, offset
+                if far > len(exif):
+                    continue
+                if at + size > len(exif):
+                    break
+            if tag == 0x0112 and size:
+                letter = _INTEGERS.get(kind)
+                return struct.unpack_from(order + letter, exif, at)[0] if letter else 0
     except struct.error:
-        # Cut off; what stood before holds.
+        # Cut off before it tells any.
         pass
-    return found
+    return None
 
 
-_INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}
-"""Types of TIFF that hold whole numbers, by ``struct``'s names."""
+_BYTE_ORDERS = {b"II*\0": "<", b"II\0*": "<", b"MM\0*": ">", b"MM*\0": ">"}
+"""By the mark of TIFF, also with its number in the wrong order."""
+
+_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
+"""Types of TIFF and the bytes of one value."""
+
+_INTEGERS = {3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q"}
+"""Types of TIFF that hold whole numbers, by ``struct``'s names. Bytes (1) are none to Pillow."""

@@ -85,7 +85,16 @@ _MAGIC: tuple[tuple[bytes, int, FileKind], ...] = (
     (b"%!PS", 0, FileKind(None, "a PostScript file", _RENDER)),
     (b"\xc5\xd0\xd3\xc6", 0, FileKind(None, "a PostScript file", _RENDER)),
     (b"\0\0\1\0", 0, FileKind(None, "an icon file (ICO)")),
+    # One that begins so with no cursor in it is a picture of true colour.
+    (b"\0\0\2\0\0\0", 0, FileKind(None, "a Targa file (TGA)")),
     (b"\0\0\2\0", 0, FileKind(None, "a cursor file (CUR)")),
+    (
+        b"\0\5\x16\7",
+        0,
+        FileKind(
+            None, "a resource file of macOS", "Give the file of its name without ._ in front."
+        ),
+    ),
     (b"icns", 0, FileKind(None, "an icon file (ICNS)")),
     (b"qoif", 0, FileKind(None, "a QOI file")),
     (b"v/1\x01", 0, FileKind(None, "an OpenEXR file", "Convert it to an 8-bit JPEG or PNG.")),

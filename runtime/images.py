@@ -26,7 +26,7 @@ from PIL import Image, UnidentifiedImageError
 
 from llava_edge.profiles.buffers import image_conversion_bytes, image_decoding_bytes
 from llava_edge.profiles.errors import ImageError, OutOfMemoryError, RequestError
-from llava_edge.runtime.allocation import allocate, require_free
+from llava_edge.runtime.allocation import require_free
 from llava_edge.runtime.high_bit_depth import Scaling, choose_scaling
 from llava_edge.runtime.image_file import (
     SWAPPING,
@@ -46,6 +46,8 @@ ImageSource: TypeAlias = (
 T = TypeVar("T")
 
 _STRIP_PIXELS = 1 << 16
+_ARRAY_STRIP_PIXELS = 1 << 14
+"""Several arrays of doubles stand beside each other while values are scaled."""
 _DEEP_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I", "F"})
 _CLIP_HINT = 'For the reference\'s clipping: Limits(high_bit_depth="clip"), --high-bit-depth clip'
 
@@ -173,8 +175,8 @@ _FROM_END = frozenset(
 """Transpositions after which the first row lies at the bottom or on the right."""
 
 
-def _strips(height: int, width: int) -> Iterator[tuple[int, int]]:
-    rows = max(1, _STRIP_PIXELS // width)
+def _strips(height: int, width: int, pixels: int = _STRIP_PIXELS) -> Iterator[tuple[int, int]]:
+    rows = max(1, pixels // width)
     for top in range(0, height, rows):
         yield top, min(top + rows, height)
 
@@ -346,7 +348,7 @@ def _from_array(array: NDArray[Any], limits: Limits) -> OpenedImage:
     height, width = array.shape[:2]
     _check_size(label, height, width, limits)
     whole = array.reshape(height, width, channels)
-    strips = list(_strips(height, width))
+    strips = list(_strips(height, width, _ARRAY_STRIP_PIXELS))
     scaling = None
     if limits.high_bit_depth == "scale":
         scaling = choose_scaling(array.dtype, lambda: (whole[top:end] for top, end in strips))
@@ -356,8 +358,10 @@ def _from_array(array: NDArray[Any], limits: Limits) -> OpenedImage:
             "Give values from 0 to 1, 0 to 255 or 0 to 65535."
         )
 
+    require_free(image_conversion_bytes(height * width), label)
+
     def convert() -> OpenedImage:
-        rgb = allocate((height, width, 3), np.uint8, label)
+        result = Image.new("RGB", (width, height), None)
         for top, bottom in strips:
             rows = whole[top:bottom]
             if scaling is not None:
@@ -368,9 +372,10 @@ def _from_array(array: NDArray[Any], limits: Limits) -> OpenedImage:
             if channels == 4:
                 # Doubles and this order of operations, because the reference rounds them.
                 alpha = rows[..., 3:4] / 255
-                rows = np.round(alpha * rows[..., :3] + (1 - alpha) * 255)
-            rgb[top:bottom] = rows
-        return OpenedImage(Image.fromarray(rgb), _note(label, scaling) if scaling else ())
+                rows = np.round(alpha * rows[..., :3] + (1 - alpha) * 255).astype(np.uint8)
+            rgb = np.broadcast_to(rows, (bottom - top, width, 3))
+            result.paste(Image.fromarray(np.ascontiguousarray(rgb)), (0, top))
+        return OpenedImage(result, _note(label, scaling) if scaling else ())
 
     return _decoded(label, convert)
 

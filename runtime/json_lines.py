@@ -20,7 +20,7 @@ _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 class NoEntriesError(Exception):
-    """A file is not read at all; says why, for whoever names the file."""
+    """A file is not read at all; says why, for the caller, who names the file."""
 
 
 def read_entries(path: Path, faults: list[str], label: str = "") -> Iterator[tuple[str, Any]]:
@@ -140,7 +140,7 @@ def _list(file: BinaryIO, faults: list[str], label: str) -> Iterator[tuple[str, 
         else:
             faults.append(f"{name}: no JSON object")
     if _next(text, at + 1) < len(text):
-        faults.append(f"{label or 'the file'}: there is more behind its list")
+        faults.append(f"{label or 'the file'}: there is more after its list")
 
 
 def _next(text: str, at: int) -> int:

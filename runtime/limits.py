@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from llava_edge.profiles.errors import RequestError
-from llava_edge.runtime.arguments import require_count, settle
+from llava_edge.runtime.arguments import NamedOptions, require_count, require_name, settle
 from llava_edge.runtime.image_formats import DEFAULT_FORMATS, READABLE_FORMATS
 
 VIDEO_FORMATS = ("MP4", "WEBM", "AVI", "TS")
@@ -23,7 +23,7 @@ HighBitDepth = Literal["scale", "clip"]
 
 
 @dataclass(frozen=True)
-class Limits:
+class Limits(NamedOptions):
     """Upper bounds for images, videos and prompts; each must be at least 1.
 
     Attributes:
@@ -47,7 +47,8 @@ class Limits:
         max_prompt_characters: characters of one prompt.
 
     Raises:
-        RequestError: a bound is below 1, or a format, codec or choice is unknown; all are named.
+        RequestError: a bound is below 1, a format, codec, choice or limit is unknown, or a list is
+            empty; all are named.
     """
 
     max_image_bytes: int = 128 * 2**20
@@ -86,12 +87,13 @@ class Limits:
                 settle(self, **{name: given})
             if not isinstance(given, tuple) or not all(isinstance(item, str) for item in given):
                 faults.append(f"{name} is {given!r:.60}; it must be a tuple of names")
+            elif not given:
+                faults.append(f"{name} is empty; readable are {', '.join(known)}")
             elif unknown := sorted(set(given) - set(known)):
                 faults.append(f"{name} holds {', '.join(unknown)}; readable are {', '.join(known)}")
-        if self.high_bit_depth not in get_args(HighBitDepth):
-            faults.append(
-                f"high_bit_depth is {self.high_bit_depth!r:.60}; it must be "
-                f"{' or '.join(get_args(HighBitDepth))}"
-            )
+        try:
+            require_name("high_bit_depth", "choices", self.high_bit_depth, get_args(HighBitDepth))
+        except RequestError as error:
+            faults.append(str(error))
         if faults:
             raise RequestError("limits: " + "; ".join(faults))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -93,13 +94,15 @@ def open_parts(
 def nothing_kept_by_errors() -> Iterator[None]:
     """Let an error keep no session, cache or picture alive by the frames that it came through.
 
-    Whoever loads again with less while the first error is still there needs that memory.
+    A caller that loads again with less, while the first error is still there, needs that memory.
+    An error that the application is handling meanwhile keeps its own.
     """
+    handled = sys.exc_info()[1]
     try:
         yield
     except BaseException as error:
         pending: list[BaseException | None] = [error]
-        seen: set[int] = set()
+        seen = {id(handled)}
         while pending:
             each = pending.pop()
             if each is not None and id(each) not in seen:

@@ -29,7 +29,12 @@ from llava_edge.profiles.errors import EngineError, PromptError, RequestError
 from llava_edge.runtime.allocation import allocate, refusals
 from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.answer_options import AnswerOptions
-from llava_edge.runtime.arguments import refuse_unknown, require_callable, require_flag
+from llava_edge.runtime.arguments import (
+    refuse_unknown,
+    require_callable,
+    require_counts,
+    require_flag,
+)
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.chat import Chat, WithinTurn
 from llava_edge.runtime.cuda_options import CudaOptions
@@ -191,6 +196,7 @@ class LlavaEdge:
         refuse_unknown("load()", unknown, {*options, "device", "require_verified", "progress"})
         # Before anything is opened: what is asked wrongly costs no time.
         LoadOptions(**options)
+        parse_device(device)
         require_callable("progress", progress)
         if not isinstance(artifact, (str, os.PathLike)):
             raise RequestError(f"artifact is {artifact!r:.60}; it must be the path of a folder")
@@ -413,12 +419,15 @@ class LlavaEdge:
         built = self._requests.build(prompt, images, options, video=clip, with_pixels=False)
         return built.num_tokens
 
-    def draw_tiles(self, images: Sequence[ImageSource], grid: str | None = None) -> Image:
+    def draw_tiles(
+        self, images: Sequence[ImageSource], grid: str | None = None, **unknown: NoReturn
+    ) -> Image:
         """The images as they are cut, with tokens of each part: a picture for people.
 
         Args:
             images: at least one, as in ``stream``.
             grid: as in ``stream``.
+            unknown: none; a misspelt option is named.
 
         Returns:
             RGB, the images one below the other.
@@ -429,6 +438,7 @@ class LlavaEdge:
             RequestError: the grid is unknown or larger than the artifact's.
         """
         self._queue.require_open()
+        refuse_unknown("draw_tiles()", unknown, ("grid",))
         return self._requests.draw_tiles(images, grid)
 
     def teacher_forced_logits(
@@ -455,7 +465,12 @@ class LlavaEdge:
 
         Returns:
             float32 (1 + len(token_ids), vocab).
+
+        Raises:
+            RequestError: ``token_ids`` are no whole numbers.
+            LlavaEdgeError: as ``replay``.
         """
+        token_ids = require_counts("token_ids", token_ids)
         shape = (1 + len(token_ids), self._dims.text.vocab_size)
         rows = allocate(shape, np.float32, "logits of every token")
         options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
@@ -485,8 +500,10 @@ class LlavaEdge:
         Raises:
             ImageError: an image is refused.
             PromptError: as ``stream``, or the tokens do not fit the context.
+            RequestError: ``token_ids`` are no whole numbers.
         """
         self._queue.require_open()
+        token_ids = require_counts("token_ids", token_ids)
         request = self._requests.build(prompt, images, options or PromptOptions(), video=video)
         self._check_length(request)
         with self._queue.turn(), self._unchanged():

@@ -52,8 +52,8 @@ def configure_process(
         On ``cuda``: CUDA's libraries of pip's packages are loaded. What ONNX Runtime prints
         about that goes to stderr.
     ``cuda_arena``
-        On ``cuda``: ONNX Runtime's own arena for buffers on a GPU takes what it is asked for, not
-        the next power of two. For that call its log level is *errors*, behind it *warnings*.
+        On ``cuda``: ONNX Runtime's own arena for buffers on a GPU allocates the requested size, not
+        the next power of two. For that call its log level is *errors*, after it *warnings*.
 
     Signal handlers, the locale, limits of the system, filters of warnings and logging stay as the
     application has them.

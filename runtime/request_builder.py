@@ -397,22 +397,26 @@ class RequestBuilder:
         ids = self._tokenizer.expand_media(encoded, image_counts, video_counts)
         return np.asarray(ids, np.int64)
 
-    def check_text(self, prompt: str) -> None:
+    def check_text(self, prompt: str, what: str = "the prompt") -> None:
         """Refuse what is no text, or too much of it.
+
+        Args:
+            prompt: text of a user, or of the system turn.
+            what: it is, for messages.
 
         Raises:
             PromptError: says which.
         """
         if not isinstance(prompt, str):
-            raise PromptError(f"the prompt is a {type(prompt).__name__}; it must be a str")
+            raise PromptError(f"{what} is a {type(prompt).__name__}; it must be a str")
         if len(prompt) > self._limits.max_prompt_characters:
             raise PromptError(
-                f"the prompt has {len(prompt)} characters; at most "
+                f"{what} has {len(prompt)} characters; at most "
                 f"{self._limits.max_prompt_characters} are accepted"
             )
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise PromptError(
-                "the prompt holds bytes that are no text (lone surrogates); give it as UTF-8"
+                f"{what} holds bytes that are no text (lone surrogates); give it as UTF-8"
             )
         most = self._manifest.context_tokens
         # Shorter ones are encoded whole, and refused with exact numbers.
@@ -420,7 +424,7 @@ class RequestBuilder:
             return
         if (least := self._tokenizer.least_tokens(prompt, most)) > most:
             raise PromptError(
-                f"the prompt has {len(prompt)} characters, which take {least} tokens or more; the "
+                f"{what} has {len(prompt)} characters, which take {least} tokens or more; the "
                 f"context holds at most {most}. Shorten the text, or convert with a larger context."
             )
 

@@ -19,7 +19,7 @@ from llava_edge.profiles.errors import OutputError, plain_reason
 
 
 class ReaderGoneError(Exception):
-    """Nobody reads stdout any more, as behind ``| head -1``; ends the command quietly."""
+    """Nobody reads stdout any more, as after ``| head -1``; ends the command quietly."""
 
 
 @contextmanager

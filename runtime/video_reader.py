@@ -301,18 +301,18 @@ class VideoReader:
 
     def _upright(self, pixels: Pixels, frame: Any, tag: str) -> Pixels:
         """A frame as the file says that it is to be seen."""
-        matrix = _display_matrix(frame)
+        matrix, asked = _display_matrix(frame), str(frame.rotation)
         if matrix is None and tag:
             # Older files tell degrees, clockwise, in a tag of the stream.
-            matrix = _TAGGED.get(tag.strip())
-        turned = pixels if matrix is None else _transformed(pixels, matrix)
-        if turned is None:
+            matrix, asked = _TAGGED.get(_degrees(tag), _NO_QUARTER), tag.strip()
+        upright = pixels if matrix is None else _transformed(pixels, matrix)
+        if upright is None:
             self._orientation_note = (
-                f"{self._label}: its metadata asks for a rotation by {frame.rotation} degrees; "
-                "only quarter turns are applied, so frames are as they are stored"
+                f"{self._label}: its metadata asks for a rotation by {asked:.20} degrees; only "
+                "quarter turns are applied, so frames are as they are stored"
             )
             return pixels
-        return turned
+        return upright
 
     def _told_from_content(self) -> str:
         try:
@@ -482,14 +482,21 @@ def _is_picture(stream: Any) -> bool:
 Matrix: TypeAlias = tuple[int, int, int, int]
 """(a, b, c, d): a pixel (x, y), y downwards, is seen at (a x + c y, b x + d y)."""
 
-_TAGGED: dict[str, Matrix] = {
-    "90": (0, 1, -1, 0),
-    "180": (-1, 0, 0, -1),
-    "270": (0, -1, 1, 0),
-    "-90": (0, -1, 1, 0),
-    "-180": (-1, 0, 0, -1),
-    "-270": (0, 1, -1, 0),
+_TAGGED: dict[float, Matrix] = {
+    0: (1, 0, 0, 1),
+    90: (0, 1, -1, 0),
+    180: (-1, 0, 0, -1),
+    270: (0, -1, 1, 0),
 }
+_NO_QUARTER: Matrix = (1, 1, -1, 1)
+
+
+def _degrees(tag: str) -> float:
+    """Between 0 and 360; not a number where the tag holds none."""
+    try:
+        return float(tag) % 360
+    except ValueError:
+        return float("nan")
 
 
 def _display_matrix(frame: Any) -> Matrix | None:

@@ -108,6 +108,17 @@ def test_what_a_full_disk_takes_of_stdout_is_one_error(line: str) -> None:
     assert "could not be written: No space left on device" in done.stderr
 
 
+@pytest.mark.parametrize(("line", "code"), [("run --json", 2), ("run no --prompt Hi --json", 1)])
+@pytest.mark.parametrize("output", [">/dev/full", "> >(exec true)"])
+def test_an_error_that_stdout_cannot_carry_is_told_on_stderr_alone(
+    line: str, code: int, output: str
+) -> None:
+    # The second one's reader is gone before the command has started.
+    done = shell(f"{line} {output}")
+    assert done.returncode == code
+    assert_one_clear_error(done)
+
+
 def test_an_answer_that_a_full_disk_took_is_an_error(ask: str, artifact: Path) -> None:
     for line in (ask, f"{ask} --json"):
         done = shell(f"{line} >/dev/full")

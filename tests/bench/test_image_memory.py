@@ -20,6 +20,8 @@ COSTLY = (
     "AVIF RGB 4:4:4",
     "memory RGBA",
     "memory F",
+    "array uint8 3",
+    "array float64 4",
 )
 
 

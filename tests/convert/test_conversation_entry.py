@@ -244,9 +244,9 @@ def test_of_a_large_set_only_some_pictures_are_looked_at(
     entries = [llava("<image>", "x", image="a.png")] * 90 + [llava("<image>", "x", image="b.png")]
     (folder / "data.json").write_text(json.dumps(entries))
     looked: list[object] = []
-    real = conversations_module.open_plain
+    real = conversations_module.read_image_size
     monkeypatch.setattr(
-        conversations_module, "open_plain", lambda *args: looked.append(1) or real(*args)
+        conversations_module, "read_image_size", lambda *args: looked.append(1) or real(*args)
     )
     assert len(read(folder, limit=3)[0]) == 3
     assert len(looked) == 60
@@ -295,7 +295,7 @@ def make(kind: str, path: Path) -> None:
         ("empty list", "no line holds a conversation"),
         ("cut off", r"data.json entry 2: no JSON \("),
         ("no comma", "data.json entry 1: no JSON .*a comma or ] is missing"),
-        ("more", "there is more behind its list"),
+        ("more", "there is more after its list"),
         ("deep", "data.json entry 1: no JSON"),
         ("number", "data.json entry 1: no JSON object"),
         ("long line", "data.json:1: a line of more than 4194304 bytes"),

@@ -15,6 +15,7 @@ from PIL import Image
 
 from llava_edge.profiles.errors import PromptError, RequestError
 from llava_edge.runtime.arguments import require_count, require_flag, require_number
+from llava_edge.runtime.chat import ChatMessage
 from llava_edge.runtime.cuda_options import CudaOptions
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.load_options import LoadOptions
@@ -187,6 +188,12 @@ def test_one_image_in_place_of_a_list_is_told_to_be_wrapped(model: LlavaEdge, on
         (lambda model: model.chat().stream("Hi", raw=True), "has no option 'raw'"),
         (lambda model: model.chat().count_tokens("Hi", grid="base"), "has no option 'grid'"),
         (lambda model: model.count_tokens("Hi", seed=1), r"count_tokens\(\) has no option 'seed'"),
+        (
+            lambda model: model.draw_tiles([], gird="base"),
+            r"draw_tiles\(\) has no option 'gird' \(",
+        ),
+        (lambda _: Limits(max_image_pixel=9), r"Limits\(\) has no option .* mean max_image_pixels"),  # type: ignore[call-arg]
+        (lambda _: CudaOptions(graphs=True), r"CudaOptions\(\) has no option .* mean graph\?"),  # type: ignore[call-arg]
     ],
 )
 def test_an_unknown_option_is_named_with_the_known_ones(
@@ -194,6 +201,28 @@ def test_an_unknown_option_is_named_with_the_known_ones(
 ) -> None:
     with pytest.raises(RequestError, match=message):
         ask(model)
+
+
+@pytest.mark.parametrize("system", [3, b"x", "a\ud800", "x" * (1 << 21)])
+def test_a_system_text_that_is_refused_is_called_so(model: LlavaEdge, system: Any) -> None:
+    with pytest.raises(PromptError, match=r"^the system text (is a|has|holds)"):
+        model.chat(system=system)
+
+
+@pytest.mark.parametrize("ids", ["ab", b"ab", None, 5, [1.5], [True], ["1"], [-1]])
+def test_token_ids_are_whole_numbers(model: LlavaEdge, ids: Any) -> None:
+    with pytest.raises(RequestError, match="token_ids"):
+        model.teacher_forced_logits("Hi", token_ids=ids)
+    with pytest.raises(RequestError, match="token_ids"):
+        model.replay("Hi", (), ids, lambda *_: None)
+    with pytest.raises(RequestError, match="token_ids"):
+        ChatMessage("assistant", "Ho", token_ids=ids)
+
+
+def test_token_ids_of_an_array_are_those_of_a_list(model: LlavaEdge) -> None:
+    of_list = model.teacher_forced_logits("Hi", token_ids=[5, 6])
+    assert np.array_equal(model.teacher_forced_logits("Hi", token_ids=np.array([5, 6])), of_list)
+    assert ChatMessage("assistant", "Ho", token_ids=np.array([5, 6])).token_ids == (5, 6)  # type: ignore[arg-type]
 
 
 def test_an_unknown_option_of_load_is_named_before_anything_is_opened() -> None:
@@ -248,6 +277,7 @@ def test_text_and_marks_are_checked_before_any_picture_is_opened(
         ({"context_tokens": 0}, "context_tokens is 0"),
         ({"progress": 1}, "progress is 1; it must be a function"),
         ({"cuda": 1}, "cuda is 1; it must be a CudaOptions object"),
+        ({"device": "gpu"}, "device 'gpu' is unknown; devices are auto, cpu, cuda and cuda:N"),
     ],
 )
 def test_options_of_load_are_checked_before_anything_is_opened(

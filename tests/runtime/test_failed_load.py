@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import pytest
 
-from llava_edge.profiles.errors import EngineError, OutOfMemoryError, RequestError
+from llava_edge.profiles.errors import ArtifactError, EngineError, OutOfMemoryError, RequestError
 from llava_edge.runtime import LlavaEdge, loaded_parts, pipeline
 from llava_edge.runtime.session import Session
 
@@ -152,3 +153,18 @@ def test_memory_of_a_failed_load_is_free_while_its_error_is_looked_at(
     with pytest.raises(OutOfMemoryError) as failed:
         load(artifact)
     assert [ref() for ref in made] == [None], failed
+
+
+def test_a_failed_load_leaves_the_errors_of_its_application_alone(tmp_path: Path) -> None:
+    def use_a_camera() -> None:
+        number = 7
+        raise ValueError(f"camera {number} is off")
+
+    try:
+        use_a_camera()
+    except ValueError as error:
+        # What is being handled is the context of our error, and not ours to clear.
+        with pytest.raises(ArtifactError):
+            load(tmp_path)
+        trace = list(walk_tb(error.__traceback__))
+        assert trace[-1][0].f_locals == {"number": 7}

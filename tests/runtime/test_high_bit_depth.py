@@ -155,5 +155,7 @@ def test_clipped_arrays_are_cut_off_at_both_ends() -> None:
 
 
 def test_an_unknown_choice_is_refused() -> None:
-    with pytest.raises(RequestError, match="high_bit_depth is 'stretch'; it must be scale or clip"):
+    with pytest.raises(
+        RequestError, match="high_bit_depth 'stretch' is unknown; choices are scale"
+    ):
         Limits(high_bit_depth="stretch")  # type: ignore[arg-type]

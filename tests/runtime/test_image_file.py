@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import struct
 import time
+import warnings
 import zlib
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from llava_edge.profiles.errors import ImageError
 from llava_edge.runtime.image_formats import READABLE_FORMATS
@@ -33,6 +34,15 @@ def refused(data: bytes) -> str:
     return str(caught.value)
 
 
+def _exif(*entries: tuple[int, int, int, int], after: bytes = b"") -> bytes:
+    """EXIF of entries of tag, type, number of values and value or place."""
+    listed = b"".join(struct.pack(">HHII", *entry) for entry in entries)
+    return b"MM\0*" + struct.pack(">IH", 8, len(entries)) + listed + after + bytes(4)
+
+
+_SIXTH = _exif((0x0112, 3, 1, 6 << 16))[4:]
+
+
 @pytest.mark.parametrize("kind", READABLE_FORMATS)
 def test_the_size_of_a_file_is_read_as_it_is_looked_at(kind: str, tmp_path: Any) -> None:
     path = tmp_path / "image"
@@ -52,6 +62,42 @@ def test_orientations_that_mean_nothing_leave_an_image_upright(orientation: int,
     body = struct.pack("<HHI", 0x0112, kind, 1) + value
     exif = b"Exif\0\0II" + struct.pack("<HIH", 42, 8, 1) + body
     assert open_image(encoded("PNG", exif=exif)).size == (9, 6)
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        pytest.param(b"MM\0*" + _SIXTH, id="sound"),
+        pytest.param(b"MM*\0" + _SIXTH, id="number of TIFF in the wrong order"),
+        pytest.param(b"MM\xff*" + _SIXTH, id="no mark of TIFF"),
+        pytest.param(b"MM\0*" + _SIXTH[:-6], id="cut off in its value"),
+        pytest.param(_exif((0x0112, 1, 1, 6 << 24)), id="a byte"),
+        pytest.param(_exif((0x0112, 3, 2, 6 << 16)), id="two values"),
+        pytest.param(_exif((0x0112, 4, 2, 26), after=b"\0\0\0\x06" * 2), id="two far values"),
+        pytest.param(_exif((0x010F, 2, 6, 1 << 20), (0x0112, 3, 1, 6 << 16)), id="far beyond"),
+        pytest.param(_exif((0x010F, 2, 9999, 8), (0x0112, 3, 1, 6 << 16)), id="too long"),
+        pytest.param(_exif((0x010F, 99, 9, 8), (0x0112, 3, 1, 6 << 16)), id="unknown type before"),
+        pytest.param(_exif((0x0112, 2, 4, 0), (0x0112, 3, 1, 6 << 16)), id="twice, text first"),
+        pytest.param(_exif((0x0112, 3, 0, 0), (0x0112, 3, 1, 6 << 16)), id="twice, none first"),
+        pytest.param(_exif((0x0112, 3, 1, 8 << 16), (0x0112, 3, 1, 6 << 16)), id="twice"),
+    ],
+)
+def test_damaged_exif_rotates_a_picture_where_the_reference_does(exif: bytes) -> None:
+    data = encoded("JPEG", exif=b"Exif\0\0" + exif)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert open_image(data).tobytes() == expected.tobytes()
+    assert open_image(data).size == expected.size
+
+
+def test_an_orientation_that_is_no_number_hides_the_one_of_xmp() -> None:
+    xmp = b'<x:xmpmeta tiff:Orientation="6"/>'
+    data = encoded("JPEG", exif=b"Exif\0\0" + _exif((0x0112, 2, 4, 0)), xmp=xmp)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert open_image(data).size == expected.size == (9, 6)
 
 
 def test_a_bitmap_from_the_top_has_a_negative_height() -> None:

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from transformers.image_transforms import convert_to_rgb as reference_convert_to_rgb
 from transformers.image_utils import load_image as load_reference_image
 
+from llava_edge.profiles.buffers import image_conversion_bytes
 from llava_edge.profiles.errors import ImageError, OutOfMemoryError
 from llava_edge.runtime import images
 from llava_edge.runtime.image_formats import READABLE_FORMATS
@@ -492,3 +493,13 @@ def test_a_file_with_changed_bytes_is_opened_or_refused(
     except ImageError:
         return
     assert image.mode == "RGB"
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 3), (4, 5, 4)])
+def test_memory_for_an_array_is_asked_for_before_it_is_taken(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(images, "require_free", lambda nbytes, _: asked.append(nbytes))
+    open_image(np.zeros(shape, np.uint8))
+    assert asked == [image_conversion_bytes(20)]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llava_edge.profiles.errors import RequestError
@@ -44,3 +48,20 @@ def test_lists_of_names_are_tuples_of_texts(name: str, value: Any) -> None:
 def test_true_is_no_number() -> None:
     with pytest.raises(RequestError, match="max_images is True"):
         Limits(max_images=True)
+
+
+@pytest.mark.parametrize("value", [None, "stretch", 8, np.array(["scale", "clip"])])
+def test_a_choice_that_there_is_not_is_named(value: Any) -> None:
+    with pytest.raises(RequestError, match=r"high_bit_depth .* is unknown; .* are scale, clip"):
+        Limits(high_bit_depth=value)
+
+
+def test_no_format_at_all_is_refused() -> None:
+    with pytest.raises(RequestError, match="image_formats is empty; readable are JPEG"):
+        Limits(image_formats=())
+
+
+def test_limits_can_be_copied_pickled_and_replaced() -> None:
+    limits = Limits(max_images=3)
+    assert pickle.loads(pickle.dumps(limits)) == copy.deepcopy(limits) == limits
+    assert replace(limits, max_images=4).max_images == 4

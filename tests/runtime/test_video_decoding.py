@@ -191,13 +191,27 @@ def test_frames_are_turned_as_the_file_says(
     assert notes == ()
 
 
-@pytest.mark.parametrize(("tag", "turns"), [("90", -1), ("180", 2), ("270", 1), ("-90", 1)])
+@pytest.mark.parametrize(
+    ("tag", "turns"),
+    [("90", -1), ("180", 2), ("270", 1), ("-90", 1), ("90.0", -1), ("450", -1), ("0", 0)],
+)
 def test_the_tag_of_older_files_turns_frames_clockwise(tag: str, turns: int) -> None:
     stored, _ = first_frame(marked(lambda stream: None, "matroska"))
     data = marked(lambda stream: stream.metadata.update({"rotate": tag}), "matroska")
-    frame, _ = first_frame(data)
+    frame, notes = first_frame(data)
 
     assert np.array_equal(frame, np.rot90(stored, turns))
+    assert notes == ()
+
+
+@pytest.mark.parametrize("tag", ["45", "nan", "left"])
+def test_a_tag_of_no_quarter_turn_is_noted(tag: str) -> None:
+    stored, _ = first_frame(marked(lambda stream: None, "matroska"))
+    data = marked(lambda stream: stream.metadata.update({"rotate": tag}), "matroska")
+    frame, notes = first_frame(data)
+
+    assert np.array_equal(frame, stored)
+    assert f"asks for a rotation by {tag} degrees" in notes[0]
 
 
 def test_a_rotation_that_is_no_quarter_turn_is_noted() -> None:
