@@ -189,6 +189,10 @@ def test_the_content_decides_how_a_file_is_read(
         (openai([{"type": "image", "image": "a.png"}], "Ho", images=B), "beside and inside"),
         ({"messages": [{"role": "user", "content": "a"}] * 2}, "its roles are user"),
         ({"id": 1}, "question is None, not a text; an entry has question and answer, or conver"),
+        (llava("Hi \ud83d", "Ho"), "a text holds half a character (a lone surrogate)"),
+        (openai("Hi", [{"type": "text", "text": "\ude00"}]), "half a character"),
+        (llava("Hi", "Ho", system="\udcff"), "half a character"),
+        ({"question": "Hi", "answer": "\ud83d"}, "half a character"),
     ],
 )
 def test_a_malformed_entry_is_named_with_the_rule(
@@ -244,9 +248,9 @@ def test_of_a_large_set_only_some_pictures_are_looked_at(
     entries = [llava("<image>", "x", image="a.png")] * 90 + [llava("<image>", "x", image="b.png")]
     (folder / "data.json").write_text(json.dumps(entries))
     looked: list[object] = []
-    real = conversations_module.open_plain
+    real = conversations_module.read_image_size
     monkeypatch.setattr(
-        conversations_module, "open_plain", lambda *args: looked.append(1) or real(*args)
+        conversations_module, "read_image_size", lambda *args: looked.append(1) or real(*args)
     )
     assert len(read(folder, limit=3)[0]) == 3
     assert len(looked) == 60
