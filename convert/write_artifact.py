@@ -55,7 +55,14 @@ from llava_edge.profiles.errors import (
 from llava_edge.runtime.artifact import check_graphs, check_listing, read_manifest
 from llava_edge.runtime.digests import hash_files
 from llava_edge.runtime.manifest import FileEntry, Manifest
-from llava_edge.runtime.manifest_check import CARD, CERTIFICATE, MANIFEST, UNLISTED, is_safe_name
+from llava_edge.runtime.manifest_check import (
+    CARD,
+    CERTIFICATE,
+    LOST_AND_FOUND,
+    MANIFEST,
+    UNLISTED,
+    is_safe_name,
+)
 from llava_edge.runtime.opened_files import OpenedFiles
 from llava_edge.runtime.records import from_json, to_json
 from llava_edge.runtime.regular_file import read_bounded
@@ -66,8 +73,6 @@ _LOCK, _JOURNAL, _ARTIFACT, _REPLACED = ".lock", "journal.json", "artifact", "re
 _WORK = "work"
 _PUBLISHING = "publishing.json"
 _REPORT = "failure.json"
-_LOST_AND_FOUND = "lost+found"
-"""What a file system has of its own at its top."""
 _JOURNAL_LIMIT = 64 << 20
 
 Stamp = tuple[int, int, int]
@@ -100,6 +105,8 @@ def refuse_existing(out: Path, *, force: bool) -> None:
         OutputExistsError: ``out`` exists and ``force`` is not set.
         RequestError: ``out`` is something else than an artifact, which ``force`` does not replace.
     """
+    # The name is needed, and "." has none.
+    out = Path(os.path.abspath(out))
     _settle_move(out)
     if not os.path.lexists(out) or is_empty_folder(out):
         return
@@ -165,11 +172,21 @@ def _settle_move(out: Path) -> None:
 
 def is_empty_folder(out: Path) -> bool:
     """Whether nothing lies in an existing folder but what this tool leaves on a volume."""
-    ours = {f"{out.name}.partial", f"{out.name}.failed", _LOST_AND_FOUND}
+    ours = {f"{out.name}.partial", f"{out.name}.failed", LOST_AND_FOUND}
     try:
         return not out.is_symlink() and all(name in ours for name in os.listdir(out))
     except OSError:
         return False
+
+
+def _works_inside(out: Path) -> bool:
+    """Whether nothing can be renamed to an existing folder, so that work lies in it."""
+    return (
+        is_mount_point(out)
+        or not os.access(out.parent, os.W_OK)
+        # What an earlier run left in a volume that is none any more.
+        or (is_empty_folder(out) and any(out.iterdir()))
+    )
 
 
 class ArtifactWriter:
@@ -215,7 +232,7 @@ class ArtifactWriter:
             raise RequestError(f"{self.out} cannot be an output folder. Name a folder below it.")
         self._was_there = os.path.lexists(self.out)
         self._beside = self.out.parent
-        if self.out.is_dir() and (is_mount_point(self.out) or not os.access(self._beside, os.W_OK)):
+        if self.out.is_dir() and _works_inside(self.out):
             self._beside = self.out
         self._partial = self._beside / f"{self.out.name}.partial"
         self.folder = self._partial / _ARTIFACT
@@ -409,7 +426,7 @@ class ArtifactWriter:
     def _move_up(self) -> None:
         """Publish on a volume: old files out of the way, new ones in, the manifest last."""
         old = self._partial / _REPLACED
-        stays = {self._partial.name, f"{self.out.name}.failed", _LOST_AND_FOUND}
+        stays = {self._partial.name, f"{self.out.name}.failed", LOST_AND_FOUND}
         replaced = _manifest_at_the_end(name for name in os.listdir(self.out) if name not in stays)
         moving = _manifest_at_the_end(os.listdir(self.folder))
         old.mkdir(exist_ok=True)

@@ -14,7 +14,7 @@ import pytest
 
 from llava_edge.convert import write_artifact
 from llava_edge.convert.disk import is_mount_point, refusal
-from llava_edge.convert.write_artifact import ArtifactWriter
+from llava_edge.convert.write_artifact import ArtifactWriter, refuse_existing
 from llava_edge.profiles.errors import ExportError, OutputExistsError
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.cli import main
@@ -93,8 +93,36 @@ def test_a_volume_is_written_from_inside(volume: Path, manifest: Manifest) -> No
         writer.part("texts", never)
         write_all(writer, manifest)
 
-    (volume / "lost+found").rmdir()
+    # What a check of the file system left there belongs to no artifact.
+    (volume / "lost+found" / "#12").write_text("recovered")
     open_artifact(volume)
+
+
+def test_a_conversion_into_the_current_folder_goes_on_after_an_interruption(
+    volume: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ArtifactWriter(volume, KEY) as writer:
+        writer.part("texts", build_texts)
+    monkeypatch.chdir(volume)
+    refuse_existing(Path("."), force=False)
+    with ArtifactWriter(".", KEY) as writer:
+        writer.part("texts", never)
+        write_all(writer, manifest)
+    open_artifact(volume)
+
+
+def test_work_inside_an_output_goes_on_there_once_it_is_no_volume_any_more(
+    out: Path, volume: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ArtifactWriter(volume, KEY) as writer:
+        writer.part("texts", build_texts)
+    monkeypatch.setattr(write_artifact, "is_mount_point", lambda folder: False)
+
+    with ArtifactWriter(out, KEY) as writer:
+        writer.part("texts", never)
+        write_all(writer, manifest)
+    open_artifact(out)
+    assert [path.name for path in out.parent.iterdir()] == ["toy"]
 
 
 @pytest.mark.parametrize("after", range(1, 6))
