@@ -104,16 +104,18 @@ def refuse_existing(out: Path, *, force: bool) -> None:
     Raises:
         OutputExistsError: ``out`` exists and ``force`` is not set.
         RequestError: ``out`` is something else than an artifact, which ``force`` does not replace.
+        ExportError: the system refuses the output.
     """
     # The name is needed, and "." has none.
     out = Path(os.path.abspath(out))
-    _settle_move(out)
+    try:
+        _settle_move(out)
+    except OSError as error:
+        raise ExportError(f"the output {out!s:.300} cannot be used: {refusal(error)}.") from error
     if not os.path.lexists(out) or is_empty_folder(out):
         return
     if not out.is_dir():
-        raise OutputExistsError(
-            f"{out} is a file, and an artifact is a folder. Name another output."
-        )
+        raise OutputExistsError(f"{out} is no folder, and an artifact is one. Name another output.")
     if not force:
         raise OutputExistsError(
             f"{out} exists. Nothing is overwritten unasked: add --force to replace it, or "

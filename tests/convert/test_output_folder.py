@@ -255,6 +255,14 @@ def test_an_output_that_no_file_system_takes_is_refused_in_words(tmp_path: Path,
     assert not [path for path in tmp_path.iterdir() if path.name != "file"]
 
 
+def test_an_output_is_refused_in_words_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="longer than the file system allows"):
+        refuse_existing(tmp_path / ("x" * 300), force=False)
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(OutputExistsError, match="link is no folder, and an artifact is one"):
+        refuse_existing(tmp_path / "link", force=True)
+
+
 def test_no_source_lies_in_the_output_nor_the_output_in_a_source(
     make_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
