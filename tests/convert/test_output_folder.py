@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llava_edge.convert import write_artifact
+from llava_edge.convert import volume_output
 from llava_edge.convert.disk import is_mount_point, refusal
 from llava_edge.convert.write_artifact import ArtifactWriter, refuse_existing
 from llava_edge.profiles.errors import ExportError, OutputExistsError
@@ -48,7 +48,7 @@ def volume(out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", as_mounted)
-    monkeypatch.setattr(write_artifact, "is_mount_point", lambda folder: folder == out)
+    monkeypatch.setattr(volume_output, "is_mount_point", lambda folder: folder == out)
     return out
 
 
@@ -116,7 +116,7 @@ def test_work_inside_an_output_goes_on_there_once_it_is_no_volume_any_more(
 ) -> None:
     with ArtifactWriter(volume, KEY) as writer:
         writer.part("texts", build_texts)
-    monkeypatch.setattr(write_artifact, "is_mount_point", lambda folder: False)
+    monkeypatch.setattr(volume_output, "is_mount_point", lambda folder: False)
 
     with ArtifactWriter(out, KEY) as writer:
         writer.part("texts", never)
@@ -281,4 +281,4 @@ def test_no_source_lies_in_the_output_nor_the_output_in_a_source(
     assert "holds the checkpoint" in said(tmp_path / "models")
     calibration = ("--calibration", str(samples))
     assert "lies inside the calibration set" in said(samples / "artifact", *calibration)
-    assert "is a file" in said(samples / "a.jsonl")
+    assert "is no folder" in said(samples / "a.jsonl")
