@@ -40,13 +40,22 @@ def is_empty_folder(out: Path) -> bool:
 
 
 def works_inside(out: Path) -> bool:
-    """Whether nothing can be renamed to an existing folder, so that work lies in it."""
+    """Whether nothing can or should be renamed to an existing folder, so that work lies in it."""
     return (
         is_mount_point(out)
         or not os.access(out.parent, os.W_OK)
         # What an earlier run left in a volume that is none any more.
         or (is_empty_folder(out) and any(out.iterdir()))
+        # A shell that stands in a folder which is replaced sees an empty one.
+        or (_is_current(out) and not os.path.lexists(out.with_name(f"{out.name}.partial")))
     )
+
+
+def _is_current(out: Path) -> bool:
+    try:
+        return out.samefile(os.curdir)
+    except OSError:
+        return False
 
 
 def move_up(out: Path, partial: Path) -> None:

@@ -111,6 +111,29 @@ def test_a_conversion_into_the_current_folder_goes_on_after_an_interruption(
     open_artifact(volume)
 
 
+def test_the_current_folder_stays_the_one_that_a_shell_is_in(
+    out: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out.mkdir(parents=True)
+    monkeypatch.chdir(out)
+    for force in (False, True):
+        with ArtifactWriter(".", KEY, force=force) as writer:
+            write_all(writer, manifest)
+        assert "manifest.json" in os.listdir()
+        open_artifact(out)
+
+
+def test_work_beside_an_output_goes_on_there_from_inside_the_output(
+    out: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out.mkdir(parents=True)
+    with ArtifactWriter(out, KEY) as writer:
+        writer.part("texts", build_texts)
+    monkeypatch.chdir(out)
+    with ArtifactWriter(".", KEY) as writer:
+        writer.part("texts", never)
+
+
 def test_work_inside_an_output_goes_on_there_once_it_is_no_volume_any_more(
     out: Path, volume: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
