@@ -27,8 +27,8 @@ def lock_partial(partial: Path) -> int:
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever held the lock may have finished and removed the folder meanwhile; a lock on
-            # a file that is no longer there protects nothing.
+            # Its last holder may have finished and removed the folder meanwhile; a lock on a file
+            # that is no longer there protects nothing.
             there = (partial / LOCK).lstat()
             here = os.fstat(descriptor)
             if (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino):

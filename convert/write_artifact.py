@@ -101,7 +101,7 @@ class _Journal:
 
 
 def refuse_existing(out: Path, *, force: bool) -> None:
-    """Say no to an output that must not be replaced; callers ask before work starts.
+    """Refuse an output that must not be replaced; callers do so before work starts.
 
     Raises:
         OutputExistsError: ``out`` exists and ``force`` is not set.
