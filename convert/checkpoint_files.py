@@ -25,8 +25,11 @@ Progress = Callable[[int, int], None]
 SETTINGS = "checkpoint_files"
 """Where ``manifest.conversion`` keeps ``setting_digests``."""
 
-_SETTINGS = (".json", ".jinja", ".model", ".txt")
-"""Ends of names of files that transformers, tokenizers and this project read settings from."""
+_SETTINGS = (".json", ".jinja", ".model", "merges.txt", "vocab.txt")
+"""Ends of names of files that transformers, tokenizers and this project read settings from.
+
+Other texts are notes and logs, which may grow beside a checkpoint while it is used.
+"""
 _TEMPLATES = "additional_chat_templates"
 _WEIGHTS = ".safetensors"
 _BLOCK_BYTES = 1 << 22

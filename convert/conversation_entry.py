@@ -104,6 +104,8 @@ def read_entry(folder: Path, name: str, entry: dict[str, Any]) -> Conversation:
         if entry.get(key):
             raise LeftOutError(f"it has {key}; calibration samples are texts and pictures")
     messages = list(_messages(entry))
+    if any("\ud800" <= mark <= "\udfff" for _, text, _ in messages for mark in text):
+        raise EntryFaultError("a text holds half a character (a lone surrogate); write it as UTF-8")
     images = _image_values(entry)
     inside = [image for _, _, shown in messages for image in shown]
     if images and inside:

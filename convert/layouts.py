@@ -12,7 +12,7 @@ A stored name is a canonical one behind containers: ``model.``, ``language_model
 ``vision_tower.`` and ``vision_model.``. Which of them, how often and in which order has changed
 with every few releases, and raw state dicts, mixed mappings and training wrappers add more. What
 follows them has never changed, and no two parts of the model share a first word there. So one rule
-per part reads all of them, in any combination. One thing is asked of the whole: within a part all
+per part reads all of them, in any combination. One rule holds for the whole: within a part all
 names have the same prefix, else the files come from two checkpoints.
 
 Sources: what each release from 4.39 on writes, ``tests/data/saved_layouts.json``; the original

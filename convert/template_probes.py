@@ -37,7 +37,7 @@ Role = Literal["system", "user", "assistant"]
 class Style:
     """How a template wants the content of a message: as a list of parts or as one string.
 
-    ``placed`` is false where the template knows no media items, so that whoever writes the prompt
+    ``placed`` is false where the template knows no media items, so that the author of the prompt
     writes ``<image>`` and a newline before the question, as the model's documentation does.
     """
 

@@ -77,7 +77,7 @@ def derive_format(renderer: Renderer, style: Style, family: str) -> PromptFormat
 
 
 def _message_end(seen: Seen, tail: str, answer_before: str) -> str:
-    """What follows a user's text before the next segment, whoever speaks next."""
+    """What follows a user's text before the next segment, whichever role it belongs to."""
     end = seen.run("ended", FIRST, -1)
     if end is None or not (tail.startswith(end) and answer_before.startswith(end)):
         return _common_prefix(tail, answer_before)

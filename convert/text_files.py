@@ -1,7 +1,7 @@
 """Files of a checkpoint, opened once and read with a bound. Links of hub caches are followed.
 
 A folder from elsewhere may hold anything under a name that is expected: a pipe, a device, a file
-of terabytes that are holes, JSON that takes the parser's memory or stack. Whatever is read of a
+of terabytes that are holes, JSON that exhausts the parser's memory or stack. Whatever is read of a
 checkpoint folder is opened here.
 """
 
@@ -21,7 +21,7 @@ MAX_TEXT_BYTES = 128 << 20
 """More than any tokenizer.json of the supported models; such files are read whole."""
 
 MAX_JSON_BYTES = 16 << 20
-"""More than any other JSON file of a checkpoint has; parsed, it takes up to 25 times as much."""
+"""More than any other JSON file of a checkpoint has; parsed, it needs up to 25 times as much."""
 
 MAX_TEMPLATE_BYTES = 1 << 20
 """More than any chat template has."""

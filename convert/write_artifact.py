@@ -13,22 +13,19 @@ at all as well.
 
 An ``OUT`` that exists and is empty is used. Where it is a mount point (a volume of a container), no
 folder can be renamed to it, and what lies beside it is another disk: ``OUT.partial`` and
-``OUT.failed`` then lie inside it, and the files move up one by one, the manifest last. Without its
-manifest a folder is no artifact; the list of files that were to move lies in
-``OUT.partial/publishing.json`` meanwhile, so that an interruption is undone by the next run.
+``OUT.failed`` then lie inside it; see ``volume_output``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import math
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -38,12 +35,21 @@ from llava_edge.convert.checkpoint_files import changed_names
 from llava_edge.convert.disk import (
     free_bytes,
     full_disk_reason,
-    is_mount_point,
     refusal,
     show_bytes,
     sync,
     write_atomic,
 )
+from llava_edge.convert.partial_folder import (
+    ARTIFACT,
+    JOURNAL,
+    LOCK,
+    REPLACED,
+    WORK,
+    lock_partial,
+    remove,
+)
+from llava_edge.convert.volume_output import is_empty_folder, move_up, settle_move, works_inside
 from llava_edge.profiles.errors import (
     ArtifactError,
     ExportError,
@@ -55,19 +61,20 @@ from llava_edge.profiles.errors import (
 from llava_edge.runtime.artifact import check_graphs, check_listing, read_manifest
 from llava_edge.runtime.digests import hash_files
 from llava_edge.runtime.manifest import FileEntry, Manifest
-from llava_edge.runtime.manifest_check import CARD, CERTIFICATE, MANIFEST, UNLISTED, is_safe_name
+from llava_edge.runtime.manifest_check import (
+    CARD,
+    CERTIFICATE,
+    MANIFEST,
+    UNLISTED,
+    is_safe_name,
+)
 from llava_edge.runtime.opened_files import OpenedFiles
 from llava_edge.runtime.records import from_json, to_json
 from llava_edge.runtime.regular_file import read_bounded
 from llava_edge.runtime.sealed_json import parse_strict, seal
 
 _LOG = logging.getLogger(__name__)
-_LOCK, _JOURNAL, _ARTIFACT, _REPLACED = ".lock", "journal.json", "artifact", "replaced"
-_WORK = "work"
-_PUBLISHING = "publishing.json"
 _REPORT = "failure.json"
-_LOST_AND_FOUND = "lost+found"
-"""What a file system has of its own at its top."""
 _JOURNAL_LIMIT = 64 << 20
 
 Stamp = tuple[int, int, int]
@@ -94,19 +101,23 @@ class _Journal:
 
 
 def refuse_existing(out: Path, *, force: bool) -> None:
-    """Say no to an output that must not be replaced; callers ask before work starts.
+    """Refuse an output that must not be replaced; callers do so before work starts.
 
     Raises:
         OutputExistsError: ``out`` exists and ``force`` is not set.
         RequestError: ``out`` is something else than an artifact, which ``force`` does not replace.
+        ExportError: the system refuses the output.
     """
-    _settle_move(out)
+    # The name is needed, and "." has none.
+    out = Path(os.path.abspath(out))
+    try:
+        settle_move(out)
+    except OSError as error:
+        raise ExportError(f"the output {out!s:.300} cannot be used: {refusal(error)}.") from error
     if not os.path.lexists(out) or is_empty_folder(out):
         return
     if not out.is_dir():
-        raise OutputExistsError(
-            f"{out} is a file, and an artifact is a folder. Name another output."
-        )
+        raise OutputExistsError(f"{out} is no folder, and an artifact is one. Name another output.")
     if not force:
         raise OutputExistsError(
             f"{out} exists. Nothing is overwritten unasked: add --force to replace it, or "
@@ -117,59 +128,6 @@ def refuse_existing(out: Path, *, force: bool) -> None:
             f"{out} is no artifact (it holds no {MANIFEST}), so --force does not replace "
             "it. Name another output, or remove it yourself."
         )
-
-
-def _settle_move(out: Path) -> None:
-    """Where a run was killed while files moved up on a volume: move all back, or end it.
-
-    It is ended where the new manifest has moved, which is last.
-
-    Raises:
-        RequestError: the list of files names some outside the artifact.
-        OSError: moving failed.
-    """
-    partial = out / f"{out.name}.partial"
-    path = partial / _PUBLISHING
-    if not path.is_file():
-        return
-    try:
-        descriptor = _lock(partial)
-    except RequestError:
-        # The run is alive.
-        return
-    try:
-        moves = from_json(
-            dict[str, tuple[str, ...]],
-            parse_strict(read_bounded(path, _JOURNAL_LIMIT), str(path)),
-            "moves",
-        )
-        if not all(is_safe_name(name) for names in moves.values() for name in names):
-            raise RequestError(f"{path} names files outside the artifact. Remove {partial}.")
-        folder, replaced = partial / _ARTIFACT, partial / _REPLACED
-        # The old artifact's manifest left first: while the new one waits, none is in its place.
-        if (out / MANIFEST).is_file() and not (folder / MANIFEST).is_file():
-            shutil.rmtree(partial)
-            return
-        for source, target, names in (
-            (out, folder, moves.get("moving", ())),
-            (replaced, out, moves.get("replaced", ())),
-        ):
-            for name in names:
-                if os.path.lexists(source / name) and not os.path.lexists(target / name):
-                    os.rename(source / name, target / name)
-        _remove(replaced)
-        path.unlink()
-    finally:
-        os.close(descriptor)
-
-
-def is_empty_folder(out: Path) -> bool:
-    """Whether nothing lies in an existing folder but what this tool leaves on a volume."""
-    ours = {f"{out.name}.partial", f"{out.name}.failed", _LOST_AND_FOUND}
-    try:
-        return not out.is_symlink() and all(name in ours for name in os.listdir(out))
-    except OSError:
-        return False
 
 
 class ArtifactWriter:
@@ -215,11 +173,11 @@ class ArtifactWriter:
             raise RequestError(f"{self.out} cannot be an output folder. Name a folder below it.")
         self._was_there = os.path.lexists(self.out)
         self._beside = self.out.parent
-        if self.out.is_dir() and (is_mount_point(self.out) or not os.access(self._beside, os.W_OK)):
+        if self.out.is_dir() and works_inside(self.out):
             self._beside = self.out
         self._partial = self._beside / f"{self.out.name}.partial"
-        self.folder = self._partial / _ARTIFACT
-        self.work = self._partial / _WORK
+        self.folder = self._partial / ARTIFACT
+        self.work = self._partial / WORK
         self._force = force
         self._needed_bytes = needed_bytes
         self._lock = -1
@@ -231,7 +189,7 @@ class ArtifactWriter:
         self._refuse_existing()
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self._partial)
+            self._lock = lock_partial(self._partial)
             self._restore_replaced()
             self._refuse_existing()
             self._journal = self._open_journal(request, self._journal.inputs)
@@ -335,10 +293,13 @@ class ArtifactWriter:
                 "the same command again."
             )
         self._refuse_existing()
-        old = self._partial / _REPLACED
+        old = self._partial / REPLACED
         try:
             if self._beside == self.out:
-                self._move_up()
+                move_up(self.out, self._partial)
+                failed = self.out / f"{self.out.name}.failed"
+                if (failed / _REPORT).is_file():
+                    remove(failed)
                 self._discard()
                 return self.out
             # An empty folder gives way to another one by itself.
@@ -406,37 +367,18 @@ class ArtifactWriter:
     def _refuse_existing(self) -> None:
         refuse_existing(self.out, force=self._force)
 
-    def _move_up(self) -> None:
-        """Publish on a volume: old files out of the way, new ones in, the manifest last."""
-        old = self._partial / _REPLACED
-        stays = {self._partial.name, f"{self.out.name}.failed", _LOST_AND_FOUND}
-        replaced = _manifest_at_the_end(name for name in os.listdir(self.out) if name not in stays)
-        moving = _manifest_at_the_end(os.listdir(self.folder))
-        old.mkdir(exist_ok=True)
-        document = json.dumps({"replaced": replaced, "moving": moving})
-        write_atomic(self._partial / _PUBLISHING, document.encode())
-        # Without its manifest the old artifact is none; the new one is not before it has its own.
-        for name in reversed(replaced):
-            os.rename(self.out / name, old / name)
-        for name in moving:
-            os.rename(self.folder / name, self.out / name)
-        sync(self.out)
-        failed = self.out / f"{self.out.name}.failed"
-        if (failed / _REPORT).is_file():
-            _remove(failed)
-
     def _restore_replaced(self) -> None:
         """Undo an exchange that ended half way: the old artifact belongs where it was."""
-        old = self._partial / _REPLACED
+        old = self._partial / REPLACED
         if not os.path.lexists(old):
             return
         if os.path.lexists(self.out):
-            _remove(old)
+            remove(old)
         else:
             os.rename(old, self.out)
 
     def _open_journal(self, request: dict[str, Any], inputs: dict[str, str]) -> _Journal:
-        path = self._partial / _JOURNAL
+        path = self._partial / JOURNAL
         if self._force or not path.exists():
             return self._begin_anew(request, inputs)
         discard = "Add --force to discard it, or name another output."
@@ -478,8 +420,8 @@ class ArtifactWriter:
         return _Journal(request, inputs, parts)
 
     def _begin_anew(self, request: dict[str, Any], inputs: dict[str, str]) -> _Journal:
-        _remove(self.folder)
-        _remove(self.work)
+        remove(self.folder)
+        remove(self.work)
         return _Journal(request, inputs)
 
     def _require_inputs(self) -> None:
@@ -487,7 +429,7 @@ class ArtifactWriter:
         try:
             self._check_inputs()
         except LlavaEdgeError:
-            _remove(self.work)
+            remove(self.work)
             raise
 
     def _write_journal(self) -> None:
@@ -497,7 +439,7 @@ class ArtifactWriter:
             "parts": to_json(self._journal.parts),
         }
         text = json.dumps(document, indent=1, allow_nan=False)
-        write_atomic(self._partial / _JOURNAL, text.encode("utf-8"))
+        write_atomic(self._partial / JOURNAL, text.encode("utf-8"))
 
     def _stamps(self) -> dict[str, Stamp]:
         """All files below ``folder``; links and the like too, so that they are noticed."""
@@ -610,8 +552,8 @@ class ArtifactWriter:
         """Remove the partial folder and give the lock back; the lock goes last."""
         try:
             names = sorted(entry.name for entry in self._partial.iterdir())
-            for name in [name for name in names if name != _LOCK] + [_LOCK]:
-                _remove(self._partial / name)
+            for name in [name for name in names if name != LOCK] + [LOCK]:
+                remove(self._partial / name)
             self._partial.rmdir()
         except OSError as error:
             _LOG.warning("%s could not be removed: %s", self._partial, error)
@@ -643,73 +585,6 @@ def write_certificate(folder: Path, certificate: Mapping[str, Any]) -> Path:
     except OSError as error:
         raise ExportError(f"the certificate cannot be written: {refusal(error)}.") from error
     return path
-
-
-def _lock(partial: Path) -> int:
-    """Take the lock of a partial folder, creating both; return its descriptor."""
-    for _ in range(100):
-        with contextlib.suppress(FileExistsError):
-            partial.mkdir()
-        _refuse_foreign(partial)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            descriptor = os.open(partial / _LOCK, flags, 0o644)
-        except FileNotFoundError:
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever held the lock may have finished and removed the folder meanwhile; a lock on
-            # a file that is no longer there protects nothing.
-            there = (partial / _LOCK).lstat()
-            here = os.fstat(descriptor)
-            if (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino):
-                return descriptor
-        except FileNotFoundError:
-            pass
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise RequestError(
-                f"another conversion is writing {partial}. Wait for it, or name another output."
-            ) from error
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-    raise RequestError(f"{partial} is created and removed all the time; name another output.")
-
-
-def _refuse_foreign(partial: Path) -> None:
-    try:
-        if partial.is_symlink() or not partial.is_dir():
-            raise RequestError(
-                f"{partial} is no folder; it is needed for unfinished work. Move it."
-            )
-        ours = {_LOCK, _JOURNAL, _ARTIFACT, _WORK, _REPLACED, _PUBLISHING}
-        foreign = [
-            entry.name
-            for entry in partial.iterdir()
-            if entry.name not in ours
-            and not entry.name.startswith((f".{_JOURNAL}.", f".{_PUBLISHING}."))
-        ]
-    except FileNotFoundError:
-        return
-    if foreign:
-        raise RequestError(
-            f"{partial} holds files that this tool did not write ({shorten(sorted(foreign))}). "
-            "Move them, or name another output."
-        )
-
-
-def _manifest_at_the_end(names: Iterable[str]) -> list[str]:
-    return sorted(names, key=lambda name: (name == MANIFEST, name))
-
-
-def _remove(path: Path) -> None:
-    """Remove a file, link or folder, or nothing."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _brief(value: Any) -> str:

@@ -27,6 +27,7 @@ from llava_edge.runtime.digests import DigestCache, hash_files, hash_opened
 from llava_edge.runtime.graph_check import graph_faults, spec_faults
 from llava_edge.runtime.manifest import FileEntry, GraphSpec, Manifest
 from llava_edge.runtime.manifest_check import (
+    LOST_AND_FOUND,
     MANIFEST,
     MAX_FILES,
     MAX_NAME_DEPTH,
@@ -212,7 +213,8 @@ def check_listing(root: Path, manifest: Manifest) -> None:
     """Compare the folder's files and their sizes with the manifest's list.
 
     What version control, download tools and file managers leave (``.gitattributes``, ``.cache``,
-    ``.DS_Store``) is not looked at: unlisted names that begin with a dot.
+    ``.DS_Store``) is not looked at: unlisted names that begin with a dot. Nor is ``lost+found``,
+    which most users may not list.
 
     Raises:
         ArtifactError: a file is missing, of another size, not listed, or no plain file; a link
@@ -259,7 +261,8 @@ def _walk(
             with os.scandir(root / prefix) as entries:
                 for entry in entries:
                     name = prefix + entry.name
-                    if entry.name.startswith(".") and not _is_listed(name, listed):
+                    is_foreign = entry.name.startswith(".") or name == LOST_AND_FOUND
+                    if is_foreign and not _is_listed(name, listed):
                         continue
                     seen += 1
                     if seen > limit:

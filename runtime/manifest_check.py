@@ -30,6 +30,9 @@ CARD = "README.md"
 UNLISTED = frozenset({MANIFEST, CERTIFICATE, CARD})
 """Files of an artifact that its manifest does not list."""
 
+LOST_AND_FOUND = "lost+found"
+"""What a file system has of its own at its top, such as a volume of a container."""
+
 NOT_OPENED = ("gptq/", "engines/")
 """Folders that answering does not read; what lies there is neither hashed nor judged on opening."""
 

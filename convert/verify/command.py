@@ -17,14 +17,15 @@ from llava_edge.convert.checkpoint_files import (
     setting_digests,
 )
 from llava_edge.convert.checkpoint_source import resolve_source
-from llava_edge.convert.disk import write_atomic
+from llava_edge.convert.disk import refusal, write_atomic
 from llava_edge.convert.hub import fetch_checkpoint
 from llava_edge.convert.progress import StageBars
 from llava_edge.convert.verify.verifier import QUICK_BYTES, VerifyOptions, verify_artifact
 from llava_edge.convert.write_artifact import write_certificate
 from llava_edge.profiles.device_name import parse_device
-from llava_edge.profiles.errors import RequestError, shorten
+from llava_edge.profiles.errors import ExportError, RequestError, shorten
 from llava_edge.runtime.artifact import Artifact
+from llava_edge.runtime.certificate import Certificate
 from llava_edge.runtime.manifest_check import CARD
 from llava_edge.runtime.records import to_json
 from llava_edge.runtime.stage_table import (
@@ -40,6 +41,7 @@ def main_against(options: argparse.Namespace, artifact: Artifact) -> int:
 
     Raises:
         CheckpointError: the checkpoint changed meanwhile.
+        ExportError: the certificate cannot be written; the verdict was shown.
         RequestError: the checkpoint is not the one that the artifact was made from, or another
             device than the CPU was named.
     """
@@ -80,22 +82,36 @@ def main_against(options: argparse.Namespace, artifact: Artifact) -> int:
             bars,
         )
         files.check()
-    size = sum(entry.bytes for entry in artifact.manifest.files.values())
-    card = write_card(artifact.manifest, size, certificate)
-    write_atomic(artifact.folder / CARD, card.encode("utf-8"))
-    # A failed artifact keeps its failing certificate: whoever opens it is told.
-    write_certificate(artifact.folder, to_json(certificate))
     print(stage_table(certificate.stages), file=sys.stderr)
     print(
         f"{deviation_line(certificate.first_deviation)}{artifact.folder} ({options.mode}, "
         f"{certificate.seconds:.0f} s): {verdict_line(certificate.stages)}",
         file=sys.stderr,
     )
+    # Where this fails, hours of work are not lost: the verdict was shown.
+    _write(artifact, certificate)
     if options.json:
         document = verification_json(certificate.stages)
         document["first_deviation"] = to_json(certificate.first_deviation)
         print(json.dumps(document, allow_nan=False))
     return 0 if certificate.verdict == "pass" else 1
+
+
+def _write(artifact: Artifact, certificate: Certificate) -> None:
+    """Card and certificate; a failed artifact keeps its failing one, so that users are told.
+
+    Raises:
+        ExportError: writing failed.
+    """
+    size = sum(entry.bytes for entry in artifact.manifest.files.values())
+    card = write_card(artifact.manifest, size, certificate)
+    try:
+        write_atomic(artifact.folder / CARD, card.encode("utf-8"))
+    except OSError as error:
+        raise ExportError(
+            f"the verification is done, and its certificate cannot be written: {refusal(error)}."
+        ) from error
+    write_certificate(artifact.folder, to_json(certificate))
 
 
 def _require_settings(artifact: Artifact, folder: Path, found: Mapping[str, str]) -> None:

@@ -119,7 +119,7 @@ def _template_faults(
         )
         if not any(mark in text for mark in marks for text in _texts(conversation.messages))
     ]
-    # Whether there are system turns is asked of the template, not of the manifest.
+    # The template decides whether there are system turns, not the manifest.
     now = current_time()
     times = [now if index % 2 else COMPARED_NOW for index in range(len(chosen))]
     asked = [(c.messages, time) for c, time in zip(chosen, times, strict=True)]

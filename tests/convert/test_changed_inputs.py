@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava_edge.convert import pipeline
+from llava_edge.convert.checkpoint_files import CheckpointFiles
 from llava_edge.convert.parts import PartBuilders
 from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.quantization import QuantizationRequest
@@ -293,6 +294,21 @@ def test_a_file_that_appears_during_verification_leaves_no_certified_artifact(
         convert(request_of(folder, tmp_path / "a"))
 
     assert not (tmp_path / "a").exists()
+
+
+def test_notes_and_logs_beside_a_checkpoint_are_no_inputs(tmp_path: Path) -> None:
+    for name in ("notes.txt", "merges.txt"):
+        (tmp_path / name).write_text("a")
+    files = CheckpointFiles(tmp_path)
+    digests = files.digests([])
+    (tmp_path / "notes.txt").write_text("more")
+    (tmp_path / "convert.log.txt").write_text("vision: done")
+    files.check()
+    assert list(digests) == ["merges.txt"]
+
+    (tmp_path / "merges.txt").write_text("more")
+    with pytest.raises(CheckpointError, match=r"in use: merges\.txt\."):
+        files.check()
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "image processor", "template", "stop token"])

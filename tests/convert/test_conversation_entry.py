@@ -189,6 +189,10 @@ def test_the_content_decides_how_a_file_is_read(
         (openai([{"type": "image", "image": "a.png"}], "Ho", images=B), "beside and inside"),
         ({"messages": [{"role": "user", "content": "a"}] * 2}, "its roles are user"),
         ({"id": 1}, "question is None, not a text; an entry has question and answer, or conver"),
+        (llava("Hi \ud83d", "Ho"), "a text holds half a character (a lone surrogate)"),
+        (openai("Hi", [{"type": "text", "text": "\ude00"}]), "half a character"),
+        (llava("Hi", "Ho", system="\udcff"), "half a character"),
+        ({"question": "Hi", "answer": "\ud83d"}, "half a character"),
     ],
 )
 def test_a_malformed_entry_is_named_with_the_rule(

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from llava_edge.convert import write_artifact
+from llava_edge.convert import volume_output
 from llava_edge.convert.disk import is_mount_point, refusal
-from llava_edge.convert.write_artifact import ArtifactWriter
+from llava_edge.convert.write_artifact import ArtifactWriter, refuse_existing
 from llava_edge.profiles.errors import ExportError, OutputExistsError
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.cli import main
@@ -48,7 +48,7 @@ def volume(out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", as_mounted)
-    monkeypatch.setattr(write_artifact, "is_mount_point", lambda folder: folder == out)
+    monkeypatch.setattr(volume_output, "is_mount_point", lambda folder: folder == out)
     return out
 
 
@@ -93,8 +93,59 @@ def test_a_volume_is_written_from_inside(volume: Path, manifest: Manifest) -> No
         writer.part("texts", never)
         write_all(writer, manifest)
 
-    (volume / "lost+found").rmdir()
+    # What a check of the file system left there belongs to no artifact.
+    (volume / "lost+found" / "#12").write_text("recovered")
     open_artifact(volume)
+
+
+def test_a_conversion_into_the_current_folder_goes_on_after_an_interruption(
+    volume: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ArtifactWriter(volume, KEY) as writer:
+        writer.part("texts", build_texts)
+    monkeypatch.chdir(volume)
+    refuse_existing(Path("."), force=False)
+    with ArtifactWriter(".", KEY) as writer:
+        writer.part("texts", never)
+        write_all(writer, manifest)
+    open_artifact(volume)
+
+
+def test_the_current_folder_stays_the_one_that_a_shell_is_in(
+    out: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out.mkdir(parents=True)
+    monkeypatch.chdir(out)
+    for force in (False, True):
+        with ArtifactWriter(".", KEY, force=force) as writer:
+            write_all(writer, manifest)
+        assert "manifest.json" in os.listdir()
+        open_artifact(out)
+
+
+def test_work_beside_an_output_goes_on_there_from_inside_the_output(
+    out: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out.mkdir(parents=True)
+    with ArtifactWriter(out, KEY) as writer:
+        writer.part("texts", build_texts)
+    monkeypatch.chdir(out)
+    with ArtifactWriter(".", KEY) as writer:
+        writer.part("texts", never)
+
+
+def test_work_inside_an_output_goes_on_there_once_it_is_no_volume_any_more(
+    out: Path, volume: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ArtifactWriter(volume, KEY) as writer:
+        writer.part("texts", build_texts)
+    monkeypatch.setattr(volume_output, "is_mount_point", lambda folder: False)
+
+    with ArtifactWriter(out, KEY) as writer:
+        writer.part("texts", never)
+        write_all(writer, manifest)
+    open_artifact(out)
+    assert [path.name for path in out.parent.iterdir()] == ["toy"]
 
 
 @pytest.mark.parametrize("after", range(1, 6))
@@ -227,6 +278,14 @@ def test_an_output_that_no_file_system_takes_is_refused_in_words(tmp_path: Path,
     assert not [path for path in tmp_path.iterdir() if path.name != "file"]
 
 
+def test_an_output_is_refused_in_words_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="longer than the file system allows"):
+        refuse_existing(tmp_path / ("x" * 300), force=False)
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(OutputExistsError, match="link is no folder, and an artifact is one"):
+        refuse_existing(tmp_path / "link", force=True)
+
+
 def test_no_source_lies_in_the_output_nor_the_output_in_a_source(
     make_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,4 +304,4 @@ def test_no_source_lies_in_the_output_nor_the_output_in_a_source(
     assert "holds the checkpoint" in said(tmp_path / "models")
     calibration = ("--calibration", str(samples))
     assert "lies inside the calibration set" in said(samples / "artifact", *calibration)
-    assert "is a file" in said(samples / "a.jsonl")
+    assert "is no folder" in said(samples / "a.jsonl")

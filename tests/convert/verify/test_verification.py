@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +18,7 @@ from llava_edge.convert import vision_graph
 from llava_edge.convert.pipeline import Conversion, convert_checkpoint
 from llava_edge.convert.quantization import QuantizationRequest
 from llava_edge.convert.request import ConvertRequest
+from llava_edge.convert.verify import command
 from llava_edge.profiles.errors import ArtifactError, VerificationError
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge
@@ -130,6 +133,28 @@ def test_the_command_verifies_again_and_writes_the_certificate(
     assert {"name", "metric", "value", "bound", "verdict"} <= set(document["stages"][0])
     assert "export fidelity" in shown.err
     assert open_artifact(conversion.folder, require_verified=True).verified
+
+
+def test_the_verdict_is_shown_where_the_certificate_cannot_be_written(
+    request_of: Callable[..., ConvertRequest],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    request = request_of()
+    conversion, _ = converted(request)
+
+    def refuse(path: Path, data: bytes) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(command, "verify_artifact", lambda *args: conversion.certificate)
+    monkeypatch.setattr(command, "write_atomic", refuse)
+    code = main(["verify", str(conversion.folder), "--against", str(request.checkpoint)])
+
+    assert code == 1
+    shown = capsys.readouterr().err
+    assert "export fidelity" in shown
+    assert "README.md: the file system is read-only" in shown
+    assert "TRACEBACK" not in shown
 
 
 def test_another_checkpoint_is_refused_by_digest(
