@@ -39,7 +39,7 @@ from llava_edge.convert.random_checkpoint import RANDOM_KEY
 from llava_edge.convert.reference import REFERENCE
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.torch_threads import allowed_torch_threads
-from llava_edge.convert.transformers_loader import model_config
+from llava_edge.convert.transformers_loader import meta_model
 from llava_edge.convert.verification import Verification
 from llava_edge.convert.verify.digested_source import DigestedSource
 from llava_edge.convert.verify.weights import DIGESTS
@@ -382,7 +382,7 @@ def _prepare(
 ) -> _Job:
     if request.verify != "none":
         # Now, since verification needs it after hours of work.
-        model_config(checkpoint.config)
+        meta_model(checkpoint.config)
     processing = read_image_processing(
         checkpoint.preprocessor_config(),
         checkpoint.dims,

@@ -144,24 +144,14 @@ def meta_model(config: Mapping[str, Any]) -> Any:
     """Transformers' model of a ``config.json``, without weights (torch's meta device).
 
     Raises:
-        CheckpointError: as ``model_config``.
-    """
-    made = model_config(config)
-    _, model_class = _MODELS[config["model_type"]]
-    with torch.device("meta"), library_errors(f"transformers makes no {model_class}"):
-        return getattr(transformers, model_class)(made)
-
-
-def model_config(config: Mapping[str, Any]) -> Any:
-    """Transformers' configuration of a ``config.json``.
-
-    Raises:
         CheckpointError: it is none of a supported model, or transformers refuses a value.
     """
     fields = reduced_config(config)
-    config_class, _ = _MODELS[fields.pop("model_type")]
+    config_class, model_class = _MODELS[fields.pop("model_type")]
     with library_errors("transformers refuses config.json"):
-        return getattr(transformers, config_class)(**fields)
+        made = getattr(transformers, config_class)(**fields)
+        with torch.device("meta"):
+            return getattr(transformers, model_class)(made)
 
 
 def image_processor(settings: Mapping[str, Any], *, crops: bool) -> Any:
