@@ -39,8 +39,19 @@ def write_word_tokenizer(path: Path, num_tokens: int) -> None:
     vocab = {control.get(number, f"w{number}"): number for number in range(num_tokens)}
     unknown = document["model"].get("unk_token") or "w0"
     document |= {
-        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": unknown},
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {
+            "type": "BPE",
+            "vocab": vocab,
+            "merges": [],
+            "unk_token": unknown,
+            "ignore_merges": True,
+        },
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"Regex": "\\s+"},
+            "behavior": "Removed",
+            "invert": False,
+        },
         "decoder": None,
     }
     path.write_text(json.dumps(document), "utf-8")

@@ -11,6 +11,8 @@ from tests.fuzz.families import COUNTS
 from tests.fuzz.run import SEED, fuzz
 
 SHARE = 1 / 32
+CHECKPOINT_SHARE = 1 / 125
+"""Each of these is a whole conversion."""
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,8 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_fuzzed_inputs_are_answered_or_refused(artifacts: Path, tmp_path: Path) -> None:
-    numbers = [(name, i) for name, count in COUNTS.items() for i in range(round(count * SHARE))]
+    shares = {name: CHECKPOINT_SHARE if "checkpoint-" in name else SHARE for name in COUNTS}
+    numbers = [(name, i) for name, n in COUNTS.items() for i in range(round(n * shares[name]))]
 
     found = fuzz(numbers, artifacts, tmp_path, SEED, processes=1)
 
@@ -32,6 +35,9 @@ def test_fuzzed_inputs_are_answered_or_refused(artifacts: Path, tmp_path: Path) 
     assert found.outcomes["image"]["answered"] >= 5
     assert found.outcomes["image"]["ImageError"] >= 20
     assert found.outcomes["graph"]["ArtifactError"] >= 5
+    converted = {name: found.outcomes[name] for name in shares if "checkpoint-" in name}
+    assert sum(counter["answered"] for counter in converted.values()) >= 2
+    assert sum(counter["CheckpointError"] for counter in converted.values()) >= 4
 
 
 MISBEHAVIOUR = (

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 import transformers
 
+SAFE = {"trust_remote_code": False, "local_files_only": True}
+
 SHARD = "40KB"
 """Less than the weights of the small checkpoints have, more than their largest tensor."""
 
@@ -35,7 +37,7 @@ def forms(model: Any) -> dict[str, dict[str, Any]]:
 
 def loads(kind: Any, folder: Path, model: Any) -> bool:
     """Whether the folder opens to the values of ``model``."""
-    again = kind.from_pretrained(folder).state_dict()
+    again = kind.from_pretrained(folder, **SAFE).state_dict()
     expected = model.state_dict()
     return expected.keys() == again.keys() and all(
         torch.equal(value, again[name]) for name, value in expected.items()
@@ -60,7 +62,7 @@ def main() -> None:
         if kind is None:
             continue
         try:
-            model = kind.from_pretrained(folder)
+            model = kind.from_pretrained(folder, **SAFE)
         except Exception as error:
             report[folder.name] = f"{type(error).__name__}: {error}"[:300]
             continue

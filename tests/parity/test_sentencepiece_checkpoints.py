@@ -24,6 +24,7 @@ from llava_edge.profiles.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.certificate import StageResult
+from llava_edge.runtime.opened_file import OpenedFile
 from llava_edge.runtime.progress import no_progress
 from llava_edge.runtime.prompt import raw_pieces
 from llava_edge.runtime.tokenizer import Tokenizer
@@ -190,7 +191,8 @@ def test_ids_of_whole_prompts_are_those_of_the_library(
     folder, artifact = made(name)
     checkpoint = open_checkpoint(folder)
     manifest = open_artifact(artifact, verify_digests=False).manifest
-    tokenizer = Tokenizer.open(artifact / "tokenizer.json", manifest.tokens, manifest.prompt)
+    opened = OpenedFile(artifact / "tokenizer.json")
+    tokenizer = Tokenizer.open(opened, manifest.tokens, manifest.prompt)
     reference = ReferenceProcessor(checkpoint, (), manifest.tokens.image)
     controls = reference.control_tokens
     count = 0

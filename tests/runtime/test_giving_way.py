@@ -76,9 +76,9 @@ class Failing:
 
 
 def _modules_that_ask() -> list[Any]:
-    from llava_edge.runtime import answerer, clip, images
+    from llava_edge.runtime import answerer, images, video_reader
 
-    return [allocation, answerer, clip, images]
+    return [allocation, answerer, images, video_reader]
 
 
 def never(_: int) -> bool:

@@ -19,6 +19,7 @@ CHILD = """
 import json, sys, time
 from pathlib import Path
 from llava_edge.runtime.manifest import TokenIds
+from llava_edge.runtime.opened_file import OpenedFile
 from llava_edge.runtime.prompt import Piece
 from llava_edge.runtime.tokenizer import Tokenizer
 
@@ -29,7 +30,7 @@ def mem(key):
 size = int(sys.argv[2])
 ids = TokenIds(image=size + 2, video=None, bos=size, stop=(size + 1,), num_text_tokens=size + 2)
 before = mem("VmRSS")
-tokenizer = Tokenizer.open(Path(sys.argv[1]), ids)
+tokenizer = Tokenizer.open(OpenedFile(Path(sys.argv[1])), ids)
 opened = mem("VmRSS") - before
 found = tokenizer.encode_pieces((Piece("text", "a <|end|> b"),))
 print(json.dumps({

@@ -6,8 +6,6 @@ add each pair of products and cut the sum off, as the instruction does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,29 +13,18 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from llava_edge.runtime.session import Session, SessionOptions
+from llava_edge.runtime.session import Session
 
 _LEAST, _MOST = -32768.0, 32767.0
-_PLACE = "session.model_external_initializers_file_folder_path"
 
 
 def saturate(patch: pytest.MonkeyPatch) -> None:
     """Have every session compute so from now on."""
     real = Session._open
 
-    def opened(
-        self: Session,
-        model: str | bytes,
-        name: str,
-        options: SessionOptions,
-        entries: Mapping[str, str],
-    ) -> None:
-        if isinstance(model, str):
-            entries = {_PLACE: str(Path(model).parent)}
-            proto = onnx.load(model, load_external_data=False)
-        else:
-            proto = onnx.load_model_from_string(model)
-        real(self, saturating(proto).SerializeToString(), name, options, entries)
+    def opened(self: Session, model: bytes, *given: Any) -> None:
+        proto = onnx.load_model_from_string(model)
+        real(self, saturating(proto).SerializeToString(), *given)
 
     patch.setattr(Session, "_open", opened)
 
