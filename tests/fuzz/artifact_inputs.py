@@ -146,7 +146,8 @@ def damage_text(random: Random, data: bytes) -> bytes:
         )
         return (text[:at] + value + "," + text[at:]).encode()
     if act == 2:
-        line = random.choice([line for line in text.splitlines(True) if ":" in line])
+        lines = text.splitlines(True)
+        line = random.choice([line for line in lines if ":" in line] or lines or [text])
         return text.replace(line, line + line, 1).encode()
     if act == 3:
         return random.choice((b"\xef\xbb\xbf", b"\xff\xfe", b"\0", b" " * (9 << 20))) + data
