@@ -6,15 +6,15 @@ bounded and typed. A ``tokenizer.model`` is read by ``sentencepiece_model``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
 from llava_edge.convert.text_files import read_object, read_text
-from llava_edge.profiles.errors import ArtifactError, CheckpointError, LlavaEdgeError, shorten
+from llava_edge.profiles.errors import ArtifactError, CheckpointError, shorten
 from llava_edge.runtime.sealed_json import parse_strict
+from llava_edge.runtime.tokenizer_backend import mapped_errors
 from llava_edge.runtime.tokenizer_validation import MAX_CONTENT, MAX_ID, tokenizer_faults
 
 _MAX_MERGES = 4 * MAX_ID
@@ -105,15 +105,6 @@ def read_merges(path: Path) -> str:
     return text
 
 
-@contextmanager
-def library_errors(what: str) -> Iterator[None]:
-    """Errors and panics of the tokenizer libraries as ``CheckpointError``."""
-    try:
-        yield
-    except LlavaEdgeError:
-        raise
-    except BaseException as error:
-        # A panic of Rust code arrives as a class that cannot be imported by name.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise CheckpointError(f"{what}: {str(error)[:300]}. Fetch it again.") from error
+def library_errors(what: str) -> AbstractContextManager[None]:
+    """Errors and panics of libraries that read a checkpoint's files, as ``CheckpointError``."""
+    return mapped_errors(what, CheckpointError, "Fetch it again.")

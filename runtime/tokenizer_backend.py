@@ -58,15 +58,27 @@ def decode(backend: Backend, ids: Sequence[int]) -> str:
 
 
 @contextmanager
-def mapped_errors(what: str) -> Iterator[None]:
-    """Errors of the library as ``ArtifactError``; ``what`` begins the message."""
+def mapped_errors(
+    what: str,
+    kind: type[LlavaEdgeError] = ArtifactError,
+    step: str = "Copy or convert the artifact again.",
+) -> Iterator[None]:
+    """Errors and panics of a library as an error of ours.
+
+    Args:
+        what: begins the message.
+        kind: of the error.
+        step: next step, which ends the message.
+
+    Raises:
+        LlavaEdgeError: of the given kind.
+    """
     try:
         yield
     except LlavaEdgeError:
         raise
     except BaseException as error:
+        # A panic of Rust code arrives as a class that cannot be imported by name.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ArtifactError(
-            f"{what}: {str(error)[:300]}. Copy or convert the artifact again."
-        ) from error
+        raise kind(f"{what}: {str(error)[:300]}. {step}") from error
