@@ -34,7 +34,7 @@ from llava_edge.convert.safetensors_file import (
 )
 from llava_edge.profiles.errors import ArtifactError, CheckpointError, ExportError, RequestError
 from llava_edge.runtime.records import from_json, to_json
-from llava_edge.runtime.regular_file import read_bounded
+from llava_edge.runtime.safe_open import read_bounded
 from llava_edge.runtime.sealed_json import parse_strict
 
 __all__ = [

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from llava_edge.profiles.errors import CheckpointError, printable
-from llava_edge.runtime.safe_open import open_descriptor, read_at
+from llava_edge.runtime.safe_open import open_regular, read_at
 
 MAX_TEXT_BYTES = 128 << 20
 """More than any tokenizer.json of the supported models; such files are read whole."""
@@ -32,18 +32,13 @@ _STEP = "Fetch it again."
 _LARGE = ("tokenizer.json", "tokenizer.model", "merges.txt", "vocab.json", "vocab.txt")
 
 
-@contextmanager
-def open_file(path: Path) -> Iterator[int]:
+def open_file(path: Path) -> AbstractContextManager[int]:
     """Yield a read-only descriptor of a regular file, or of the one that a link leads to.
 
     Raises:
         CheckpointError: the file is missing, unreadable, or a folder, pipe, socket or device.
     """
-    descriptor = open_descriptor(path, follow_link=True, kind=CheckpointError, step=_STEP)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+    return open_regular(path, follow_link=True, kind=CheckpointError, step=_STEP)
 
 
 def exists(path: Path) -> bool:

@@ -24,7 +24,7 @@ from llava_edge.convert.partial_folder import (
 from llava_edge.profiles.errors import RequestError
 from llava_edge.runtime.manifest_check import LOST_AND_FOUND, MANIFEST, is_safe_name
 from llava_edge.runtime.records import from_json
-from llava_edge.runtime.regular_file import read_bounded
+from llava_edge.runtime.safe_open import read_bounded
 from llava_edge.runtime.sealed_json import parse_strict
 
 _LIST_LIMIT = 64 << 20

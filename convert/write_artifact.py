@@ -70,7 +70,7 @@ from llava_edge.runtime.manifest_check import (
 )
 from llava_edge.runtime.opened_files import OpenedFiles
 from llava_edge.runtime.records import from_json, to_json
-from llava_edge.runtime.regular_file import read_bounded
+from llava_edge.runtime.safe_open import read_bounded
 from llava_edge.runtime.sealed_json import parse_strict, seal
 
 _LOG = logging.getLogger(__name__)

@@ -39,8 +39,7 @@ from llava_edge.runtime.old_manifest import with_prompt_of_2
 from llava_edge.runtime.onnx_header import HeaderLimits, read_onnx_header
 from llava_edge.runtime.opened_files import OpenedFiles
 from llava_edge.runtime.records import from_json
-from llava_edge.runtime.regular_file import read_bounded
-from llava_edge.runtime.safe_open import link_fault
+from llava_edge.runtime.safe_open import link_fault, read_bounded
 from llava_edge.runtime.sealed_json import check_seal, parse_strict
 from llava_edge.runtime.versions import own_version
 

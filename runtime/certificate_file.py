@@ -16,7 +16,7 @@ from llava_edge.runtime.certificate import CERTIFICATE_VERSION, Certificate, ove
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.manifest_check import CERTIFICATE, MANIFEST
 from llava_edge.runtime.records import from_json
-from llava_edge.runtime.regular_file import read_bounded
+from llava_edge.runtime.safe_open import read_bounded
 from llava_edge.runtime.sealed_json import check_seal, parse_strict
 from llava_edge.runtime.versions import own_version
 

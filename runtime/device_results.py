@@ -16,7 +16,7 @@ from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime.cache_folder import cache_folder, keep_in_cache
 from llava_edge.runtime.certificate import Host, StageResult, Verdict, overall
 from llava_edge.runtime.records import from_json, to_json
-from llava_edge.runtime.regular_file import read_bounded
+from llava_edge.runtime.safe_open import read_bounded
 from llava_edge.runtime.sealed_json import parse_strict
 from llava_edge.runtime.versions import own_version
 

@@ -20,7 +20,7 @@ from typing import TypeVar
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime.cache_folder import cache_folder, keep_in_cache
 from llava_edge.runtime.opened_file import Fingerprint, OpenedFile
-from llava_edge.runtime.regular_file import read_bounded
+from llava_edge.runtime.safe_open import read_bounded
 from llava_edge.runtime.sealed_json import parse_strict
 
 _CHUNK = 1 << 20

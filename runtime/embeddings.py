@@ -18,7 +18,7 @@ from llava_edge.profiles.errors import ArtifactError, PromptError, shorten
 from llava_edge.profiles.model_dims import ModelDims
 from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.opened_file import OpenedFile
-from llava_edge.runtime.regular_file import read_at
+from llava_edge.runtime.safe_open import read_at
 from llava_edge.runtime.sealed_json import parse_strict
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.runtime.regular_file import open_descriptor, read_at, read_whole
+from llava_edge.runtime.safe_open import open_descriptor, read_at, read_whole
 
 DESCRIPTORS = Path("/proc/self/fd")
 """Where the kernel offers this process's descriptors as files."""

@@ -11,9 +11,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from llava_edge.profiles.errors import LlavaEdgeError, printable
+from llava_edge.profiles.errors import ArtifactError, LlavaEdgeError, printable
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -23,15 +25,22 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
 )
 _CHUNK_BYTES = 1 << 24
+_STEP = "Copy the artifact again."
 
 
-def open_descriptor(path: Path, *, follow_link: bool, kind: type[LlavaEdgeError], step: str) -> int:
+def open_descriptor(
+    path: Path,
+    *,
+    follow_link: bool = False,
+    kind: type[LlavaEdgeError] = ArtifactError,
+    step: str = _STEP,
+) -> int:
     """A read-only descriptor of a regular file; the caller closes it.
 
     Args:
         path: the file.
         follow_link: open the file that a symbolic link leads to.
-        kind: error to raise.
+        kind: error to raise; an artifact's file if left out.
         step: next step that ends its message.
 
     Raises:
@@ -56,8 +65,49 @@ def open_descriptor(path: Path, *, follow_link: bool, kind: type[LlavaEdgeError]
     return descriptor
 
 
+@contextmanager
+def open_regular(
+    path: Path,
+    *,
+    follow_link: bool = False,
+    kind: type[LlavaEdgeError] = ArtifactError,
+    step: str = _STEP,
+) -> Iterator[int]:
+    """Yield a descriptor as ``open_descriptor`` returns it, and close it."""
+    descriptor = open_descriptor(path, follow_link=follow_link, kind=kind, step=step)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_bounded(path: Path, limit: int, *, follow_link: bool = False) -> bytes:
+    """Whole contents of an artifact's file of at most ``limit`` bytes.
+
+    Raises:
+        ArtifactError: as ``open_descriptor``, or the file is larger than the limit.
+    """
+    with open_regular(path, follow_link=follow_link) as descriptor:
+        return read_whole(descriptor, limit, path)
+
+
+def read_whole(descriptor: int, limit: int, path: Path) -> bytes:
+    """As ``read_bounded``, of a file that is open."""
+    size = os.fstat(descriptor).st_size
+    if size > limit:
+        raise ArtifactError(
+            f"{path} has {size} bytes; at most {limit} are read. "
+            "It is not what this tool writes: copy or convert the artifact again."
+        )
+    return read_at(descriptor, 0, limit + 1, path)[:limit]
+
+
 def read_at(
-    descriptor: int, offset: int, length: int, path: Path, kind: type[LlavaEdgeError]
+    descriptor: int,
+    offset: int,
+    length: int,
+    path: Path,
+    kind: type[LlavaEdgeError] = ArtifactError,
 ) -> bytes:
     """Up to ``length`` bytes from ``offset``; fewer only where the file ends.
 

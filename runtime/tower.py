@@ -32,7 +32,7 @@ from llava_edge.runtime.engine_files import (
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.ort_device_vision import OrtDeviceEncoder
 from llava_edge.runtime.prompt_embedder import DeviceEncoder, TileEncoder
-from llava_edge.runtime.regular_file import read_bounded
+from llava_edge.runtime.safe_open import read_bounded
 from llava_edge.runtime.session import DeviceKind, Place
 from llava_edge.runtime.tensorrt_engine import TensorRTEngine, open_library
 
