@@ -5,7 +5,7 @@ Beside the output ``OUT`` lies ``OUT.partial`` while the work is going on:
     OUT.partial/.lock          held as long as a conversion writes here
     OUT.partial/journal.json   the request and the finished parts, with sizes and digests
     OUT.partial/artifact/      the files; renamed to OUT in one step at the end
-    OUT.partial/work/          what an unfinished part goes on with
+    OUT.partial/work/          what an unfinished part resumes from
     OUT.partial/replaced/      the old OUT, for the moment of the exchange under ``force``
 
 Whatever the journal does not hold is removed before work goes on, so a part is there whole or not

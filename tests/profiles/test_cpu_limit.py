@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -251,7 +250,6 @@ def test_lists_of_processors_are_read_as_the_kernel_writes_them(text: str, count
     assert len(parse_cpu_list(text)) == count
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
 def test_this_process_counts_what_its_own_affinity_leaves() -> None:
     code = (
         "import os; from llava_edge.profiles.cpu_limit import read_cpu_limit as read\n"

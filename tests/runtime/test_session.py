@@ -138,7 +138,6 @@ print(session.threads, len(tasks() - before), {len(os.sched_getaffinity(t)) for 
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
 def test_a_process_that_may_use_one_processor_gets_no_threads_that_wait_for_it(
     tmp_path: Path,
 ) -> None:
