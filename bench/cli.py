@@ -166,7 +166,8 @@ def _measure_speed(
     looks = [rates]
     settings = _settings(options)
     if settings.budget_seconds is not None:
-        settings = replace(settings, cases=_affordable(opened, rates, settings.budget_seconds))
+        cases = _affordable(opened, rates, settings.budget_seconds, settings.device)
+        settings = replace(settings, cases=cases)
     progress = ProgressLine()
     found = run_speed(
         tuple(opened),
@@ -184,14 +185,13 @@ def _measure_speed(
 
 
 def _affordable(
-    opened: Mapping[str, Artifact], rates: Rates, budget_seconds: float
+    opened: Mapping[str, Artifact], rates: Rates, budget_seconds: float, device: str
 ) -> tuple[str, ...]:
     """The same cases for all artifacts, as many as the fewest rounds will have time for."""
     seconds: dict[str, float] = {}
     for artifact in opened.values():
-        profile, _ = machine_profile(
-            "cuda" if artifact.manifest.flavour == "cuda" else "cpu", rates
-        )
+        chosen_device = device if device != "auto" else artifact.manifest.flavour
+        profile, _ = machine_profile(chosen_device, rates)
         for case in speed_cases(artifact.manifest):
             took = FEWEST_ROUNDS * predicted_seconds(artifact.manifest, case, profile)
             seconds[case.name] = seconds.get(case.name, 0.0) + took

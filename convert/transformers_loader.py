@@ -257,7 +257,9 @@ def _copy_processor(folder: Path, view: Path) -> None:
             kept = {k: v for k, v in values.items() if k in _PROCESSOR_KEYS and _is_plain(v)}
             if isinstance(values.get("image_processor"), Mapping):
                 kept["image_processor"] = _image_values(values["image_processor"])
-            _write(view / name, kept)
+            # transformers fails at a file of templates without one; to us it says nothing.
+            if name != "chat_template.json" or "chat_template" in kept:
+                _write(view / name, kept)
     if (folder / "chat_template.jinja").is_file():
         (view / "chat_template.jinja").write_text(
             read_text(folder / "chat_template.jinja"), "utf-8"

@@ -100,6 +100,13 @@ class _Journal:
         return {name: entry for part in self.parts.values() for name, entry in part.files.items()}
 
 
+def output_path(out: str | os.PathLike[str]) -> Path:
+    """An output as an absolute path; a link to a folder stands for that folder."""
+    # The name is needed, and "." has none.
+    path = Path(os.path.abspath(out))
+    return path.resolve() if os.path.islink(path) and os.path.isdir(path) else path
+
+
 def refuse_existing(out: Path, *, force: bool) -> None:
     """Refuse an output that must not be replaced; callers do so before work starts.
 
@@ -108,8 +115,7 @@ def refuse_existing(out: Path, *, force: bool) -> None:
         RequestError: ``out`` is something else than an artifact, which ``force`` does not replace.
         ExportError: the system refuses the output.
     """
-    # The name is needed, and "." has none.
-    out = Path(os.path.abspath(out))
+    out = output_path(out)
     try:
         settle_move(out)
     except OSError as error:
@@ -168,7 +174,7 @@ class ArtifactWriter:
         check_inputs: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = _LOG.warning,
     ) -> None:
-        self.out = Path(os.path.abspath(out))
+        self.out = output_path(out)
         if not self.out.name:
             raise RequestError(f"{self.out} cannot be an output folder. Name a folder below it.")
         self._was_there = os.path.lexists(self.out)

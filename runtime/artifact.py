@@ -151,6 +151,10 @@ def _entry(root: Path, manifest_sha256: str) -> FileEntry:
 def _resolve(folder: Path) -> Path:
     try:
         root = folder.resolve(strict=True)
+    except PermissionError as error:
+        raise ArtifactError(
+            f"{folder} cannot be opened: {plain_reason(error)}. Check its permissions."
+        ) from error
     except (OSError, RuntimeError, ValueError) as error:
         raise ArtifactError(
             f"there is no artifact at {folder}: {plain_reason(error)}. Convert a checkpoint into "

@@ -85,7 +85,8 @@ class ReferenceProcessor:
         self._rendered: dict[tuple[Message, ...], Rendering] = {}
         if checkpoint.layout != "original":
             # Where sentencepiece is the reference, this one serves templates alone.
-            stand_in = build_tokenizer_json(folder, config) if reads_sentencepiece(folder) else None
+            own = not reads_sentencepiece(folder, marks)
+            stand_in = None if own else build_tokenizer_json(folder, config)
             self._processor = load_processor(folder, stand_in)
             self._processor.image_processor = self._images
 

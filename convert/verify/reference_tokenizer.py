@@ -19,6 +19,7 @@ import transformers
 
 from llava_edge.convert.chat_template import special_tokens_map
 from llava_edge.convert.sentencepiece_model import CONTROL, UNKNOWN, read_sentencepiece
+from llava_edge.convert.text_files import read_object
 from llava_edge.convert.tokenizer_settings import read_added_tokens, read_tokenizer_config
 from llava_edge.convert.tokenizer_source import library_errors
 from llava_edge.convert.transformers_loader import load_tokenizer
@@ -179,14 +180,23 @@ def reference_tokenizer(
     Raises:
         CheckpointError: there is none.
     """
-    if reads_sentencepiece(folder):
+    if reads_sentencepiece(folder, marks):
         return SentencePieceTokenizer(folder, config, marks)
     return TransformersTokenizer(load_tokenizer(folder))
 
 
-def reads_sentencepiece(folder: Path) -> bool:
-    """Whether ``tokenizer.model`` is all that a checkpoint says about its vocabulary."""
-    return (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+def reads_sentencepiece(folder: Path, marks: Mapping[str, int]) -> bool:
+    """Whether ``tokenizer.model`` is what a checkpoint says about its vocabulary.
+
+    It is where there is no ``tokenizer.json``, and where that one gives a mark another id than the
+    configuration does, so that no prompt with an image would fit the model.
+    """
+    if not (folder / "tokenizer.model").is_file():
+        return False
+    listed = read_object(folder / "tokenizer.json").get("added_tokens") or ()
+    ids = {token.get("content"): token.get("id") for token in listed if isinstance(token, Mapping)}
+    contradicted = any(ids.get(content, index) != index for content, index in marks.items())
+    return contradicted or not (folder / "tokenizer.json").is_file()
 
 
 def _listed_tokens(

@@ -63,6 +63,20 @@ def test_an_empty_folder_is_used(out: Path, manifest: Manifest) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["toy"]
 
 
+def test_a_link_to_an_empty_folder_stands_for_it(out: Path, manifest: Manifest) -> None:
+    real = out.parent / "real"
+    real.mkdir(parents=True)
+    out.symlink_to(real)
+
+    refuse_existing(out, force=False)
+    with ArtifactWriter(out, KEY) as writer:
+        write_all(writer, manifest)
+
+    open_artifact(out)
+    assert out.readlink() == real
+    assert sorted(path.name for path in out.parent.iterdir()) == ["real", "toy"]
+
+
 def test_a_folder_with_anything_in_it_is_refused(out: Path) -> None:
     out.mkdir(parents=True)
     (out / ".hidden").write_text("mine")

@@ -309,6 +309,14 @@ def test_the_end_of_an_answer_follows_generation_config_first(
     assert tokens.bos is None
 
 
+def test_an_end_that_is_ordinary_text_is_refused_with_its_id(tmp_path: Path) -> None:
+    backend = byte_level(("</s>", "<image>"))
+    text = backend.token_to_id("#")
+    write(tmp_path, {"tokenizer.json": backend, "generation_config.json": {"eos_token_id": text}})
+    with pytest.raises(CheckpointError, match=rf"would end at {text} '#', which is ordinary text"):
+        prepare(tmp_path, hub_config(backend.token_to_id("<image>")))
+
+
 def test_a_tokenizer_without_any_end_is_refused(tmp_path: Path) -> None:
     backend = byte_level(("<image>",))
     write(tmp_path, {"tokenizer.json": backend})

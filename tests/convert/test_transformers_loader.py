@@ -364,3 +364,14 @@ def test_a_value_that_transformers_refuses_is_named_before_anything_is_written(
         convert_checkpoint(request, no_progress, lambda _: None)
 
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_chat_template_file_without_a_template_is_none(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(make_checkpoint("odd", backbone="mistral", layers=2), folder)
+    before = load_processor(folder).chat_template
+    (folder / "chat_template.json").write_text("{}")
+
+    assert load_processor(folder).chat_template == before

@@ -18,6 +18,7 @@ from llava_edge.convert.random_checkpoint import write_random_checkpoint
 from llava_edge.convert.random_spec import preset
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.sentencepiece_tokenizer import probe_texts
+from llava_edge.convert.tokenizer_files import build_tokenizer_json
 from llava_edge.convert.verify.prompt_stage import prompt_stage
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
 from llava_edge.profiles.hardware import load_profile
@@ -230,6 +231,24 @@ def test_an_artifact_with_another_tokenizer_fails(
 
     assert found.verdict == "fail"
     assert "other ids" in str(found) or "ids are" in str(found)
+
+
+def test_a_tokenizer_json_that_contradicts_the_configuration_is_no_reference(
+    tmp_path: Path,
+) -> None:
+    folder = write_lookalike(tmp_path, LOOKALIKES["Vicuna, hub"])
+    config = json.loads((folder / "config.json").read_text())
+    document = json.loads(build_tokenizer_json(folder, config))
+    for token in document["added_tokens"]:
+        if token["content"] == "<image>":
+            token["id"] += 1
+    (folder / "tokenizer.json").write_text(json.dumps(document), "utf-8")
+    artifact = convert(folder, tmp_path / "artifact", verify="none")
+
+    found = stage(folder, open_artifact(artifact))
+
+    assert found.verdict == "pass", found
+    assert LIBRARY in str(found), found
 
 
 def test_the_reading_of_transformers_is_another_one(
