@@ -417,8 +417,8 @@ def _stop_ids(backend: Backend, files: _Files, family: str) -> tuple[int, ...]:
         named = ", ".join(f"{i} {backend.id_to_token(i)!r:.40}" for i in text_ids)
         raise CheckpointError(
             f"An answer would end at {named}, which is ordinary text, so that no question could "
-            "hold it. Name a control token as eos_token_id in generation_config.json, or list this one "
-            "among the tokenizer's added tokens."
+            "hold it. Name a control token as eos_token_id in generation_config.json, or list this "
+            "one among the tokenizer's added tokens."
         )
     return tuple(dict.fromkeys(found))
 
