@@ -199,9 +199,9 @@ def _certificate(random: Random, folder: Path) -> str:
     return f"certificate: {said}"
 
 
-def _tensors_file(random: Random, folder: Path, name: str) -> str:
+def damage_tensors(random: Random, path: Path) -> str:
     """A safetensors file: its header as a document or text, its length, its values."""
-    data = (folder / name).read_bytes()
+    data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header, body = data[8 : 8 + length], data[8 + length :]
     act, said = random.randrange(6), "bytes"
@@ -221,9 +221,14 @@ def _tensors_file(random: Random, folder: Path, name: str) -> str:
     else:
         body = mutated(random, body, [body])
     claimed = len(header) if random.random() < 0.8 else random.choice(INTERESTING)
-    replace(folder / name, struct.pack("<Q", claimed % (1 << 64)) + header + body)
+    replace(path, struct.pack("<Q", claimed % (1 << 64)) + header + body)
+    return f"{path.name}: {said}"
+
+
+def _tensors_file(random: Random, folder: Path, name: str) -> str:
+    said = damage_tensors(random, folder / name)
     relist(folder, name)
-    return f"{name}: {said}"
+    return said
 
 
 def _golden(random: Random, folder: Path) -> str:
@@ -558,7 +563,7 @@ def _folder(random: Random, folder: Path) -> str:
     moved.mkdir()
     path.rename(moved / "one")
     if act < 8:
-        _put_in_place(path, act)
+        put_in_place(path, act)
     elif act == 8:
         path.symlink_to(os.path.relpath(moved / "one", path.parent))
     elif act == 9:
@@ -576,7 +581,7 @@ def _folder(random: Random, folder: Path) -> str:
     return f"{name} by {act}"
 
 
-def _put_in_place(path: Path, act: int) -> None:
+def put_in_place(path: Path, act: int) -> None:
     """Something else than the file; 0 leaves nothing."""
     if act == 1:
         path.symlink_to("/etc/passwd")

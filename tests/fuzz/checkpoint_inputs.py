@@ -15,7 +15,14 @@ from random import Random
 from typing import Any
 
 from tests.checkpoint_layouts import as_original
-from tests.fuzz.artifact_inputs import TOKENIZERS, damage_document, damage_text, replace
+from tests.fuzz.artifact_inputs import (
+    TOKENIZERS,
+    damage_document,
+    damage_tensors,
+    damage_text,
+    put_in_place,
+    replace,
+)
 from tests.fuzz.mutate import INTERESTING, mutated
 
 MARKER = "the-code-of-a-checkpoint-ran"
@@ -162,47 +169,34 @@ def _index(random: Random, folder: Path) -> str:
 
 def _header(random: Random, folder: Path) -> str:
     path = random.choice(sorted(folder.glob("*.safetensors")))
+    if random.random() < 0.6:
+        return damage_tensors(random, path)
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    header, body = data[8 : 8 + length], data[8 + length :]
-    act, said = random.randrange(8), "bytes"
-    if act < 3:
-        document = json.loads(header)
-        said = damage_document(random, document)
-        header = json.dumps(document).encode()
-    elif act < 5:
-        document = json.loads(header)
-        name = random.choice([name for name in document if name != "__metadata__"])
-        entry, key = document[name], random.choice(("shape", "data_offsets", "dtype"))
-        entry[key] = random.choice(
-            (
-                [10**4000, 10**4000],
-                [2**63] * 5000,
-                [0] * 100_000,
-                [-1, -1],
-                [2**64, 0],
-                [0, 2**62],
-                [1e308, 1],
-                [True, False],
-                "F16",
-                "I8",
-                "BOOL",
-                "F8_E4M3",
-                None,
-                {},
-            )
+    document, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    name = random.choice([name for name in document if name != "__metadata__"])
+    key = random.choice(("shape", "data_offsets", "dtype"))
+    document[name][key] = random.choice(
+        (
+            [10**4000, 10**4000],
+            [2**63] * 5000,
+            [0] * 100_000,
+            [-1, -1],
+            [2**64, 0],
+            [0, 2**62],
+            [1e308, 1],
+            [True, False],
+            "F16",
+            "I8",
+            "BOOL",
+            "F8_E4M3",
+            None,
+            {},
         )
-        said = f"{name}.{key}"
-        header = json.dumps(document).encode()
-    elif act == 5:
-        header, said = damage_text(random, header), "text"
-    elif act == 6:
-        body, said = mutated(random, body, [body]), "values"
-    else:
-        header = mutated(random, header, [header])
-    claimed = len(header) if random.random() < 0.8 else random.choice(INTERESTING)
-    replace(path, struct.pack("<Q", claimed % (1 << 64)) + header + body)
-    return f"{path.name}: {said}"
+    )
+    header = json.dumps(document).encode()
+    replace(path, struct.pack("<Q", len(header)) + header + body)
+    return f"{path.name}: {name}.{key}"
 
 
 def _words(random: Random, folder: Path) -> str:
@@ -332,31 +326,17 @@ def _processor(random: Random, folder: Path) -> str:
 def _files(random: Random, folder: Path) -> str:
     """Files of other kinds, missing ones, huge ones, links out of the folder."""
     name = random.choice(sorted(path.name for path in folder.iterdir()))
-    path, act = folder / name, random.randrange(11)
+    path, act = folder / name, random.randrange(7 + len(_TARGETS))
     path.unlink()
-    if act == 1:
-        path.symlink_to("/dev/zero")
-    elif act == 2:
-        os.mkfifo(path)
-    elif act == 3:
-        path.mkdir()
-    elif act == 4:
-        path.write_bytes(b"")
-    elif act == 5:
-        with path.open("wb") as file:
-            file.truncate(1 << 40)
-    elif act == 6:
-        path.symlink_to(path)
-    elif act == 7:
-        path.symlink_to("/proc/self/mem")
-    elif act == 8:
-        path.symlink_to("/etc/passwd")
-    elif act == 9:
+    if act < 7:
+        put_in_place(path, act)
+    else:
         os.mkfifo(folder / "pipe")
-        path.symlink_to("pipe")
-    elif act == 10:
-        path.symlink_to("/dev/tty")
+        path.symlink_to(_TARGETS[act - 7])
     return f"{name} by {act}"
+
+
+_TARGETS = ("/dev/zero", "/proc/self/mem", "/dev/tty", "pipe")
 
 
 def _code(random: Random, folder: Path) -> str:
