@@ -154,7 +154,7 @@ def run_bounded(script: Path, request: bytes, limits: ProcessLimits) -> bytes:
     with tempfile.TemporaryFile() as output:
         try:
             done = subprocess.run(
-                [sys.executable, "-I", str(script)],
+                [sys.executable, "-I", "-c", _START, str(script), *_python_path()],
                 input=request,
                 stdout=output,
                 stderr=subprocess.DEVNULL,
@@ -187,6 +187,17 @@ def run_bounded(script: Path, request: bytes, limits: ProcessLimits) -> bytes:
 
 _NO_MEMORY, _NO_OUTPUT = 81, 82
 """Exit statuses of the child."""
+_START = (
+    "import runpy, sys; sys.path[:0] = sys.argv[2:]; "
+    "runpy.run_path(sys.argv[1], run_name='__main__')"
+)
+"""Isolated, Python does not look into the current folder, but not at PYTHONPATH either."""
+
+
+def _python_path() -> list[str]:
+    """Folders of PYTHONPATH, by which this process may have found its own packages."""
+    named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [os.path.abspath(folder) for folder in named if folder]
 
 
 def limit_process(limits: Mapping[str, float]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from datetime import datetime, timezone
@@ -180,3 +181,20 @@ def test_no_other_module_renders_a_template() -> None:
         if path.name != own and ways.search(path.read_text("utf-8"))
     ]
     assert found == []
+
+
+def test_the_child_finds_packages_where_the_user_said_and_not_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("there", "here"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"only_{name}.py").touch()
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import importlib.util as find, sys\n"
+        "print([n for n in ('only_there', 'only_here') if find.find_spec(n)])\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{os.pathsep}{tmp_path / 'there'}")
+    monkeypatch.chdir(tmp_path / "here")
+
+    assert run_bounded(script, b"", ProcessLimits()) == b"['only_there']\n"
