@@ -9,7 +9,6 @@ and an image that cannot be read, are left out and named.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +30,6 @@ from llava_edge.runtime.json_lines import NoEntriesError, read_entries
 from llava_edge.runtime.limits import Limits
 
 __all__ = ["TEXT_SHARE", "Conversation", "Turn", "find_files", "read_conversations"]
-
-_LOG = logging.getLogger(__name__)
 
 TEXT_SHARE = 0.25
 """Share of samples without an image, where there are enough of both."""
@@ -149,7 +146,6 @@ class _LeftOut:
         if len(self._named) >= _MOST_NAMED:
             self._more += 1
             return
-        _LOG.warning("calibration sample %s is left out: %s", name, reason)
         self._named.append({"sample": name, "reason": reason})
 
     @property

@@ -128,7 +128,7 @@ def convert_checkpoint(request: ConvertRequest, report: Report, say: Say) -> Con
     refuse_existing(out, force=request.force)
     for note in planned.notes:
         say(f"note: {note}")
-    job = _prepare(request, checkpoint, files, planned, report)
+    job = _prepare(request, checkpoint, files, planned, report, say)
     needed = _needed_bytes(job)
     with ArtifactWriter(
         out,
@@ -379,6 +379,7 @@ def _prepare(
     files: CheckpointFiles,
     planned: ArtifactPlan,
     report: Report,
+    say: Say,
 ) -> _Job:
     if request.verify != "none":
         # Now, since verification needs it after hours of work.
@@ -421,7 +422,10 @@ def _prepare(
     folder = request.quantization.calibration
     if folder is None or not _looks_at_samples(job):
         return job
-    chosen, _ = calibration_conversations(request.quantization, processing)
+    chosen, source = calibration_conversations(request.quantization, processing)
+    # Said here alone: the same set is read again for the tower, the codes and the int8 cache.
+    for each in source["left_out"]:
+        say(f"calibration sample {each['sample']} is left out: {each['reason']}")
     samples = CalibrationFiles(folder, chosen)
 
     def check() -> None:

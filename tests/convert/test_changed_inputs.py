@@ -324,3 +324,16 @@ def test_verifying_against_other_settings_names_them(
     message = capsys.readouterr().err
     assert "was made from other files" in message
     assert named in message
+
+
+def test_what_is_left_out_of_a_calibration_set_is_reported_once(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = folder.parent / "samples" / "all.jsonl"
+    shown = {"question": "What happens?", "answer": "Rain.", "video": "clip.mp4"}
+    path.write_text(path.read_text() + "\n" + json.dumps(shown))
+
+    said = convert(request_of(folder, tmp_path / "a", calibrates=True))
+
+    told = [*said, *(record.getMessage() for record in caplog.records)]
+    assert len([line for line in told if "all.jsonl:6 is left out" in line]) == 1
