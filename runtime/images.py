@@ -14,7 +14,6 @@ the state of the process.
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +37,7 @@ from llava_edge.runtime.image_file import (
 )
 from llava_edge.runtime.image_formats import DEFAULT_FORMATS, recognise
 from llava_edge.runtime.limits import Limits
+from llava_edge.runtime.safe_open import NotRegularError, open_plain
 
 ImageSource: TypeAlias = (
     str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[Any]
@@ -200,26 +200,20 @@ def _content(
 
 def _read_file(label: str, path: str | os.PathLike[str], limits: Limits) -> bytes:
     try:
-        with open(path, "rb", opener=_open_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ImageError(f"{label} is no regular file; give an image file")
-            _check_bytes(label, status.st_size, limits)
+        with os.fdopen(open_plain(path), "rb") as file:
+            _check_bytes(label, os.fstat(file.fileno()).st_size, limits)
             # A file that grows while it is read stays within the limit as well.
             data: bytes | None = file.read(limits.max_image_bytes)
             if data is None:
                 # Some of /proc is said to be regular, and has nothing yet.
                 raise ImageError(f"{label} would have to be waited for; give an image file")
             return data
+    except NotRegularError as error:
+        raise ImageError(f"{label} is no regular file; give an image file") from error
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         hint = " Images are files on this machine; nothing is fetched." if _is_url(path) else ""
         raise ImageError(f"{label} cannot be read: {reason}.{hint}") from error
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    # Opening a named pipe would otherwise wait for a writer.
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _is_url(path: str | os.PathLike[str]) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from llava_edge.profiles.errors import plain_reason
+from llava_edge.runtime.safe_open import NotRegularError, open_plain
 
 MAX_LINE_BYTES = 1 << 22
 MAX_FILE_BYTES = 1 << 31
@@ -39,7 +39,7 @@ def read_entries(path: Path, faults: list[str], label: str = "") -> Iterator[tup
         NoEntriesError: the file cannot be read, is too large, or holds one object.
     """
     try:
-        with open_plain(path, MAX_FILE_BYTES) as file:
+        with _open(path) as file:
             start = file.read(4096)
             if start.startswith(_UTF16):
                 raise NoEntriesError("it is UTF-16 text; save it as UTF-8")
@@ -53,25 +53,15 @@ def read_entries(path: Path, faults: list[str], label: str = "") -> Iterator[tup
         raise NoEntriesError(plain_reason(error)) from error
 
 
-def open_plain(path: Path, limit: int) -> BinaryIO:
-    """A regular file of at most so many bytes, open for reading.
-
-    Raises:
-        OSError: it cannot be opened.
-        ValueError: it is a pipe or a device, or larger; or the name is none.
-    """
-    # Opening a named pipe would otherwise wait for a writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    file = os.fdopen(descriptor, "rb")
+def _open(path: Path) -> BinaryIO:
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is no regular file")
-        if status.st_size > limit:
-            raise ValueError(f"it has {status.st_size} bytes; at most {limit} are read")
-    except BaseException:
+        file = os.fdopen(open_plain(path), "rb")
+    except NotRegularError as error:
+        raise NoEntriesError("it is no regular file") from error
+    size = os.fstat(file.fileno()).st_size
+    if size > MAX_FILE_BYTES:
         file.close()
-        raise
+        raise NoEntriesError(f"it has {size} bytes; at most {MAX_FILE_BYTES} are read")
     return file
 
 

@@ -1,9 +1,9 @@
 """Opening a file that must be a regular one: no pipe, no device, no folder.
 
 A folder from elsewhere may hold a symbolic link to a private file, a named pipe that blocks the
-reader for ever, or a link to a device that never ends. Every file of an artifact and of a
-checkpoint is opened through here; links are followed only where the caller says so, and what they
-lead to must be a regular file all the same.
+reader for ever, or a link to a device that never ends. Every file from elsewhere is opened through
+here; links are followed only where the caller says so, and what they lead to must be a regular file
+all the same.
 """
 
 from __future__ import annotations
@@ -28,6 +28,31 @@ _CHUNK_BYTES = 1 << 24
 _STEP = "Copy the artifact again."
 
 
+class NotRegularError(ValueError):
+    """A path stands for a pipe, device, folder or link; the message says which, as a predicate."""
+
+
+def open_plain(path: str | os.PathLike[str], *, follow_link: bool = True) -> int:
+    """A read-only descriptor of a regular file; the caller closes it.
+
+    Raises:
+        NotRegularError: it is something else; nothing of it was opened.
+        OSError: it cannot be opened.
+        ValueError: the path is none.
+    """
+    # Opening alone makes some devices act, so the path is looked at before.
+    _require_regular(path, os.stat(path, follow_symlinks=follow_link).st_mode)
+    # O_NONBLOCK: opening a named pipe without it waits for a writer that never comes.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_link else os.O_NOFOLLOW)
+    descriptor = os.open(path, flags)
+    try:
+        _require_regular(path, os.fstat(descriptor).st_mode)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 def open_descriptor(
     path: Path,
     *,
@@ -35,7 +60,7 @@ def open_descriptor(
     kind: type[LlavaEdgeError] = ArtifactError,
     step: str = _STEP,
 ) -> int:
-    """A read-only descriptor of a regular file; the caller closes it.
+    """``open_plain``, with its errors as one of ours.
 
     Args:
         path: the file.
@@ -47,22 +72,15 @@ def open_descriptor(
         LlavaEdgeError: of the given kind; the file is missing, unreadable or not a regular file, a
             link leads nowhere or in a circle, or it is a link and links are not followed.
     """
-    # O_NONBLOCK: opening a named pipe without it waits for a writer that never comes.
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_link else os.O_NOFOLLOW)
     try:
-        # Opening alone makes some devices act, so the path is looked at before.
-        fault = _fault(path, os.stat(path, follow_symlinks=follow_link).st_mode)
-        descriptor = -1 if fault else os.open(path, flags)
+        return open_plain(path, follow_link=follow_link)
+    except NotRegularError as error:
+        raise kind(f"{printable(str(path))} {error}. {step}") from error
     except (OSError, ValueError) as error:
         reason = _reason(path, error)
         if isinstance(error, PermissionError):
             step = "Check its permissions."
         raise kind(f"{printable(str(path))} cannot be opened: {reason}. {step}") from error
-    if not fault and (fault := _fault(path, os.fstat(descriptor).st_mode)):
-        os.close(descriptor)
-    if fault:
-        raise kind(f"{printable(str(path))} {fault}. {step}")
-    return descriptor
 
 
 @contextmanager
@@ -128,14 +146,14 @@ def read_at(
     return b"".join(parts)
 
 
-def _fault(path: Path, mode: int) -> str:
-    """What a path is that is no regular file; empty where it is one."""
+def _require_regular(path: str | os.PathLike[str], mode: int) -> None:
     if stat.S_ISREG(mode):
-        return ""
+        return
     if stat.S_ISLNK(mode):
-        return "cannot be opened: it is a symbolic link"
+        raise NotRegularError("cannot be opened: it is a symbolic link")
     found = next((name for check, name in _KINDS if check(mode)), "something else")
-    return f"is {'a link to ' if path.is_symlink() else ''}{found}, not a regular file"
+    link = "a link to " if os.path.islink(path) else ""
+    raise NotRegularError(f"is {link}{found}, not a regular file")
 
 
 def link_fault(path: Path, error: OSError) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 import io
 import os
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -34,6 +33,7 @@ from llava_edge.profiles.errors import (
 from llava_edge.runtime.allocation import require_free
 from llava_edge.runtime.images import ImageSource, open_image
 from llava_edge.runtime.limits import Limits
+from llava_edge.runtime.safe_open import NotRegularError, open_plain
 
 Pixels = NDArray[np.uint8]
 VideoSource: TypeAlias = (
@@ -447,18 +447,15 @@ class VideoReader:
 @contextmanager
 def _opened(label: str, path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     try:
-        # O_NONBLOCK: opening a named pipe would otherwise wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = open_plain(path)
+    except NotRegularError as error:
+        raise VideoError(f"{label} is no regular file; give a video file") from error
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise VideoError(
             f"{label} cannot be read: {reason}. Videos are files on this machine; nothing is "
             "fetched."
         ) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        # Before a file object is made of it, which refuses a folder in words of its own.
-        os.close(descriptor)
-        raise VideoError(f"{label} is no regular file; give a video file")
     with os.fdopen(descriptor, "rb") as file:
         yield file
 
