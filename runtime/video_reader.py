@@ -34,6 +34,7 @@ from llava_edge.runtime.allocation import require_free
 from llava_edge.runtime.images import ImageSource, open_image
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.safe_open import NotRegularError, open_plain
+from llava_edge.runtime.video_orientation import display_matrix, tagged_matrix, transformed
 
 Pixels = NDArray[np.uint8]
 VideoSource: TypeAlias = (
@@ -301,11 +302,10 @@ class VideoReader:
 
     def _upright(self, pixels: Pixels, frame: Any, tag: str) -> Pixels:
         """A frame as the file says that it is to be seen."""
-        matrix, asked = _display_matrix(frame), str(frame.rotation)
+        matrix, asked = display_matrix(frame), str(frame.rotation)
         if matrix is None and tag:
-            # Older files tell degrees, clockwise, in a tag of the stream.
-            matrix, asked = _TAGGED.get(_degrees(tag), _NO_QUARTER), tag.strip()
-        upright = pixels if matrix is None else _transformed(pixels, matrix)
+            matrix, asked = tagged_matrix(tag), tag.strip()
+        upright = pixels if matrix is None else transformed(pixels, matrix)
         if upright is None:
             self._orientation_note = (
                 f"{self._label}: its metadata asks for a rotation by {asked:.20} degrees; only "
@@ -474,59 +474,6 @@ def _is_picture(stream: Any) -> bool:
     """Whether a stream is a cover or thumbnails, not what is played."""
     kinds = type(stream.disposition)
     return bool(stream.disposition & (kinds.attached_pic | kinds.timed_thumbnails))
-
-
-Matrix: TypeAlias = tuple[int, int, int, int]
-"""(a, b, c, d): a pixel (x, y), y downwards, is seen at (a x + c y, b x + d y)."""
-
-_TAGGED: dict[float, Matrix] = {
-    0: (1, 0, 0, 1),
-    90: (0, 1, -1, 0),
-    180: (-1, 0, 0, -1),
-    270: (0, -1, 1, 0),
-}
-_NO_QUARTER: Matrix = (1, 1, -1, 1)
-
-
-def _degrees(tag: str) -> float:
-    """Between 0 and 360; not a number where the tag holds none."""
-    try:
-        return float(tag) % 360
-    except ValueError:
-        return float("nan")
-
-
-def _display_matrix(frame: Any) -> Matrix | None:
-    """How a frame is to be seen, as its container or codec tells.
-
-    Source: FFmpeg ``libavutil/display.h``: nine 32-bit numbers in rows of three.
-    """
-    for data in frame.side_data:
-        if data.type.name == "DISPLAYMATRIX" and len(bytes(data)) == 36:
-            numbers = np.frombuffer(bytes(data), np.int32)
-            return int(numbers[0]), int(numbers[1]), int(numbers[3]), int(numbers[4])
-    return None
-
-
-def _transformed(pixels: Pixels, matrix: Matrix) -> Pixels | None:
-    """Pixels after quarter turns and flips; None where the matrix asks for anything else."""
-    straight, crossed = (matrix[0], matrix[3]), (matrix[1], matrix[2])
-    is_crossed = min(map(abs, crossed)) > min(map(abs, straight))
-    along, across = (crossed, straight) if is_crossed else (straight, crossed)
-    if not any(matrix):
-        return pixels
-    if max(map(abs, across)) * _STRAIGHT > min(map(abs, along)):
-        return None
-    if is_crossed:
-        down, right = along
-        pixels = pixels.transpose(1, 0, 2)
-    else:
-        right, down = along
-    return np.ascontiguousarray(pixels[:: 1 if down > 0 else -1, :: 1 if right > 0 else -1])
-
-
-_STRAIGHT = 1000
-"""Times what lies across an axis goes into what lies along it, in a quarter turn."""
 
 
 def _load_av() -> Any:
