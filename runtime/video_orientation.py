@@ -1,4 +1,4 @@
-"""How a video says that its frames are to be seen: quarter turns and flips, as phones write them."""
+"""How frames of a video are to be seen, as the file tells: quarter turns and flips."""
 
 from __future__ import annotations
 
