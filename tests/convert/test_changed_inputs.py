@@ -152,7 +152,7 @@ def another_template(folder: Path) -> None:
 
 CHANGES: dict[str, tuple[Change, str]] = {
     "image processor": (edited("preprocessor_config.json", image_mean=[0.4, 0.5, 0.6]), "prepr"),
-    "stop token": (edited("generation_config.json", eos_token_id=[2, 5]), "generation_config"),
+    "stop token": (edited("generation_config.json", eos_token_id=[2, 0]), "generation_config"),
     "tokenizer": (one_word_more, "tokenizer.json"),
     "template": (another_template, "chat_template.jinja"),
     "configuration": (edited("config.json", projector_hidden_act="gelu", note=1), "config.json"),
