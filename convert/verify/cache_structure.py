@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from onnx import helper
 
 from llava_edge.convert.int8_cache import (
     ATTENTION,
@@ -19,8 +20,10 @@ from llava_edge.convert.int8_cache import (
     SCALE_INPUTS,
     scales_digest,
 )
-from llava_edge.convert.verify.graph_file import GraphFile, attribute
+from llava_edge.convert.verify.graph_file import GraphFile
 from llava_edge.convert.verify.graph_view import GraphView
+from llava_edge.convert.verify.node_faults import opset_faults
+from llava_edge.convert.verify.operator_schema import value_of
 from llava_edge.profiles.buffers import cache_scale_shape
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime.artifact import Artifact
@@ -49,7 +52,7 @@ def cache_faults(artifact: Artifact) -> list[str]:
     try:
         plain = GraphView(artifact.path(manifest.decoder.file), "decoder")
         graph = GraphView(artifact.path(spec.file), "decoder with int8 cache")
-        faults = list(_faults(plain, graph))
+        faults = [*opset_faults(graph.model), *_faults(plain, graph)]
         faults += _scale_faults(graph, artifact)
     except ArtifactError as error:
         return [f"decoder with int8 cache: {error}"]
@@ -67,7 +70,8 @@ def _faults(plain: GraphView, graph: GraphView) -> Iterator[str]:
             layer += 1
             have = _without_scales(have)
         if have != want:
-            yield f"node {have.name or want.name} differs from the float graph's"
+            name = have.name or want.name
+            yield f"node {name} differs from the float graph's{_where(have, want)}"
     further = {name for number in range(layer) for name in scale_names(number)}
     for name in sorted(plain.initializers.keys() | graph.initializers.keys()):
         ours, theirs = graph.initializers.get(name), plain.initializers.get(name)
@@ -78,14 +82,24 @@ def _faults(plain: GraphView, graph: GraphView) -> Iterator[str]:
     yield from _value_faults(plain, graph)
 
 
+def _where(have: Any, want: Any) -> str:
+    """Names of the attributes that differ; empty where it is something else."""
+    ours, theirs = ({e.name: e for e in node.attribute} for node in (have, want))
+    names = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
+    return f" ({', '.join(names)})" if names else ""
+
+
 def _attention_faults(node: Any, layer: int) -> Iterator[str]:
     found = [*node.input, *[""] * (SCALE_INPUTS[-1] + 1)][_FIRST_EXTRA : SCALE_INPUTS[-1] + 1]
     wanted = ["", "", "", *scale_names(layer)]
     if found != wanted or len(node.input) > SCALE_INPUTS[-1] + 1:
         yield f"node {node.name} reads {found} from input {_FIRST_EXTRA} on, must be {wanted}"
     for name, value in CACHE_ATTRIBUTES.items():
-        if attribute(node, name) != value:
-            yield f"node {node.name}: {name} is {attribute(node, name)}, must be {value}"
+        # As entries: one of them may be there twice, or be of another type.
+        entries = [entry for entry in node.attribute if entry.name == name]
+        if entries != [helper.make_attribute(name, value)]:
+            have = ", ".join(str(value_of(entry)) for entry in entries) or None
+            yield f"node {node.name}: {name} is {have}, must be {value}"
 
 
 def _without_scales(node: Any) -> Any:

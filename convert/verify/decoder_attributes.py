@@ -11,7 +11,6 @@ from llava_edge.convert.verify.graph_attributes import (
     NormAttributes,
     WiringError,
 )
-from llava_edge.convert.verify.graph_file import attribute
 from llava_edge.runtime.kept_logits import LOGITS_START, LOGITS_TO_KEEP
 
 _LENGTHS = ("seqlens_k", "total_sequence_length")
@@ -93,13 +92,13 @@ def _best(walk: GraphWalk) -> None:
     walk.expect(node, "what it orders", node.input[0], "logits")
     walk.expect(node, "what it hands out", list(node.output), ["best_logits", "best_ids"])
     for name, want in (("axis", -1), ("largest", 1), ("sorted", 1)):
-        walk.expect(node, name, attribute(node, name, want), want)
+        walk.expect(node, name, walk.attribute(node, name), want)
 
 
 def _head(walk: GraphWalk) -> LinearAttributes:
     node = walk.graph.producer("logits")
     if node is not None and node.op_type == "Cast":
-        walk.expect(node, "to", attribute(node, "to"), _FLOAT)
+        walk.expect(walk.meet(node), "to", walk.attribute(node, "to"), _FLOAT)
         return walk.linear(node.input[0])
     return walk.linear("logits")
 
@@ -174,8 +173,9 @@ def _gated(walk: GraphWalk, value: str) -> tuple[LinearAttributes, LinearAttribu
             sigmoid = walk.graph.producer(node.input[1 - inner])
             if sigmoid is None or sigmoid.op_type != "Sigmoid":
                 continue
+            walk.meet(node)
             gate = node.input[inner]
-            walk.expect(sigmoid, "what it reads", sigmoid.input[0], gate)
+            walk.expect(walk.meet(sigmoid), "what it reads", sigmoid.input[0], gate)
             return walk.linear(gate), walk.linear(product.input[1 - place])
     raise WiringError(
         f"{walk.graph.label}, node {product.name}: it is not gate * sigmoid(gate) * up (SiLU)"
@@ -186,8 +186,6 @@ def _attention(walk: GraphWalk, node: Any) -> AttentionAttributes:
     inputs = [*node.input, *[""] * 9]
     walk.expect(node, "separate key and value", (inputs[1], inputs[2]), ("", ""))
     walk.expect(node, "lengths", (inputs[5], inputs[6]), _LENGTHS)
-    further = [name for name in node.input[9:] if name]
-    walk.expect(node, "further inputs", further, [])
     for name in inputs[7:9]:
         if name not in walk.graph.initializers:
             raise WiringError(
@@ -197,13 +195,13 @@ def _attention(walk: GraphWalk, node: Any) -> AttentionAttributes:
     outputs = [*node.output, "", ""]
     return AttentionAttributes(
         node=node.name,
-        num_heads=int(attribute(node, "num_heads", 0)),
-        kv_num_heads=int(attribute(node, "kv_num_heads", 0)),
-        scale=float(attribute(node, "scale", 0.0)),
-        do_rotary=int(attribute(node, "do_rotary", 0)),
-        rotary_interleaved=int(attribute(node, "rotary_interleaved", 0)),
-        window=int(attribute(node, "local_window_size", -1)),
-        softcap=float(attribute(node, "softcap", 0.0)),
+        num_heads=int(walk.attribute(node, "num_heads") or 0),
+        kv_num_heads=int(walk.attribute(node, "kv_num_heads") or 0),
+        scale=float(walk.attribute(node, "scale")),
+        do_rotary=int(walk.attribute(node, "do_rotary") or 0),
+        rotary_interleaved=int(walk.attribute(node, "rotary_interleaved") or 0),
+        window=int(walk.attribute(node, "local_window_size") or 0),
+        softcap=float(walk.attribute(node, "softcap")),
         tables=(inputs[7], inputs[8]),
         cache=(inputs[3], inputs[4], outputs[1], outputs[2]),
     )

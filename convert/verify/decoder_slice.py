@@ -6,8 +6,10 @@ built anew. What lies before the first layer is replaced by the residual stream 
 ``logits``), so that the runtime's own ``Decoder`` runs a slice as it runs the whole, with its
 cache, chunks and steps. With the head in it the output really is logits.
 
-A slice of a few layers takes the memory of a few layers; and a slice of one layer, with its inner
-tensors as further outputs, shows where an artifact leaves the reference.
+A slice of a few layers needs the memory of a few layers; so does a cut, the first layers with the
+head right behind them, which the whole runtime runs as a smaller model (``loop_cut``). And a slice
+of one layer, with its inner tensors as further outputs, shows where an artifact leaves the
+reference.
 """
 
 from __future__ import annotations
@@ -41,12 +43,14 @@ class DecoderSlice:
         text: dimensions as the runtime's decoder takes them: as many layers as there are, and the
             hidden size for the vocabulary where there is no head.
         has_head: whether final norm and head are in it.
+        values: names of what goes in and comes out.
     """
 
     model: bytes
     folder: Path
     text: TextDims
     has_head: bool
+    values: frozenset[str]
 
     def open(self, options: SessionOptions) -> Session:
         """Load it.
@@ -84,14 +88,14 @@ class DecoderGraph:
             first: first layer; their number for none of them and the head alone.
             stop: layer after the last.
             extra: names of inner values that become further outputs.
-            head: whether final norm and head come with it; left out, they come with the last layer.
+            head: whether final norm and head come with it, right behind the last of the layers;
+                left out, they come with the last layer of all.
         """
         text = self._dims.text
         has_head = stop == text.num_hidden_layers if head is None else head
-        end = len(self._view.nodes) if has_head else self._start(stop)
-        nodes = [*self._opening(first), *self._view.nodes[self._start(first) : end]]
-        if not has_head:
-            nodes += self._closing(stop)
+        body = self._view.nodes[self._start(first) : self._start(stop)]
+        closing = self._head_nodes(stop) if has_head else self._closing(stop)
+        nodes = [*self._opening(first), *body, *closing]
         made = {name for node in nodes for name in node.output}
         read = {name for node in nodes for name in node.input}
         graph = self._view.model.graph
@@ -109,8 +113,7 @@ class DecoderGraph:
             "logits", TensorProto.FLOAT, [1, "logits_to_keep", width]
         )
         others = [helper.make_empty_tensor_value_info(name) for name in extra if name != "logits"]
-        names = [value.name for value in inputs]
-        if keep.name not in names:
+        if keep.name not in [value.name for value in inputs]:
             inputs.append(keep)
         small = helper.make_graph(
             nodes,
@@ -130,7 +133,8 @@ class DecoderGraph:
             vocab_size=width,
             sliding_windows=text.sliding_windows[first:stop],
         )
-        return DecoderSlice(model.SerializeToString(), self._view.folder, sizes, has_head)
+        names = frozenset(value.name for value in (*small.input, *small.output))
+        return DecoderSlice(model.SerializeToString(), self._view.folder, sizes, has_head, names)
 
     def layer_values(self, layer: int) -> dict[str, str]:
         """Names of the inner values of a layer, in order, by what the reference calls them.
@@ -194,6 +198,20 @@ class DecoderGraph:
             helper.make_node("Identity", ["inputs_embeds"], [residual]),
             helper.make_node("Sub", ["inputs_embeds", "inputs_embeds"], [delta]),
         ]
+
+    def _head_nodes(self, stop: int) -> list[Any]:
+        """The graph's own head, reading what lies in front of a layer, or of the head itself."""
+        nodes = self._view.nodes[self._start(self._count) :]
+        if stop == self._count:
+            return nodes
+        theirs = dict(zip(self._contributions(self._count), self._contributions(stop), strict=True))
+        moved = []
+        for node in nodes:
+            fresh = type(node)()
+            fresh.CopyFrom(node)
+            fresh.input[:] = [theirs.get(name, name) for name in node.input]
+            moved.append(fresh)
+        return moved
 
     def _closing(self, stop: int) -> list[Any]:
         """Nodes that add up the residual stream and pick its last rows, as the head would."""

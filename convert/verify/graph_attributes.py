@@ -14,10 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llava_edge.convert.verify.graph_file import INT64_MAX, GraphFile, attribute
+from llava_edge.convert.verify.operator_schema import default_of
 
 Array = NDArray[Any]
 
 _ELEMENT_TYPES = {1: "float32", 10: "float16"}
+_INTEGER_KERNELS = 4
+"""Level of MatMulNBits whose kernels round inputs to 8 bits."""
 
 
 class WiringError(Exception):
@@ -81,6 +84,29 @@ class GraphWalk:
         self.graph = graph
         self.compute = compute
         self.faults: list[str] = []
+        # Nodes by identity: names may be missing, or there twice.
+        self._compared: dict[int, set[str]] = {}
+
+    def meet(self, node: Any) -> Any:
+        """Note that a node is a part of the model; returns it."""
+        self._compared.setdefault(id(node), set())
+        return node
+
+    def has_met(self, node: Any) -> bool:
+        """Whether the wiring led to a node."""
+        return id(node) in self._compared
+
+    def compared(self, node: Any) -> set[str]:
+        """Attributes of a node that were asked for, to be compared."""
+        return self._compared.get(id(node), set())
+
+    def attribute(self, node: Any, name: str) -> Any:
+        """An attribute's value, the operator's default where the node lacks it; None for neither.
+
+        Whoever asks compares it: ``node_faults`` does not look at it again.
+        """
+        self._compared.setdefault(id(node), set()).add(name)
+        return attribute(node, name, default_of(node, name))
 
     def expect(self, node: Any, what: str, have: object, want: object) -> None:
         """Note a fault where ``have`` is not ``want``."""
@@ -102,7 +128,7 @@ class GraphWalk:
                 f"{self.graph.label}: {value} comes from {found}, {' or '.join(op_types)} must be "
                 "there"
             )
-        return node
+        return self.meet(node)
 
     def numbers(self, node: Any, place: int) -> list[Any]:
         """Values of a constant input as a flat list.
@@ -130,18 +156,19 @@ class GraphWalk:
         node = self.graph.producer(value)
         if node is None or node.op_type != "Cast" or node.input[0] not in self.graph.initializers:
             return None
-        self.expect(node, "to", _ELEMENT_TYPES.get(attribute(node, "to")), self.compute)
+        self.meet(node)
+        self.expect(node, "to", _ELEMENT_TYPES.get(self.attribute(node, "to")), self.compute)
         return str(node.input[0])
 
     def is_linear(self, value: str) -> bool:
         """Whether a value is a linear layer's output."""
-        faults = list(self.faults)
+        faults, compared = list(self.faults), dict(self._compared)
         try:
             self.linear(value)
         except WiringError:
             return False
         finally:
-            self.faults = faults
+            self.faults, self._compared = faults, compared
         return True
 
     def linear(self, value: str) -> LinearAttributes:
@@ -179,8 +206,8 @@ class GraphWalk:
         unpack = self.made_by(node.input[1], "DequantizeLinear")
         weight = self._initializer(unpack, 0)
         in_size, out_size = self._matrix(unpack, weight)
-        block = attribute(unpack, "block_size", 0) or None
-        self.expect(unpack, "axis", attribute(unpack, "axis", 1), 1 if block is None else 0)
+        block = self.attribute(unpack, "block_size") or None
+        self.expect(unpack, "axis", self.attribute(unpack, "axis"), 1 if block is None else 0)
         if len(unpack.input) > 2 and unpack.input[2]:
             self.expect(unpack, "zero point", set(self.numbers(unpack, 2)), {0})
         bits = 4 if self.graph.dtype(weight) == "int4" else 8
@@ -198,8 +225,11 @@ class GraphWalk:
 
     def _nbits(self, node: Any, bias: str | None) -> LinearAttributes:
         weight = self._initializer(node, 1)
-        bits, block = attribute(node, "bits", 4), attribute(node, "block_size")
-        in_size, out_size = attribute(node, "K"), attribute(node, "N")
+        bits, block = self.attribute(node, "bits"), self.attribute(node, "block_size")
+        in_size, out_size = self.attribute(node, "K"), self.attribute(node, "N")
+        # The integer kernels are the CPU's, and what the reference rounds inputs for.
+        level = _INTEGER_KERNELS if self.compute == "float32" else 0
+        self.expect(node, "accuracy_level", self.attribute(node, "accuracy_level"), level)
         num_blocks = -(-in_size // block)
         self.expect(
             node,
@@ -240,7 +270,7 @@ class GraphWalk:
         self.expect_numbers(largest, 1, "smallest row size", [tiny])
         reduce = self.made_by(largest.input[0], "ReduceMax")
         self.expect_numbers(reduce, 1, "axes", [-1])
-        self.expect(reduce, "keepdims", attribute(reduce, "keepdims", 1), 1)
+        self.expect(reduce, "keepdims", self.attribute(reduce, "keepdims"), 1)
         magnitude = self.made_by(reduce.input[0], "Abs")
         self.expect(magnitude, "the row whose size it takes", magnitude.input[0], hidden)
         factor = None
@@ -248,6 +278,7 @@ class GraphWalk:
         if multiply is not None and multiply.op_type == "Mul":
             name = str(multiply.input[1])
             if name in self.graph.initializers and self.graph.shape(name) == (in_size,):
+                self.meet(multiply)
                 factor, hidden = name, str(multiply.input[0])
         return LinearAttributes(
             node.name,
@@ -291,8 +322,8 @@ class GraphWalk:
             node.name,
             self._initializer(node, 1),
             bias,
-            float(attribute(node, "epsilon", 1e-5)),
-            int(attribute(node, "axis", -1)),
+            float(self.attribute(node, "epsilon")),
+            int(self.attribute(node, "axis")),
         )
         self.expect(node, "axis", norm.axis, -1)
         return norm, str(node.input[0])
@@ -318,8 +349,8 @@ class GraphWalk:
             node.name,
             self._initializer(node, 2 if skips else 1),
             None,
-            float(attribute(node, "epsilon", 1e-5)),
-            -1 if skips else int(attribute(node, "axis", -1)),
+            float(self.attribute(node, "epsilon")),
+            -1 if skips else int(self.attribute(node, "axis")),
         )
         self.expect(node, "axis", norm.axis, -1)
         if not skips:
@@ -335,8 +366,9 @@ class GraphWalk:
         """
         node = self.made_by(value, "Gelu", "Mul")
         if node.op_type == "Gelu":
-            exact = attribute(node, "approximate", "none") == "none"
-            return Activation(node.name, "gelu" if exact else "gelu_tanh", node.input[0])
+            form = self.attribute(node, "approximate")
+            kind = "gelu" if form == "none" else f"gelu_{form}"
+            return Activation(node.name, kind, node.input[0])
         hidden, gate = node.input
         scaled = self.made_by(self.made_by(gate, "Sigmoid").input[0], "Mul")
         self.expect(scaled, "what the sigmoid's factor multiplies", scaled.input[0], hidden)

@@ -66,7 +66,7 @@ class GraphFile:
         label: what messages call the graph, such as ``decoder``.
 
     Raises:
-        ArtifactError: the file is no ONNX model, or a value has two producers.
+        ArtifactError: the file is no ONNX model, or a value comes from two places.
     """
 
     def __init__(self, path: Path, label: str) -> None:
@@ -79,6 +79,9 @@ class GraphFile:
         graph = self._model.graph
         self.nodes: list[Any] = list(graph.node)
         self.initializers: dict[str, Any] = {t.name: t for t in graph.initializer}
+        if len(self.initializers) != len(graph.initializer):
+            # ONNX Runtime takes the last of them, other readers the first.
+            raise ArtifactError(f"{path}: two tensors have one name")
         self.inputs: list[str] = [value.name for value in graph.input]
         self.outputs: list[str] = [value.name for value in graph.output]
         self._producers: dict[str, Any] = {}
@@ -88,10 +91,13 @@ class GraphFile:
     def _index(self) -> None:
         self._producers.clear()
         self._consumers.clear()
+        given = {*self.initializers, *self.inputs}
         for node in self.nodes:
             for output in node.output:
-                if output and output in self._producers:
-                    raise ArtifactError(f"{self.path}: two nodes produce {output}")
+                if not output:
+                    continue
+                if output in self._producers or output in given:
+                    raise ArtifactError(f"{self.path}: {output} comes from two places")
                 self._producers[output] = node
             for name in dict.fromkeys(node.input):
                 self._consumers.setdefault(name, []).append(node)
@@ -125,6 +131,11 @@ class GraphFile:
             if behind in self._producers:
                 self._producers[name] = self._producers[behind]
         return found
+
+    @property
+    def model(self) -> Any:
+        """The parsed ONNX model; external data is not loaded."""
+        return self._model
 
     def producer(self, value: str) -> Any | None:
         """The node that makes a value; None for inputs and initializers."""
@@ -219,7 +230,8 @@ class GraphFile:
 def attribute(node: Any, name: str, default: Any = None) -> Any:
     """An attribute's value; ``default`` where the node lacks it. Bytes come back as text."""
     for entry in node.attribute:
-        if entry.name == name:
+        # A reference has no value: a function would give it one, and graphs have none.
+        if entry.name == name and not entry.ref_attr_name:
             value = onnx.helper.get_attribute_value(entry)
             return value.decode() if isinstance(value, bytes) else value
     return default

@@ -41,11 +41,6 @@ class GraphView(GraphFile):
         """Where the weights lie."""
         return self.path.parent
 
-    @property
-    def model(self) -> Any:
-        """The parsed ONNX model; external data is not loaded."""
-        return self._model
-
     def place(self, name: str) -> int:
         """Index of a node.
 

@@ -23,12 +23,13 @@ import numpy as np
 
 from llava_edge.convert.verify.answer_stages import compare_choices
 from llava_edge.convert.verify.gaps import GAP
+from llava_edge.convert.verify.loop_cut import loop_cut
 from llava_edge.convert.verify.probes import NUM_STEPS, Probe
 from llava_edge.convert.verify.reference_answer import Reference
-from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.artifact import Artifact
+from llava_edge.convert.verify.subject import Subject
 from llava_edge.runtime.bounds import Bounds
 from llava_edge.runtime.certificate import StageResult, exact
+from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.prompt import at_time
 from llava_edge.runtime.prompt_date import COMPARED_NOW
 from llava_edge.runtime.request import VideoInput
@@ -36,7 +37,7 @@ from llava_edge.runtime.token_comparison import MIN_POSITIONS, TokenComparison
 
 
 def greedy_tokens(
-    artifact: Artifact,
+    subject: Subject,
     probes: Sequence[Probe],
     reference: Reference,
     bounds: Bounds,
@@ -44,10 +45,11 @@ def greedy_tokens(
 ) -> tuple[TokenComparison, StageResult]:
     """Compare the answers to some probes with the reference, and with the artifact's own logits.
 
-    Every answer has ``NUM_STEPS`` tokens, or as many as the context has room for.
+    Every answer has ``NUM_STEPS`` tokens, or as many as the context has room for. Where the
+    decoder does not fit the subject's memory, both sides answer with its first layers.
 
     Args:
-        artifact: answers.
+        subject: the artifact, which answers.
         probes: the questions.
         reference: reads the answers.
         bounds: of the artifact's form.
@@ -58,21 +60,20 @@ def greedy_tokens(
     """
     answers: list[tuple[int, ...]] = []
     faults: list[str] = []
-    raw = artifact.manifest.prompt is None
-    if artifact.manifest.prompt is not None:
-        fixed = at_time(artifact.manifest.prompt, COMPARED_NOW)
-        artifact = replace(artifact, manifest=replace(artifact.manifest, prompt=fixed))
+    manifest = subject.artifact.manifest
+    raw = manifest.prompt is None
     longest = max(len(reference.inputs(probe).ids) for probe in probes)
-    context = min(artifact.manifest.context_tokens, longest + NUM_STEPS)
-    with LlavaEdge.over(
-        _without_stop_tokens(artifact),
-        "cpu",
-        threads=threads,
-        allow_slow=True,
-        context_tokens=context,
-        cache=artifact.manifest.precision.computes,
-        prefix_reuse=False,
-    ) as model:
+    context = min(manifest.context_tokens, longest + NUM_STEPS)
+    with (
+        loop_cut(subject) as cut,
+        cut.load(
+            _comparable,
+            threads=threads,
+            context_tokens=context,
+            cache=manifest.precision.computes,
+            prefix_reuse=False,
+        ) as model,
+    ):
         for probe in probes:
             prompt, images, frames = probe.prompt(raw=raw), probe.arrays(), probe.frames()
             asked: dict[str, Any] = {"video": frames, "raw": raw}
@@ -94,19 +95,27 @@ def greedy_tokens(
     found = TokenComparison(0, 0, 0)
     bound = bounds.value("prefill_logits", GAP)
     for probe, tokens in zip(probes, answers, strict=True):
-        theirs = reference.following(reference.inputs(probe), tokens[:-1])
+        inputs = reference.inputs(probe)
+        theirs = reference.following(inputs, tokens[:-1], cut.reference_layers)
         found += compare_choices(np.array(tokens), theirs, bound, _name(probe))
     count = sum(map(len, answers))
-    looked = f"{count} tokens of answers, the best of the same model's logits"
+    looked = f"{count} tokens of answers, the best of the same model's logits; {cut}"
     row = exact("greedy", "differing_from_own_logits", faults, looked)
     if row.verdict == "pass" and count < MIN_POSITIONS:
         row = replace(row, verdict="inconclusive", detail=f"{looked}; needed are {MIN_POSITIONS}")
     return found, row
 
 
-def _without_stop_tokens(artifact: Artifact) -> Artifact:
-    tokens = replace(artifact.manifest.tokens, stop=())
-    return replace(artifact, manifest=replace(artifact.manifest, tokens=tokens))
+def not_run(reason: Exception) -> StageResult:
+    """The row of a loop for which there was no memory: nothing is claimed of it."""
+    detail = f"the loop was not run: {reason}"[:400]
+    return StageResult("greedy", "loop_not_run", None, None, "pass", "export", detail)
+
+
+def _comparable(manifest: Manifest) -> Manifest:
+    """The same without stop tokens, and at the time that references are asked at."""
+    prompt = manifest.prompt and at_time(manifest.prompt, COMPARED_NOW)
+    return replace(manifest, prompt=prompt, tokens=replace(manifest.tokens, stop=()))
 
 
 def _name(probe: Probe) -> str:

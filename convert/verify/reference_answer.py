@@ -210,12 +210,20 @@ class Reference:
             self._answers[probe.name] = found
         return found
 
-    def following(self, inputs: ReferenceInputs, tokens: Sequence[int]) -> Array:
-        """Logits behind a prompt and behind each of some tokens, float32 [1 + tokens, vocab]."""
+    def following(
+        self, inputs: ReferenceInputs, tokens: Sequence[int], layers: int | None = None
+    ) -> Array:
+        """Logits behind a prompt and behind each of some tokens, float32 [1 + tokens, vocab].
+
+        Args:
+            inputs: the prompt.
+            tokens: the answer.
+            layers: as ``StreamedModel.decode``.
+        """
         forced = np.asarray(tokens, np.int64)
         first = len(inputs.ids) - 1
         kept = range(first, first + 1 + len(forced))
-        return self._model_logits(self.model, self.supply, inputs, forced, kept)[2]
+        return self._model_logits(self.model, self.supply, inputs, forced, kept, layers)[2]
 
     def answer_ids(self, text: str) -> list[int]:
         """Ids of an answer, without what the tokenizer puts before a prompt."""
@@ -244,9 +252,10 @@ class Reference:
         inputs: ReferenceInputs,
         forced: Array,
         kept: range,
+        layers: int | None = None,
     ) -> tuple[Array, Array, Array]:
         model.use(supply)
         features, prompt = model.embed(inputs)
         embeddings = torch.cat([prompt, model.token_rows(torch.from_numpy(forced))])
-        logits: Any = model.decode(embeddings, kept).numpy()
+        logits: Any = model.decode(embeddings, kept, layers).numpy()
         return features.numpy(), embeddings.numpy(), logits

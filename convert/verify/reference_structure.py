@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.transformers_loader import meta_model
@@ -99,15 +97,16 @@ class ReferenceStructure:
         factor = rope.get("factor", 1.0) if rope.get("rope_type") == "linear" else 1.0
         return int(self.text.max_position_embeddings * factor)
 
-    def rope(self, num_positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Cosine and sine of the first positions, float32 [num_positions, head_dim / 2]."""
-        rotary = type(self.decoder.rotary_emb)(config=self.text)
-        positions = torch.arange(num_positions)[None]
-        with torch.no_grad():
-            tables = rotary(torch.zeros(1, dtype=torch.float32), positions)
-        # Both halves of the last axis are alike: rotation pairs column i with i + half.
-        cosine, sine = (table[0, :, : table.shape[-1] // 2].numpy() for table in tables)
-        return cosine, sine
+    def rotary(self) -> Any:
+        """The rotary embedding as the reference makes it, with weights of its own."""
+        return type(self.decoder.rotary_emb)(config=self.text)
+
+    def frequencies(self, ulps: int) -> torch.Tensor:
+        """Its frequencies, float32 [half a head], moved by so many units in the last place."""
+        found: torch.Tensor = self.rotary().inv_freq.float()
+        for _ in range(abs(ulps)):
+            found = torch.nextafter(found, torch.tensor(float("inf") * ulps))
+        return found
 
     @staticmethod
     def activation(module: Any) -> str:

@@ -164,14 +164,27 @@ class StreamedModel:
         )
         return list(packed)
 
-    def decode(self, embeddings: torch.Tensor, keep: Sequence[int]) -> torch.Tensor:
-        """Logits, float32 [len(keep), vocab], at some positions of embeddings [tokens, hidden]."""
-        return self.head(self.hidden(embeddings)[list(keep)])
+    def decode(
+        self, embeddings: torch.Tensor, keep: Sequence[int], layers: int | None = None
+    ) -> torch.Tensor:
+        """Logits, float32 [len(keep), vocab], at some positions of embeddings [tokens, hidden].
 
-    def hidden(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Normed hidden states behind the last layer, float32 [tokens, hidden]."""
-        with torch.no_grad():
-            output = self._language(inputs_embeds=embeddings[None], use_cache=False)
+        Args:
+            embeddings: what the first layer reads.
+            keep: the positions.
+            layers: so many of the first layers, with the head right behind them; None for all.
+        """
+        return self.head(self.hidden(embeddings, layers)[list(keep)])
+
+    def hidden(self, embeddings: torch.Tensor, layers: int | None = None) -> torch.Tensor:
+        """Normed hidden states behind the last layer that runs, float32 [tokens, hidden]."""
+        whole = self._language.layers
+        try:
+            self._language.layers = whole if layers is None else whole[:layers]
+            with torch.no_grad():
+                output = self._language(inputs_embeds=embeddings[None], use_cache=False)
+        finally:
+            self._language.layers = whole
         states: torch.Tensor = output.last_hidden_state[0]
         return states
 

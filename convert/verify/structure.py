@@ -23,7 +23,9 @@ from llava_edge.convert.verify.graph_attributes import GraphWalk, LinearAttribut
 from llava_edge.convert.verify.graph_comparison import compare_linear, compare_norm, says
 from llava_edge.convert.verify.graph_file import GraphFile
 from llava_edge.convert.verify.manifest_settings import manifest_settings_faults
+from llava_edge.convert.verify.node_faults import node_faults
 from llava_edge.convert.verify.reference_structure import ReferenceStructure
+from llava_edge.convert.verify.rotary_tables import rotary_faults
 from llava_edge.convert.verify.vision_structure import vision_faults
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime.artifact import Artifact
@@ -33,10 +35,6 @@ from llava_edge.runtime.manifest import Manifest
 STAGE = "structure"
 _FORMS = {("int8", "integer"): "MatMulIntegerToFloat", ("fp16", None): "MatMul"}
 _BITS = {"fp16": 16, "int8": 8, "int4": 4}
-# Two steps of float32 at 1: machines differ in the last digit of a power.
-_ANGLE_STEP = 2.0**-22
-_ROUNDING = {"float32": 1e-6, "float16": 3e-4}
-"""Largest error of rounding a number up to 1; half a step of float16 is 2.4e-4."""
 
 
 def structure_stage(artifact: Artifact, checkpoint: Checkpoint) -> StageResult:
@@ -84,6 +82,7 @@ def decoder_faults(
     found = read_decoder(walk)
     check = _Decoder(walk, manifest, reference)
     check.whole(found)
+    walk.faults += node_faults(walk, found.is_whole)
     return walk.faults
 
 
@@ -114,7 +113,9 @@ class _Decoder:
             bits = _BITS[self._manifest.precision.lm_head]
             self._linear(found.head, ["lm_head"], [self._reference.head], bits)
         for cosine, sine in sorted(self._tables):
-            self._rope(cosine, sine)
+            rows = self._manifest.context_tokens
+            tables = (cosine, sine)
+            self._walk.faults += rotary_faults(self._walk.graph, tables, rows, self._reference)
 
     def _layer(self, index: int, layer: DecoderLayerAttributes) -> None:
         module, prefix = self._reference.decoder.layers[index], f"language_model.layers.{index}"
@@ -178,28 +179,6 @@ class _Decoder:
         group = self._manifest.conversion.get("group_size")
         if bits != 16 and names != ["lm_head"] and group not in (None, -1):
             self._states(have.node, "block_size", have.block_size, group)
-
-    def _rope(self, cosine: str, sine: str) -> None:
-        graph = self._walk.graph
-        rows = self._manifest.context_tokens
-        tables = zip((cosine, sine), self._reference.rope(rows), strict=True)
-        for name, want in tables:
-            if graph.shape(name) != want.shape:
-                self._walk.faults.append(
-                    f"decoder, table {name}: its shape is {graph.shape(name)}, must be "
-                    f"{want.shape} (context_tokens of manifest.json, half a head of config.json)"
-                )
-                continue
-            gap = np.abs(graph.read(name).astype(np.float32) - want).max(axis=1)
-            allowed = _ROUNDING.get(graph.dtype(name), 0.0) + _ANGLE_STEP * np.arange(rows)
-            wrong = np.flatnonzero(~(gap <= allowed))
-            if wrong.size:
-                worst = int(gap.argmax())
-                self._walk.faults.append(
-                    f"decoder, table {name}: {wrong.size} of {rows} positions differ from the "
-                    f"rotary embedding of config.json ({self._reference.text.rope_parameters}), "
-                    f"the first is {int(wrong[0])}, the worst {worst} by {float(gap[worst]):.2g}"
-                )
 
     def _says(self, node: str, what: str, have: object, want: object) -> None:
         says(self._walk, node, what, have, want)

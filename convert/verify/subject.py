@@ -86,6 +86,15 @@ class Subject:
         layer, head = self._layer_bytes()
         return layer * self.dims.text.num_hidden_layers + head <= self._memory_bytes
 
+    @property
+    def layers_beside_head(self) -> int:
+        """Layers that the memory holds beside the head, one at least."""
+        count = self.dims.text.num_hidden_layers
+        if self._memory_bytes is None:
+            return count
+        layer, head = self._layer_bytes()
+        return min(count, max(1, (self._memory_bytes - head) // max(1, layer)))
+
     def request(self, probe: Probe) -> Request:
         """A probe made ready as a user's question would be."""
         raw = self.artifact.manifest.prompt is None

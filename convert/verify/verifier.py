@@ -21,7 +21,7 @@ from llava_edge.convert.verify.golden_stage import golden_stage
 from llava_edge.convert.verify.golden_writer import golden_probe
 from llava_edge.convert.verify.graph_view import MissingNodeError
 from llava_edge.convert.verify.graph_weights import GraphWeights
-from llava_edge.convert.verify.greedy_stage import greedy_tokens
+from llava_edge.convert.verify.greedy_stage import greedy_tokens, not_run
 from llava_edge.convert.verify.layer_stage import LayerStage
 from llava_edge.convert.verify.memory_stage import memory_stage
 from llava_edge.convert.verify.packing_stage import packing_stage
@@ -33,6 +33,7 @@ from llava_edge.convert.verify.structure import structure_stage
 from llava_edge.convert.verify.subject import Subject
 from llava_edge.convert.verify.vision_weights import ArtifactWeights, VisionWeights
 from llava_edge.convert.verify.weights import DIGESTS, weights_stage
+from llava_edge.profiles.errors import OutOfMemoryError
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.bounds import Bounds, bounds_for
 from llava_edge.runtime.certificate import (
@@ -170,17 +171,21 @@ class Verifier:
     def _greedy(
         self, subject: Subject, answers: AnswerStages, layers: LayerStage
     ) -> list[StageResult]:
-        found, loop = answers.tokens, []
-        if subject.is_whole:
+        found = answers.tokens
+        try:
             more, own = greedy_tokens(
-                self.artifact, self.main, self.reference, self.bounds, self.options.threads
+                subject, self.main, self.reference, self.bounds, self.options.threads
             )
-            found, loop = found + more, [own]
+            found += more
+        except OutOfMemoryError as error:
+            if subject.is_whole:
+                raise
+            own = not_run(error)
         if not self.bounds.compares_layers:
-            return [found.row("greedy"), *loop]
+            return [found.row("greedy"), own]
         # End to end few positions are conclusive at the bound of the rounding; none of them may
         # differ. The evidence comes from behind the head, and for the loop from its own logits.
-        return [layers.tokens.row("greedy"), found.row("greedy", needs_evidence=False), *loop]
+        return [layers.tokens.row("greedy"), found.row("greedy", needs_evidence=False), own]
 
     def _find_deviation(self, subject: Subject, answers: AnswerStages) -> Deviation | None:
         """A graph may be too broken to be looked into; a node that is missing is the deviation."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llava_edge.convert.verify.graph_attributes import (
     Activation,
@@ -12,7 +13,6 @@ from llava_edge.convert.verify.graph_attributes import (
     NormAttributes,
     WiringError,
 )
-from llava_edge.convert.verify.graph_file import attribute
 from llava_edge.runtime.pooling import POOLING
 
 _PARTS = ("query", "key", "value")
@@ -102,15 +102,16 @@ def _unpooled(walk: GraphWalk, value: str) -> tuple[str, bool]:
     node = walk.graph.producer(value)
     if node is None or node.op_type not in ("MatMul", "ReduceMean"):
         return value, False
+    walk.meet(node)
     if node.op_type == "MatMul":
         _equal_shares(walk, node.input[0])
         gathered = node.input[1]
     else:
         walk.expect_numbers(node, 1, "axes", [2])
-        walk.expect(node, "keepdims", attribute(node, "keepdims", 1), 0)
+        walk.expect(node, "keepdims", walk.attribute(node, "keepdims"), 0)
         gathered = node.input[0]
     gather = walk.made_by(gathered, "Gather")
-    walk.expect(gather, "axis", attribute(gather, "axis", 0), 1)
+    walk.expect(gather, "axis", walk.attribute(gather, "axis"), 1)
     walk.expect(gather, "its indices", gather.input[1], POOLING)
     return str(gather.input[0]), True
 
@@ -127,7 +128,7 @@ def _equal_shares(walk: GraphWalk, value: str) -> None:
     walk.expect_numbers(expand, 0, "what it repeats", [1])
     shape = walk.made_by(expand.input[1], "Shape")
     walk.expect(shape, "whose shape it takes", shape.input[0], POOLING)
-    places = attribute(shape, "start", 0), attribute(shape, "end")
+    places = walk.attribute(shape, "start"), walk.attribute(shape, "end")
     walk.expect(shape, "start and end", places, (1, 2))
 
 
@@ -136,7 +137,7 @@ def _features(walk: GraphWalk, value: str) -> tuple[list[str], tuple[int, ...]]:
     node = walk.graph.producer(value)
     parts = [value]
     if node is not None and node.op_type == "Concat":
-        walk.expect(node, "axis", attribute(node, "axis"), -1)
+        walk.expect(walk.meet(node), "axis", walk.attribute(node, "axis"), -1)
         parts = [str(name) for name in node.input]
     states, first = [], []
     for part in parts:
@@ -161,6 +162,7 @@ def _chain(walk: GraphWalk, value: str) -> tuple[tuple[BlockAttributes, ...], st
         is_sum = node is not None and node.op_type == "Add"
         if node is None or not is_sum or any(walk.stored(name) for name in node.input):
             return tuple(reversed(blocks)), value, states
+        walk.meet(node)
         block, value = _block(walk, value)
         blocks.append(block)
         states.add(value)
@@ -205,7 +207,7 @@ def _attention(walk: GraphWalk, value: str) -> tuple[LinearAttributes, int, int,
     walk.expect_numbers(merged, 1, "shape", [0, 0, -1])
     product = walk.made_by(_turned(walk, merged.input[0], [0, 2, 1, 3]), "MatMul")
     softmax = walk.made_by(product.input[0], "Softmax")
-    walk.expect(softmax, "axis", attribute(softmax, "axis", -1), -1)
+    walk.expect(softmax, "axis", walk.attribute(softmax, "axis"), -1)
     scores = walk.made_by(softmax.input[0], "MatMul")
     scaled = walk.made_by(scores.input[0], "Mul")
     (scale,) = walk.numbers(scaled, 1)
@@ -214,7 +216,9 @@ def _attention(walk: GraphWalk, value: str) -> tuple[LinearAttributes, int, int,
     for place, part in enumerate(parts):
         squeeze = walk.made_by(part, "Squeeze")
         walk.expect_numbers(squeeze, 1, "axes", [0])
-        split = walk.made_by(squeeze.input[0], "Split")
+        maker = walk.made_by(squeeze.input[0], "Split")
+        walk.expect(squeeze, "the Split that it reads", maker.name, (split or maker).name)
+        split = maker
         found = list(split.output).index(squeeze.input[0])
         if found != place:
             walk.faults.append(
@@ -222,8 +226,9 @@ def _attention(walk: GraphWalk, value: str) -> tuple[LinearAttributes, int, int,
                 f"{_PARTS[place]}; the parts are {', '.join(_PARTS)}"
             )
     assert split is not None
-    walk.expect(split, "axis", attribute(split, "axis", 0), 0)
+    walk.expect(split, "axis", walk.attribute(split, "axis"), 0)
     walk.expect(split, "number of parts", len(split.output), 3)
+    walk.expect(split, "num_outputs", walk.attribute(split, "num_outputs"), 3)
     reshape = walk.made_by(_turned(walk, split.input[0], [2, 0, 3, 1, 4]), "Reshape")
     shape = walk.numbers(reshape, 1)
     walk.expect(reshape, "leading sizes of the shape", shape[:3], [0, 0, 3])
@@ -233,8 +238,20 @@ def _attention(walk: GraphWalk, value: str) -> tuple[LinearAttributes, int, int,
 def _turned(walk: GraphWalk, value: str, order: Sequence[int]) -> str:
     """What a Transpose reads, which must have this order of axes."""
     node = walk.made_by(value, "Transpose")
-    walk.expect(node, "perm", list(attribute(node, "perm", [])), list(order))
+    walk.expect(node, "perm", list(walk.attribute(node, "perm") or []), list(order))
     return str(node.input[0])
+
+
+def _expect_one_a_tile(walk: GraphWalk, expand: Any) -> None:
+    """The class token is repeated once for each tile."""
+    shape = walk.made_by(expand.input[1], "Concat")
+    walk.expect(shape, "axis", walk.attribute(shape, "axis"), 0)
+    walk.expect(shape, "number of inputs", len(shape.input), 2)
+    tiles = walk.made_by(shape.input[0], "Shape")
+    walk.expect(tiles, "whose shape it takes", tiles.input[0], "pixel_values")
+    places = walk.attribute(tiles, "start"), walk.attribute(tiles, "end")
+    walk.expect(tiles, "start and end", places, (0, 1))
+    walk.expect(shape, "sizes behind the tiles", walk.numbers(shape, 1)[:-1], [1])
 
 
 def _embedding(walk: GraphWalk, value: str) -> EmbeddingAttributes:
@@ -245,8 +262,10 @@ def _embedding(walk: GraphWalk, value: str) -> EmbeddingAttributes:
     total = walk.made_by(value, "Add")
     positions = walk.stored(total.input[1])
     tokens = walk.made_by(total.input[0], "Concat")
-    walk.expect(tokens, "axis", attribute(tokens, "axis"), 1)
+    walk.expect(tokens, "axis", walk.attribute(tokens, "axis"), 1)
+    walk.expect(tokens, "number of inputs", len(tokens.input), 2)
     expand = walk.made_by(tokens.input[0], "Expand")
+    _expect_one_a_tile(walk, expand)
     product = walk.made_by(tokens.input[1], "MatMul")
     kernel = walk.stored(product.input[1])
     class_token = walk.stored(expand.input[0])

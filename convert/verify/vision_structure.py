@@ -11,6 +11,7 @@ import numpy as np
 from llava_edge.convert.verify.graph_attributes import Activation, GraphWalk, LinearAttributes
 from llava_edge.convert.verify.graph_comparison import compare_linear, compare_norm, says
 from llava_edge.convert.verify.graph_file import GraphFile
+from llava_edge.convert.verify.node_faults import node_faults
 from llava_edge.convert.verify.reference_structure import ReferenceStructure
 from llava_edge.convert.verify.vision_attributes import (
     BlockAttributes,
@@ -106,6 +107,7 @@ def vision_faults(graph: GraphFile, manifest: Manifest, reference: ReferenceStru
         facts = manifest.conversion.get("vision")
         stated = facts if isinstance(facts, dict) else {}
         _says_count(walk, "weights_in_float", stated, form.weights_in_float)
+    walk.faults += node_faults(walk, found.embedding is not None)
     return walk.faults
 
 

@@ -62,6 +62,7 @@ MODELS: Mapping[str, Model] = {
         "mistral", precision="int8", vision="fp16", changes={"layers": 2}, alters="loud"
     ),
     "int4": Model("mistral", precision="int4", changes={"layers": 2}),
+    "int4 cuda": Model("mistral", precision="int4", board="a100", changes={"layers": 2}),
     "gptq": Model("mistral", precision="int4", changes={"layers": 2}, alters="act-order"),
     "system": Model("llama", alters="system turn"),
     "int8 cache": Model("llama", cache="int8", alters="quiet values"),

@@ -524,6 +524,13 @@ def as_before(copy: Tampered) -> None:
     place = list(graph.node).index(product)
     graph.node.remove(product)
     graph.node.insert(place, helper.make_node(*mean, keepdims=0))
+    # What made the shares: nothing of it was there.
+    pending = [divide]
+    while pending:
+        node = pending.pop()
+        graph.node.remove(node)
+        read = {name for each in graph.node for name in each.input}
+        pending += [n for n in graph.node if set(n.output) & set(node.input) - read]
 
 
 def other_axis(copy: Tampered) -> None:
