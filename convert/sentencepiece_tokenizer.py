@@ -32,6 +32,7 @@ from llava_edge.profiles.errors import CheckpointError
 
 _NEVER = -1e6
 _BLANK = "▁"
+_BYTE_NAME = r"<(?=0x[0-9A-F]{2}>)"
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,9 @@ class SentencePieceModel:
             longest_first = sorted(symbols, key=len, reverse=True)
             pattern = Regex("|".join(map(re.escape, longest_first)))
             splits.append(pre_tokenizers.Split(pattern, behavior="isolated"))
+        if (symbols or not bpe) and self._cuts_byte_names():
+            # Such models find whole words by name; the name of a byte in a text is no byte.
+            splits.append(pre_tokenizers.Split(Regex(_BYTE_NAME), behavior="merged_with_previous"))
         if splits:
             backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
         steps: list[Any] = [
@@ -123,6 +127,11 @@ class SentencePieceModel:
                 special_tokens=[(bos, self.proto.trainer_spec.bos_id)],
             )
         return backend
+
+    def _cuts_byte_names(self) -> bool:
+        """Whether text can be cut within the name of a byte: no piece goes across the cut."""
+        crossing = any("<0" in p.piece for p in self.proto.pieces if p.type != BYTE)
+        return bool(self.proto.trainer_spec.byte_fallback) and not crossing
 
     def _bpe(self, words: bool) -> models.BPE:
         pieces = self.proto.pieces

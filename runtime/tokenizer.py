@@ -100,6 +100,11 @@ class Tokenizer:
         return cls(backend, tokens, frozenset(control))
 
     @property
+    def backend(self) -> Backend:
+        """What encodes and decodes, for comparisons; it knows no control text."""
+        return self._backend
+
+    @property
     def image_id(self) -> int:
         """Id that marks the place of an image."""
         return self._tokens.image

@@ -11,20 +11,30 @@ and bos comes first. Source: ``LlamaTokenizer`` and ``PreTrainedTokenizer.tokeni
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
 import transformers
 
 from llava_edge.convert.chat_template import special_tokens_map
-from llava_edge.convert.sentencepiece_model import CONTROL, UNKNOWN, read_sentencepiece
+from llava_edge.convert.sentencepiece_model import (
+    BYTE,
+    CONTROL,
+    UNKNOWN,
+    USER_DEFINED,
+    read_sentencepiece,
+)
 from llava_edge.convert.text_files import read_object
 from llava_edge.convert.tokenizer_settings import read_added_tokens, read_tokenizer_config
 from llava_edge.convert.tokenizer_source import library_errors
 from llava_edge.convert.transformers_loader import load_tokenizer
+from llava_edge.convert.verify.tokenizer_definition import FLAGS, AddedEntry
+from llava_edge.runtime.prompt import MARKS
 
 _BLANK = "▁"
+_PLACEHOLDER = "\ufffd"
 
 
 class ReferenceTokenizer(Protocol):
@@ -33,12 +43,16 @@ class ReferenceTokenizer(Protocol):
     Attributes:
         name: library and version, for the certificate.
         added: ids of added tokens by content.
+        special: ids of those that are control text.
+        symbols: pieces of the vocabulary that text is cut at before anything else, by content.
         bos: the token that opens a sequence, where there is one.
         eos: the token that ends it.
     """
 
     name: str
     added: Mapping[str, int]
+    special: frozenset[int]
+    symbols: Mapping[str, int]
     bos: str | None
     eos: str | None
 
@@ -47,6 +61,12 @@ class ReferenceTokenizer(Protocol):
 
     def id_of(self, token: str) -> int | None:
         """Id of a token by its content."""
+
+    def ids_of_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many texts, with nothing put around them."""
+
+    def texts_of_ids(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """Texts of many id sequences, special tokens among them; spaces are not cleaned up."""
 
 
 class TransformersTokenizer:
@@ -59,8 +79,16 @@ class TransformersTokenizer:
         self.added: Mapping[str, int] = {
             str(t): int(i) for i, t in loaded.added_tokens_decoder.items()
         }
+        self.special = frozenset(
+            int(i) for i, t in loaded.added_tokens_decoder.items() if t.special
+        )
+        self.symbols: Mapping[str, int] = {}
         self.bos: str | None = loaded.bos_token
         self.eos: str | None = loaded.eos_token
+
+    def definition(self) -> str:
+        """The ``tokenizer.json`` that it computes with."""
+        return str(self._loaded.backend_tokenizer.to_str())
 
     def ids(self, text: str, *, adds_bos: bool = True) -> list[int]:
         """See ``ReferenceTokenizer``."""
@@ -70,6 +98,19 @@ class TransformersTokenizer:
         """See ``ReferenceTokenizer``."""
         found = self._loaded.convert_tokens_to_ids(token)
         return None if found is None else int(found)
+
+    def ids_of_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """See ``ReferenceTokenizer``."""
+        return list(self._loaded(list(texts), add_special_tokens=False)["input_ids"])
+
+    def texts_of_ids(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """See ``ReferenceTokenizer``.
+
+        It is what ``decode`` returns with ``clean_up_tokenization_spaces=False``: the clean-up was
+        made for WordPiece, and takes blanks away that the model wrote.
+        """
+        backend = self._loaded.backend_tokenizer
+        return list(backend.decode_batch([*map(list, sequences)], skip_special_tokens=False))
 
 
 class SentencePieceTokenizer:
@@ -97,13 +138,25 @@ class SentencePieceTokenizer:
         if prefix is not None:
             spec.add_dummy_prefix = prefix
         self._prefix = bool(spec.add_dummy_prefix)
-        if not self._legacy:
-            spec.add_dummy_prefix = False
         with library_errors("sentencepiece cannot open tokenizer.model"):
+            # One blank comes off the start of a text, however many pieces begin with one.
+            removes, spec.remove_extra_whitespaces = spec.remove_extra_whitespaces, False
+            self._decoder: Any = sentencepiece.SentencePieceProcessor(
+                model_proto=model.SerializeToString()
+            )
+            spec.remove_extra_whitespaces = removes
+            spec.add_dummy_prefix = self._prefix and self._legacy
             self._model: Any = sentencepiece.SentencePieceProcessor(
                 model_proto=model.SerializeToString()
             )
-        self._pieces = {piece.piece: index for index, piece in enumerate(model.pieces)}
+        self.normalises = bool(spec.precompiled_charsmap)
+        """Whether the model file brings a table of characters."""
+        self._bytes = {
+            i: int(p.piece[3:5], 16) for i, p in enumerate(model.pieces) if p.type == BYTE
+        }
+        self.pieces: Mapping[str, int] = {
+            str(piece.piece): index for index, piece in enumerate(model.pieces)
+        }
         listed = _listed_tokens(folder, settings)
         known = {
             str(p.piece): i for i, p in enumerate(model.pieces) if p.type in (CONTROL, UNKNOWN)
@@ -111,12 +164,23 @@ class SentencePieceTokenizer:
         known |= {content: index for content, (index, _) in listed.items()}
         named = special_tokens_map(folder, config)
         for content in named.values():
-            if content in self._pieces:
-                known.setdefault(content, self._pieces[content])
+            if content in self.pieces:
+                known.setdefault(content, self.pieces[content])
         for content, index in marks.items():
             known.setdefault(content, index)
         self.added: Mapping[str, int] = known
+        self.symbols: Mapping[str, int] = {
+            str(p.piece): i for i, p in enumerate(model.pieces) if p.type == USER_DEFINED
+        }
         self._flags = {content: flags for content, (_, flags) in listed.items()}
+        more = settings.get("additional_special_tokens") or ()
+        control = {*named.values(), *marks, *MARKS.values(), *map(_content, more)}
+        self.entries: Mapping[int, AddedEntry] = {
+            index: AddedEntry(content, _entry_flags(content, listed, control))
+            for content, index in known.items()
+        }
+        """Every added token with its flags, by id."""
+        self.special = frozenset(i for i, e in self.entries.items() if "special" in e.flags)
         longest_first = sorted(known, key=len, reverse=True)
         self._cut = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self.bos = self._named(named, "bos_token", "<s>")
@@ -146,7 +210,43 @@ class SentencePieceTokenizer:
 
     def id_of(self, token: str) -> int | None:
         """See ``ReferenceTokenizer``."""
-        return self.added.get(token, self._pieces.get(token))
+        return self.added.get(token, self.pieces.get(token))
+
+    def ids_of_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """See ``ReferenceTokenizer``."""
+        return [self.ids(text, adds_bos=False) for text in texts]
+
+    def texts_of_ids(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """See ``ReferenceTokenizer``; ids beyond the model file stand alone.
+
+        In two places the fast tokenizers differ from the library, and they are followed: a run of
+        byte pieces that is no UTF-8 becomes one placeholder a byte, where the library keeps what is
+        whole in it; and the blank that comes off the start may be written as a byte.
+        """
+        size = len(self.pieces)
+        inside = [[*self._placeheld(s)] if max(s, default=0) < size else [] for s in sequences]
+        with library_errors("sentencepiece fails at ids"):
+            found = [str(text) for text in self._decoder.decode(inside)] if inside else []
+        contents = {i: entry.content for i, entry in self.entries.items()}
+        return [
+            text if ids or not sequence else "".join(contents.get(i, "") for i in sequence)
+            for text, ids, sequence in zip(found, inside, sequences, strict=True)
+        ]
+
+    def _placeheld(self, ids: Sequence[int]) -> list[int]:
+        found: list[int] = []
+        for is_byte, group in groupby(ids, self._bytes.__contains__):
+            run = list(group)
+            data = bytes(self._bytes[i] for i in run) if is_byte else b""
+            try:
+                data.decode("utf-8")
+            except UnicodeDecodeError:
+                by_value = {value: i for i, value in self._bytes.items()}
+                run = [by_value[value] for value in _PLACEHOLDER.encode() * len(run)]
+            found += run
+        if found and self._bytes.get(found[0]) == ord(" "):
+            found[0] = self.pieces.get(_BLANK, found[0])
+        return found
 
     def _encode(self, run: str) -> list[int]:
         with library_errors("sentencepiece fails at a text"):
@@ -208,3 +308,21 @@ def _listed_tokens(
     for place, token in (settings.get("added_tokens_decoder") or {}).items():
         found[token["content"]] = (int(place), token)
     return found
+
+
+def _content(token: Any) -> str:
+    return str(token["content"] if isinstance(token, Mapping) else token)
+
+
+def _entry_flags(
+    content: str, listed: Mapping[str, tuple[int, Mapping[str, Any]]], control: set[str]
+) -> frozenset[str]:
+    """Flags of an added token: as its file says; else special where it is control text."""
+    _, flags = listed.get(content, (0, {}))
+    if flags:
+        special = bool(flags.get("special"))
+        said = {"normalized": not special, **flags}
+        return frozenset(flag for flag in FLAGS if said.get(flag))
+    if content in listed and content not in control:
+        return frozenset({"normalized"})
+    return frozenset({"special"})

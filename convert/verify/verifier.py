@@ -31,6 +31,7 @@ from llava_edge.convert.verify.prompt_stage import prompt_stage
 from llava_edge.convert.verify.reference_answer import Reference
 from llava_edge.convert.verify.structure import structure_stage
 from llava_edge.convert.verify.subject import Subject
+from llava_edge.convert.verify.tokenizer_stage import tokenizer_stage
 from llava_edge.convert.verify.vision_weights import ArtifactWeights, VisionWeights
 from llava_edge.convert.verify.weights import DIGESTS, weights_stage
 from llava_edge.profiles.errors import OutOfMemoryError
@@ -55,7 +56,7 @@ from llava_edge.runtime.versions import tool_versions
 Report = Callable[[str, int, int], None]
 """``report(stage, done, total)`` in stages."""
 
-_MOST_STAGES = 12
+_MOST_STAGES = 13
 """Of a full run that looks for a deviation."""
 QUICK_BYTES = 640 << 20
 """Weights of the decoder in memory at once while ``quick`` runs it."""
@@ -120,6 +121,7 @@ class Verifier:
         configure_process()
         artifact, checkpoint, reference = self.artifact, self.checkpoint, self.reference
         self._stage("structure", lambda: structure_stage(artifact, checkpoint))
+        self._stage("tokenizer", lambda: tokenizer_stage(artifact, checkpoint, reference.processor))
         self._stage("prompt", lambda: prompt_stage(artifact, checkpoint, reference.processor))
         self._stage("preprocessing", lambda: pixel_stage(artifact, reference.processor))
         self._stage("packing", lambda: packing_stage(artifact, reference.model))
