@@ -16,6 +16,7 @@ from typing import Any
 from llava_edge.bench.fresh_process import Spent, program, run_fresh
 from llava_edge.bench.memory_measure import fill_tokenizer
 from llava_edge.bench.random_models import CLIP_L, write_random
+from llava_edge.runtime.conversion_record import read_conversion
 
 Report = Callable[[str], None]
 
@@ -89,6 +90,7 @@ def measure_conversion(
     options = ["--precision", "int4", "--quantizer", step.quantizer, *step.options]
     spent = convert(checkpoint, artifact, options, look=look)
     conversion = json.loads((artifact / "manifest.json").read_text("utf-8"))["conversion"]
+    measured = read_conversion(artifact).quantization
     result = {
         "layers": step.layers,
         "sizes": dict(sizes),
@@ -103,16 +105,17 @@ def measure_conversion(
         "stage_ends": stage_ends,
         "load": spent.load,
         "resumed": resumed,
-        **_layers(step, spent.seconds - stage_ends.get("tokenizer", 0.0), conversion),
+        **_layers(step, spent.seconds - stage_ends.get("tokenizer", 0.0), conversion, measured),
     }
     shutil.rmtree(work)
     return result
 
 
-def _layers(step: MemoryStep, last_part: float, conversion: dict[str, Any]) -> dict[str, Any]:
+def _layers(
+    step: MemoryStep, last_part: float, conversion: dict[str, Any], measured: dict[str, Any]
+) -> dict[str, Any]:
     """Seconds a layer, and what the manifest says of a calibration."""
-    measured = conversion.get("measured")
-    if measured is None:
+    if not measured:
         # Rounded while the graph is written, which is the last part; the head is among it.
         return {"seconds_per_layer": last_part / step.layers}
     seconds = measured["seconds_by_layer"]

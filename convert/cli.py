@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             "artifact": str(conversion.folder),
             "artifact_bytes": conversion.artifact_bytes,
             "seconds": seconds,
-            "plan": manifest.plan,
+            "plan": conversion.plan.to_json(),
             "verdict": conversion.certificate.verdict,
             "verified": conversion.certificate.passed,
         }

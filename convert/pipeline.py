@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llava_edge.convert.cache_scales import NUM_SAMPLES as CACHE_SAMPLES
 from llava_edge.convert.card import write_card
 from llava_edge.convert.chat_template import compile_chat_template
@@ -25,7 +27,14 @@ from llava_edge.convert.hub import fetch_checkpoint
 from llava_edge.convert.image_settings import read_image_processing
 from llava_edge.convert.linear_ops import QuantizedLayers
 from llava_edge.convert.parts import EMBEDDINGS_FILE, TOKENIZER_FILE, PartBuilders, Report
-from llava_edge.convert.planning import ArtifactPlan, as_variant, choose, plan_artifact
+from llava_edge.convert.planning import (
+    ArtifactPlan,
+    as_variant,
+    choose,
+    lasting_plan,
+    plan_artifact,
+    seen_of_board,
+)
 from llava_edge.convert.preflight import check_download
 from llava_edge.convert.quantization import (
     BodyFormat,
@@ -35,10 +44,11 @@ from llava_edge.convert.quantization import (
     quantize,
     tile_conversations,
 )
+from llava_edge.convert.quantized_store import MEASURED
 from llava_edge.convert.random_checkpoint import RANDOM_KEY
 from llava_edge.convert.reference import REFERENCE
 from llava_edge.convert.request import ConvertRequest
-from llava_edge.convert.torch_threads import allowed_torch_threads
+from llava_edge.convert.torch_threads import allowed_torch_threads, torch_threads
 from llava_edge.convert.transformers_loader import meta_model
 from llava_edge.convert.verification import Verification
 from llava_edge.convert.verify.digested_source import DigestedSource
@@ -49,6 +59,7 @@ from llava_edge.convert.vision_tiles import cut_tiles
 from llava_edge.convert.write_artifact import ArtifactWriter, refuse_existing
 from llava_edge.profiles.errors import BudgetError, RequestError
 from llava_edge.profiles.formats import VisionFormat, part_precisions, weight_bytes
+from llava_edge.profiles.plan import DeploymentPlan
 from llava_edge.profiles.variants import find_variant, load_variants
 from llava_edge.runtime.certificate import Certificate
 from llava_edge.runtime.engine_files import ENGINES, graph_digests
@@ -82,8 +93,21 @@ class Conversion:
 
     folder: Path
     manifest: Manifest
+    plan: DeploymentPlan
     artifact_bytes: int
     certificate: Certificate
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The parts of an artifact: what its manifest says of them, and what differs from run to run.
+
+    ``measured`` are seconds and memory of the quantiser; ``plan`` is the one that was kept to.
+    """
+
+    manifest: Manifest
+    plan: DeploymentPlan
+    measured: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -130,27 +154,35 @@ def convert_checkpoint(request: ConvertRequest, report: Report, say: Say) -> Con
         say(f"note: {note}")
     job = _prepare(request, checkpoint, files, planned, report, say)
     needed = _needed_bytes(job)
-    with ArtifactWriter(
-        out,
-        _key(job),
-        force=request.force,
-        needed_bytes=needed,
-        inputs=job.inputs,
-        check_inputs=job.check_inputs,
-        say=lambda text: say(f"note: {text}"),
-    ) as writer:
+    with (
+        ArtifactWriter(
+            out,
+            _key(job),
+            force=request.force,
+            needed_bytes=needed,
+            inputs=job.inputs,
+            check_inputs=job.check_inputs,
+            threads=torch.get_num_threads(),
+            say=lambda text: say(f"note: {text}"),
+        ) as writer,
+        torch_threads(writer.threads),
+    ):
         check_free_space(writer.folder, max(0, needed - writer.finished_bytes))
-        manifest = _write_parts(job, writer, report)
+        written = _write_parts(job, writer, report)
+        manifest = written.manifest
         verification = Verification(request.verify, checkpoint, report, say)
         verification.add_golden(manifest, writer)
         size = sum(path.stat().st_size for path in writer.folder.rglob("*") if path.is_file())
-        prepared = writer.prepare(manifest, write_card(manifest, size, None))
+        record = replace(
+            writer.record, quantization=written.measured, board=seen_of_board(written.plan)
+        )
+        prepared = writer.prepare(manifest, write_card(manifest, size, None), record)
         certificate = verification.certify(prepared, size, writer)
         folder = writer.publish()
-    return Conversion(folder, manifest, size, certificate)
+    return Conversion(folder, manifest, written.plan, size, certificate)
 
 
-def _write_parts(job: _Job, writer: ArtifactWriter, report: Report) -> Manifest:
+def _write_parts(job: _Job, writer: ArtifactWriter, report: Report) -> _Written:
     """Everything but manifest and card; the decoder last: its codes are found through the rest."""
     profile = job.request.profile
     build = PartBuilders(job.checkpoint, profile.flavour, job.planned.plan.context_tokens, report)
@@ -221,8 +253,9 @@ def _write_parts(job: _Job, writer: ArtifactWriter, report: Report) -> Manifest:
     decoder_graph = from_json(GraphSpec, spec)
     stated = _facts(vision_facts, facts)
     manifest = _manifest(job, tokens, vision, decoder_graph, stated)
+    written = _Written(manifest, job.planned.plan, facts.get(MEASURED, {}))
     if not _has_int8_cache(job):
-        return manifest
+        return written
 
     def int8_cache(folder: Path) -> Any:
         asked = job.request.quantization
@@ -231,11 +264,12 @@ def _write_parts(job: _Job, writer: ArtifactWriter, report: Report) -> Manifest:
             return build.int8_cache(folder, decoder_graph, manifest.precision, samples, writer.work)
 
     spec, facts = writer.part("int8_cache", int8_cache)
-    return replace(
+    manifest = replace(
         manifest,
         decoder_int8_cache=from_json(GraphSpec, spec),
         conversion={**manifest.conversion, "int8_cache": facts},
     )
+    return replace(written, manifest=manifest)
 
 
 def _has_int8_cache(job: _Job) -> bool:
@@ -244,13 +278,13 @@ def _has_int8_cache(job: _Job) -> bool:
 
 
 def _facts(vision: Mapping[str, Any], decoder: Mapping[str, Any]) -> dict[str, Any]:
-    """What the manifest says of both graphs; digests of all codes in one place.
+    """What the manifest says of both graphs; digests of all codes in one place, no measurements.
 
     The journal keeps what it was given for the next run, so nothing of it is changed here.
     """
     digests = {**vision.get(DIGESTS, {}), **decoder.get(DIGESTS, {})}
     own = {name: value for name, value in vision.items() if name != DIGESTS}
-    stated = {name: value for name, value in decoder.items() if name != DIGESTS}
+    stated = {n: value for n, value in decoder.items() if n not in (DIGESTS, MEASURED)}
     if own:
         stated["vision"] = own
     if digests:
@@ -517,7 +551,7 @@ def _manifest(
         variant=plan.variant,
         flavour=flavour,
         precision=precision,
-        plan=plan.to_json(),
+        plan=lasting_plan(plan),
         model=checkpoint.dims,
         image_processing=job.processing,
         video_processing=job.video,

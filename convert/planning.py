@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.gptq_checkpoint import open_gptq
@@ -63,6 +64,23 @@ def plan_artifact(request: ConvertRequest, checkpoint: Checkpoint) -> ArtifactPl
     )
     grid = _grid(checkpoint.dims, request, plan)
     return ArtifactPlan(plan, grid, reference, (*notes, *more), engine, wishes.num_frames)
+
+
+def lasting_plan(plan: DeploymentPlan) -> dict[str, Any]:
+    """A plan as the manifest has it: without what the board had free when it was made."""
+    document = plan.to_json()
+    del document["rejected"]
+    for memory in (document["memory"], document["memory"].get("host", {})):
+        memory.pop("budget_bytes", None)
+    return document
+
+
+def seen_of_board(plan: DeploymentPlan) -> dict[str, Any]:
+    """The rest of a plan, which differs from run to run on a board that is looked at."""
+    seen = {"budget_bytes": plan.memory.budget_bytes, "rejected": plan.to_json()["rejected"]}
+    if plan.memory.host_budget_bytes is not None:
+        seen["host_budget_bytes"] = plan.memory.host_budget_bytes
+    return seen
 
 
 def choose(request: ConvertRequest, wishes: PlanRequest) -> tuple[DeploymentPlan, tuple[str, ...]]:

@@ -51,6 +51,9 @@ __all__ = [
 ]
 
 JOURNAL = "journal.json"
+MEASURED = "measured"
+"""Key of a report: what differs from run to run."""
+
 JOURNAL_VERSION = 1
 _JOURNAL_LIMIT = 64 << 20
 _BLOCK_BYTES = 1 << 22
@@ -205,7 +208,7 @@ class QuantizedStore:
                 for name, linear in record.linears.items()
                 if linear.note
             ],
-            "measured": {
+            MEASURED: {
                 "seconds_by_layer": [record.seconds for record in journal.layers],
                 "peak_host_bytes": max(record.peak_host_bytes for record in journal.layers),
             },

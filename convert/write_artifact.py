@@ -3,7 +3,8 @@
 Beside the output ``OUT`` lies ``OUT.partial`` while the work is going on:
 
     OUT.partial/.lock          held as long as a conversion writes here
-    OUT.partial/journal.json   the request and the finished parts, with sizes and digests
+    OUT.partial/journal.json   the request and the finished parts, with sizes and digests, and how
+                               many threads they were computed with
     OUT.partial/artifact/      the files; renamed to OUT in one step at the end
     OUT.partial/work/          what an unfinished part resumes from
     OUT.partial/replaced/      the old OUT, for the moment of the exchange under ``force``
@@ -25,6 +26,7 @@ import math
 import os
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -59,11 +61,15 @@ from llava_edge.profiles.errors import (
     shorten,
 )
 from llava_edge.runtime.artifact import check_graphs, check_listing, read_manifest
+from llava_edge.runtime.certificate import utc_now
+from llava_edge.runtime.conversion_record import CONVERSION_VERSION, ConversionRecord, PartRecord
 from llava_edge.runtime.digests import hash_files
+from llava_edge.runtime.host_memory import peak_host_bytes
 from llava_edge.runtime.manifest import FileEntry, Manifest
 from llava_edge.runtime.manifest_check import (
     CARD,
     CERTIFICATE,
+    CONVERSION,
     MANIFEST,
     UNLISTED,
     is_safe_name,
@@ -72,6 +78,7 @@ from llava_edge.runtime.opened_files import OpenedFiles
 from llava_edge.runtime.records import from_json, to_json
 from llava_edge.runtime.safe_open import read_bounded
 from llava_edge.runtime.sealed_json import parse_strict, seal
+from llava_edge.runtime.this_machine import describe_host
 
 _LOG = logging.getLogger(__name__)
 _REPORT = "failure.json"
@@ -83,10 +90,11 @@ Stamp = tuple[int, int, int]
 
 @dataclass
 class _Part:
-    """A finished part: its files, and the JSON value that its builder returned."""
+    """A finished part: its files, the JSON value that its builder returned, and what it took."""
 
     files: dict[str, FileEntry]
     value: Any = None
+    took: PartRecord = field(default_factory=PartRecord)
 
 
 @dataclass
@@ -94,6 +102,9 @@ class _Journal:
     request: dict[str, Any]
     inputs: dict[str, str]
     parts: dict[str, _Part] = field(default_factory=dict)
+    threads: int = 1
+    began: str = field(default_factory=utc_now)
+    runs: int = 1
 
     @property
     def files(self) -> dict[str, FileEntry]:
@@ -147,6 +158,7 @@ class ArtifactWriter:
             one of them differs, everything that an earlier run finished is made again.
         check_inputs: raises where inputs changed since they were digested. Called before a part
             counts as finished, and before the artifact takes its place.
+        threads: that a new conversion computes with; one that is resumed keeps its own.
         say: told which inputs changed since an earlier run.
         force: replace an existing artifact, and discard an unfinished conversion.
         needed_bytes: what the whole artifact will take, for the message on a full disk.
@@ -161,6 +173,7 @@ class ArtifactWriter:
         folder: where parts put their files, laid out as in the artifact.
         work: where a part may keep what is needed to go on after an interruption; it is gone once
             the artifact is in its place.
+        threads: that every part is to be computed with, since last bits can depend on them.
     """
 
     def __init__(
@@ -172,6 +185,7 @@ class ArtifactWriter:
         needed_bytes: int | None = None,
         inputs: Mapping[str, str] | None = None,
         check_inputs: Callable[[], None] = lambda: None,
+        threads: int = 1,
         say: Callable[[str], None] = _LOG.warning,
     ) -> None:
         self.out = output_path(out)
@@ -190,7 +204,7 @@ class ArtifactWriter:
         self._asked: set[str] = set()
         self._check_inputs = check_inputs
         self._say = say
-        self._journal = _Journal({}, dict(inputs or {}))
+        self._journal = _Journal({}, dict(inputs or {}), threads=threads)
         request = json.loads(json.dumps(dict(request_key), allow_nan=False))
         self._refuse_existing()
         try:
@@ -213,6 +227,26 @@ class ArtifactWriter:
     def files(self) -> Mapping[str, FileEntry]:
         """Files of the parts that are finished, by name."""
         return self._journal.files
+
+    @property
+    def threads(self) -> int:
+        """See the class."""
+        return self._journal.threads
+
+    @property
+    def record(self) -> ConversionRecord:
+        """What the conversion took so far, in all its runs, and where it runs."""
+        journal = self._journal
+        return ConversionRecord(
+            schema_version=CONVERSION_VERSION,
+            manifest_sha256="",
+            began=journal.began,
+            finished=utc_now(),
+            runs=journal.runs,
+            threads=journal.threads,
+            host=describe_host("cpu"),
+            parts={name: part.took for name, part in journal.parts.items()},
+        )
 
     @property
     def finished_bytes(self) -> int:
@@ -245,9 +279,11 @@ class ArtifactWriter:
             self._remove_unfinished()
         with self._cleaning(f"part {name!r}"):
             before = self._stamps()
+            started = time.perf_counter()
             value = json.loads(json.dumps(build(self.folder), allow_nan=False))
+            took = PartRecord(round(time.perf_counter() - started, 3), peak_host_bytes())
             self._require_inputs()
-            self._journal.parts[name] = _Part(self._seal_files(before), value)
+            self._journal.parts[name] = _Part(self._seal_files(before), value, took)
             try:
                 self._write_journal()
             except BaseException:
@@ -255,12 +291,15 @@ class ArtifactWriter:
                 raise
         return value
 
-    def prepare(self, manifest: Manifest, card: str) -> Path:
-        """Complete the folder: manifest with all files, and the card. It can then be opened.
+    def prepare(
+        self, manifest: Manifest, card: str, conversion: ConversionRecord | None = None
+    ) -> Path:
+        """Complete the folder: manifest with all files, and what it does not list.
 
         Args:
             manifest: ``files`` and ``self_sha256`` are filled in here.
             card: text of ``README.md``.
+            conversion: for ``conversion.json``; ``manifest_sha256`` is filled in here.
 
         Returns:
             ``folder``, which is still in ``OUT.partial``.
@@ -277,7 +316,10 @@ class ArtifactWriter:
             write_atomic(self.folder / CARD, card.encode("utf-8"))
             write_atomic(self.folder / MANIFEST, seal(to_json(complete)))
             try:
-                written, _ = read_manifest(self.folder)
+                written, digest = read_manifest(self.folder)
+                record = replace(conversion or self.record, manifest_sha256=digest)
+                text = json.dumps(to_json(record), indent=2, sort_keys=True, allow_nan=False)
+                write_atomic(self.folder / CONVERSION, text.encode("ascii") + b"\n")
                 check_listing(self.folder, written)
                 with OpenedFiles(self.folder, written.files) as files:
                     check_graphs(files, written)
@@ -390,18 +432,17 @@ class ArtifactWriter:
         discard = "Add --force to discard it, or name another output."
         try:
             document = parse_strict(read_bounded(path, _JOURNAL_LIMIT), str(path))
-            if not isinstance(document, dict) or not (
-                {"request", "parts"} <= set(document) <= {"request", "inputs", "parts"}
-            ):
+            if not isinstance(document, dict) or not {"request", "parts"} <= set(document):
                 raise ArtifactError(f"{path} is no journal of this version")
-            there = from_json(dict[str, Any], document["request"], "request")
-            known = from_json(dict[str, str], document.get("inputs", {}), "inputs")
-            parts = from_json(dict[str, _Part], document["parts"], "parts")
+            # Journals that note no inputs differ in all of them, so their parts are made again.
+            noted = {"inputs": {}, "threads": self._journal.threads, **document}
+            found = from_json(_Journal, noted, "journal")
         except ArtifactError as error:
             raise RequestError(
                 f"{self._partial} holds an unfinished conversion whose journal cannot be read "
                 f"({error}). {discard}"
             ) from error
+        there, parts = found.request, found.parts
         if there != request:
             differing = [
                 f"{key} was {_brief(there.get(key))} and is now {_brief(request.get(key))}"
@@ -414,7 +455,7 @@ class ArtifactWriter:
             )
         if not all(is_safe_name(name) for part in parts.values() for name in part.files):
             raise RequestError(f"{path} names files outside the artifact. {discard}")
-        changed = changed_names(known, inputs)
+        changed = changed_names(found.inputs, inputs)
         if changed:
             # What one part is made of goes into the others through calibration and golden prompts.
             made = ", ".join(sorted(parts)) or "nothing so far"
@@ -423,12 +464,13 @@ class ArtifactWriter:
                 "what was begun."
             )
             return self._begin_anew(request, inputs)
-        return _Journal(request, inputs, parts)
+        found.runs += 1
+        return found
 
     def _begin_anew(self, request: dict[str, Any], inputs: dict[str, str]) -> _Journal:
         remove(self.folder)
         remove(self.work)
-        return _Journal(request, inputs)
+        return _Journal(request, inputs, threads=self._journal.threads)
 
     def _require_inputs(self) -> None:
         """Make sure that inputs are unchanged; else what was begun is a mixture and goes."""
@@ -439,12 +481,7 @@ class ArtifactWriter:
             raise
 
     def _write_journal(self) -> None:
-        document = {
-            "request": self._journal.request,
-            "inputs": self._journal.inputs,
-            "parts": to_json(self._journal.parts),
-        }
-        text = json.dumps(document, indent=1, allow_nan=False)
+        text = json.dumps(to_json(self._journal), indent=1, allow_nan=False)
         write_atomic(self._partial / JOURNAL, text.encode("utf-8"))
 
     def _stamps(self) -> dict[str, Stamp]:

@@ -23,10 +23,12 @@ from typing import Any
 from llava_edge.profiles.errors import ArtifactError, plain_reason
 from llava_edge.runtime.certificate import Certificate
 from llava_edge.runtime.certificate_file import read_certificate
+from llava_edge.runtime.conversion_record import CONVERSION_LIMIT
 from llava_edge.runtime.digests import DigestCache, hash_files, hash_opened
 from llava_edge.runtime.graph_check import graph_faults, spec_faults
-from llava_edge.runtime.manifest import FileEntry, GraphSpec, Manifest
+from llava_edge.runtime.manifest import SINCE_4, FileEntry, GraphSpec, Manifest
 from llava_edge.runtime.manifest_check import (
+    CONVERSION,
     LOST_AND_FOUND,
     MANIFEST,
     MAX_FILES,
@@ -48,9 +50,10 @@ _MANIFEST_LIMIT = 8 << 20
 _AGAIN = "Copy the artifact again, or convert again."
 
 READERS: Mapping[int, Callable[[Any], Manifest]] = {
-    1: lambda document: _without(document, "decoder_int8_cache"),
-    2: lambda document: _without(document),
-    3: lambda document: from_json(Manifest, document, MANIFEST),
+    1: lambda document: _before_3(document, "decoder_int8_cache"),
+    2: lambda document: _before_3(document),
+    3: lambda document: _without(document),
+    4: lambda document: from_json(Manifest, document, MANIFEST),
 }
 """How each schema version ever released becomes today's Manifest."""
 
@@ -198,18 +201,26 @@ def _reader(document: Any, path: Path) -> Callable[[Any], Manifest]:
     known = ", ".join(map(str, sorted(READERS)))
     tools = document.get("tools")
     writer = tools.get("llava-edge") if isinstance(tools, dict) else None
-    reads = f"llava-edge {writer!s:.40}" if isinstance(writer, str) else "a newer llava-edge"
+    own = own_version()
+    # Between two releases both have one version; to install that again would not help.
+    is_other = isinstance(writer, str) and writer != own
+    reads = f"llava-edge {writer!s:.40} or later" if is_other else "a newer llava-edge"
     raise ArtifactError(
-        f"{path} has schema_version {stated}; this is llava-edge {own_version()}, which reads "
-        f"{known}. Install {reads} or later to open it, or convert again with this one."
+        f"{path} has schema_version {stated}; this is llava-edge {own}, which reads "
+        f"{known}. Install {reads} to open it, or convert again with this one."
     )
 
 
 def _without(document: Any, *later: str) -> Manifest:
-    """A manifest up to version 2, before some fields were there: those have today's default."""
-    if unknown := sorted(set(document) & set(later)):
+    """A manifest up to version 3, before some fields were there: those have today's default."""
+    if unknown := sorted(set(document) & {*later, *SINCE_4}):
         raise ArtifactError(f"{MANIFEST} has fields of a later schema_version: {unknown}")
-    return from_json(Manifest, with_prompt_of_2(document), MANIFEST)
+    return from_json(Manifest, document, MANIFEST)
+
+
+def _before_3(document: Any, *later: str) -> Manifest:
+    """A manifest up to version 2, with another prompt format."""
+    return _without(with_prompt_of_2(document), *later)
 
 
 def check_listing(root: Path, manifest: Manifest) -> None:
@@ -221,7 +232,7 @@ def check_listing(root: Path, manifest: Manifest) -> None:
 
     Raises:
         ArtifactError: a file is missing, of another size, not listed, or no plain file; a link
-            leads to a folder, to nothing or in a circle.
+            leads to a folder, to nothing or in a circle; the record of the conversion is too large.
     """
     faults: list[str] = []
     found: dict[str, int | None] = {}
@@ -242,6 +253,11 @@ def check_listing(root: Path, manifest: Manifest) -> None:
             faults.append(f"{shown} is not listed in {MANIFEST}; remove it")
         elif stat.S_ISREG(status.st_mode):
             found[name] = status.st_size
+            if name == CONVERSION and status.st_size > CONVERSION_LIMIT:
+                faults.append(
+                    f"{name} has {status.st_size} bytes; it may have {CONVERSION_LIMIT}, and an "
+                    "artifact does not need it: remove it"
+                )
         else:
             faults.append(f"{shown} is no regular file; an artifact holds plain files only")
     for name, listed in manifest.files.items():

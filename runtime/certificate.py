@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Any, Literal
 
 from llava_edge.runtime.manifest import Flavour
@@ -107,6 +108,11 @@ class Certificate:
     peak_host_bytes: int = 0
     manifest_sha256: str = ""
     self_sha256: str = ""
+
+
+def utc_now() -> str:
+    """The time as certificates and records have it: UTC, ISO 8601, whole seconds."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def overall(stages: Iterable[StageResult]) -> Verdict:

@@ -12,8 +12,13 @@ from typing import Any, Literal
 from llava_edge.profiles.buffers import CacheType
 from llava_edge.profiles.model_dims import ModelDims
 
-SCHEMA_VERSION = 3
-"""2 added ``decoder_int8_cache``; 3 has a wider ``PromptFormat``."""
+SCHEMA_VERSION = 4
+"""2 added ``decoder_int8_cache``; 3 has a wider ``PromptFormat``; 4 holds nothing that differs
+between two runs of one conversion: timings, peaks and the board's free memory stand in
+``conversion.json``."""
+
+SINCE_4: tuple[str, ...] = ()
+"""Optional fields of ``Manifest`` that version 4 added; manifests of earlier versions have none."""
 
 Flavour = Literal["cpu", "cuda"]
 Reference = Literal["hf", "original"]
@@ -229,7 +234,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Contents of ``manifest.json``; ``files`` lists all but the certificate and the card."""
+    """Contents of ``manifest.json``; the same conversion gives the same bytes of it.
+
+    ``files`` lists every other file except the certificate, the record of the conversion and the
+    card. ``plan`` is the deployment plan without what the board had free at that time. Keys within
+    ``plan`` and ``conversion`` may be added under any version; nothing is read from them that
+    answers depend on.
+    """
 
     schema_version: int
     variant: str

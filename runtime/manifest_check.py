@@ -27,7 +27,8 @@ from llava_edge.runtime.prompt_date import is_date_form
 MANIFEST = "manifest.json"
 CERTIFICATE = "certificate.json"
 CARD = "README.md"
-UNLISTED = frozenset({MANIFEST, CERTIFICATE, CARD})
+CONVERSION = "conversion.json"
+UNLISTED = frozenset({MANIFEST, CERTIFICATE, CARD, CONVERSION})
 """Files of an artifact that its manifest does not list."""
 
 LOST_AND_FOUND = "lost+found"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
@@ -45,6 +44,7 @@ from llava_edge.runtime.certificate import (
     StageResult,
     exact,
     overall,
+    utc_now,
 )
 from llava_edge.runtime.golden import GoldenProbe
 from llava_edge.runtime.host_memory import peak_host_bytes
@@ -245,7 +245,7 @@ class Verifier:
             passed=verdict == "pass",
             verdict=verdict,
             mode=self.options.mode,
-            issued=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            issued=utc_now(),
             flavour=manifest.flavour,
             host=describe_host("cpu"),
             reference=REFERENCE if ids_by == REFERENCE else f"{REFERENCE}; ids by {ids_by}",
@@ -302,7 +302,7 @@ def unverified(artifact: Artifact) -> Certificate:
         passed=False,
         verdict="inconclusive",
         mode="none",
-        issued=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        issued=utc_now(),
         flavour=artifact.manifest.flavour,
         host=describe_host("cpu"),
         reference=REFERENCE,

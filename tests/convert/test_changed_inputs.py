@@ -24,7 +24,7 @@ from llava_edge.convert.write_artifact import ArtifactWriter
 from llava_edge.profiles.errors import CheckpointError, RequestError
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.cli import main
-from llava_edge.runtime.manifest_check import UNLISTED
+from llava_edge.runtime.manifest_check import MANIFEST, UNLISTED
 from llava_edge.runtime.progress import no_progress
 
 Change = Callable[[Path], None]
@@ -87,21 +87,12 @@ def interrupt_after(part: str, request: ConvertRequest) -> None:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """All but what says when it was made, and how long that took."""
-    found = {
+    """The manifest and every file that it lists."""
+    return {
         path.relative_to(out).as_posix(): path.read_bytes()
         for path in sorted(out.rglob("*"))
-        if path.is_file() and path.name not in UNLISTED
+        if path.is_file() and path.name not in UNLISTED - {MANIFEST}
     }
-    manifest = json.loads((out / "manifest.json").read_text())
-    del manifest["self_sha256"]
-    return {**found, "manifest.json": json.dumps(_timeless(manifest)).encode()}
-
-
-def _timeless(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _timeless(v) for k, v in value.items() if k != "measured"}
-    return [_timeless(each) for each in value] if isinstance(value, list) else value
 
 
 def edited(name: str, **values: Any) -> Change:

@@ -43,6 +43,7 @@ from llava_edge.runtime.manifest import (
     TensorSpec,
     TokenIds,
 )
+from llava_edge.runtime.manifest_check import CONVERSION
 from llava_edge.runtime.records import to_json
 
 KEY = {"checkpoint": "abc", "precision": "int4", "grid": [1, 2]}
@@ -124,10 +125,11 @@ def never(folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """All but the record of the conversion, which says when it was."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != CONVERSION
     }
 
 

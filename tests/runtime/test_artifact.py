@@ -669,7 +669,7 @@ def test_a_folder_with_too_many_files_is_given_up(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(artifact_module, "MAX_FILES", 2)
-    with pytest.raises(ArtifactError, match="holds more than 5 files"):
+    with pytest.raises(ArtifactError, match="holds more than 6 files"):
         open_artifact(toy)
 
 
