@@ -74,7 +74,8 @@ class Verification:
                 # Verifying will meet the same, and says at which stage.
                 self._say(f"note: no golden prompts were made: {error}")
                 return
-            (folder / GOLDEN_FILE).write_bytes(golden_bytes(probes, listed))
+            media = self._reference.media.golden
+            (folder / GOLDEN_FILE).write_bytes(golden_bytes(probes, listed, media=media))
 
         writer.part("golden", build)
 

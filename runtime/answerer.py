@@ -233,6 +233,10 @@ class Answerer:
             on_logits(index, self._decoder.step(row[0]))
         return Replay(request, embeddings.features[:-1])
 
+    def embed_rows(self, request: Request, positions: Array) -> Array:
+        """What the decoder reads at some positions of a prompt; see ``LlavaEdge.embed_rows``."""
+        return self._embedder.embed(request, no_progress).at(positions, self._dtype)
+
     def forget(self) -> None:
         """Let no later answer reuse what was computed so far."""
         self._contents.clear()

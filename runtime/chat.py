@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, NoReturn, get_args
 
 from llava_edge.profiles.errors import PromptError, RequestError
@@ -121,8 +122,10 @@ class Chat:
         system: str | None = None,
         image_marks: bool = True,
         grid: str | None = None,
+        now: datetime | None = None,
     ) -> None:
         self._messages: list[ChatMessage] = []
+        self._now = now
         self._system: str | None = None
         self._requests = requests
         self._start = start
@@ -365,6 +368,7 @@ class Chat:
             said,
             image_marks=self._image_marks,
             generation_prompt=generation_prompt,
+            now=self._now,
         )
 
     def _request(

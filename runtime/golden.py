@@ -18,6 +18,13 @@ import numpy as np
 
 from llava_edge.profiles.buffers import video_tokens_per_frame
 from llava_edge.profiles.errors import ArtifactError, ExportError, ImageError
+from llava_edge.runtime.golden_media import (
+    MEDIA_LIMIT,
+    GoldenMedia,
+    media_of,
+    media_tensors,
+    media_text,
+)
 from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.opened_file import OpenedFile
@@ -30,7 +37,11 @@ GOLDEN_LIMIT = 4 << 20
 """Largest file in bytes that is written or read."""
 MAX_PROBES = 32
 
-_FORMAT = "llava-edge golden 1"
+_FORMAT = "llava-edge golden 2"
+_READABLE = ("llava-edge golden 1", _FORMAT)
+"""The first had probes alone, no files."""
+LOOP_LIMIT = 64 << 10
+"""Largest text in bytes of what is kept about the loop."""
 _HEADER_LIMIT = 256 << 10
 _MOST_RANGE = 64.0
 """Times the spread of the logits that are kept; a sample of the vocabulary holds less."""
@@ -96,12 +107,20 @@ class GoldenProbe:
     video: Array | None = None
 
 
-def golden_bytes(probes: Sequence[GoldenProbe], manifest: Manifest) -> bytes:
+def golden_bytes(
+    probes: Sequence[GoldenProbe],
+    manifest: Manifest,
+    loop: Any | None = None,
+    media: GoldenMedia | None = None,
+) -> bytes:
     """The file's contents.
 
     Args:
         probes: what the reference said.
         manifest: of the artifact that they are for; ``files`` is not looked at.
+        loop: a JSON value about the loop, of at most ``LOOP_LIMIT`` bytes; None for none. Whoever
+            reads it judges it.
+        media: picture and video files; None for none.
 
     Raises:
         ExportError: a probe does not fit the model, is not finite, or all are too large.
@@ -116,12 +135,17 @@ def golden_bytes(probes: Sequence[GoldenProbe], manifest: Manifest) -> bytes:
         }
         for probe in probes
     ]
-    header: dict[str, Any] = {
-        "__metadata__": {"format": _FORMAT, "probes": json.dumps(texts, ensure_ascii=True)}
-    }
+    metadata = {"format": _FORMAT, "probes": json.dumps(texts, ensure_ascii=True)}
+    if loop is not None:
+        metadata["loop"] = json.dumps(loop, ensure_ascii=True, sort_keys=True, allow_nan=False)
+    arrays = _tensors(probes)
+    if media is not None:
+        metadata["media"] = json.dumps(media_text(media), ensure_ascii=True)
+        arrays |= media_tensors(media)
+    header: dict[str, Any] = {"__metadata__": metadata}
     parts: list[bytes] = []
     offset = 0
-    for name, array in sorted(_tensors(probes).items(), key=_widest_first):
+    for name, array in sorted(arrays.items(), key=_widest_first):
         data = np.ascontiguousarray(array).tobytes()
         header[name] = {
             "dtype": _CODES[array.dtype],
@@ -150,11 +174,44 @@ def read_golden(opened: OpenedFile, manifest: Manifest) -> tuple[GoldenProbe, ..
     return parse_golden(opened.read(GOLDEN_LIMIT), manifest, str(opened.path))
 
 
+def read_golden_loop(opened: OpenedFile) -> Any | None:
+    """The JSON value about the loop that ``golden_bytes`` was given; None where there is none.
+
+    Raises:
+        ArtifactError: the file is damaged or too large. What the value means is not judged.
+    """
+    try:
+        texts = _split(opened.read(GOLDEN_LIMIT))[1]
+    except (_MalformedError, ArtifactError) as error:
+        raise ArtifactError(f"{opened.path} holds no golden probes: {error}. {_AGAIN}") from error
+    return texts.loop
+
+
+def read_golden_media(opened: OpenedFile, manifest: Manifest) -> GoldenMedia:
+    """Picture and video files of an artifact, checked; none in files of the first format.
+
+    Raises:
+        ArtifactError: as ``read_golden``.
+    """
+    return _parse(opened.read(GOLDEN_LIMIT), manifest, str(opened.path))[1]
+
+
 def parse_golden(data: bytes, manifest: Manifest, where: str) -> tuple[GoldenProbe, ...]:
     """As ``read_golden``, from bytes; ``where`` names them in messages."""
+    return _parse(data, manifest, where)[0]
+
+
+def _parse(
+    data: bytes, manifest: Manifest, where: str
+) -> tuple[tuple[GoldenProbe, ...], GoldenMedia]:
     try:
         arrays, texts = _split(data)
-        probes = tuple(_probe(index, text, arrays) for index, text in enumerate(texts))
+        probes = tuple(_probe(index, text, arrays) for index, text in enumerate(texts.probes))
+        media = GoldenMedia()
+        if texts.media is not None:
+            media = media_of(
+                texts.media, lambda name, code, axes: _take(arrays, name, code, axes), manifest
+            )
         if arrays:
             raise _MalformedError(
                 f"it holds tensors of no probe: {', '.join(sorted(arrays)[:5])!r:.200}"
@@ -164,7 +221,16 @@ def parse_golden(data: bytes, manifest: Manifest, where: str) -> tuple[GoldenPro
                 raise _MalformedError(f"probe {probe.name}: {fault}")
     except (_MalformedError, ArtifactError) as error:
         raise ArtifactError(f"{where} holds no golden probes: {error}. {_AGAIN}") from error
-    return probes
+    return probes, media
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """JSON values beside the tensors."""
+
+    probes: list[Any]
+    loop: Any | None = None
+    media: Any | None = None
 
 
 class _MalformedError(Exception):
@@ -190,8 +256,8 @@ def _widest_first(item: tuple[str, Array]) -> tuple[int, str]:
     return -item[1].dtype.itemsize, item[0]
 
 
-def _split(data: bytes) -> tuple[dict[str, Array], list[Any]]:
-    """Tensors by name, views into ``data``, and the texts of the probes."""
+def _split(data: bytes) -> tuple[dict[str, Array], _Texts]:
+    """Tensors by name, views into ``data``, and the texts."""
     length = int.from_bytes(data[:8], "little")
     if len(data) > GOLDEN_LIMIT:
         raise _MalformedError(f"it has {len(data)} bytes; at most {GOLDEN_LIMIT} are allowed")
@@ -231,16 +297,33 @@ def _split(data: bytes) -> tuple[dict[str, Array], list[Any]]:
     return arrays, texts
 
 
-def _texts(metadata: Any) -> list[Any]:
+def _texts(metadata: Any) -> _Texts:
     match metadata:
-        case {"format": str(form), "probes": str(text), **rest} if not rest:
-            if form != _FORMAT:
-                raise _MalformedError(f"its format is {form!r:.60}; {_FORMAT!r} is read")
-            texts = parse_strict(text.encode(), "its list of probes")
-            if not isinstance(texts, list) or not 1 <= len(texts) <= MAX_PROBES:
-                raise _MalformedError(f"it must list 1 to {MAX_PROBES} probes")
-            return texts
+        case {"format": str(form), "probes": str(text), **rest} if all(
+            isinstance(value, str) for value in rest.values()
+        ):
+            if form not in _READABLE:
+                raise _MalformedError(
+                    f"its format is {form!r:.60}; {' and '.join(map(repr, _READABLE))} are read"
+                )
+            if rest.keys() <= ({"loop", "media"} if form == _FORMAT else set()):
+                probes = parse_strict(text.encode(), "its list of probes")
+                if not isinstance(probes, list) or not 1 <= len(probes) <= MAX_PROBES:
+                    raise _MalformedError(f"it must list 1 to {MAX_PROBES} probes")
+                return _Texts(
+                    probes,
+                    _bounded(rest.get("loop"), LOOP_LIMIT, "its part about the loop"),
+                    _bounded(rest.get("media"), MEDIA_LIMIT, "its part about files"),
+                )
     raise _MalformedError("its __metadata__ does not say what it is")
+
+
+def _bounded(text: Any, limit: int, what: str) -> Any | None:
+    if text is None:
+        return None
+    if len(text) > limit:
+        raise _MalformedError(f"{what} has {len(text)} characters; at most {limit} are read")
+    return parse_strict(text.encode(), what)
 
 
 def _is_size(value: Any) -> bool:

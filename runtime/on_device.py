@@ -6,7 +6,6 @@ bounds are the tool's own and those of verification.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,14 @@ from llava_edge.profiles.errors import ArtifactError, ImageError, PromptError, V
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.bounds import GAP, Bounds, bounds_for
 from llava_edge.runtime.certificate import StageResult, bounded, exact
-from llava_edge.runtime.golden import GOLDEN_FILE, GoldenProbe, read_golden
+from llava_edge.runtime.golden import GOLDEN_FILE, GoldenProbe, read_golden, read_golden_media
+from llava_edge.runtime.golden_media import GoldenChat
+from llava_edge.runtime.media_check import (
+    MediaReader,
+    first_difference,
+    missing_here,
+    pixel_digest,
+)
 from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.prompt_date import COMPARED_NOW
 from llava_edge.runtime.request import PromptOptions, VideoInput
@@ -64,7 +70,22 @@ def check_on_device(model: LlavaEdge, progress: ReportProgress = no_progress) ->
         progress("golden prompts", index, len(probes))
         seen.append(_look(model, probe, bounds))
     progress("golden prompts", len(probes), len(probes))
-    return _rows(seen, bounds)
+    media = read_golden_media(artifact.files[GOLDEN_FILE], manifest)
+    with model.open_files() as reader:
+        files = [file for file in media.files if not missing_here([file.source])]
+        faults = reader.faults(files)
+        seen += (
+            _look_at_chat(model, reader, c) for c in media.chats if not missing_here(c.sources)
+        )
+    return _rows(seen, _FileFaults(len(files), faults), bounds)
+
+
+@dataclass(frozen=True)
+class _FileFaults:
+    """How many picture and video files were looked at, and what differs."""
+
+    count: int
+    faults: list[str]
 
 
 @dataclass(frozen=True)
@@ -117,14 +138,12 @@ def _look(model: LlavaEdge, probe: GoldenProbe, bounds: Bounds) -> _Seen:
         return _Seen(prompt=f"{name} is refused: {error}")
     ids = replay.request.ids
     if not np.array_equal(ids, probe.ids):
-        return _Seen(prompt=f"{name}: {_first_difference(ids, probe.ids)}")
-    digest = hashlib.sha256()
-    for pixels in (*replay.request.pixel_values, *replay.request.frame_pixels):
-        digest.update(np.ascontiguousarray(pixels, "<f4").data)
+        return _Seen(prompt=f"{name}: {first_difference(ids, probe.ids)}")
+    digest = pixel_digest((*replay.request.pixel_values, *replay.request.frame_pixels))
     return _Seen(
         pixels=None
         if not probe.images and probe.video is None
-        else name * (digest.hexdigest() != probe.pixel_sha256),
+        else f"{name} has other pixels" * (digest != probe.pixel_sha256),
         features=_feature_gap(replay.features, probe),
         prefill=_logit_gap(logits, probe, slice(0, 1)),
         decode=_logit_gap(logits, probe, slice(1, None)),
@@ -134,13 +153,10 @@ def _look(model: LlavaEdge, probe: GoldenProbe, bounds: Bounds) -> _Seen:
     )
 
 
-def _first_difference(ours: Array, theirs: Array) -> str:
-    common = min(len(ours), len(theirs))
-    differs = np.flatnonzero(ours[:common] != theirs[:common])
-    if differs.size:
-        at = int(differs[0])
-        return f"id {int(ours[at])} for {int(theirs[at])} at position {at}"
-    return f"{len(ours)} ids for {len(theirs)}"
+def _look_at_chat(model: LlavaEdge, reader: MediaReader, chat: GoldenChat) -> _Seen:
+    seen = reader.look(chat, model.embed_rows, model.context_tokens)
+    gap = None if seen.gap is None else _Gap(seen.gap, f"{chat.name}, its last tiles")
+    return _Seen(prompt=seen.ids, pixels=None if seen.ids else seen.pixels, features=gap)
 
 
 def _feature_gap(features: Array, probe: GoldenProbe) -> _Gap | None:
@@ -177,10 +193,10 @@ def _logit_bound(bounds: Bounds) -> float:
     return max(bounds.answer_gap(stage) for stage in ("prefill_logits", "decode_logits"))
 
 
-def _rows(seen: Sequence[_Seen], bounds: Bounds) -> list[StageResult]:
+def _rows(seen: Sequence[_Seen], files: _FileFaults, bounds: Bounds) -> list[StageResult]:
     return [
         _prompt_row(seen),
-        _pixel_row(seen),
+        _pixel_row(seen, files),
         _gap_row("tile_features", (each.features for each in seen), bounds),
         _gap_row("prefill_logits", (each.prefill for each in seen), bounds),
         _gap_row("decode_logits", (each.decode for each in seen), bounds),
@@ -198,14 +214,13 @@ def _prompt_row(seen: Sequence[_Seen]) -> StageResult:
     return _unseen("prompt", "differing_prompts", 0.0, "; ".join(left_out))
 
 
-def _pixel_row(seen: Sequence[_Seen]) -> StageResult:
+def _pixel_row(seen: Sequence[_Seen], files: _FileFaults) -> StageResult:
     looked_at = [each.pixels for each in seen if each.pixels is not None]
-    if not looked_at:
+    if not looked_at and not files.count:
         return _unseen("preprocessing", "differing_prompts", 0.0)
-    faults = [f"the tiles of {name} have another SHA-256" for name in looked_at if name]
-    return exact(
-        "preprocessing", "differing_prompts", faults, f"tiles of {len(looked_at)} prompts, SHA-256"
-    )
+    faults = [*files.faults, *filter(None, looked_at)]
+    looked = f"{len(looked_at)} prompts and {files.count} files, SHA-256"
+    return exact("preprocessing", "differing_prompts", faults, looked)
 
 
 def _gap_row(stage: str, gaps: Iterable[_Gap | None], bounds: Bounds) -> StageResult:

@@ -47,6 +47,7 @@ from llava_edge.runtime.load_fit import LoadFit, fit_at_load
 from llava_edge.runtime.load_options import LoadOptions
 from llava_edge.runtime.loaded_parts import nothing_kept_by_errors, open_parts
 from llava_edge.runtime.lowering import Lowering
+from llava_edge.runtime.media_check import MediaReader
 from llava_edge.runtime.placement import AskedCache, Device, choose_device
 from llava_edge.runtime.process import configure_process
 from llava_edge.runtime.progress import ReportProgress, no_progress
@@ -508,6 +509,24 @@ class LlavaEdge:
         self._check_length(request)
         with self._queue.turn(), self._unchanged():
             return self._answerer.replay(request, token_ids, on_logits)
+
+    def open_files(self) -> MediaReader:
+        """What opens the files that travel in the artifact, as it opens a user's."""
+        return MediaReader(self.artifact.manifest, self._tokenizer)
+
+    def embed_rows(self, request: Request, positions: Array) -> Array:
+        """What the decoder reads at some positions of a prompt, without running it.
+
+        Args:
+            request: with pixels.
+            positions: int64 (n,).
+
+        Returns:
+            (n, hidden) in the flavour's type.
+        """
+        self._queue.require_open()
+        with self._queue.turn(), self._unchanged():
+            return self._answerer.embed_rows(request, positions)
 
     @property
     def context_tokens(self) -> int:

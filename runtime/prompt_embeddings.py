@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -106,6 +106,16 @@ class PromptEmbeddings:
         started = time.perf_counter()
         self._fill(start, stop, out)
         self.gather_seconds += time.perf_counter() - started
+
+    def at(self, positions: Array, dtype: Any) -> Array:
+        """Embeddings at some positions, (len(positions), hidden), wherever features are."""
+        out = allocate((len(positions), self._features.shape[1]), dtype, "embeddings to compare")
+        for place, position in enumerate(positions.tolist()):
+            self.fill(position, position + 1, out[place : place + 1])
+        if isinstance(self._features, DeviceRows):
+            rows = self._feature_rows[positions]
+            out[rows >= 0] = self._features.read()[rows[rows >= 0]]
+        return out
 
     def _fill(self, start: int, stop: int, out: Array) -> None:
         rows = self._feature_rows[start:stop]

@@ -8,12 +8,13 @@ import numpy as np
 
 from llava_edge.convert.verify.gaps import GAP, whole_gap
 from llava_edge.convert.verify.golden_writer import golden_probe
+from llava_edge.convert.verify.media_stage import golden_media_faults
 from llava_edge.convert.verify.probes import Probe
 from llava_edge.convert.verify.reference_answer import Reference
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.bounds import Bounds
 from llava_edge.runtime.certificate import StageResult, exact
-from llava_edge.runtime.golden import GOLDEN_FILE, GoldenProbe, read_golden
+from llava_edge.runtime.golden import GOLDEN_FILE, GoldenProbe, read_golden, read_golden_media
 
 _EXACT = ("ids", "feature_rows", "forced", "logit_ids", "top_ids")
 _CLOSE = {
@@ -44,7 +45,10 @@ def golden_stage(
             continue
         theirs = golden_probe(reference.answer(asked[ours.name], remember=True))
         faults += [f"{ours.name}: {what} differ" for what in _differences(ours, theirs, bounds)]
-    return exact("golden", "differing_tensors", faults, f"{len(found)} prompts")
+    media = read_golden_media(artifact.files[GOLDEN_FILE], artifact.manifest)
+    faults += golden_media_faults(media, reference.media, bounds)
+    looked = f"{len(found)} prompts, {len(media.files)} files, {len(media.chats)} conversations"
+    return exact("golden", "differing_tensors", faults, looked)
 
 
 def _differences(ours: GoldenProbe, theirs: GoldenProbe, bounds: Bounds) -> Iterator[str]:

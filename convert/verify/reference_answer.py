@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 
 from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.verify.media_reference import MediaReference
 from llava_edge.convert.verify.probes import NUM_STEPS, Probe
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
 from llava_edge.convert.verify.stored_linears import StoredLinears
@@ -22,7 +25,7 @@ from llava_edge.convert.verify.streamed_model import LinearSupply, ReferenceInpu
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.image_processor import ImageProcessor
-from llava_edge.runtime.prompt import Piece, compose, rendered, user_message
+from llava_edge.runtime.prompt import Message, Piece, compose, rendered, user_message
 from llava_edge.runtime.prompt_date import COMPARED_NOW
 from llava_edge.runtime.session import Array
 from llava_edge.runtime.tokenizer import Tokenizer
@@ -139,6 +142,12 @@ class Reference:
         )
         self._answers: dict[str, ReferenceAnswer] = {}
 
+    @cached_property
+    def media(self) -> MediaReference:
+        """Picture and video files, and what is read of them."""
+        anyres = ImageProcessor(self._manifest.image_processing).anyres
+        return MediaReference(self._manifest, anyres, self)
+
     def norm_scale(self, name: str) -> Array | None:
         """What the artifact divides a layer norm's output by; None for nothing."""
         if self.supply is None:
@@ -153,21 +162,45 @@ class Reference:
         """The finished prompt by the checkpoint's own template, else its family's."""
         if self._manifest.prompt is None:
             return probe.prompt(raw=True)
-        message = user_message(probe.question, len(probe.images), probe.num_videos)
+        return self.rendered(_asked(probe))
+
+    def render_ahead(self, probes: Sequence[Probe]) -> None:
+        """Render what probes and files need together: one child process in place of many.
+
+        Raises:
+            CheckpointError: the template leaves its bounds.
+        """
+        if self._manifest.prompt is not None:
+            asked = [_asked(probe) for probe in probes]
+            self.processor.render_ahead([*asked, *self.media.conversations.values()])
+
+    def rendered(self, messages: Sequence[Message]) -> str:
+        """A conversation by the checkpoint's own template, else its family's.
+
+        Raises:
+            ArtifactError: the artifact has no template.
+        """
         if self.processor.has_template:
-            return self.processor.render([message])
-        return rendered(compose(self._manifest.prompt, [message], now=COMPARED_NOW))
+            return self.processor.render(messages)
+        if self._manifest.prompt is None:
+            raise ArtifactError("the artifact has no chat template to render a conversation with")
+        return rendered(compose(self._manifest.prompt, messages, now=COMPARED_NOW))
 
     def inputs(self, probe: Probe) -> ReferenceInputs:
         """Ids and tiles of a probe; image tokens are counted by the reference's own packing."""
-        tiles = [self.processor.pixels(image).shape[0] for image in probe.images]
-        sizes = [(image.height, image.width) for image in probe.images]
-        patches = self._manifest.model.vision.num_patches
-        blank = [torch.zeros(count, patches, 1) for count in tiles]
-        packed = self.model.pack(blank, sizes, torch.zeros(1)) if blank else []
         frames = None if not probe.video else self.processor.frames(probe.video)
-        counts = [len(p) for p in packed]
-        return self.processor.prepare(self.text(probe), probe.images, counts, frames)
+        return self.prepare(self.text(probe), probe.images, frames)
+
+    def prepare(
+        self, text: str, images: Sequence[Image], frames: torch.Tensor | None
+    ) -> ReferenceInputs:
+        """Inputs of a finished prompt with one mark for each image, and one for the frames."""
+        tiles = [self.processor.pixels(image) for image in images]
+        sizes = [(image.height, image.width) for image in images]
+        patches = self._manifest.model.vision.num_patches
+        blank = [torch.zeros(len(pixels), patches, 1) for pixels in tiles]
+        packed = self.model.pack(blank, sizes, torch.zeros(1)) if blank else []
+        return self.processor.prepare(text, tiles, sizes, [len(p) for p in packed], frames)
 
     def answer(self, probe: Probe, *, remember: bool = False) -> ReferenceAnswer:
         """Answer a probe with its true answer forced.
@@ -259,3 +292,7 @@ class Reference:
         embeddings = torch.cat([prompt, model.token_rows(torch.from_numpy(forced))])
         logits: Any = model.decode(embeddings, kept, layers).numpy()
         return features.numpy(), embeddings.numpy(), logits
+
+
+def _asked(probe: Probe) -> list[Message]:
+    return [user_message(probe.question, len(probe.images), probe.num_videos)]

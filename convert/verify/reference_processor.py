@@ -119,13 +119,22 @@ class ReferenceProcessor:
         Raises:
             CheckpointError: the template takes no form of the messages, or leaves its bounds.
         """
-        known = self._rendered.get(tuple(messages))
-        if known is None:
-            (known,) = self.render_all([(messages, COMPARED_NOW)], environment="own")
-            self._rendered[tuple(messages)] = known
+        self.render_ahead([messages])
+        known = self._rendered[tuple(messages)]
         if known.text is None:
             raise CheckpointError(f"the chat template takes no form of the messages: {known.error}")
         return known.text
+
+    def render_ahead(self, conversations: Sequence[Sequence[Message]]) -> None:
+        """Render conversations together, which takes one child process for all, and keep them.
+
+        Raises:
+            CheckpointError: as ``render``, but for messages of which no form is taken.
+        """
+        new = [each for each in map(tuple, conversations) if each not in self._rendered]
+        if new and self.has_template:
+            found = self.render_all([(each, COMPARED_NOW) for each in new], environment="own")
+            self._rendered |= dict(zip(new, found, strict=True))
 
     def render_all(
         self,
@@ -206,7 +215,8 @@ class ReferenceProcessor:
     def prepare(
         self,
         text: str,
-        images: Sequence[Image],
+        tiles: Sequence[torch.Tensor],
+        sizes: Sequence[tuple[int, int]],
         counts: Sequence[int],
         frames: torch.Tensor | None = None,
     ) -> ReferenceInputs:
@@ -214,7 +224,8 @@ class ReferenceProcessor:
 
         Args:
             text: with one mark an image, and one for the video.
-            images: in order.
+            tiles: pixels of each image, in order.
+            sizes: height and width of each image.
             counts: tokens of each image; the model itself refuses wrong ones.
             frames: pixels of the video.
         """
@@ -228,12 +239,7 @@ class ReferenceProcessor:
                 ids += [each] * ((self._side // self._patch) ** 2 // 4 * len(frames))
             else:
                 ids.append(each)
-        return ReferenceInputs(
-            torch.tensor(ids),
-            tuple(self.pixels(image) for image in images),
-            tuple((image.height, image.width) for image in images),
-            frames,
-        )
+        return ReferenceInputs(torch.tensor(ids), tuple(tiles), tuple(sizes), frames)
 
 
 def _said(message: Message, form: str) -> dict[str, Any]:

@@ -137,6 +137,16 @@ class StreamedModel:
         features = torch.cat(parts) if parts else empty
         return features, merged.last_hidden_state[0]
 
+    def tile_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Tower and projector on some tiles [n, 3, T, T], float32 [n, patches, hidden]."""
+        layer = self.config.vision_feature_layer
+        with torch.no_grad():
+            states = self._core.vision_tower(pixels, output_hidden_states=True).hidden_states
+            chosen = [layer] if isinstance(layer, int) else layer
+            selected = torch.cat([states[each] for each in chosen], dim=-1)[:, 1:]
+            features: torch.Tensor = self._core.multi_modal_projector(selected)
+        return features
+
     def token_rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Embedding rows of an answer's tokens, float32 [tokens, hidden].
 
@@ -265,11 +275,7 @@ class StreamedModel:
             return {"pixel_values": pixels, "image_sizes": sizes}
         # Without candidates the library's forward has no grid to look for; its packing takes a
         # thumbnail alone all the same.
-        layer = self.config.vision_feature_layer
-        states = self._core.vision_tower(pixels, output_hidden_states=True).hidden_states
-        chosen = [layer] if isinstance(layer, int) else layer
-        selected = torch.cat([states[each] for each in chosen], dim=-1)[:, 1:]
-        features = self._core.multi_modal_projector(selected)
+        features = self.tile_features(pixels)
         newline = self._read("image_newline")
         packed = self.pack([each[None] for each in features], inputs.image_sizes, newline)
         # The library itself puts the list of images there.

@@ -52,10 +52,10 @@ class Subject:
         )
         wide_sums = needs_wide_sums(manifest.precision)
         self.options = SessionOptions(device="cpu", threads=threads, wide_sums=wide_sums)
-        tokenizer = Tokenizer.open(
+        self.tokenizer = Tokenizer.open(
             artifact.files[manifest.tokenizer], manifest.tokens, manifest.prompt
         )
-        self._requests = RequestBuilder(manifest, tokenizer, Limits())
+        self._requests = RequestBuilder(manifest, self.tokenizer, Limits())
         self.table = EmbeddingTable(artifact.files[manifest.embeddings], self.dims)
         self._memory_bytes = memory_bytes
 

@@ -22,6 +22,7 @@ from llava_edge.convert.verify.graph_view import MissingNodeError
 from llava_edge.convert.verify.graph_weights import GraphWeights
 from llava_edge.convert.verify.greedy_stage import greedy_tokens, not_run
 from llava_edge.convert.verify.layer_stage import LayerStage
+from llava_edge.convert.verify.media_stage import media_stage
 from llava_edge.convert.verify.memory_stage import memory_stage
 from llava_edge.convert.verify.packing_stage import packing_stage
 from llava_edge.convert.verify.pixel_stage import pixel_stage
@@ -132,6 +133,7 @@ class Verifier:
         with Subject(artifact, budget, self.options.threads) as subject:
             answers = AnswerStages(self.bounds)
             layers = LayerStage(self.bounds)
+            self._stage("files", lambda: self._files(subject))
             self._stage("tile_features", lambda: self._answers(subject, answers))
             if self.bounds.compares_layers:
                 self._stage("layers", lambda: self._layers(subject, layers))
@@ -148,6 +150,10 @@ class Verifier:
             self._stage("memory", lambda: memory_stage(artifact, self._largest()))
         self._stages += answers.loss_rows()
         return self._certificate(deviation, time.perf_counter() - started)
+
+    def _files(self, subject: Subject) -> list[StageResult]:
+        self.reference.render_ahead(self.probes)
+        return media_stage(subject, self.reference.media, self.bounds)
 
     def _answers(self, subject: Subject, answers: AnswerStages) -> list[StageResult]:
         names = {probe.name for probe in self.main}
@@ -280,6 +286,7 @@ def golden_probes(
     configure_process()
     reference = open_reference(artifact, checkpoint)
     probes = probes_for(artifact.manifest, "quick")
+    reference.render_ahead(probes)
     return [golden_probe(reference.answer(p, remember=True)) for p in probes], reference
 
 

@@ -123,7 +123,7 @@ def other_tokens(probe: GoldenProbe) -> GoldenProbe:
     [
         (change("ids", 2, 1), "prompt", "at position 2"),
         (lambda p: dataclasses.replace(p, ids=p.ids[:-1]), "prompt", "ids for"),
-        (other_pixels, "preprocessing", "the tiles of picture 1 have another SHA-256"),
+        (other_pixels, "preprocessing", "picture 1 has other pixels"),
         (change("features", (3, 5), 0.5), "tile_features", "largest at picture 1, row"),
         (change("logits", (0, 4), 0.5), "prefill_logits", "picture 1, position 0, id"),
         (change("logits", (7, 4), 0.5), "decode_logits", "picture 1, position 7, id"),

@@ -169,6 +169,7 @@ class Made:
             frames = 0 if video is None else video.max_frames
             for probe in draw_probes(anyres, mode, 4096, frames):
                 reference.answer(probe, remember=True)
+            assert reference.media.golden.files
             self._references[mode] = reference
         return self._references[mode]
 

@@ -217,11 +217,10 @@ FAULTS = (
         "images exchanged",
         "two images of a prompt change places",
         _images_exchanged,
-        "tile_features",
-        mode="full",
+        "packing",
     ),
     _fault("tile repeated", "all tiles are the first one", _tile_repeated, "tile_features"),
-    _fault("newline forgotten", "the newline's row is zero", _newline_forgotten, "embeddings"),
+    _fault("newline forgotten", "the newline's row is zero", _newline_forgotten, "packing"),
     _fault("rows off by one", "text reads the row before", _rows_off_by_one, "embeddings"),
     _fault(
         "no system turn",

@@ -1,0 +1,265 @@
+"""MediaReference: what the reference makes of picture and video files, computed once.
+
+A picture is opened by ``transformers.image_utils.load_image`` and made RGB by the function that the
+library's processors call; a video is decoded by ``transformers.video_utils``, and rotated here,
+since the library leaves frames as they are stored. Nothing here calls the runtime's own reading.
+
+A conversation's ids and tiles are those of ``Reference.prepare``. Of its features two tiles are
+computed, the last one of each picture: the tower sees each tile by itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import io
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import image_utils, video_utils
+from transformers.image_transforms import convert_to_rgb
+
+from llava_edge.convert.verify.clip_files import ClipFile, clip_files
+from llava_edge.convert.verify.media_probes import MediaProbe, MediaTurn, media_probes
+from llava_edge.convert.verify.picture_files import picture_files
+from llava_edge.convert.verify.streamed_model import ReferenceInputs
+from llava_edge.profiles.anyres import AnyRes
+from llava_edge.profiles.buffers import video_tokens_per_frame
+from llava_edge.runtime.golden_media import (
+    GoldenChat,
+    GoldenClip,
+    GoldenFile,
+    GoldenMedia,
+    GoldenTurn,
+)
+from llava_edge.runtime.manifest import Manifest
+from llava_edge.runtime.media_check import picture_digest, pixel_digest, raw_text
+from llava_edge.runtime.prompt import Message, Text, user_message
+from llava_edge.runtime.session import Array
+
+if TYPE_CHECKING:
+    from llava_edge.convert.verify.reference_answer import Reference
+
+_FEATURE_NUMBERS = 32768
+"""Features kept of a conversation; 128 KiB."""
+
+
+class MediaReference:
+    """Files and conversations for one artifact.
+
+    Args:
+        manifest: of the artifact.
+        anyres: of the artifact.
+        reference: of the artifact.
+    """
+
+    def __init__(self, manifest: Manifest, anyres: AnyRes, reference: Reference) -> None:
+        self._manifest = manifest
+        self._reference = reference
+        video = manifest.video_processing
+        self._clips = clip_files(0 if video is None else video.max_frames)
+        self._probes = media_probes(manifest, anyres)
+
+    @cached_property
+    def files(self) -> tuple[GoldenFile, ...]:
+        """Every file with the reference's pixels."""
+        found = []
+        for file in picture_files():
+            plain = file.data if file.scaled is None else file.scaled
+            found.append(GoldenFile(file.name, file.data, picture_digest(read_picture(plain))))
+            if file.scaled is not None:
+                digest = picture_digest(read_picture(file.data))
+                found.append(GoldenFile(f"{file.name}, clipped", file.data, digest, clips=True))
+        for clip in self._clips:
+            stored = golden_clip(clip)
+            found.append(GoldenFile(clip.name, stored, self._frames_digest(stored, clip)))
+        return tuple(found)
+
+    def digest(self, file: GoldenFile) -> str:
+        """What the reference makes of the content of a file of one of these names."""
+        if isinstance(file.source, GoldenClip):
+            clip = next(clip for clip in self._clips if clip.name == file.name)
+            return self._frames_digest(file.source, clip)
+        named = {each.name: each for each in picture_files()}
+        made = named.get(file.name)
+        if made is not None and made.scaled is not None:
+            # The reference has no rule for these; what they hold is known by the clipped ones.
+            return file.pixel_sha256
+        return picture_digest(read_picture(file.source))
+
+    def _frames_digest(self, stored: GoldenClip, clip: ClipFile) -> str:
+        frames = self._reference.processor.frames(read_clip(stored, clip))
+        return pixel_digest([frames.numpy()])
+
+    @cached_property
+    def conversations(self) -> dict[str, list[Message]]:
+        """Messages of every conversation, by name."""
+        return {probe.name: list(_messages(probe.turns)) for probe in self._probes}
+
+    @cached_property
+    def inputs(self) -> dict[str, ReferenceInputs]:
+        """Ids and pixels of every conversation, by name."""
+        return {probe.name: self._inputs(probe) for probe in self._probes}
+
+    @cached_property
+    def chats(self) -> tuple[GoldenChat, ...]:
+        """Every conversation, with what the reference reads."""
+        return tuple(map(self._chat, self._probes))
+
+    def numbered(self, chat: GoldenChat, newline: Array) -> Array:
+        """What stands at each image and video position where ``tile_numbers`` are the features.
+
+        Args:
+            chat: one of ``chats``.
+            newline: in place of the newline's row, (2,).
+
+        Returns:
+            float64 (positions, 2), in the prompt's order where pictures stand before the video.
+        """
+        inputs, vision = self.inputs[chat.name], self._manifest.model.vision
+        parts: list[Array] = []
+        if inputs.pixel_values:
+            numbers = [tile_numbers(p.numpy(), vision.num_patches) for p in inputs.pixel_values]
+            packed = self._reference.model.pack(
+                [torch.from_numpy(each) for each in numbers],
+                inputs.image_sizes,
+                torch.from_numpy(newline.astype(np.float64)),
+            )
+            parts += [each.numpy() for each in packed]
+        if inputs.frame_pixels is not None:
+            frames = inputs.frame_pixels.numpy()
+            parts.append(tile_numbers(frames, video_tokens_per_frame(vision)).reshape(-1, 2))
+        return np.concatenate(parts)
+
+    @property
+    def golden(self) -> GoldenMedia:
+        """What travels in the artifact: files that every machine decodes alike."""
+        portable = {file.name for file in picture_files() if file.portable}
+        portable |= {clip.name for clip in self._clips if clip.portable}
+        kept = (file for file in self.files if file.name.removesuffix(", clipped") in portable)
+        return GoldenMedia(tuple(kept), self.chats)
+
+    def _inputs(self, probe: MediaProbe) -> ReferenceInputs:
+        pictures = [read_picture(data) for turn in probe.turns for data in turn.pictures]
+        frames = [
+            self._reference.processor.frames(read_clip(golden_clip(turn.clip), turn.clip))
+            for turn in probe.turns
+            if turn.clip is not None
+        ]
+        if self._manifest.prompt is None:
+            text = raw_text(tuple(map(_golden_turn, probe.turns)))
+        else:
+            text = self._reference.rendered(self.conversations[probe.name])
+        images = [Image.fromarray(pixels) for pixels in pictures]
+        return self._reference.prepare(text, images, frames[0] if frames else None)
+
+    def _chat(self, probe: MediaProbe) -> GoldenChat:
+        inputs = self.inputs[probe.name]
+        frames = () if inputs.frame_pixels is None else (inputs.frame_pixels,)
+        digest = pixel_digest(pixels.numpy() for pixels in (*inputs.pixel_values, *frames))
+        kept = self._features(inputs) if probe.features else ()
+        turns = tuple(map(_golden_turn, probe.turns))
+        return GoldenChat(probe.name, turns, inputs.ids.numpy(), digest, *kept)
+
+    def _features(self, inputs: ReferenceInputs) -> tuple[Array, Array]:
+        """Positions of the prompt, and features of the last tile of each picture there."""
+        model, vision = self._reference.model, self._manifest.model.vision
+        model.use(self._reference.supply)
+        tiles = torch.stack([pixels[-1] for pixels in inputs.pixel_values])
+        features = model.tile_features(tiles).numpy()
+        # Packed in place of features: their numbers, which say what stands where.
+        patches, first, numbered = vision.num_patches, 0, []
+        wanted: dict[int, tuple[int, int]] = {}
+        for place, pixels in enumerate(inputs.pixel_values):
+            count = len(pixels) * patches
+            numbers = torch.arange(first, first + count, dtype=torch.float64)
+            numbered.append(numbers.reshape(len(pixels), patches, 1))
+            first += count
+            wanted |= {first - patches + patch: (place, patch) for patch in range(patches)}
+        newline = torch.tensor([float(first)], dtype=torch.float64)
+        packed = torch.cat(model.pack(numbered, inputs.image_sizes, newline))[:, 0]
+        places = np.flatnonzero(inputs.ids.numpy() == self._manifest.tokens.image)
+        numbers_at = zip(places.tolist(), packed.tolist(), strict=True)
+        known = [(at, wanted[int(number)]) for at, number in numbers_at if number in wanted]
+        count = max(1, min(len(known), _FEATURE_NUMBERS // features.shape[-1]))
+        kept = [known[i] for i in np.unique(np.linspace(0, len(known) - 1, count).astype(int))]
+        rows = np.stack([features[place, patch] for _, (place, patch) in kept])
+        return np.array([at for at, _ in kept], np.int64), rows.astype(np.float32)
+
+
+def tile_numbers(pixels: Array, rows: int) -> Array:
+    """In place of features: mean of the tile, and number of the row.
+
+    Args:
+        pixels: of tiles or frames (n, 3, T, T).
+        rows: of features that each has.
+
+    Returns:
+        float64 (n, rows, 2).
+    """
+    found = np.empty((len(pixels), rows, 2))
+    found[..., 0] = pixels.reshape(len(pixels), -1).mean(axis=1, dtype=np.float64)[:, None]
+    found[..., 1] = np.arange(rows)
+    return found
+
+
+def read_picture(data: bytes) -> Array:
+    """A picture file as the reference opens it: RGB, upright, uint8 (height, width, 3)."""
+    with warnings.catch_warnings():
+        # Pillow warns of a palette whose transparency is forgotten.
+        warnings.simplefilter("ignore")
+        text = base64.b64encode(data).decode("ascii")
+        image = image_utils.load_image(f"data:image/any;base64,{text}")
+        pixels: Array = np.asarray(convert_to_rgb(image, return_numpy=True))
+    return pixels
+
+
+def read_clip(stored: GoldenClip, clip: ClipFile) -> list[Image.Image]:
+    """Frames of a video file as the reference chooses and decodes them, and upright.
+
+    Args:
+        stored: the file.
+        clip: says how its frames stand, and how many there are.
+    """
+
+    def choose(metadata: Any, **_: Any) -> Array:
+        if stored.frame_choice == "original":
+            return np.linspace(0, clip.total - 1, stored.num_frames, dtype=int)
+        chosen: Array = video_utils.default_sample_indices_fn(metadata, stored.num_frames)
+        return chosen
+
+    # As good as a path to the library, which hands it on to PyAV.
+    file: Any = io.BytesIO(stored.data)
+    if clip.is_counted:
+        frames = np.asarray(video_utils.read_video_pyav(file, choose)[0])
+    else:
+        # The library chooses by the number that a container tells, and these tell none.
+        av: Any = importlib.import_module("av")
+        with av.open(file) as container:
+            every = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        frames = np.stack(every)[choose(video_utils.VideoMetadata(total_num_frames=len(every)))]
+    return [Image.fromarray(frame) for frame in clip.upright(frames)]
+
+
+def golden_clip(clip: ClipFile) -> GoldenClip:
+    """A clip in the form that it travels in."""
+    return GoldenClip(clip.data, clip.num_frames, clip.frame_choice)
+
+
+def _golden_turn(turn: MediaTurn) -> GoldenTurn:
+    clip = None if turn.clip is None else golden_clip(turn.clip)
+    return GoldenTurn(turn.text, turn.pictures, clip, turn.answer)
+
+
+def _messages(turns: Sequence[MediaTurn]) -> list[Message]:
+    found = []
+    for turn in turns:
+        found.append(user_message(turn.text, len(turn.pictures), int(turn.clip is not None)))
+        if turn.answer:
+            found.append(Message("assistant", (Text(turn.answer),)))
+    return found
