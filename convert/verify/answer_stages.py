@@ -31,14 +31,14 @@ class AnswerStages:
         tokens: choices compared at forced positions.
         worst: largest gap of each stage, and the probe that had it.
         embedding_faults: positions that differ where they must not.
-        losses: of each probe.
+        losses: of each probe, by its name.
     """
 
     bounds: Bounds
     tokens: TokenComparison = field(default_factory=lambda: TokenComparison(0, 0, 0))
     worst: dict[str, tuple[float, str]] = field(default_factory=dict)
     embedding_faults: list[str] = field(default_factory=list)
-    losses: list[Losses] = field(default_factory=list)
+    losses: dict[str, Losses] = field(default_factory=dict)
     tile_losses: list[TileCosine] = field(default_factory=list)
     """Features of each probe against the checkpoint's own, where the tower has 8 bits."""
     half_losses: list[tuple[float, str]] = field(default_factory=list)
@@ -49,6 +49,12 @@ class AnswerStages:
     """The stage that is being measured: an error belongs to it."""
     num_probes: int = 0
     num_text_rows: int = 0
+    quantized: bool = False
+    """Whether the language model holds codes."""
+    solved: bool = False
+    """Whether some of them are other than rounding to nearest: its losses come from elsewhere."""
+    rounding: dict[str, Losses] = field(default_factory=dict)
+    """What rounding to nearest costs, by probe."""
 
     def measure(self, subject: Subject, answer: ReferenceAnswer) -> None:
         """Run one probe through the artifact and compare it with the reference's answer."""
@@ -78,7 +84,10 @@ class AnswerStages:
         self.at = "prefill_logits"
         logits = subject.logits(rows, positions)
         self._logits(answer, logits)
-        self.losses.append(Losses.of(logits, answer.original, answer))
+        self.losses[name] = Losses.of(logits, answer.original, answer)
+        if self.quantized and not self.solved:
+            # Codes are rounding to nearest themselves, or the checkpoint's own.
+            self.rounding[name] = Losses.of(answer.export, answer.original, answer)
 
     def rows(self) -> list[StageResult]:
         """The stages, in the order of the model."""
@@ -123,7 +132,11 @@ class AnswerStages:
             )
             for metric, (value, unit) in shown.items()
         ]
-        return [*Losses.rows(self.losses, stage, self.bounds), *tiles]
+        if self.quantized:
+            rows = Losses.rows_over_rounding(self.losses, self.rounding, stage, self.bounds)
+        else:
+            rows = Losses.rows(list(self.losses.values()), stage, self.bounds)
+        return [*rows, *tiles]
 
     def _note(self, stage: str, gap: float, probe: str) -> None:
         worst = self.worst.get(stage)

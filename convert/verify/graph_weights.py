@@ -29,6 +29,7 @@ Array = NDArray[Any]
 
 WHOLE_ROW = -1
 """``GraphWeights.rounding``: one scale for a whole row of activations."""
+_WITH_CODES = ("MatMulNBits", "MatMulIntegerToFloat", "DequantizeLinear")
 _INTEGER_ACCURACY = 4
 # What ONNX Runtime makes of DequantizeLinear with one scale a column when it fuses it.
 _FUSED_BLOCK = 32
@@ -165,6 +166,14 @@ class GraphWeights:
         if node.op_type == "DequantizeLinear":
             return self._dequantized(node, rows)
         return None
+
+    def holds_codes(self, name: str) -> bool:
+        """Whether a layer is quantised; nothing of it is read.
+
+        Raises:
+            ArtifactError: the graph holds no such layer.
+        """
+        return self._find(name)[0].op_type in _WITH_CODES
 
     def tensors(self, name: str) -> set[str]:
         """Initializers that a layer is made of: its weight and, where it has codes, the scales."""

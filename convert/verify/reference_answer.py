@@ -8,6 +8,7 @@ weights, from which the loss is measured. Where both are the same they are compu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from PIL.Image import Image
 
 from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.verify.input_sketch import InputSketch
 from llava_edge.convert.verify.media_reference import MediaReference
 from llava_edge.convert.verify.probes import NUM_STEPS, Probe
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
@@ -118,6 +120,9 @@ class Reference:
         artifact: decides candidates, tokenizer of the forced answers, and chunks.
         checkpoint: what it was made from.
         supply: the artifact's quantised weights; None at fp16.
+
+    Attributes:
+        sketch: of what the checkpoint's own layers read on the answers that are remembered.
     """
 
     def __init__(
@@ -141,6 +146,7 @@ class Reference:
             artifact.files[manifest.tokenizer], manifest.tokens, manifest.prompt
         )
         self._answers: dict[str, ReferenceAnswer] = {}
+        self.sketch = InputSketch()
 
     @cached_property
     def media(self) -> MediaReference:
@@ -225,7 +231,8 @@ class Reference:
         steps = min(NUM_STEPS, room)
         forced = np.resize(np.asarray(ids, np.int64), steps)
         positions = Positions.of(len(inputs.ids), steps, self._manifest.prefill_chunk)
-        found_by_both = self._run(inputs, forced, positions)
+        watched = self._watching(probe, inputs, forced) if remember else nullcontext()
+        found_by_both = self._run(inputs, forced, positions, watched)
         features, embeddings, export, original, original_features = found_by_both
         found = ReferenceAnswer(
             probe,
@@ -241,6 +248,13 @@ class Reference:
         )
         if remember:
             self._answers[probe.name] = found
+        return found
+
+    def logits(self, answer: ReferenceAnswer, supply: LinearSupply) -> Array:
+        """Logits of an answer's kept positions by other weights of the language model."""
+        self.model.use(supply)
+        embeddings = torch.from_numpy(answer.embeddings)
+        found: Array = self.model.decode(embeddings, answer.positions.kept).numpy()
         return found
 
     def following(
@@ -264,8 +278,25 @@ class Reference:
         bos = self._manifest.tokens.bos
         return ids[1:] if ids[:1] == [bos] else ids
 
+    def _watching(
+        self, probe: Probe, inputs: ReferenceInputs, forced: Array
+    ) -> AbstractContextManager[None]:
+        """Have the sketch see what the checkpoint's layers read, where weights are quantised."""
+        if self.supply is None or self._original is None:
+            return nullcontext()
+        tokens = self._manifest.tokens
+        marks = [mark for mark in (tokens.image, tokens.video) if mark is not None]
+        in_prompt = torch.isin(inputs.ids, torch.tensor(marks))
+        is_image = torch.cat([in_prompt, torch.zeros(len(forced), dtype=torch.bool)])
+        count = self._manifest.model.text.num_hidden_layers
+        return self.sketch.watching(self._original, count, probe.name, is_image)
+
     def _run(
-        self, inputs: ReferenceInputs, forced: Array, positions: Positions
+        self,
+        inputs: ReferenceInputs,
+        forced: Array,
+        positions: Positions,
+        watched: AbstractContextManager[None],
     ) -> tuple[Array, Array, Array, Array, Array]:
         kept = positions.kept
         features, embeddings, export = self._model_logits(
@@ -273,9 +304,10 @@ class Reference:
         )
         own_features, original = features, export
         if self._original is not None:
-            own_features, _, original = self._model_logits(
-                self._original, self._own, inputs, forced, kept
-            )
+            with watched:
+                own_features, _, original = self._model_logits(
+                    self._original, self._own, inputs, forced, kept
+                )
         return features, embeddings, export, original, own_features
 
     def _model_logits(

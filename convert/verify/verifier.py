@@ -22,12 +22,14 @@ from llava_edge.convert.verify.graph_view import MissingNodeError
 from llava_edge.convert.verify.graph_weights import GraphWeights
 from llava_edge.convert.verify.greedy_stage import greedy_tokens, not_run
 from llava_edge.convert.verify.layer_stage import LayerStage
+from llava_edge.convert.verify.losses import Losses
 from llava_edge.convert.verify.media_stage import media_stage
 from llava_edge.convert.verify.memory_stage import memory_stage
 from llava_edge.convert.verify.packing_stage import packing_stage
 from llava_edge.convert.verify.pixel_stage import pixel_stage
 from llava_edge.convert.verify.probes import VIDEO, Probe, probes_for
 from llava_edge.convert.verify.prompt_stage import prompt_stage
+from llava_edge.convert.verify.quantized_layers import RoundedWeights, SolvedLayers
 from llava_edge.convert.verify.reference_answer import Reference
 from llava_edge.convert.verify.structure import structure_stage
 from llava_edge.convert.verify.subject import Subject
@@ -131,10 +133,14 @@ class Verifier:
         whole = self.options.mode == "full"
         budget = None if whole else self.options.memory_bytes
         with Subject(artifact, budget, self.options.threads) as subject:
-            answers = AnswerStages(self.bounds)
+            solved = SolvedLayers(artifact, checkpoint, reference.sketch)
+            quantized = artifact.manifest.precision.language_model != "fp16"
+            answers = AnswerStages(self.bounds, quantized=quantized, solved=bool(solved.names))
             layers = LayerStage(self.bounds)
             self._stage("files", lambda: self._files(subject))
             self._stage("tile_features", lambda: self._answers(subject, answers))
+            if solved.names:
+                self._stage("quantized_layers", lambda: self._solved(solved, answers))
             if self.bounds.compares_layers:
                 self._stage("layers", lambda: self._layers(subject, layers))
             caches = CacheStage(self.bounds)
@@ -165,6 +171,17 @@ class Verifier:
                 # What was measured before it stays.
                 return [*answers.rows(), _broken(answers.at, error)]
         return answers.rows()
+
+    def _solved(self, solved: SolvedLayers, answers: AnswerStages) -> list[StageResult]:
+        """Layers against rounding to nearest, and what that costs the answers."""
+        rows = solved.stage(self.bounds)
+        assert self.reference.supply is not None
+        weights = RoundedWeights(solved, self.reference.supply)
+        for probe in self.main:
+            answer = self.reference.answer(probe)
+            logits = self.reference.logits(answer, weights)
+            answers.rounding[probe.name] = Losses.of(logits, answer.original, answer)
+        return rows
 
     def _layers(self, subject: Subject, layers: LayerStage) -> list[StageResult]:
         for probe in self.main:

@@ -1,10 +1,12 @@
 """The stage "weights": does the artifact hold the checkpoint's weights, tensor by tensor?
 
     differing_tensors      floats of both graphs and of the embeddings, bit for bit
-    differing_codes        codes and scales, by the digest of what was written and, where a GPTQ
-                           checkpoint was converted, by its own values
-    relative_weight_error, scale_error_share, mean_shift_steps
-                           quantised layers against the original weights; bounded
+    differing_codes        codes and scales, by the digest of what was written; where a GPTQ
+                           checkpoint was converted, by its own values; where a layer is rounded to
+                           nearest (the head, an int8 tower, all of ``rtn``), by the verifier's own
+                           rounding
+
+What GPTQ solved has no one right answer: the stage "quantized_layers" looks at it.
 
 One linear layer is in memory at a time, beside blocks of the checkpoint's rows.
 """
@@ -13,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from llava_edge.convert.verify.digested_source import weight_digest
 from llava_edge.convert.verify.gptq_values import GptqValues
 from llava_edge.convert.verify.graph_file import GraphFile
 from llava_edge.convert.verify.graph_weights import GraphCodes, GraphWeights
+from llava_edge.convert.verify.quantized_form import QuantizedForm
+from llava_edge.convert.verify.reference_rounding import Disagreement, Grid, disagreement
 from llava_edge.convert.verify.tensor_mapping import (
     GPTQ_ENDS,
     NEWLINE,
@@ -35,13 +38,12 @@ from llava_edge.convert.verify.tensor_mapping import (
     origin_of,
     unused,
 )
+from llava_edge.convert.verify.vanished_columns import VanishedColumns
 from llava_edge.convert.verify.vision_weights import VisionWeights, is_power_of_two
-from llava_edge.convert.verify.weight_error import ErrorSum, WeightError
 from llava_edge.convert.vision_int8 import packed_name, scale_digest
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.bounds import Bounds, bounds_for
-from llava_edge.runtime.certificate import StageResult, bounded, exact
+from llava_edge.runtime.certificate import StageResult, exact
 from llava_edge.runtime.embeddings import EMBED_TOKENS, IMAGE_NEWLINE
 
 STAGE = "weights"
@@ -55,11 +57,6 @@ _ELEMENTS_AT_A_TIME = 1 << 22
 _SMALL = 64
 """Constants of this many elements or fewer are settings, which the structure stage looks at."""
 _ATTENTION = "GroupQueryAttention"
-_METRICS = {
-    "relative_weight_error": "relative",
-    "scale_error_share": "scale",
-    "mean_shift_steps": "shift",
-}
 
 
 def weights_stage(
@@ -73,8 +70,7 @@ def weights_stage(
         progress: told how many bytes of the artifact are done, and of how many.
 
     Returns:
-        One row for floats; where layers are quantised, one for their codes and, unless the
-        checkpoint's own codes were taken, three for each number of bits.
+        One row for floats; where layers are quantised, one for their codes.
     """
     return _Comparison(artifact, checkpoint, progress).rows()
 
@@ -102,7 +98,7 @@ class _Comparison:
         self._num_layers = 0
         self._faults: list[str] = []
         self._code_faults: list[str] = []
-        self._errors: dict[int, dict[str, WeightError]] = {}
+        self._form = QuantizedForm.of(artifact.manifest)
 
     def rows(self) -> list[StageResult]:
         codes = {"decoder": self._quantized(), "vision": self._quantized_vision()}
@@ -118,8 +114,6 @@ class _Comparison:
         ]
         if any(codes.values()):
             rows.append(exact(STAGE, "differing_codes", self._code_faults, self._codes_seen()))
-        for bits, errors in sorted(self._errors.items()):
-            rows += self._loss_rows(bits, errors)
         return rows
 
     def _codes_seen(self) -> str:
@@ -179,7 +173,7 @@ class _Comparison:
                     )
             codes = self._vision.codes(name)
             assert codes is not None
-            self._codes(name, codes, scale)
+            self._codes(name, codes, scale, "vision")
         return found
 
     def _scale(self, name: str, scale: Array | None, recorded: object) -> None:
@@ -194,7 +188,9 @@ class _Comparison:
     def _use_layer(self, name: str) -> None:
         self._used |= {f"{name}{end}" for end in (".weight", *GPTQ_ENDS)}
 
-    def _codes(self, name: str, codes: GraphCodes, scale: Array | None = None) -> None:
+    def _codes(
+        self, name: str, codes: GraphCodes, scale: Array | None = None, label: str = "decoder"
+    ) -> None:
         if not codes.has_default_zero:
             self._code_faults.append(f"{name}: zero points other than {2 ** (codes.bits - 1)}")
         recorded = self._artifact.manifest.conversion.get(DIGESTS) or {}
@@ -208,18 +204,49 @@ class _Comparison:
         if codes.codes.shape != shape:
             self._code_faults.append(f"{name}: {codes.codes.shape} codes for a weight of {shape}")
             return
-        num_dead = _num_dead(self._artifact.manifest.conversion, name)
-        error = ErrorSum(codes, num_dead)
-        for rows in _row_blocks(*shape):
-            original = self._checkpoint.read(f"{name}.weight", rows).astype(np.float32)
+        if scale is not None or self._form.is_rounded(name) or label == "vision":
+            self._rounded(name, codes, scale, label)
+        else:
+            self._solved(name, codes)
+
+    def _rounded(self, name: str, codes: GraphCodes, scale: Array | None, label: str) -> None:
+        """Every code and scale must be those of rounding the checkpoint's weight to nearest."""
+        total = Disagreement(0, 0)
+        num_columns = codes.codes.shape[1]
+        # The tower has one scale an output, and its float form holds fp16 numbers.
+        in_tower = label == "vision"
+        grid = Grid(codes.bits, num_columns) if in_tower else self._form.grid(codes, name)
+        groups = slice(None) if grid.group < num_columns else slice(0, 1)
+        for rows in _row_blocks(*codes.codes.shape):
+            original = self._checkpoint.read(f"{name}.weight", rows)
+            original = as_half(original) if in_tower else original
+            original = original.astype(np.float32)
             # Codes stand for the weight times what its input is divided by.
-            error.add(rows, original if scale is None else original * scale)
-        if error.vanished() > num_dead:
+            original = original if scale is None else original * scale
+            part = codes.cut(rows)
+            total += disagreement(
+                torch.from_numpy(original),
+                torch.from_numpy(part.codes.astype(np.int16) - (1 << (codes.bits - 1))),
+                torch.from_numpy(part.scales[:, groups].astype(np.float32)),
+                grid,
+            )
+        if total.codes or total.scales:
             self._code_faults.append(
-                f"{name}: {error.vanished()} columns are zero and the checkpoint's are not; "
+                f"{name}: {total.codes} of {codes.codes.size} codes and {total.scales} scales are "
+                "not those of rounding to nearest"
+            )
+
+    def _solved(self, name: str, codes: GraphCodes) -> None:
+        vanished = VanishedColumns(codes)
+        for rows in _row_blocks(*codes.codes.shape):
+            original = self._checkpoint.read(f"{name}.weight", rows).astype(np.float32)
+            vanished.add(rows, original)
+        num_dead = self._form.dead_columns.get(name, 0)
+        if vanished.count() > num_dead:
+            self._code_faults.append(
+                f"{name}: {vanished.count()} columns are zero and the checkpoint's are not; "
                 f"recorded as never met in calibration are {num_dead}"
             )
-        self._errors.setdefault(codes.bits, {})[name] = error.result()
 
     def _gptq(self, name: str, codes: GraphCodes) -> None:
         values = GptqValues(self._checkpoint, name)
@@ -328,23 +355,6 @@ class _Comparison:
                     f"checkpoint's, the first is {differing[0]}"
                 )
 
-    def _loss_rows(self, bits: int, errors: dict[str, WeightError]) -> Iterator[StageResult]:
-        bounds = self._bounds(bits)
-        for metric, field in _METRICS.items():
-            # NaN counts as the worst.
-            worst = max(errors, key=lambda name: _ordered(getattr(errors[name], field)))
-            value = float(getattr(errors[worst], field))
-            detail = f"{bits} bits, {len(errors)} layers, worst {worst}"
-            yield bounded(STAGE, metric, value, bounds.value(STAGE, metric), "loss", detail)
-
-    def _bounds(self, bits: int) -> Bounds:
-        """A head of 8 bits beside a body of 4 is judged as one of 8 bits."""
-        manifest = self._artifact.manifest
-        precision = manifest.precision
-        if precision.language_model != f"int{bits}":
-            precision = replace(precision, language_model=f"int{bits}", int8_route="nbits")
-        return bounds_for(manifest.flavour, precision)
-
     def _step(self, nbytes: int) -> None:
         self._done += nbytes
         if self._progress is not None:
@@ -374,16 +384,6 @@ def _digest_fault(codes: GraphCodes, recorded: object) -> str | None:
     return "codes or scales are not those that were written"
 
 
-def _num_dead(conversion: dict[str, Any], name: str) -> int:
-    """Columns of a layer that the solver is recorded to have set to zero."""
-    layers = conversion.get("layers")
-    for layer in layers if isinstance(layers, list) else []:
-        for linear, record in layer.get("linears", {}).items():
-            if name == f"language_model.layers.{layer.get('layer')}.{linear}":
-                return int((record.get("report") or {}).get("dead_columns", 0))
-    return 0
-
-
 def _row_blocks(num_rows: int, inner: int) -> Iterator[slice]:
     step = max(1, _ELEMENTS_AT_A_TIME // max(1, inner))
     for first in range(0, num_rows, step):
@@ -393,7 +393,3 @@ def _row_blocks(num_rows: int, inner: int) -> Iterator[slice]:
 def _bits(values: Array) -> Array:
     """Numbers by their bits: -0 is not 0, and a NaN is itself."""
     return np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
-
-
-def _ordered(value: float) -> float:
-    return math.inf if math.isnan(value) else value

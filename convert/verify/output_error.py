@@ -1,0 +1,95 @@
+"""OutputError: what a quantised layer's output loses, held against rounding of the same weights.
+
+For rows x of what the layer reads, weights W and what ships for them Ŵ, output n loses
+
+    e_n = mean |x (w_n - ŵ_n)|²
+
+and rounding to nearest, W̃ with scales s, loses r_n. Where rounding is lucky r_n says nothing about
+what is fair, so beside it stands what rounding costs where its errors do not know of each other,
+
+    b_n = sum_k mean(x_k²) max((w_nk - w̃_nk)², s_nk² / 12).
+
+A layer is as good as sum(e) / max(sum(r), sum(b)), an output as e_n / max(r_n, b_n); at 1 it is as
+good as rounding. GPTQ minimises just this on its calibration samples. Inputs of both kinds, text
+and images, are looked at, and the better one counts: samples of one kind leave the other to luck,
+while codes that are wrong are wrong for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llava_edge.convert.verify.input_sketch import KindInputs
+from llava_edge.convert.verify.reference_rounding import Grid, rounded, spread
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """One layer's errors over those of rounding to nearest.
+
+    Attributes:
+        layer: of all outputs together.
+        output: of the worst output.
+        worst: which one that is.
+    """
+
+    layer: float
+    output: float
+    worst: int
+
+
+@dataclass(frozen=True)
+class WeightRows:
+    """Some outputs of a layer, float32 [rows, K] each, scales [rows, groups]."""
+
+    original: torch.Tensor
+    shipped: torch.Tensor
+    scales: torch.Tensor
+
+
+def output_error(
+    parts: Iterable[WeightRows], grid: Grid, inputs: Sequence[KindInputs]
+) -> OutputError:
+    """Compare a layer with rounding to nearest.
+
+    Args:
+        parts: all outputs, in order.
+        grid: of the codes.
+        inputs: by kind of token; at least one.
+    """
+    sums = torch.zeros(len(inputs), 3, dtype=torch.float64)
+    worst, place, first = -1.0, 0, 0
+    for part in parts:
+        fair = torch.empty(len(inputs), len(part.original), dtype=torch.float64)
+        lost_by_rounding = rounded(part.original, part.scales, grid).sub_(part.original)
+        # A step's error is uniform where nothing is known of it: a twelfth of its square.
+        step = spread(part.scales, grid.group, part.original.shape[1])
+        expected = torch.maximum(lost_by_rounding.square(), step.square() / 12)
+        lost = part.shipped - part.original
+        for kind, given in enumerate(inputs):
+            shipped = _squares(lost, given)
+            by_rounding = _squares(lost_by_rounding, given)
+            base = (expected @ given.squares.float()).double()
+            sums[kind] += torch.stack([each.sum() for each in (shipped, by_rounding, base)])
+            fair[kind] = _over(shipped, torch.maximum(by_rounding, base))
+        ratios = fair.amin(0)
+        largest = float(ratios.max())
+        # NaN is worse than any number.
+        if not largest <= worst:
+            worst, place = largest, first + int(ratios.argmax())
+        first += len(part.original)
+    layer = _over(sums[:, 0], torch.maximum(sums[:, 1], sums[:, 2])).amin()
+    return OutputError(float(layer), worst, place)
+
+
+def _squares(lost: torch.Tensor, given: KindInputs) -> torch.Tensor:
+    """Mean squared output of rows [rows, K], float64 [rows]."""
+    return (lost @ given.sums.T).double().square().sum(1)
+
+
+def _over(lost: torch.Tensor, fair: torch.Tensor) -> torch.Tensor:
+    """Nothing lost is 0, even of nothing; something lost of nothing is infinite."""
+    return torch.where(lost == 0, torch.zeros_like(lost), lost / fair)

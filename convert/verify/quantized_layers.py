@@ -1,0 +1,178 @@
+"""The stage "quantized_layers": is what GPTQ solved as good as rounding to nearest?
+
+    output_error          of each layer, over that of rounding; worst layer
+    output_error_of_row   of each output of each layer; worst of all
+
+Both against the checkpoint's weights, on what the reference's own layers read (``input_sketch``),
+by the verifier's own rounding (``reference_rounding``). Layers that must be exactly rounding to
+nearest, and those of a GPTQ checkpoint, are compared code by code in the stage "weights" instead.
+
+``RoundedWeights`` then lets the reference compute with that rounding: what it costs an answer is
+what the artifact's own loss is measured by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.verify.graph_weights import GraphCodes, GraphWeights
+from llava_edge.convert.verify.input_sketch import InputSketch
+from llava_edge.convert.verify.output_error import OutputError, WeightRows, output_error
+from llava_edge.convert.verify.quantized_form import QuantizedForm
+from llava_edge.convert.verify.reference_rounding import Grid, nearest_scales, rounded
+from llava_edge.convert.verify.streamed_model import LinearSupply
+from llava_edge.convert.verify.tensor_mapping import linear_layers
+from llava_edge.profiles.errors import ArtifactError
+from llava_edge.runtime.artifact import Artifact
+from llava_edge.runtime.bounds import Bounds
+from llava_edge.runtime.certificate import StageResult, bounded
+
+STAGE = "quantized_layers"
+LAYER_METRIC = "output_error"
+ROW_METRIC = "output_error_of_row"
+
+_ELEMENTS_AT_A_TIME = 1 << 22
+
+
+class SolvedLayers:
+    """The layers of an artifact that are neither rounding to nearest nor stored as they came.
+
+    Args:
+        artifact: the one to judge.
+        checkpoint: what it was made from.
+        sketch: of what the reference's layers read; scales of rounding are kept in its folder, so
+            that they are searched for once.
+    """
+
+    def __init__(self, artifact: Artifact, checkpoint: Checkpoint, sketch: InputSketch) -> None:
+        self._artifact = artifact
+        self._checkpoint = checkpoint
+        self._sketch = sketch
+        self._form = QuantizedForm.of(artifact.manifest)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The layers; those that the graph does not hold are named by the stage "weights"."""
+        if self._artifact.manifest.precision.language_model == "fp16":
+            return ()
+        return tuple(name for name in linear_layers(self._checkpoint) if self._is_solved(name))
+
+    def stage(self, bounds: Bounds) -> list[StageResult]:
+        """Both rows; none where there is no such layer."""
+        layers: list[tuple[float, str]] = []
+        outputs: list[tuple[float, str]] = []
+        for name in self.names:
+            found = self.error(name)
+            layers.append((found.layer, f"worst of {len(self.names)} layers: {name}"))
+            outputs.append((found.output, f"worst output: {found.worst} of {name}"))
+        return [
+            bounded(STAGE, metric, value, bounds.value(STAGE, metric), "loss", detail)
+            for metric, rows in ((LAYER_METRIC, layers), (ROW_METRIC, outputs))
+            for value, detail in [max(rows, key=_nan_last)] * bool(rows)
+        ]
+
+    def error(self, name: str) -> OutputError:
+        """One layer's errors over those of rounding to nearest."""
+        codes = self._codes(name)
+        grid = self._form.grid(codes, name)
+        scale = self._weights.input_scale(name)
+        inputs = self._sketch.load(name)
+        if scale is not None:
+            inputs = [each.divided(torch.from_numpy(scale)) for each in inputs]
+        return output_error(self._rows(name, codes, grid), grid, inputs)
+
+    def rounded(self, name: str) -> NDArray[np.float32]:
+        """A layer rounded to nearest by the verifier, float32 [N, K]."""
+        codes = self._codes(name)
+        grid = self._form.grid(codes, name)
+        values = [
+            rounded(self._original(name, rows), self._scales(name, rows, grid), grid)
+            for rows in _row_blocks(codes)
+        ]
+        found: NDArray[np.float32] = torch.cat(values).numpy()
+        return found
+
+    def _is_solved(self, name: str) -> bool:
+        if f"{name}.qweight" in self._checkpoint.tensors or self._form.is_rounded(name):
+            return False
+        try:
+            return self._weights.holds_codes(name)
+        except ArtifactError:
+            return False
+
+    @cached_property
+    def _weights(self) -> GraphWeights:
+        return GraphWeights.open(self._artifact)
+
+    def _codes(self, name: str) -> GraphCodes:
+        codes = self._weights.codes(name)
+        assert codes is not None
+        return codes
+
+    def _rows(self, name: str, codes: GraphCodes, grid: Grid) -> Iterator[WeightRows]:
+        for rows in _row_blocks(codes):
+            shipped = torch.from_numpy(codes.cut(rows).dequantize())
+            yield WeightRows(self._original(name, rows), shipped, self._scales(name, rows, grid))
+
+    def _original(self, name: str, rows: slice) -> torch.Tensor:
+        """The checkpoint's rows, float32, times what the layer's input is divided by."""
+        weight = self._checkpoint.read(f"{name}.weight", rows).astype(np.float32)
+        scale = self._weights.input_scale(name)
+        return torch.from_numpy(weight if scale is None else weight * scale)
+
+    def _scales(self, name: str, rows: slice, grid: Grid) -> torch.Tensor:
+        path = self._sketch.path / f"scales-{name}-{rows.start}.npy"
+        if path.is_file():
+            return torch.from_numpy(np.load(path)).float()
+        scales = nearest_scales(self._original(name, rows), grid)
+        np.save(path, scales.half().numpy())
+        return scales
+
+
+class RoundedWeights:
+    """The artifact with its solved layers rounded to nearest instead; a ``LinearSupply``.
+
+    Args:
+        layers: that were solved.
+        supply: the artifact's own weights, which say how activations are rounded.
+    """
+
+    def __init__(self, layers: SolvedLayers, supply: LinearSupply) -> None:
+        self._layers = layers
+        self._supply = supply
+        self._names = set(layers.names)
+
+    def holds(self, name: str) -> bool:
+        """See ``LinearSupply.holds``."""
+        return self._supply.holds(name)
+
+    def linear(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
+        """See ``LinearSupply.linear``."""
+        if name not in self._names:
+            return self._supply.linear(name, rows)
+        return self._layers.rounded(name)[rows or slice(None)]
+
+    def rounding(self, name: str) -> int | None:
+        """See ``LinearSupply.rounding``."""
+        return self._supply.rounding(name)
+
+    def input_scale(self, name: str) -> NDArray[np.float32] | None:
+        """See ``LinearSupply.input_scale``."""
+        return self._supply.input_scale(name)
+
+
+def _row_blocks(codes: GraphCodes) -> Iterator[slice]:
+    num_rows, num_columns = codes.codes.shape
+    step = max(1, _ELEMENTS_AT_A_TIME // num_columns)
+    for first in range(0, num_rows, step):
+        yield slice(first, min(first + step, num_rows))
+
+
+def _nan_last(row: tuple[float, str]) -> tuple[bool, float]:
+    return row[0] != row[0], row[0]
