@@ -30,7 +30,6 @@ from llava_edge.bench.compare import compare, findings_table, machine_change, ve
 from llava_edge.bench.compare_notes import compare_notes
 from llava_edge.bench.machine_card import Rates, machine_card, machine_profile, measure_rates
 from llava_edge.bench.quality_alone import QualityTask, kept_answers, measure_alone
-from llava_edge.bench.quality_questions import QualityQuestion, read_quality_questions
 from llava_edge.bench.report import report_page
 from llava_edge.bench.speed_cases import affordable_cases, speed_cases
 from llava_edge.bench.speed_rows import SpeedRow, predicted_seconds
@@ -52,6 +51,7 @@ from llava_edge.runtime.engine_arguments import (
     asked_cache,
 )
 from llava_edge.runtime.progress import ProgressLine
+from llava_edge.runtime.quality_questions import QualityQuestion, read_quality_questions
 
 _MOST_SHOWN = 10
 _BUDGET_SECONDS = 120.0

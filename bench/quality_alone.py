@@ -9,12 +9,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
-from llava_edge.bench.quality_questions import QualityQuestion
-from llava_edge.bench.quality_run import QualityResult, measure_quality
 from llava_edge.profiles.errors import EngineError
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.host_memory import peak_host_bytes
 from llava_edge.runtime.progress import ProgressLine
+from llava_edge.runtime.quality_questions import QualityQuestion
+from llava_edge.runtime.quality_run import QualityResult, measure_quality
 
 
 @dataclass(frozen=True)

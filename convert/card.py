@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llava_edge.profiles.anyres import format_pinpoints
-from llava_edge.runtime.certificate import Certificate, StageResult
+from llava_edge.runtime.certificate import QUALITY_STAGE, Certificate, StageResult
 from llava_edge.runtime.engine_files import ENGINES
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.manifest_check import CERTIFICATE
@@ -68,7 +68,7 @@ model = LlavaEdge.load("path/to/this/folder")
 print(model.generate("What is in the picture?", images=["picture.jpg"]).text)
 ```
 
-## Verification
+{_quality(manifest, certificate)}## Verification
 
 {_verification(manifest, certificate)}
 """
@@ -104,7 +104,9 @@ def _verification(manifest: Manifest, certificate: Certificate | None) -> str:
         )
     host = certificate.host
     export = [row for row in certificate.stages if row.question == "export"]
-    loss = [row for row in certificate.stages if row.question == "loss"]
+    loss = [
+        row for row in certificate.stages if row.question == "loss" and row.name != QUALITY_STAGE
+    ]
     paragraphs = [
         f"Verified {_MODES[certificate.mode]} against {certificate.reference} on "
         f"{certificate.issued[:10]}, on {host.machine} ({host.cpu}; {host.provider} of ONNX "
@@ -117,6 +119,34 @@ def _verification(manifest: Manifest, certificate: Certificate | None) -> str:
         f"The whole of it is in `{CERTIFICATE}`.",
     ]
     return "\n\n".join(paragraphs)
+
+
+def _quality(manifest: Manifest, certificate: Certificate | None) -> str:
+    """A section on the user's own questions; empty where none were asked."""
+    found = None if certificate is None else certificate.quality
+    if found is None:
+        return ""
+    allowed = (
+        "" if found.max_loss is None else f" (at most {100 * found.max_loss:g} % were allowed)"
+    )
+    refused = f" {found.refused} could not be asked and count as wrong." * bool(found.refused)
+    return f"""## Right answers
+
+{found.questions} questions of the person who converted it, asked of fp16 and of this artifact:
+
+| | |
+|---|---|
+| right at fp16 | {found.right_before} |
+| right in this artifact ({manifest.precision.language_model}) | {found.right_after} |
+| right before, wrong now | {found.lost} |
+| wrong before, right now | {found.gained} |
+| answers of another text | {found.changed} |
+| right answers lost, on balance | {100 * found.loss:.3g} %{allowed} |
+
+An answer is right where it is one of those given, up to case, white space and a full stop at the
+end, or names the right letter.{refused}
+
+"""
 
 
 def _where(certificate: Certificate) -> str:

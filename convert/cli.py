@@ -10,11 +10,13 @@ from pathlib import Path
 
 from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.progress import StageBars
+from llava_edge.convert.quality_request import QualityRequest
 from llava_edge.convert.quantization import NUM_SAMPLES, QuantizationRequest
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.cli import add_plan_arguments, build_request, choose_profile
 from llava_edge.profiles.errors import RequestError
 from llava_edge.runtime.limit_arguments import add_limit_arguments, asked_limits
+from llava_edge.runtime.records import to_json
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,6 +27,12 @@ def main(argv: list[str] | None = None) -> int:
             f"CHECKPOINT {options.checkpoint} and --model {options.model} were both given; --model "
             "says what to plan for where no checkpoint is named. Give one of them."
         )
+    if options.max_loss is not None and options.quality is None:
+        raise RequestError(
+            f"--max-loss {options.max_loss} was given without --quality FILE, whose questions it "
+            "is measured on. Give both, or leave it out."
+        )
+    limits = asked_limits(options)
     request = ConvertRequest(
         checkpoint=options.checkpoint,
         out=options.named_out or options.out,
@@ -34,13 +42,16 @@ def main(argv: list[str] | None = None) -> int:
             quantizer=options.quantizer,
             calibration=options.calibration,
             num_samples=options.samples,
-            limits=asked_limits(options),
+            limits=limits,
         ),
         emit_hf="hf" in options.emit,
         reference=options.reference,
         use_template=not options.no_template,
         force=options.force,
         verify=options.verify,
+        quality=None
+        if options.quality is None
+        else QualityRequest(options.quality, options.max_loss, limits),
     )
     start = time.perf_counter()
     with StageBars() as bars:
@@ -63,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             "plan": conversion.plan.to_json(),
             "verdict": conversion.certificate.verdict,
             "verified": conversion.certificate.passed,
+            "quality": to_json(conversion.certificate.quality),
         }
         print(json.dumps(result))
     else:
@@ -115,6 +127,19 @@ def _parser() -> argparse.ArgumentParser:
         choices=("quick", "full", "none"),
         default="quick",
         help="how much is compared with the checkpoint before the artifact takes its place",
+    )
+    parser.add_argument(
+        "--quality",
+        type=Path,
+        metavar="FILE",
+        help="questions with their answers, as bench --quality reads them: right answers at fp16 "
+        "and of the artifact are counted and stand in certificate and card",
+    )
+    parser.add_argument(
+        "--max-loss",
+        type=float,
+        metavar="SHARE",
+        help="refuse an artifact that loses more of the right answers, on balance; 0.02 for 2 %%",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT, discard OUT.partial")
     parser.add_argument("--json", action="store_true", help="one JSON object as last stdout line")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from llava_edge.convert.planning import (
     seen_of_board,
 )
 from llava_edge.convert.preflight import check_download
+from llava_edge.convert.quality_check import QualityCheck
 from llava_edge.convert.quantization import (
     BodyFormat,
     LightParts,
@@ -57,8 +58,10 @@ from llava_edge.convert.video_settings import read_video_processing
 from llava_edge.convert.vision_engine import write_vision_engine
 from llava_edge.convert.vision_tiles import cut_tiles
 from llava_edge.convert.write_artifact import ArtifactWriter, refuse_existing
+from llava_edge.profiles.detect import detect_profile
 from llava_edge.profiles.errors import BudgetError, RequestError
 from llava_edge.profiles.formats import VisionFormat, part_precisions, weight_bytes
+from llava_edge.profiles.hardware import load_profile
 from llava_edge.profiles.plan import DeploymentPlan
 from llava_edge.profiles.variants import find_variant, load_variants
 from llava_edge.runtime.certificate import Certificate
@@ -80,6 +83,8 @@ from llava_edge.runtime.versions import tool_versions
 Say = Callable[[str], None]
 
 GPTQ_FOLDER = "gptq"
+QUALITY = "quality"
+"""In the work folder: what ``--quality`` asks before the artifact is made."""
 _TOOLS = ("llava-edge", "onnx-ir", "onnxruntime", "tokenizers", "torch", "transformers")
 _TEXTS_BYTES = 64 << 20
 """Room for tokenizer, graphs without weights, rotary tables."""
@@ -146,6 +151,10 @@ def convert_checkpoint(request: ConvertRequest, report: Report, say: Say) -> Con
         VerificationError: the artifact does not do what the checkpoint does; it is kept aside.
     """
     checkpoint, files = _open(request, report, say)
+    if request.quality is not None:
+        request.quality.require_model(
+            takes_video=checkpoint.dims.takes_video, has_template=request.use_template
+        )
     planned = plan_artifact(request, checkpoint)
     out = request.out or default_output(planned)
     _refuse_inside(out, checkpoint, request.quantization.calibration)
@@ -154,6 +163,10 @@ def convert_checkpoint(request: ConvertRequest, report: Report, say: Say) -> Con
         say(f"note: {note}")
     job = _prepare(request, checkpoint, files, planned, report, say)
     needed = _needed_bytes(job)
+    reference = _fp16_of(job) if request.quality is not None else None
+    if reference is not None:
+        _require_room_for_fp16(reference)
+        needed += _needed_bytes(reference)
     with (
         ArtifactWriter(
             out,
@@ -168,6 +181,13 @@ def convert_checkpoint(request: ConvertRequest, report: Report, say: Say) -> Con
         torch_threads(writer.threads),
     ):
         check_free_space(writer.folder, max(0, needed - writer.finished_bytes))
+        quality = None
+        if request.quality is not None:
+            place = writer.work / QUALITY
+            quality = QualityCheck(request.quality, place, report, say)
+            if reference is not None:
+                fp16 = partial(_write_fp16, reference, place / "fp16", writer.threads, report)
+                quality.ask_reference(fp16)
         written = _write_parts(job, writer, report)
         manifest = written.manifest
         verification = Verification(request.verify, checkpoint, report, say)
@@ -177,9 +197,66 @@ def convert_checkpoint(request: ConvertRequest, report: Report, say: Say) -> Con
             writer.record, quantization=written.measured, board=seen_of_board(written.plan)
         )
         prepared = writer.prepare(manifest, write_card(manifest, size, None), record)
-        certificate = verification.certify(prepared, size, writer)
+        certificate = verification.certify(prepared, size, writer, quality)
         folder = writer.publish()
     return Conversion(folder, manifest, written.plan, size, certificate)
+
+
+def _fp16_of(job: _Job) -> _Job | None:
+    """The same checkpoint at fp16 for the CPU, to be asked beside a quantised artifact.
+
+    Returns:
+        None where the artifact has the checkpoint's own weights.
+
+    Raises:
+        RequestError: the checkpoint is quantised already, so there is nothing to compare with.
+    """
+    plan = job.planned.plan
+    if plan.precision == "fp16" and plan.vision_precision == "fp16":
+        return None
+    if job.checkpoint.gptq is not None:
+        raise RequestError(
+            f"--quality compares with fp16, and {job.checkpoint.source_id} is quantised already. "
+            "Convert without it and ask the artifact: llava-edge bench OUT --quality FILE."
+        )
+    profile = job.request.profile
+    if profile.flavour != "cpu":
+        profile = load_profile("cpu-16gb")
+    wishes = replace(job.request.wishes, precision="fp16", vision_precision=None, cache=None)
+    request = replace(job.request, profile=profile, wishes=wishes, emit_hf=False, verify="none")
+    plan = replace(plan, precision="fp16", vision_precision="fp16", engine="ort")
+    planned = replace(job.planned, plan=plan, engine=None)
+    return replace(job, request=request, planned=planned, body=None)
+
+
+def _require_room_for_fp16(reference: _Job) -> None:
+    """Make sure that this machine can run fp16, which ``--quality`` compares with.
+
+    Raises:
+        RequestError: it has too little memory.
+    """
+    here = replace(reference.request, profile=detect_profile(device="cpu"))
+    variants = (as_variant(reference.checkpoint),)
+    frames = reference.planned.num_frames
+    wishes = replace(here.wishes, variants=variants, context_tokens=None, num_frames=frames)
+    try:
+        choose(here, wishes)
+    except BudgetError as error:
+        raise RequestError(
+            f"--quality asks the model at fp16 on this machine first, and {error} Convert on a "
+            "larger machine, or leave --quality out."
+        ) from error
+
+
+def _write_fp16(job: _Job, out: Path, threads: int, report: Report) -> Path:
+    """An artifact at fp16 in the work folder, unless an earlier run finished it."""
+    if out.exists():
+        return out
+    with ArtifactWriter(
+        out, _key(job), inputs=job.inputs, check_inputs=job.check_inputs, threads=threads
+    ) as writer:
+        manifest = _write_parts(job, writer, report).manifest
+        return writer.finish(manifest, write_card(manifest, writer.finished_bytes, None))
 
 
 def _write_parts(job: _Job, writer: ArtifactWriter, report: Report) -> _Written:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-_STEPS = ("quantise", "engine")
+_STEPS = ("quantise", "engine", "quality")
 
 
 class StageBars:

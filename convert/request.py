@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llava_edge.convert.quality_request import QualityRequest
 from llava_edge.convert.quantization import QuantizationRequest
 from llava_edge.profiles.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.planner import PlanRequest
@@ -28,6 +29,7 @@ class ConvertRequest:
         use_template: compile the chat template; without it the artifact takes raw prompts only.
         force: replace an existing artifact and discard an unfinished one.
         verify: how much is compared with the checkpoint before the artifact takes its place.
+        quality: questions that fp16 and the artifact are asked; None for none.
     """
 
     checkpoint: str | None
@@ -40,3 +42,4 @@ class ConvertRequest:
     use_template: bool = True
     force: bool = False
     verify: Mode = "quick"
+    quality: QualityRequest | None = None

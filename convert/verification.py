@@ -13,6 +13,7 @@ from pathlib import Path
 from llava_edge.convert.card import write_card
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.disk import write_atomic
+from llava_edge.convert.quality_check import QualityCheck
 from llava_edge.convert.verify.estimate import estimate_seconds
 from llava_edge.convert.verify.probes import probes_for
 from llava_edge.convert.verify.reference_answer import Reference
@@ -27,7 +28,7 @@ from llava_edge.convert.verify.verifier import (
 from llava_edge.convert.write_artifact import ArtifactWriter, write_certificate
 from llava_edge.profiles.errors import LlavaEdgeError, VerificationError
 from llava_edge.runtime.artifact import Artifact, read_manifest
-from llava_edge.runtime.certificate import Certificate, Mode
+from llava_edge.runtime.certificate import Certificate, Mode, Quality, StageResult
 from llava_edge.runtime.golden import GOLDEN_FILE, golden_bytes
 from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.manifest import Manifest
@@ -79,11 +80,24 @@ class Verification:
 
         writer.part("golden", build)
 
-    def certify(self, folder: Path, artifact_bytes: int, writer: ArtifactWriter) -> Certificate:
+    def certify(
+        self,
+        folder: Path,
+        artifact_bytes: int,
+        writer: ArtifactWriter,
+        quality: QualityCheck | None = None,
+    ) -> Certificate:
         """Verify a prepared folder and put certificate and card into it.
 
+        Args:
+            folder: the artifact, complete but for its certificate.
+            artifact_bytes: of it, for the card.
+            writer: keeps it aside where it fails.
+            quality: asks it the user's questions, whether or not it is verified.
+
         Raises:
-            VerificationError: a stage failed; the folder is then kept aside with the report.
+            VerificationError: a stage failed, or more right answers are lost than is allowed; the
+                folder is then kept aside with the report.
         """
         manifest, digest = read_manifest(folder)
         artifact = Artifact(
@@ -97,10 +111,14 @@ class Verification:
                 artifact, self._checkpoint, options, self._report, self._reference
             )
             self._say(f"verified ({self._mode}): {verdict_line(certificate.stages)}")
+        what = f"the artifact does not do what {self._checkpoint.source_id} does"
+        if quality is not None and certificate.verdict != "fail":
+            certificate = _with_quality(certificate, *quality.compare(folder))
+            what = "the artifact answers fewer questions right than --max-loss allows"
         if certificate.verdict == "fail":
             kept = writer.keep_failed(to_json(certificate))
             raise VerificationError(
-                f"the artifact does not do what {self._checkpoint.source_id} does.\n"
+                f"{what}.\n"
                 f"{stage_table(certificate.stages)}\n{deviation_line(certificate.first_deviation)}"
                 f"It is kept in {kept} with its report, and did not take its place."
             )
@@ -108,6 +126,18 @@ class Verification:
         card = write_card(manifest, artifact_bytes, certificate)
         write_atomic(folder / CARD, card.encode("utf-8"))
         return certificate
+
+
+def _with_quality(certificate: Certificate, found: Quality, row: StageResult) -> Certificate:
+    """A certificate that did not fail, with what the user's questions showed."""
+    verdict = "fail" if row.verdict == "fail" else certificate.verdict
+    return replace(
+        certificate,
+        quality=found,
+        stages=(*certificate.stages, row),
+        verdict=verdict,
+        passed=certificate.passed and verdict == "pass",
+    )
 
 
 def _spoken(seconds: float) -> str:

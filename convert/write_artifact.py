@@ -396,10 +396,13 @@ class ArtifactWriter:
         return failed
 
     def close(self) -> None:
-        """Give the lock back; finished parts stay for the next run of the same request."""
-        if self._lock >= 0 and not self._journal.parts:
+        """Give the lock back; finished parts and work stay for the next run of the same request."""
+        if self._lock >= 0 and not self._journal.parts and not self._has_work():
             self._discard()
         self._release()
+
+    def _has_work(self) -> bool:
+        return self.work.is_dir() and any(self.work.iterdir())
 
     def __enter__(self) -> ArtifactWriter:
         return self

@@ -15,7 +15,11 @@ from typing import Any, Literal
 
 from llava_edge.runtime.manifest import Flavour
 
-CERTIFICATE_VERSION = 1
+CERTIFICATE_VERSION = 2
+"""2 added ``quality``."""
+
+QUALITY_STAGE = "quality"
+"""Name of the row that belongs to ``Certificate.quality``."""
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 Question = Literal["export", "loss"]
@@ -72,6 +76,36 @@ class Deviation:
 
 
 @dataclass(frozen=True)
+class Quality:
+    """Right answers to the user's questions before and after, see ``llava-edge convert --quality``.
+
+    Before is the same checkpoint at fp16 in this runtime, computed in float32. What is right,
+    ``quality_run`` says. ``loss`` is the share of right answers that are gone, on balance:
+    ``(right_before - right_after) / right_before``, and 0 where it would be below.
+
+    Attributes:
+        questions: that were asked; ``questions_sha256`` is the digest of their file.
+        right_before, right_after: answers that are right.
+        lost: right before and wrong after.
+        gained: wrong before and right after.
+        changed: answers of another text, right or wrong.
+        refused: questions that could not be asked of the artifact; they count as wrong.
+        max_loss: largest ``loss`` that was allowed; None where none was named.
+    """
+
+    questions: int
+    questions_sha256: str
+    right_before: int
+    right_after: int
+    lost: int
+    gained: int
+    changed: int
+    refused: int
+    loss: float
+    max_loss: float | None = None
+
+
+@dataclass(frozen=True)
 class Certificate:
     """Contents of ``certificate.json``.
 
@@ -90,6 +124,7 @@ class Certificate:
         conversion: what the manifest says of the conversion, quoted.
         seconds: that verifying took.
         peak_host_bytes: largest resident set of the process that verified.
+        quality: on the user's questions; None where none were given.
     """
 
     schema_version: int
@@ -106,6 +141,7 @@ class Certificate:
     conversion: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     peak_host_bytes: int = 0
+    quality: Quality | None = None
     manifest_sha256: str = ""
     self_sha256: str = ""
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from llava_edge.convert.card import write_card
@@ -23,9 +24,10 @@ from llava_edge.convert.progress import StageBars
 from llava_edge.convert.verify.verifier import QUICK_BYTES, VerifyOptions, verify_artifact
 from llava_edge.convert.write_artifact import write_certificate
 from llava_edge.profiles.device_name import parse_device
-from llava_edge.profiles.errors import ExportError, RequestError, shorten
+from llava_edge.profiles.errors import ArtifactError, ExportError, RequestError, shorten
 from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.certificate import Certificate
+from llava_edge.runtime.certificate import QUALITY_STAGE, Certificate
+from llava_edge.runtime.certificate_file import read_certificate
 from llava_edge.runtime.manifest_check import CARD
 from llava_edge.runtime.records import to_json
 from llava_edge.runtime.stage_table import (
@@ -82,6 +84,7 @@ def main_against(options: argparse.Namespace, artifact: Artifact) -> int:
             bars,
         )
         files.check()
+    certificate = _keep_quality(artifact, certificate)
     print(stage_table(certificate.stages), file=sys.stderr)
     print(
         f"{deviation_line(certificate.first_deviation)}{artifact.folder} ({options.mode}, "
@@ -95,6 +98,18 @@ def main_against(options: argparse.Namespace, artifact: Artifact) -> int:
         document["first_deviation"] = to_json(certificate.first_deviation)
         print(json.dumps(document, allow_nan=False))
     return 0 if certificate.verdict == "pass" else 1
+
+
+def _keep_quality(artifact: Artifact, certificate: Certificate) -> Certificate:
+    """What the user's questions showed of these very files stays; a damaged certificate goes."""
+    try:
+        old, _ = read_certificate(artifact.folder, artifact.manifest, artifact.manifest_sha256)
+    except ArtifactError:
+        return certificate
+    if old is None or old.manifest_sha256 != artifact.manifest_sha256 or old.quality is None:
+        return certificate
+    rows = tuple(row for row in old.stages if row.name == QUALITY_STAGE)
+    return replace(certificate, quality=old.quality, stages=(*certificate.stages, *rows))
 
 
 def _write(artifact: Artifact, certificate: Certificate) -> None:

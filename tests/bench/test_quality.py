@@ -10,17 +10,17 @@ import pytest
 from PIL import Image
 
 from llava_edge.bench import cli
-from llava_edge.bench.quality import (
+from llava_edge.profiles.errors import LlavaEdgeError, OutputExistsError, RequestError
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.quality import (
     anls,
     choice_letter,
     choice_prompt,
     exact_match,
     relaxed_accuracy,
 )
-from llava_edge.bench.quality_questions import read_quality_questions
-from llava_edge.bench.quality_run import measure_quality
-from llava_edge.profiles.errors import LlavaEdgeError, OutputExistsError, RequestError
-from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.quality_questions import read_quality_questions
+from llava_edge.runtime.quality_run import measure_quality
 
 
 @pytest.mark.parametrize(

@@ -295,7 +295,7 @@ def _told(given: Mapping[str, Any]) -> str:
 
 
 def _quality(bench: Bench, random: Random, number: int) -> Case:
-    from llava_edge.bench.quality_questions import read_quality_questions
+    from llava_edge.runtime.quality_questions import read_quality_questions
 
     path = text_inputs.write_questions(random, bench.scratch)
     limit = random.choice((None, 1, 3))

@@ -617,13 +617,13 @@ def test_a_certificate_of_a_newer_schema_names_its_reader_and_does_not_count(
 ) -> None:
     path = issue(toy)
     document = json.loads(path.read_text())
-    document.update(schema_version=2, something_new=[1], tools={"llava-edge": "7.2.0"})
+    document.update(schema_version=3, something_new=[1], tools={"llava-edge": "7.2.0"})
     path.write_bytes(seal(document))
     with caplog.at_level(logging.WARNING):
         artifact = open_artifact(toy)
     assert not artifact.verified
     assert artifact.certificate is None
-    assert "schema_version 2" in caplog.text
+    assert "schema_version 3" in caplog.text
     assert "llava-edge 7.2.0 reads it" in caplog.text
 
 

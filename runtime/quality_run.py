@@ -1,24 +1,40 @@
-"""Quality run: one artifact answers all questions of a file."""
+"""Quality run: one artifact answers all questions of a file.
+
+A question is answered right where the answer is one of those given, up to case, white space and a
+full stop at the end (``exact_match``), or names the right letter of a multiple choice.
+"""
 
 from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llava_edge.bench.quality import (
+from llava_edge.profiles.errors import ImageError, PromptError, VideoError
+from llava_edge.runtime.pipeline import LlavaEdge
+from llava_edge.runtime.progress import ReportProgress, no_progress
+from llava_edge.runtime.quality import (
     anls,
     choice_letter,
     choice_prompt,
     exact_match,
     relaxed_accuracy,
 )
-from llava_edge.bench.quality_questions import QualityQuestion
-from llava_edge.profiles.errors import ImageError, PromptError
-from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.progress import ReportProgress, no_progress
+from llava_edge.runtime.quality_questions import QualityQuestion
+
+
+@dataclass(frozen=True)
+class Given:
+    """What was said to one question; ``text`` is None where it could not be asked, for a reason."""
+
+    text: str | None
+    refused: str = ""
+
+
+def _keep_nothing(given: Given) -> None:
+    """Keep no answer."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +48,7 @@ class QualityResult:
         kinds: exact match, or right letters, by kind.
         refused: what was said of questions that could not be asked.
         predictions: the answers, in the order of the questions; None for a refused one.
+        right: whether each is right, see above.
         ttft_seconds, decode_tokens_per_second: medians.
         device_bytes: most that an answer says was held on the GPU; None on the CPU.
     """
@@ -44,6 +61,7 @@ class QualityResult:
     kinds: dict[str, float]
     refused: tuple[str, ...]
     predictions: tuple[str | None, ...] = field(repr=False)
+    right: tuple[bool, ...] = field(repr=False)
     ttft_seconds: float | None
     decode_tokens_per_second: float | None
     device_bytes: int | None
@@ -65,6 +83,8 @@ def measure_quality(
     grid: str | None = None,
     max_new_tokens: int = 64,
     progress: ReportProgress = no_progress,
+    known: Sequence[Given] = (),
+    keep: Callable[[Given], None] = _keep_nothing,
 ) -> QualityResult:
     """Ask everything greedily and compare.
 
@@ -74,6 +94,8 @@ def measure_quality(
         grid: lower the AnyRes grid.
         max_new_tokens: of an answer.
         progress: told about questions.
+        known: what was said to the first questions before; they are not asked again.
+        keep: given what is said to each of the others.
 
     Raises:
         RequestError: the grid is not one that the artifact has.
@@ -82,34 +104,39 @@ def measure_quality(
     kinds: dict[str, list[float]] = defaultdict(list)
     refused: list[str] = []
     predictions: list[str | None] = []
+    right: list[bool] = []
     waits: list[float] = []
     rates: list[float] = []
     held: list[int] = []
     for place, question in enumerate(questions):
         progress("questions", place, len(questions))
-        prompt = question.question
-        if question.choices:
-            prompt = choice_prompt(prompt, question.choices)
-        text: str | None = None
-        try:
-            answer = model.generate(
-                prompt,
-                images=question.images,
-                image_marks=False,
-                grid=grid,
-                max_new_tokens=max_new_tokens,
-            )
-            text = answer.text
-            waits.append(answer.timings.ttft_seconds)
-            if answer.peak_memory.device_bytes is not None:
-                held.append(answer.peak_memory.device_bytes)
-            if answer.timings.decode_tokens_per_second is not None:
-                rates.append(answer.timings.decode_tokens_per_second)
-        except (ImageError, PromptError) as error:
-            refused.append(f"question {place + 1}: {error}")
-        predictions.append(text)
-        main = _score(question, text, scores)
+        if place < len(known):
+            given = known[place]
+        else:
+            try:
+                answer = model.generate(
+                    prompt_of(question),
+                    images=question.images,
+                    video=question.video,
+                    image_marks=False,
+                    grid=grid,
+                    max_new_tokens=max_new_tokens,
+                )
+                given = Given(answer.text)
+                waits.append(answer.timings.ttft_seconds)
+                if answer.peak_memory.device_bytes is not None:
+                    held.append(answer.peak_memory.device_bytes)
+                if answer.timings.decode_tokens_per_second is not None:
+                    rates.append(answer.timings.decode_tokens_per_second)
+            except (ImageError, PromptError, VideoError) as error:
+                given = Given(None, str(error))
+            keep(given)
+        if given.text is None:
+            refused.append(f"question {place + 1}: {given.refused}")
+        predictions.append(given.text)
+        main = _score(question, given.text, scores)
         kinds[question.kind].append(main)
+        right.append(main == 1.0)
     progress("questions", len(questions), len(questions))
     return QualityResult(
         questions=len(questions),
@@ -120,10 +147,18 @@ def measure_quality(
         kinds={kind: _percent(values) or 0.0 for kind, values in sorted(kinds.items()) if kind},
         refused=tuple(refused),
         predictions=tuple(predictions),
+        right=tuple(right),
         ttft_seconds=statistics.median(waits) if waits else None,
         decode_tokens_per_second=statistics.median(rates) if rates else None,
         device_bytes=max(held, default=None),
     )
+
+
+def prompt_of(question: QualityQuestion) -> str:
+    """What is asked: the question, with its choices where it has some."""
+    if question.choices:
+        return choice_prompt(question.question, question.choices)
+    return question.question
 
 
 def _score(question: QualityQuestion, text: str | None, scores: dict[str, list[float]]) -> float:

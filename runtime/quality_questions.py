@@ -1,4 +1,4 @@
-"""Quality questions: a file of image, question and accepted answers.
+"""Quality questions: a file of image, question and accepted answers, for ``convert`` and ``bench``.
 
 One JSON object a line, or one list of them, as DocVQA, ChartQA, TextVQA and the like are easily
 brought to::
@@ -7,7 +7,8 @@ brought to::
 
 ``answer`` does for one answer. With ``choices``, a list of texts, the question is one of multiple
 choice and the answer a letter. ``kind`` counts results apart. ``image`` is a path inside the
-folder of the file, or a list of such paths, or left out. Further keys are ignored.
+folder of the file, or a list of such paths, or left out; ``video`` is such a path. Further keys are
+ignored.
 """
 
 from __future__ import annotations
@@ -18,20 +19,27 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge.profiles.errors import RequestError, shorten
+from llava_edge.runtime.images import read_image_size
 from llava_edge.runtime.json_lines import NoEntriesError, path_inside, read_entries
+from llava_edge.runtime.limits import Limits
 
 _MAX_CHOICES = 26
 
 
 @dataclass(frozen=True)
 class QualityQuestion:
-    """One question; ``choices`` is empty unless it is one of multiple choice."""
+    """One question; ``choices`` is empty unless it is one of multiple choice.
+
+    ``where`` is what messages call it.
+    """
 
     question: str
     answers: tuple[str, ...]
     images: tuple[Path, ...]
     choices: tuple[str, ...] = ()
     kind: str = ""
+    video: Path | None = None
+    where: str = ""
 
 
 def read_quality_questions(file: Path, limit: int | None = None) -> tuple[QualityQuestion, ...]:
@@ -63,6 +71,41 @@ def read_quality_questions(file: Path, limit: int | None = None) -> tuple[Qualit
     return tuple(found)
 
 
+def require_media(
+    file: Path,
+    questions: Sequence[QualityQuestion],
+    *,
+    takes_video: bool | None = None,
+    limits: Limits | None = None,
+) -> None:
+    """Make sure that what questions show is there and can be opened, by the headers of images.
+
+    Args:
+        file: that the questions come from, for the message.
+        questions: all of them.
+        takes_video: whether the model does; None where that is not known yet.
+        limits: that images are opened within.
+
+    Raises:
+        RequestError: something is missing or of the wrong kind; every fault is listed.
+    """
+    faults: list[str] = []
+    for question in questions:
+        for image in question.images:
+            try:
+                read_image_size(image, limits)
+            except RequestError as error:
+                faults.append(f"{question.where}: {error}")
+        if question.video is None:
+            continue
+        if takes_video is False:
+            faults.append(f"{question.where}: it shows a video, and the model takes images only")
+        elif not question.video.is_file():
+            faults.append(f"{question.where}: there is no video {question.video}")
+    if faults:
+        raise RequestError(f"--quality {file} cannot be used: {shorten(faults, 10)}.")
+
+
 def _read(
     folder: Path, name: str, entry: dict[str, Any], faults: list[str]
 ) -> QualityQuestion | None:
@@ -83,11 +126,16 @@ def _read(
         faults.append(f"{name}: answers are {answers!r:.40}; with choices they are letters")
     if "images" in entry:
         faults.append(f"{name}: the key is image, also for a list of them, not images")
-    images = _images(folder, name, entry.get("image"), faults)
+    images = _paths(folder, name, "image", entry.get("image"), faults)
+    shown = entry.get("video")
+    videos = _paths(folder, name, "video", None if isinstance(shown, list) else shown, faults)
+    if isinstance(shown, list):
+        faults.append(f"{name}: video is {shown!r:.80}, not one path")
     if len(faults) > before:
         return None
     assert isinstance(question, str)
-    return QualityQuestion(question, answers, images, choices, str(entry.get("kind") or ""))
+    kind = str(entry.get("kind") or "")
+    return QualityQuestion(question, answers, images, choices, kind, (*videos, None)[0], name)
 
 
 def _texts(value: Any, what: str, faults: list[str]) -> tuple[str, ...]:
@@ -97,13 +145,13 @@ def _texts(value: Any, what: str, faults: list[str]) -> tuple[str, ...]:
     return ()
 
 
-def _images(folder: Path, name: str, value: Any, faults: list[str]) -> tuple[Path, ...]:
+def _paths(folder: Path, name: str, key: str, value: Any, faults: list[str]) -> tuple[Path, ...]:
     paths: Sequence[Any] = [] if value is None else value if isinstance(value, list) else [value]
     found: list[Path] = []
     for given in paths:
         path = path_inside(folder, given)
         if path is None:
-            faults.append(f"{name}: image is {given!r:.80}, no path inside the folder")
+            faults.append(f"{name}: {key} is {given!r:.80}, no path inside the folder")
         else:
             found.append(path)
     return tuple(found)

@@ -1,0 +1,140 @@
+"""The same conversion gives the same bytes of the manifest and of every file that it lists."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_edge.convert import pipeline
+from llava_edge.convert.pipeline import convert_checkpoint
+from llava_edge.convert.request import ConvertRequest
+from llava_edge.profiles.hardware import load_profile
+from llava_edge.profiles.planner import PlanRequest
+from llava_edge.runtime.artifact import open_artifact
+from llava_edge.runtime.conversion_record import read_conversion
+from llava_edge.runtime.manifest_check import MANIFEST, UNLISTED
+from llava_edge.runtime.progress import no_progress
+
+KILLED = -signal.SIGKILL
+
+PLACES: dict[str, tuple[dict[str, Any], list[tuple[str, int]]]] = {
+    # While a file is written; between two parts; while the finished folder is verified.
+    "fp16": (
+        {"precision": "fp16", "verify": "quick"},
+        [("vision", 2), ("decoder", 3), ("verify tile_features", 1)],
+    ),
+    # While the tower is looked at; before a layer, within a layer and after one; in the graph.
+    "int8 gptq": (
+        {"precision": "int8"},
+        [("look at tiles", 2), ("quantise", 1), ("quantise", 4), ("quantise", 5), ("decoder", 2)],
+    ),
+    "int4 gptq": ({"precision": "int4"}, [("quantise", 7)]),
+    "int4 rtn": ({"precision": "int4", "quantizer": "rtn"}, [("embeddings", 1), ("decoder", 4)]),
+}
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """The manifest and every file that it lists."""
+    return {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.name not in UNLISTED - {MANIFEST}
+    }
+
+
+def run(jobs: list[Any]) -> list[int]:
+    command = [sys.executable, "-m", "tests.convert.killed_conversion"]
+    root = Path(__file__).parents[2]
+    given = json.dumps(jobs)
+    done = subprocess.run(command, input=given, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    found: list[int] = json.loads(done.stdout)
+    return found
+
+
+def test_conversions_that_were_killed_at_any_place_end_with_the_same_bytes(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = str(make_checkpoint("odd", backbone="mistral", layers=2))
+    jobs: list[Any] = []
+    for name, (options, places) in PLACES.items():
+        whole, killed = str(tmp_path / f"{name} whole"), str(tmp_path / f"{name} killed")
+        jobs.append([checkpoint, whole, options, None])
+        jobs += [[checkpoint, killed, options, place] for place in [*places, None]]
+
+    assert run(jobs) == [0 if place is None else KILLED for *_, place in jobs]
+
+    for name, (_, places) in PLACES.items():
+        whole, killed = tmp_path / f"{name} whole", tmp_path / f"{name} killed"
+        assert contents(killed) == contents(whole), name
+        assert read_conversion(killed).runs == 1 + len(places)
+        assert read_conversion(whole).runs == 1
+        open_artifact(killed, hash_everything=True)
+
+
+def request_of(checkpoint: Path, out: Path, **changes: Any) -> ConvertRequest:
+    request = ConvertRequest(
+        checkpoint=str(checkpoint),
+        out=out,
+        wishes=PlanRequest(precision="fp16", context_tokens=640),
+        verify="none",
+    )
+    return replace(request, **changes)
+
+
+def convert(request: ConvertRequest) -> None:
+    convert_checkpoint(request, no_progress, lambda _: None)
+
+
+def test_memory_that_is_free_on_a_detected_board_is_not_in_the_manifest(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint("odd", backbone="mistral", layers=2)
+    board = replace(load_profile("cpu-16gb"), name="this-machine")
+    busier = replace(board, system_reserve_bytes=board.system_reserve_bytes + 123_456_789)
+
+    convert(request_of(checkpoint, tmp_path / "a", profile=board))
+    convert(request_of(checkpoint, tmp_path / "b", profile=busier))
+
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    seen = [read_conversion(tmp_path / name).board["budget_bytes"] for name in "ab"]
+    assert seen[0] - seen[1] == 123_456_789
+
+
+def test_a_resumed_conversion_computes_with_the_threads_that_it_began_with(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from llava_edge.convert.parts import PartBuilders
+
+    seen: list[int] = []
+    build = PartBuilders.embeddings
+
+    def stopped(self: PartBuilders, folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    def watched(self: PartBuilders, folder: Path) -> None:
+        seen.append(torch.get_num_threads())
+        build(self, folder)
+
+    request = request_of(make_checkpoint("odd", backbone="mistral", layers=2), tmp_path / "a")
+    monkeypatch.setattr(pipeline.torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(PartBuilders, "embeddings", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        convert(request)
+    monkeypatch.undo()
+    monkeypatch.setattr(PartBuilders, "embeddings", watched)
+
+    convert(request)
+
+    assert seen == [3]
+    assert read_conversion(tmp_path / "a").threads == 3
