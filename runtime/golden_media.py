@@ -94,6 +94,8 @@ class GoldenChat:
         turns: oldest first.
         ids: int64 (num_tokens,), the prompt of the last turn.
         pixel_sha256: of the float32 little-endian bytes of all tiles, in order, then all frames.
+        packing_sha256: of what stands at each position where features are their own numbers
+            (``media_check.numbered_rows``), float32 little-endian bytes.
         positions: int64 (n,), places of the prompt at which features are kept.
         rows: float32 (n, hidden), what the decoder reads there.
     """
@@ -102,6 +104,7 @@ class GoldenChat:
     turns: tuple[GoldenTurn, ...]
     ids: Array
     pixel_sha256: str
+    packing_sha256: str
     positions: Array = field(default_factory=lambda: np.empty(0, np.int64))
     rows: Array = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
@@ -158,6 +161,7 @@ def media_text(media: GoldenMedia) -> dict[str, Any]:
             {
                 "name": chat.name,
                 "pixel_sha256": chat.pixel_sha256,
+                "packing_sha256": chat.packing_sha256,
                 "turns": [
                     {
                         "text": turn.text,
@@ -210,10 +214,15 @@ def _file(place: int, value: Any, take: Take, most_frames: int) -> GoldenFile:
 def _chat(place: int, value: Any, take: Take, manifest: Manifest, most_frames: int) -> GoldenChat:
     prefix = f"media.chat.{place}"
     match value:
-        case {"name": str(name), "pixel_sha256": str(digest), "turns": [*turns], **rest} if (
-            not rest and 1 <= len(turns) <= _MOST_TURNS
-        ):
+        case {
+            "name": str(name),
+            "pixel_sha256": str(digest),
+            "packing_sha256": str(packing),
+            "turns": [*turns],
+            **rest,
+        } if not rest and 1 <= len(turns) <= _MOST_TURNS:
             _check_named(name, digest)
+            _check_named(name, packing)
             made = tuple(
                 _turn(f"{prefix}.{number}", turn, take, most_frames)
                 for number, turn in enumerate(turns)
@@ -223,6 +232,7 @@ def _chat(place: int, value: Any, take: Take, manifest: Manifest, most_frames: i
                 made,
                 take(f"{prefix}.ids", "I64", 1),
                 digest,
+                packing,
                 take(f"{prefix}.positions", "I64", 1),
                 take(f"{prefix}.rows", "F32", 2),
             )

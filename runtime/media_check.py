@@ -20,8 +20,9 @@ import numpy as np
 from PIL import features
 from PIL.Image import Image
 
-from llava_edge.profiles.errors import LlavaEdgeError, PromptError
+from llava_edge.profiles.errors import EngineError, LlavaEdgeError, OutOfMemoryError, PromptError
 from llava_edge.runtime.chat import Chat, ChatMessage
+from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.golden_media import (
     MEDIA_LIMITS,
     GoldenChat,
@@ -35,16 +36,19 @@ from llava_edge.runtime.lowering import Lowering
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.prompt import MARKS
 from llava_edge.runtime.prompt_date import COMPARED_NOW
+from llava_edge.runtime.prompt_embedder import PromptEmbedder
 from llava_edge.runtime.request import PromptOptions, Request, VideoInput
 from llava_edge.runtime.request_builder import RequestBuilder
 from llava_edge.runtime.stream import AnswerStream
-from llava_edge.runtime.tile_pixels import Pixels
+from llava_edge.runtime.tile_pixels import Pixels, digest_tiles
 from llava_edge.runtime.tokenizer import Tokenizer
 
 Array = np.ndarray[Any, np.dtype[Any]]
 EmbeddedRows = Callable[[Request, Array], Array]
 """``rows(request, positions)``: what the decoder reads there, (len(positions), hidden)."""
 
+NEWLINE_NUMBERS = np.array([-1.0, -1.0], np.float32)
+"""What stands for the newline's row among ``tile_numbers``."""
 _NO_LENGTH = 1 << 31
 """Of the context: conversations are embedded here, not answered."""
 
@@ -53,9 +57,9 @@ _NO_LENGTH = 1 << 31
 class SeenChat:
     """What a conversation came to, and what of it differs; empty texts for nothing."""
 
-    request: Request | None = None
     ids: str = ""
     pixels: str = ""
+    packing: str = ""
     gap: float | None = None
 
 
@@ -90,15 +94,11 @@ class MediaReader:
 
         Every other picture is given as a path, the others as their content.
         """
-        found = []
+        found: list[str] = []
         for place, file in enumerate(files):
-            try:
-                digest = self._digest(file, by_path=bool(place % 2))
-            except LlavaEdgeError as error:
-                found.append(f"{file.name} is refused: {error}")
-                continue
-            if digest != file.pixel_sha256:
-                found.append(f"{file.name} has other pixels")
+            with _noted(file.name, found):
+                if self._digest(file, by_path=bool(place % 2)) != file.pixel_sha256:
+                    found.append(f"{file.name} has other pixels")
         return found
 
     def request(self, chat: GoldenChat) -> Request:
@@ -151,23 +151,40 @@ class MediaReader:
             context_tokens: where the conversation has more, its last picture alone is embedded, as
                 for a turn of which the cache holds what came before.
         """
-        try:
+        faults: list[str] = []
+        with _noted(chat.name, faults):
             request = self.request(chat)
-        except LlavaEdgeError as error:
-            return SeenChat(ids=f"{chat.name} is refused: {error}")
+        if faults:
+            return SeenChat(ids=faults[0])
         if not np.array_equal(request.ids, chat.ids):
             return SeenChat(ids=f"{chat.name}: {first_difference(request.ids, chat.ids)}")
         if pixel_digest((*request.pixel_values, *request.frame_pixels)) != chat.pixel_sha256:
             return SeenChat(pixels=f"{chat.name} shows other pixels")
-        if not len(chat.positions):
-            return SeenChat(request)
+        packing = ""
+        with _noted(chat.name, faults):
+            packing = self._packing_fault(chat, request)
+        packing = faults[0] if faults else packing
+        if faults or not len(chat.positions):
+            return SeenChat(packing=packing)
         start = request.placed[-1].start if request.num_tokens > context_tokens else 0
         kept = chat.positions >= start
         found = rows(request.behind(start), chat.positions[kept] - start).astype(np.float32)
         spread = float(np.ptp(chat.rows))
         gap = float(np.abs(found - chat.rows[kept]).max())
         share = gap / spread if spread > 0 else float("inf") if gap else 0.0
-        return SeenChat(request, gap=share)
+        return SeenChat(packing=packing, gap=share)
+
+    def _packing_fault(self, chat: GoldenChat, request: Request) -> str:
+        """Which positions show another row of another tile: exact, whatever the tower computes."""
+        whole = numbered_rows(self._manifest, request)
+        if rows_digest(whole) != chat.packing_sha256:
+            return f"{chat.name}: positions show other rows of its tiles and frames"
+        # As in a later turn, where the cache holds all that stands before the last medium.
+        start = request.placed[-1].start
+        wrong = (numbered_rows(self._manifest, request.behind(start)) != whole[start:]).any(axis=1)
+        if wrong.any():
+            return f"{chat.name}: behind a cached picture {wrong.sum()} positions show other rows"
+        return ""
 
     def _digest(self, file: GoldenFile, *, by_path: bool) -> str:
         builder = self._builders[file.clips]
@@ -188,7 +205,12 @@ class MediaReader:
         if self._folder is None:
             return data
         path = self._folder / hashlib.sha256(data).hexdigest()
-        path.write_bytes(data)
+        try:
+            path.write_bytes(data)
+        except OSError:
+            # The disk is full: no fault of what is looked at.
+            self._folder = None
+            return data
         return path
 
 
@@ -198,6 +220,62 @@ class _AsOpened(ImageProcessor):
     def preprocess(self, image: Image) -> ImageTiles:
         layout = self.anyres.layout(image.height, image.width)
         return ImageTiles(cast(Pixels, np.asarray(image)[None]), layout)
+
+
+class _Numbering:
+    """Stands for tower and projector: features say which tile and which row they are."""
+
+    def encode(self, pixel_values: Array, out: Array) -> None:
+        out[...] = tile_numbers(pixel_values, out.shape[1])
+
+
+class _NoTable:
+    """Stands for the embedding table of such features."""
+
+    image_newline = NEWLINE_NUMBERS
+
+    def rows(self, ids: Array, *, out: Array) -> Array:
+        out[...] = 0
+        return out
+
+
+def numbered_rows(manifest: Manifest, request: Request) -> Array:
+    """What stands at each position where ``tile_numbers`` are the features, float32 (tokens, 2)."""
+    tokens, dims = manifest.tokens, manifest.model
+    embedder = PromptEmbedder(
+        replace(dims, text=replace(dims.text, hidden_size=2)),
+        tokens.image,
+        cast(EmbeddingTable, _NoTable()),
+        _Numbering(),
+        np.float32,
+        batch_tiles=2,
+        video_token_id=tokens.video,
+    )
+    found = np.empty((request.num_tokens, 2), np.float32)
+    embedder.embed(request).fill(0, len(found), found)
+    return found
+
+
+def tile_numbers(pixels: Array, rows: int) -> Array:
+    """In place of features: a number that the tile's content gives, and the number of the row.
+
+    Args:
+        pixels: of tiles or frames (n, 3, T, T).
+        rows: of features that each has.
+
+    Returns:
+        float32 (n, rows, 2), whole numbers.
+    """
+    found = np.empty((len(pixels), rows, 2), np.float32)
+    for tile, content in zip(found, digest_tiles(pixels), strict=True):
+        tile[:, 0] = int.from_bytes(content[:3], "little")
+    found[..., 1] = np.arange(rows)
+    return found
+
+
+def rows_digest(rows: Array) -> str:
+    """SHA-256 of rows as float32 little-endian bytes."""
+    return pixel_digest([rows])
 
 
 def raw_text(turns: Sequence[GoldenTurn]) -> str:
@@ -246,6 +324,19 @@ def missing_here(sources: Iterable[bytes | GoldenClip]) -> str:
         if name in ("WEBP", "AVIF") and not features.check(name.lower()):
             return f"this Pillow does not read {name}"
     return ""
+
+
+@contextmanager
+def _noted(name: str, faults: list[str]) -> Iterator[None]:
+    """What is broken enough to raise is a fault of what is read, unless the machine fails."""
+    try:
+        yield
+    except (EngineError, OutOfMemoryError):
+        raise
+    except LlavaEdgeError as error:
+        faults.append(f"{name} is refused: {error}")
+    except Exception as error:
+        faults.append(f"{name} cannot be read: {type(error).__name__}: {error!s:.200}")
 
 
 @contextmanager

@@ -156,7 +156,8 @@ def _look(model: LlavaEdge, probe: GoldenProbe, bounds: Bounds) -> _Seen:
 def _look_at_chat(model: LlavaEdge, reader: MediaReader, chat: GoldenChat) -> _Seen:
     seen = reader.look(chat, model.embed_rows, model.context_tokens)
     gap = None if seen.gap is None else _Gap(seen.gap, f"{chat.name}, its last tiles")
-    return _Seen(prompt=seen.ids, pixels=None if seen.ids else seen.pixels, features=gap)
+    pixels = None if seen.ids else seen.pixels
+    return _Seen(prompt=seen.ids or seen.packing, pixels=pixels, features=gap)
 
 
 def _feature_gap(features: Array, probe: GoldenProbe) -> _Gap | None:

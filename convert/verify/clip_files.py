@@ -10,6 +10,7 @@ Sources: FFmpeg ``libavutil/display.h`` (matrix), QuickTime file format (track h
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 import struct
@@ -95,19 +96,19 @@ def clip_files(max_frames: int) -> tuple[ClipFile, ...]:
         return ()
     some, few = min(max_frames, 4), min(max_frames, 3)
     flat, textured = _flat(), _textured()
-    one, two, three = _encoded(flat, "mp4"), _encoded(textured, "mp4"), _encoded(textured, "avi")
-    tagged = _encoded(textured, "matroska", rotate="270")
-    stream = _encoded(textured, "mpegts")
+    plain = _encoded(flat, "mp4")
     return (
-        _clip("MP4, upright", one, 0, some),
-        _clip("MP4, a quarter turn", one, 1, some),
-        _clip("MP4, a quarter turn back", one, -1, few, "original"),
-        _clip("AVI, pictures of full range", three, 0, few, portable=False),
-        _clip("MP4, upside down", two, 2, some, portable=False),
-        _clip("MP4, mirrored", two, 0, few, flips=True, portable=False),
+        _clip("MP4", plain, 0, some),
+        _clip("MP4, a quarter turn", plain, 1, some),
+        _clip("MP4, a quarter turn back", plain, -1, few, "original"),
+        _clip("MP4, upside down", plain, 2, few),
+        _clip("MP4, mirrored", plain, 0, some, flips=True),
         # The tag of older files counts clockwise.
-        ClipFile("WEBM, turned by a tag", tagged, 1, False, some, "original", False),
-        _clip("TS", stream, 0, some, portable=False),
+        _clip("WEBM, turned by a tag", _encoded(flat, "matroska", rotate="270"), 1, few),
+        _clip("AVI", _encoded(flat, "avi"), 0, some, "original"),
+        _clip("TS", _encoded(flat, "mpegts"), 0, few),
+        _clip("MP4, textured", _encoded(textured, "mp4"), 0, some, portable=False),
+        _clip("AVI, pictures", _encoded(textured, "avi", "mjpeg"), 0, few, portable=False),
     )
 
 
@@ -121,7 +122,7 @@ def _clip(
     flips: bool = False,
     portable: bool = True,
 ) -> ClipFile:
-    if turns or flips:
+    if name.startswith("MP4") and (turns or flips):
         data = _with_matrix(data, turns, flips)
     return ClipFile(name, data, turns, flips, num_frames, frame_choice, portable)
 
@@ -166,11 +167,13 @@ def _textured() -> list[Pixels]:
     return frames
 
 
-def _encoded(frames: Sequence[Pixels], container: str, rotate: str = "") -> bytes:
-    """A file of frames Y, Cb, Cr; in AVI as pictures of full range, else of a video's."""
+def _encoded(
+    frames: Sequence[Pixels], container: str, codec: str = "mpeg4", rotate: str = ""
+) -> bytes:
+    """A file of frames Y, Cb, Cr: of a video's range, or of full range as pictures are (mjpeg)."""
     av: Any = importlib.import_module("av")
     file = io.BytesIO()
-    codec, form = ("mjpeg", "yuvj420p") if container == "avi" else ("mpeg4", "yuv420p")
+    form = "yuvj420p" if codec == "mjpeg" else "yuv420p"
     height, width = frames[0].shape[1:]
     with av.open(file, "w", format=container, options={"fflags": "+bitexact"}) as output:
         options = {"qmin": "2", "qmax": "2", "g": "6", "threads": "1"}

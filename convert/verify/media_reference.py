@@ -4,8 +4,8 @@ A picture is opened by ``transformers.image_utils.load_image`` and made RGB by t
 library's processors call; a video is decoded by ``transformers.video_utils``, and rotated here,
 since the library leaves frames as they are stored. Nothing here calls the runtime's own reading.
 
-A conversation's ids and tiles are those of ``Reference.prepare``. Of its features two tiles are
-computed, the last one of each picture: the tower sees each tile by itself.
+A conversation's ids and tiles are those of ``Reference.prepare``. Of its features few tiles are
+computed, the last one of each picture among them: the tower sees each tile by itself.
 """
 
 from __future__ import annotations
@@ -38,7 +38,14 @@ from llava_edge.runtime.golden_media import (
     GoldenTurn,
 )
 from llava_edge.runtime.manifest import Manifest
-from llava_edge.runtime.media_check import picture_digest, pixel_digest, raw_text
+from llava_edge.runtime.media_check import (
+    NEWLINE_NUMBERS,
+    picture_digest,
+    pixel_digest,
+    raw_text,
+    rows_digest,
+    tile_numbers,
+)
 from llava_edge.runtime.prompt import Message, Text, user_message
 from llava_edge.runtime.session import Array
 
@@ -47,6 +54,8 @@ if TYPE_CHECKING:
 
 _FEATURE_NUMBERS = 32768
 """Features kept of a conversation; 128 KiB."""
+_ANY_TILE = 4
+"""A tile that is looked at whichever picture it belongs to: the fifth."""
 
 
 class MediaReference:
@@ -111,31 +120,6 @@ class MediaReference:
         """Every conversation, with what the reference reads."""
         return tuple(map(self._chat, self._probes))
 
-    def numbered(self, chat: GoldenChat, newline: Array) -> Array:
-        """What stands at each image and video position where ``tile_numbers`` are the features.
-
-        Args:
-            chat: one of ``chats``.
-            newline: in place of the newline's row, (2,).
-
-        Returns:
-            float64 (positions, 2), in the prompt's order where pictures stand before the video.
-        """
-        inputs, vision = self.inputs[chat.name], self._manifest.model.vision
-        parts: list[Array] = []
-        if inputs.pixel_values:
-            numbers = [tile_numbers(p.numpy(), vision.num_patches) for p in inputs.pixel_values]
-            packed = self._reference.model.pack(
-                [torch.from_numpy(each) for each in numbers],
-                inputs.image_sizes,
-                torch.from_numpy(newline.astype(np.float64)),
-            )
-            parts += [each.numpy() for each in packed]
-        if inputs.frame_pixels is not None:
-            frames = inputs.frame_pixels.numpy()
-            parts.append(tile_numbers(frames, video_tokens_per_frame(vision)).reshape(-1, 2))
-        return np.concatenate(parts)
-
     @property
     def golden(self) -> GoldenMedia:
         """What travels in the artifact: files that every machine decodes alike."""
@@ -164,48 +148,48 @@ class MediaReference:
         digest = pixel_digest(pixels.numpy() for pixels in (*inputs.pixel_values, *frames))
         kept = self._features(inputs) if probe.features else ()
         turns = tuple(map(_golden_turn, probe.turns))
-        return GoldenChat(probe.name, turns, inputs.ids.numpy(), digest, *kept)
+        packing = rows_digest(self._numbered(inputs))
+        return GoldenChat(probe.name, turns, inputs.ids.numpy(), digest, packing, *kept)
+
+    def _numbered(self, inputs: ReferenceInputs) -> Array:
+        """What the reference puts at each position where ``tile_numbers`` are the features."""
+        tokens, vision = self._manifest.tokens, self._manifest.model.vision
+        ids = inputs.ids.numpy()
+        rows = np.zeros((len(ids), 2), np.float32)
+        if inputs.pixel_values:
+            numbers = [
+                torch.from_numpy(tile_numbers(pixels.numpy(), vision.num_patches))
+                for pixels in inputs.pixel_values
+            ]
+            newline = torch.from_numpy(NEWLINE_NUMBERS)
+            packed = self._reference.model.pack(numbers, inputs.image_sizes, newline)
+            rows[ids == tokens.image] = torch.cat(packed).numpy()
+        if inputs.frame_pixels is not None:
+            frames = inputs.frame_pixels.numpy()
+            count = video_tokens_per_frame(vision)
+            rows[ids == tokens.video] = tile_numbers(frames, count).reshape(-1, 2)
+        return rows
 
     def _features(self, inputs: ReferenceInputs) -> tuple[Array, Array]:
-        """Positions of the prompt, and features of the last tile of each picture there."""
-        model, vision = self._reference.model, self._manifest.model.vision
+        """Positions of the prompt, and what stands there of some tiles."""
+        model, patches = self._reference.model, self._manifest.model.vision.num_patches
         model.use(self._reference.supply)
-        tiles = torch.stack([pixels[-1] for pixels in inputs.pixel_values])
-        features = model.tile_features(tiles).numpy()
+        pixels = torch.cat(inputs.pixel_values)
+        counts = [len(each) for each in inputs.pixel_values]
+        last = np.cumsum(counts) - 1
+        chosen = sorted({*last.tolist(), min(_ANY_TILE, len(pixels) - 1)})
+        features = model.tile_features(pixels[chosen]).numpy()
         # Packed in place of features: their numbers, which say what stands where.
-        patches, first, numbered = vision.num_patches, 0, []
-        wanted: dict[int, tuple[int, int]] = {}
-        for place, pixels in enumerate(inputs.pixel_values):
-            count = len(pixels) * patches
-            numbers = torch.arange(first, first + count, dtype=torch.float64)
-            numbered.append(numbers.reshape(len(pixels), patches, 1))
-            first += count
-            wanted |= {first - patches + patch: (place, patch) for patch in range(patches)}
-        newline = torch.tensor([float(first)], dtype=torch.float64)
-        packed = torch.cat(model.pack(numbered, inputs.image_sizes, newline))[:, 0]
-        places = np.flatnonzero(inputs.ids.numpy() == self._manifest.tokens.image)
-        numbers_at = zip(places.tolist(), packed.tolist(), strict=True)
-        known = [(at, wanted[int(number)]) for at, number in numbers_at if number in wanted]
+        numbers = torch.arange(len(pixels) * patches, dtype=torch.float64)
+        tiles = torch.split(numbers.reshape(len(pixels), patches, 1), counts)
+        packed = torch.cat(model.pack(tiles, inputs.image_sizes, torch.tensor([-1.0])))[:, 0]
+        found = np.flatnonzero(inputs.ids.numpy() == self._manifest.tokens.image)
+        tile, patch = np.divmod(packed.numpy().astype(np.int64), patches)
+        known = np.flatnonzero(np.isin(tile, chosen))
         count = max(1, min(len(known), _FEATURE_NUMBERS // features.shape[-1]))
-        kept = [known[i] for i in np.unique(np.linspace(0, len(known) - 1, count).astype(int))]
-        rows = np.stack([features[place, patch] for _, (place, patch) in kept])
-        return np.array([at for at, _ in kept], np.int64), rows.astype(np.float32)
-
-
-def tile_numbers(pixels: Array, rows: int) -> Array:
-    """In place of features: mean of the tile, and number of the row.
-
-    Args:
-        pixels: of tiles or frames (n, 3, T, T).
-        rows: of features that each has.
-
-    Returns:
-        float64 (n, rows, 2).
-    """
-    found = np.empty((len(pixels), rows, 2))
-    found[..., 0] = pixels.reshape(len(pixels), -1).mean(axis=1, dtype=np.float64)[:, None]
-    found[..., 1] = np.arange(rows)
-    return found
+        kept = known[np.unique(np.linspace(0, len(known) - 1, count).astype(np.int64))]
+        rows = features[np.searchsorted(chosen, tile[kept]), patch[kept]]
+        return found[kept], rows.astype(np.float32)
 
 
 def read_picture(data: bytes) -> Array:

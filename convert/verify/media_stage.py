@@ -7,20 +7,17 @@ conversations; and what the decoder reads where the last tile of each picture is
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any, cast
 
 import numpy as np
 
 from llava_edge.convert.verify.clip_files import can_decode
 from llava_edge.convert.verify.gaps import GAP, whole_gap
-from llava_edge.convert.verify.media_reference import MediaReference, tile_numbers
+from llava_edge.convert.verify.media_reference import MediaReference
 from llava_edge.convert.verify.subject import Subject
 from llava_edge.runtime.bounds import Bounds
 from llava_edge.runtime.certificate import StageResult, bounded, exact
 from llava_edge.runtime.golden_media import GoldenChat, GoldenMedia
 from llava_edge.runtime.media_check import MediaReader, SeenChat
-from llava_edge.runtime.prompt_embedder import PromptEmbedder
 from llava_edge.runtime.request import Request
 from llava_edge.runtime.session import Array
 
@@ -38,63 +35,20 @@ def media_stage(subject: Subject, media: MediaReference, bounds: Bounds) -> list
     looked = f"{len(media.files)} files alone and {len(seen)} conversations, equal in every bit"
     if subject.dims.takes_video and not can_decode():
         looked += "; no video file, since PyAV is not installed"
-    ids = [each.ids for each in seen if each.ids]
-    misplaced = [
-        f"{chat.name}: {fault}"
-        for chat, each in zip(media.chats, seen, strict=True)
-        if each.request is not None and (fault := _misplaced(subject, each.request, chat, media))
-    ]
+    conversations = f"{len(seen)} conversations with files"
+    differing = [[getattr(each, what) for each in seen] for what in ("ids", "packing")]
     return [
         exact("preprocessing", "differing_files", faults, looked),
-        exact("prompt", "differing_files", ids, f"{len(seen)} conversations with files"),
-        exact("packing", "differing_files", misplaced, f"{len(seen)} conversations with files"),
+        *(
+            exact(stage, "differing_files", list(filter(None, found)), conversations)
+            for stage, found in zip(("prompt", "packing"), differing, strict=True)
+        ),
         *_gap_rows(media.chats, seen, bounds),
     ]
 
 
 def _rows(subject: Subject, request: Request, positions: Array) -> Array:
     return subject.embed(request).at(positions, subject.dtype)
-
-
-class _Numbering:
-    """Stands for tower and projector: features say which tile and row they are."""
-
-    def encode(self, pixel_values: Array, out: Array) -> None:
-        out[...] = tile_numbers(pixel_values, out.shape[1])
-
-
-class _Newline:
-    """Stands for the embedding table of such features."""
-
-    image_newline = np.array([-7.0, -7.0])
-
-    def rows(self, ids: Array, *, out: Array) -> Array:
-        out[...] = 0
-        return out
-
-
-def _misplaced(
-    subject: Subject, request: Request, chat: GoldenChat, media: MediaReference
-) -> str | None:
-    """Which positions show another row of another tile: exact, whatever the tower computes."""
-    tokens, dims = subject.artifact.manifest.tokens, subject.dims
-    embedder = PromptEmbedder(
-        replace(dims, text=replace(dims.text, hidden_size=2)),
-        tokens.image,
-        cast(Any, _Newline()),
-        _Numbering(),
-        np.float32,
-        batch_tiles=2,
-        video_token_id=tokens.video,
-    )
-    places = np.flatnonzero(np.isin(chat.ids, [tokens.image, tokens.video or tokens.image]))
-    found = np.empty((len(chat.ids), 2), np.float32)
-    embedder.embed(request).fill(0, len(found), found)
-    wanted = media.numbered(chat, _Newline.image_newline).astype(np.float32)
-    if len(wanted) != len(places):
-        return f"{len(places)} positions of pictures for {len(wanted)}"
-    wrong = np.flatnonzero((found[places] != wanted).any(axis=1))
-    return f"{len(wrong)} of {len(places)} positions hold another row" if len(wrong) else None
 
 
 def _gap_rows(
@@ -128,8 +82,8 @@ def golden_media_faults(
         other = conversations.get(chat.name)
         if other is None:
             yield f"{chat.name}: this tool asks no such conversation"
-        elif (chat.pixel_sha256, _texts(chat)) != (other.pixel_sha256, _texts(other)):
-            yield f"{chat.name}: texts or pixels differ"
+        elif _described(chat) != _described(other):
+            yield f"{chat.name}: texts, pixels or their places differ"
         elif not np.array_equal(chat.ids, other.ids):
             yield f"{chat.name}: ids differ"
         elif not np.array_equal(chat.positions, other.positions):
@@ -138,5 +92,6 @@ def golden_media_faults(
             yield f"{chat.name}: features differ"
 
 
-def _texts(chat: GoldenChat) -> list[tuple[str, str, int]]:
-    return [(turn.text, turn.answer, len(turn.images)) for turn in chat.turns]
+def _described(chat: GoldenChat) -> tuple[object, ...]:
+    turns = [(turn.text, turn.answer, len(turn.images)) for turn in chat.turns]
+    return turns, chat.pixel_sha256, chat.packing_sha256

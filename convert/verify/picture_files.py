@@ -1,9 +1,9 @@
 """Picture files that an artifact is verified with: every format that is read, and what is in them.
 
-All show one mosaic, so that a wrong orientation, colour or transparency shows. It consists of even
-squares: JPEG keeps those exactly with whatever library it is decoded, and everything else here is
-lossless, so the pixels of a ``portable`` file are the same on every machine. The others are what
-cameras write; they are compared where both sides use the same Pillow.
+Nearly all show one mosaic, so that a wrong orientation, colour or transparency shows. The pixels of
+a ``portable`` file are the same on every machine: all formats but JPEG are lossless there, and JPEG
+has a colour for each pixel. The others are what cameras write; they are compared where both sides
+use the same Pillow.
 
 Sources: PNG (ISO/IEC 15948), Exif 2.3 (orientation), Adobe TIFF 6.0 (tag 274).
 """
@@ -120,9 +120,11 @@ def _jpeg() -> Iterator[PictureFile]:
     for number in range(1, 9):
         data = encoded(mosaic(), "JPEG", exif=oriented(number), **exact)
         yield PictureFile(f"JPEG, EXIF orientation {number}", data)
+    # Every library of note computes the same inverse transform, to the bit.
+    yield PictureFile("JPEG, textured", encoded(_textured(), "JPEG", **{**exact, "quality": 80}))
     yield PictureFile(
         "JPEG, progressive, orientation 6",
-        encoded(mosaic(), "JPEG", progressive=True, exif=oriented(6), **exact),
+        encoded(_textured(), "JPEG", progressive=True, exif=oriented(6), **exact),
     )
     yield PictureFile("JPEG, stored as RGB", encoded(mosaic(), "JPEG", keep_rgb=True, **exact))
     yield PictureFile("JPEG, grey", encoded(_grey(), "JPEG", **exact))

@@ -52,6 +52,8 @@ class Model:
     """Key of ``checkpoint_changes.CHANGES``: what is done to the checkpoint afterwards."""
 
 
+_VIDEO: Mapping[str, Any] = {"model_type": "llava_next_video", "image_size": 56}
+
 MODELS: Mapping[str, Model] = {
     "qwen2": Model(),
     "llama": Model("llama"),
@@ -67,7 +69,11 @@ MODELS: Mapping[str, Model] = {
     "system": Model("llama", alters="system turn"),
     "int8 cache": Model("llama", cache="int8", alters="quiet values"),
     "int8 cache cuda": Model("llama", cache="int8", alters="quiet values", board="a100"),
-    "video": Model("llama", changes={"model_type": "llava_next_video", "image_size": 56}),
+    "video": Model("llama", changes=_VIDEO),
+    **{
+        f"video {precision}": Model("llama", precision=precision, changes={**_VIDEO, "layers": 2})
+        for precision in ("int8", "int4")
+    },
 }
 """What faults are planted in: every bias, gain, class and position embedding is random."""
 

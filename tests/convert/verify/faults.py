@@ -12,6 +12,7 @@ from tests.convert.verify import (
     faults_cache,
     faults_decoder,
     faults_images,
+    faults_media,
     faults_quantized,
     faults_runtime,
     faults_video,
@@ -28,6 +29,7 @@ FAULTS: tuple[Fault, ...] = (
     *faults_runtime.FAULTS,
     *faults_video.FAULTS,
     *faults_cache.FAULTS,
+    *faults_media.FAULTS,
 )
 
 

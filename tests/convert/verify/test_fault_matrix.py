@@ -21,6 +21,8 @@ PARTS = {
     "runtime": 6,
     "video": 7,
     "int8 cache": 15,
+    "picture files": 20,
+    "video files": 13,
 }
 
 

@@ -1,0 +1,95 @@
+"""Faults in reading files are found on a device as well, by what travels in the artifact."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from llava_edge.convert.verify.verifier import golden_probes
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.artifact import open_artifact
+from llava_edge.runtime.certificate import overall
+from llava_edge.runtime.golden import GOLDEN_FILE, golden_bytes
+from llava_edge.runtime.on_device import check_on_device
+from llava_edge.runtime.sealed_json import seal
+from tests.convert.verify.fault import Fault
+from tests.convert.verify.fault_models import MODELS, FaultModels, Model
+from tests.convert.verify.faults_media import FAULTS
+
+CUDA = {
+    f"cuda {precision}": Model(
+        "llama", precision=precision, board="a100", alters="decided", changes={"layers": 2}
+    )
+    for precision in ("fp16", "int8", "int4")
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], LlavaEdge]]:
+    """``loaded(model)``: an artifact with golden probes, by the name of its model."""
+    models = FaultModels(tmp_path_factory.mktemp("media"), {**MODELS, **CUDA})
+    opened: list[LlavaEdge] = []
+
+    @cache
+    def load(name: str) -> LlavaEdge:
+        made = models[name]
+        artifact = open_artifact(made.artifact, verify_digests=False)
+        probes, reference = golden_probes(artifact, made.checkpoint)
+        data = golden_bytes(probes, artifact.manifest, media=reference.media.golden)
+        _add(made.artifact, data)
+        opened.append(LlavaEdge.load(made.artifact, device="cpu", threads=1, allow_slow=True))
+        return opened[-1]
+
+    yield load
+    for model in opened:
+        model.close()
+
+
+def _add(folder: Path, data: bytes) -> None:
+    (folder / GOLDEN_FILE).write_bytes(data)
+    document = json.loads((folder / "manifest.json").read_text("utf-8"))
+    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    document["files"][GOLDEN_FILE] = entry
+    (folder / "manifest.json").write_bytes(seal(document))
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
+def test_a_fault_of_files_is_found_on_a_device(
+    fault: Fault, loaded: Callable[[str], LlavaEdge]
+) -> None:
+    model = loaded(fault.model)
+    with pytest.MonkeyPatch.context() as patch:
+        fault.plant(patch)
+        rows = {row.name: row for row in check_on_device(model)}
+
+    # What stands where in a prompt has no stage of its own here.
+    stage = "prompt" if fault.stage == "packing" else fault.stage
+    assert rows[stage].verdict == "fail", rows
+
+
+@pytest.mark.parametrize("name", ["qwen2", "int8", "int4", "video", *CUDA])
+def test_sound_artifacts_pass_on_a_device_with_all_their_files(
+    name: str, loaded: Callable[[str], LlavaEdge]
+) -> None:
+    rows = check_on_device(loaded(name))
+
+    assert overall(rows) == "pass", rows
+    (pixels,) = (row for row in rows if row.name == "preprocessing")
+    assert "files, SHA-256" in pixels.detail
+
+
+@pytest.mark.parametrize("name", CUDA)
+def test_files_are_held_to_the_same_pixels_in_every_form(
+    name: str, loaded: Callable[[str], LlavaEdge]
+) -> None:
+    model = loaded(name)
+    for fault in FAULTS[:2]:
+        with pytest.MonkeyPatch.context() as patch:
+            fault.plant(patch)
+            rows = {row.name: row for row in check_on_device(model)}
+        assert rows["preprocessing"].verdict == "fail"
