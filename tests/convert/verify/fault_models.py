@@ -48,6 +48,9 @@ class Model:
     """Precision of the tower; None for what the plan takes."""
     cache: Literal["int8"] | None = None
     """``int8`` for a second decoder graph with such a cache."""
+    quantizer: Literal["gptq", "rtn"] = "rtn"
+    samples: int = 4
+    """For the solver, and for an int8 tower."""
     alters: str = ""
     """Key of ``checkpoint_changes.CHANGES``: what is done to the checkpoint afterwards."""
 
@@ -153,7 +156,7 @@ class Made:
                 grid=model.grid,
                 cache=model.cache,
             ),
-            quantization=QuantizationRequest(quantizer="rtn"),
+            quantization=QuantizationRequest(model.quantizer, num_samples=model.samples),
             verify="none",
         )
         return convert_checkpoint(request, no_progress, lambda _: None).folder
