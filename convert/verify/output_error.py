@@ -23,8 +23,24 @@ from dataclasses import dataclass
 
 import torch
 
-from llava_edge.convert.verify.input_sketch import KindInputs
 from llava_edge.convert.verify.reference_rounding import Grid, rounded, spread
+
+
+@dataclass(frozen=True)
+class KindInputs:
+    """Inputs of one layer on one kind of token.
+
+    Attributes:
+        sums: float32 [sums, K], random sums over the mean token.
+        squares: float64 [K], mean square of each input.
+    """
+
+    sums: torch.Tensor
+    squares: torch.Tensor
+
+    def divided(self, scale: torch.Tensor) -> KindInputs:
+        """Inputs over what a layer's input is divided by, float32 [K]."""
+        return KindInputs(self.sums / scale, self.squares / scale.double().square())
 
 
 @dataclass(frozen=True)

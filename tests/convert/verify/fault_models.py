@@ -65,6 +65,12 @@ MODELS: Mapping[str, Model] = {
         "mistral", precision="int8", vision="fp16", changes={"layers": 2}, alters="loud"
     ),
     "int4": Model("mistral", precision="int4", changes={"layers": 2}),
+    "int4 gptq": Model(
+        "mistral", precision="int4", vision="fp16", changes={"layers": 2}, quantizer="gptq"
+    ),
+    "int8 gptq": Model(
+        "mistral", precision="int8", vision="fp16", changes={"layers": 2}, quantizer="gptq"
+    ),
     "gptq": Model("mistral", precision="int4", changes={"layers": 2}, alters="act-order"),
     "system": Model("llama", alters="system turn"),
     "int8 cache": Model("llama", cache="int8", alters="quiet values"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,18 +13,20 @@ from numpy.typing import NDArray
 
 from llava_edge.convert import gptq, layer_solver, quantization, rounding, vision_int8
 from llava_edge.convert import hessian as hessian_module
+from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.hessian_factor import HessianFactor
 from llava_edge.convert.quantized_source import RtnSource
 from llava_edge.convert.rounding import QuantizedWeight
+from tests.convert.verify.fault import Fault
 
 _Patch = pytest.MonkeyPatch
 _Array = NDArray[Any]
-_Change = Callable[[QuantizedWeight, np.random.Generator], QuantizedWeight]
+Change = Callable[[QuantizedWeight, np.random.Generator], QuantizedWeight]
 
 _ONE = "mlp.up_proj"
 
 
-def _spoiled(change: _Change, only: str = "") -> Callable[[_Patch], None]:
+def _spoiled(change: Change, only: str = "") -> Callable[[_Patch], None]:
     """What the quantiser hands on is changed, in all layers or those whose name has ``only``."""
 
     def plant(patch: _Patch) -> None:
@@ -56,7 +58,7 @@ def _coded(
     return replace(weight, qweight=codes.astype(np.uint8))
 
 
-def _random_codes(share: float) -> _Change:
+def _random_codes(share: float) -> Change:
     def change(weight: QuantizedWeight, generator: np.random.Generator) -> QuantizedWeight:
         codes = weight.qweight.copy()
         hit = generator.random(codes.shape) < share
@@ -78,7 +80,7 @@ def _columns_exchanged(weight: QuantizedWeight, _: np.random.Generator) -> Quant
     return replace(weight, qweight=codes)
 
 
-def _scaled(factor: float, rows: slice = slice(None)) -> _Change:
+def _scaled(factor: float, rows: slice = slice(None)) -> Change:
     def change(weight: QuantizedWeight, _: np.random.Generator) -> QuantizedWeight:
         scales = weight.scales.copy()
         scales[rows] = scales[rows] * np.float16(factor)
@@ -87,7 +89,7 @@ def _scaled(factor: float, rows: slice = slice(None)) -> _Change:
     return change
 
 
-def _noise(share: float, rows: slice = slice(None)) -> _Change:
+def _noise(share: float, rows: slice = slice(None)) -> Change:
     """Noise of a share of each row's size, rounded to codes again."""
 
     def change(weight: QuantizedWeight, generator: np.random.Generator) -> QuantizedWeight:
@@ -100,7 +102,7 @@ def _noise(share: float, rows: slice = slice(None)) -> _Change:
     return change
 
 
-def _last_group_zero(weight: QuantizedWeight, _: np.random.Generator) -> QuantizedWeight:
+def _last_columns_zero(weight: QuantizedWeight, _: np.random.Generator) -> QuantizedWeight:
     codes = weight.qweight.copy()
     codes[:, -min(weight.columns_per_group, 16) :] = weight.zero
     return replace(weight, qweight=codes)
@@ -202,15 +204,6 @@ def _compensation_turned(factor: HessianFactor) -> HessianFactor:
     return replace(factor, lower=2 * diagonal - factor.lower)
 
 
-def _order_forgotten(factor: HessianFactor) -> HessianFactor:
-    return replace(factor, sequence=torch.arange(len(factor.sequence)))
-
-
-def _compensation_doubled(factor: HessianFactor) -> HessianFactor:
-    diagonal = torch.diag(factor.lower.diagonal())
-    return replace(factor, lower=2 * factor.lower - diagonal)
-
-
 def _inputs_shifted(patch: _Patch) -> None:
     """The Hessian is of inputs that stand one column further on."""
     real = hessian_module.HessianAccumulator.add
@@ -221,7 +214,7 @@ def _inputs_shifted(patch: _Patch) -> None:
     patch.setattr(hessian_module.HessianAccumulator, "add", add)
 
 
-def _head(change: _Change) -> Callable[[_Patch], None]:
+def _head(change: Change) -> Callable[[_Patch], None]:
     def plant(patch: _Patch) -> None:
         generator = np.random.default_rng(7)
         real = quantization.quantize_head
@@ -232,7 +225,7 @@ def _head(change: _Change) -> Callable[[_Patch], None]:
     return plant
 
 
-def _tower(change: _Change) -> Callable[[_Patch], None]:
+def _tower(change: Change) -> Callable[[_Patch], None]:
     def plant(patch: _Patch) -> None:
         generator = np.random.default_rng(7)
         real = vision_int8.round_to_nearest
@@ -243,36 +236,133 @@ def _tower(change: _Change) -> Callable[[_Patch], None]:
     return plant
 
 
-_EVERYWHERE: dict[str, tuple[str, Callable[[_Patch], None]]] = {
-    "random codes": ("5 % of all codes are random", _spoiled(_random_codes(0.05))),
-    "few random codes": ("1 % of all codes are random", _spoiled(_random_codes(0.01))),
-    "rows exchanged": ("two rows of every layer change places", _spoiled(_rows_exchanged)),
-    "columns exchanged": ("two columns of every layer change places", _spoiled(_columns_exchanged)),
-    "scales x 1.5": ("all scales are half as large again", _spoiled(_scaled(1.5))),
-    "scales x 1.2": ("all scales are a fifth larger", _spoiled(_scaled(1.2))),
-    "noise": ("40 % noise on one layer", _spoiled(_noise(0.4), _ONE)),
-    "noisy row": ("40 % noise on one row of one layer", _spoiled(_noise(0.4, slice(4, 5)), _ONE)),
-    "row scale": (
-        "one row of one layer is half as large again",
-        _spoiled(_scaled(1.5, slice(4, 5)), _ONE),
-    ),
-    "last columns zero": ("the last columns of a layer are zero", _spoiled(_last_group_zero, _ONE)),
-    "last rows zero": ("the last two rows of a layer are zero", _spoiled(_last_rows_zero, _ONE)),
-    "row negated": ("one row of one layer has the other sign", _spoiled(_negated, _ONE)),
-    "low bit lost": ("the lowest bit of all codes is zero", _spoiled(_low_bit_lost)),
-    "one scale a row": ("groups of a row share the largest scale", _spoiled(_one_scale_a_row)),
-    "one scale a tensor": ("all rows share the largest scale", _spoiled(_one_scale_a_tensor)),
-    "groups shifted": ("a group has the scale of the one before", _spoiled(_groups_shifted)),
-    "rows shifted": ("a row has the scales of the one before", _spoiled(_scales_of_the_next_row)),
+def _read(name: str, change: Callable[[_Array], _Array]) -> Callable[[_Patch], None]:
+    """The converter reads another tensor than the checkpoint has."""
+
+    def plant(patch: _Patch) -> None:
+        real = Checkpoint.read
+
+        def read(self: Checkpoint, wanted: str, rows: slice | None = None) -> _Array:
+            if wanted != name:
+                return real(self, wanted, rows)
+            return np.ascontiguousarray(change(real(self, wanted).copy())[rows or slice(None)])
+
+        patch.setattr(Checkpoint, "read", read)
+
+    return plant
+
+
+def _swapped_rows(values: _Array) -> _Array:
+    values[[3, 8]] = values[[8, 3]]
+    return values
+
+
+def _short_floats(values: _Array) -> _Array:
+    """As bfloat16 on the way."""
+    return torch.from_numpy(values).to(torch.bfloat16).to(torch.float16).numpy()
+
+
+def _small_to_zero(values: _Array) -> _Array:
+    values[np.abs(values) < 1e-3] = 0
+    return values
+
+
+def _one_row_noisy(values: _Array) -> _Array:
+    noise = np.random.default_rng(7).standard_normal(values.shape[1]) * values[4].std() * 0.4
+    values[4] = values[4] + noise.astype(values.dtype)
+    return values
+
+
+WEIGHTS: Mapping[str, tuple[str, Change, str]] = {
+    "random codes": ("5 % of all codes are random", _random_codes(0.05), ""),
+    "few random codes": ("1 % of all codes are random", _random_codes(0.01), ""),
+    "rows exchanged": ("two rows of every layer change places", _rows_exchanged, ""),
+    "columns exchanged": ("two columns of every layer change places", _columns_exchanged, ""),
+    "scales x 1.5": ("all scales are half as large again", _scaled(1.5), ""),
+    "scales x 1.2": ("all scales are a fifth larger", _scaled(1.2), ""),
+    "noise": ("40 % noise on one layer", _noise(0.4), _ONE),
+    "little noise": ("15 % noise on one layer", _noise(0.15), _ONE),
+    "noisy row": ("40 % noise on one row of one layer", _noise(0.4, slice(4, 5)), _ONE),
+    "row scale": ("one row of one layer is half as large again", _scaled(1.5, slice(4, 5)), _ONE),
+    "last columns zero": ("the last columns of a layer are zero", _last_columns_zero, _ONE),
+    "last rows zero": ("the last two rows of a layer are zero", _last_rows_zero, _ONE),
+    "row negated": ("one row of one layer has the other sign", _negated, _ONE),
+    "low bit lost": ("the lowest bit of all codes is zero", _low_bit_lost, ""),
+    "one scale a row": ("groups of a row share the largest scale", _one_scale_a_row, ""),
+    "one scale a tensor": ("all rows share the largest scale", _one_scale_a_tensor, ""),
+    "groups shifted": ("a group has the scale of the one before", _groups_shifted, ""),
+    "rows shifted": ("a row has the scales of the one before", _scales_of_the_next_row, ""),
+}
+"""What goes wrong with finished codes: the sentence, the change, and in which layers alone."""
+
+_ARITHMETIC: dict[str, tuple[str, Callable[[_Patch], None]]] = {
     "two bits": ("codes of 2 bits everywhere", _range(2)),
     "three bits": ("codes of 3 bits everywhere", _range(3)),
     "wide steps": ("all steps are twice as wide as they need be", _wide_steps),
-    "cut off": ("codes are cut off, not rounded", _cut_off),
-    "zero point": ("codes count from one less", _zero_one_less),
+    "solver cuts off": ("codes are cut off, not rounded", _cut_off),
+    "solver's zero point": ("codes count from one less", _zero_one_less),
 }
 _SOLVER: dict[str, tuple[str, Callable[[_Patch], None]]] = {
     "compensation turned": ("columns to come move the wrong way", _factor(_compensation_turned)),
-    "compensation doubled": ("columns to come move twice as far", _factor(_compensation_doubled)),
-    "order forgotten": ("columns are solved by the factor of others", _factor(_order_forgotten)),
     "inputs shifted": ("the Hessian is that of the next column", _inputs_shifted),
 }
+_ROUNDED = {
+    "head rows exchanged": ("two rows of the head change places", _head(_rows_exchanged)),
+    "head low bit": ("the lowest bit of the head's codes is zero", _head(_low_bit_lost)),
+    "head scale": ("one row of the head is a fifth larger", _head(_scaled(1.2, slice(9, 10)))),
+    "tower codes": ("1 % of the tower's codes are random", _tower(_random_codes(0.01))),
+    "tower scale": (
+        "one channel of the tower has another scale",
+        _tower(_scaled(1.1, slice(2, 3))),
+    ),
+}
+_UP = f"language_model.layers.0.{_ONE}.weight"
+_FLOATS = {
+    "float rows exchanged": ("two rows of a weight change places", _read(_UP, _swapped_rows)),
+    "short floats": ("a weight passes through bfloat16", _read(_UP, _short_floats)),
+    "small to zero": ("small weights become zero", _read(_UP, _small_to_zero)),
+    "float noise": ("one row of a weight is noisy", _read(_UP, _one_row_noisy)),
+    "other sign": ("a weight has the other sign", _read(_UP, lambda values: -values)),
+}
+_NO_GROUPS = ("one scale a row", "groups shifted")
+"""No fault where a row has one scale."""
+_HEAD_TOO = "the head is rounded to nearest, and is wrong as well"
+_EARLIER = {
+    **dict.fromkeys(_ARITHMETIC, _HEAD_TOO),
+    "last columns zero": "columns that vanished are named with the codes",
+}
+
+
+def _fault(id_: str, wrong: str, plant: Callable[[Any], None], model: str, stage: str) -> Fault:
+    earlier = _EARLIER.get(id_, "") if stage == "quantized_layers" else ""
+    return Fault(
+        f"{id_}, {model}", "quantiser", wrong, "conversion", stage, plant, model, earlier=earlier
+    )
+
+
+def _faults() -> Iterator[Fault]:
+    finished = {
+        id_: (wrong, _spoiled(change, only)) for id_, (wrong, change, only) in WEIGHTS.items()
+    }
+    for model in ("int4 gptq", "int8 gptq", "int4", "int8"):
+        solved = model.endswith("gptq")
+        stage = "quantized_layers" if solved else "weights"
+        named = {**finished, **_ARITHMETIC, **(_SOLVER if solved else _ROUNDED)}
+        for id_, (wrong, plant) in named.items():
+            if id_ in _NO_GROUPS and model.startswith("int8"):
+                continue
+            if id_.startswith("tower") and model == "int4":
+                continue
+            yield _fault(id_, wrong, plant, model, stage)
+    for id_, (wrong, plant) in _FLOATS.items():
+        yield _fault(id_, wrong, plant, "qwen2", "weights")
+
+
+FAULTS: tuple[Fault, ...] = tuple(_faults())
+"""All are planted while a checkpoint is converted; ``make faults`` prints what finds them."""
+
+NAMED = tuple(
+    f"{id_}, int4 gptq"
+    for id_ in ("random codes", "rows exchanged", "scales x 1.5", "noise", "two bits")
+)
+"""Found by nothing but stored logits while bounds were constants."""
