@@ -14,13 +14,13 @@ import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from llava_edge.convert.verify.output_error import KindInputs
 from llava_edge.convert.verify.streamed_model import StreamedModel
 
 _SUMS = 16
@@ -34,23 +34,6 @@ _READERS = {
 }
 """Layers that read the same input, by the one that is watched."""
 _WATCHED = {reader: first for first, readers in _READERS.items() for reader in readers}
-
-
-@dataclass(frozen=True)
-class KindInputs:
-    """Inputs of one layer on one kind of token.
-
-    Attributes:
-        sums: float32 [sums, K], random sums over the mean token.
-        squares: float64 [K], mean square of each input.
-    """
-
-    sums: torch.Tensor
-    squares: torch.Tensor
-
-    def divided(self, scale: torch.Tensor) -> KindInputs:
-        """Inputs over what a layer's input is divided by, float32 [K]."""
-        return KindInputs(self.sums / scale, self.squares / scale.double().square())
 
 
 class InputSketch:

@@ -17,13 +17,30 @@ while codes that are wrong are wrong for both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from llava_edge.convert.verify.input_sketch import KindInputs
 from llava_edge.convert.verify.reference_rounding import Grid, rounded, spread
+
+
+@dataclass(frozen=True)
+class KindInputs:
+    """Inputs of one layer on one kind of token.
+
+    Attributes:
+        sums: float32 [sums, K], random sums over the mean token.
+        squares: float64 [K], mean square of each input.
+    """
+
+    sums: torch.Tensor
+    squares: torch.Tensor
+
+    def divided(self, scale: torch.Tensor) -> KindInputs:
+        """Inputs over what a layer's input is divided by, float32 [K]."""
+        return KindInputs(self.sums / scale, self.squares / scale.double().square())
 
 
 @dataclass(frozen=True)
@@ -34,20 +51,37 @@ class OutputError:
         layer: of all outputs together.
         output: of the worst output.
         worst: which one that is.
+        step: median over all groups of the scale that ships over that of rounding.
+        shift: mean of (Ŵ - W) / s over the layer, as a magnitude: rounding moves weights both ways.
     """
 
     layer: float
     output: float
     worst: int
+    step: float
+    shift: float
+
+    @property
+    def step_ratio(self) -> float:
+        """``step`` or its inverse, whichever is larger."""
+        return max(self.step, 1 / self.step) if self.step else math.inf
 
 
 @dataclass(frozen=True)
 class WeightRows:
-    """Some outputs of a layer, float32 [rows, K] each, scales [rows, groups]."""
+    """Some outputs of a layer, float32.
+
+    Attributes:
+        original: the checkpoint's, [rows, K].
+        shipped: the artifact's, [rows, K].
+        scales: of rounding to nearest, [rows, groups].
+        shipped_scales: of the artifact, [rows, groups].
+    """
 
     original: torch.Tensor
     shipped: torch.Tensor
     scales: torch.Tensor
+    shipped_scales: torch.Tensor
 
 
 def output_error(
@@ -62,6 +96,8 @@ def output_error(
     """
     sums = torch.zeros(len(inputs), 3, dtype=torch.float64)
     worst, place, first = -1.0, 0, 0
+    steps: list[torch.Tensor] = []
+    shift, count = 0.0, 0
     for part in parts:
         fair = torch.empty(len(inputs), len(part.original), dtype=torch.float64)
         lost_by_rounding = rounded(part.original, part.scales, grid).sub_(part.original)
@@ -69,6 +105,10 @@ def output_error(
         step = spread(part.scales, grid.group, part.original.shape[1])
         expected = torch.maximum(lost_by_rounding.square(), step.square() / 12)
         lost = part.shipped - part.original
+        steps.append((part.shipped_scales / part.scales).flatten())
+        over = spread(part.shipped_scales, grid.group, part.original.shape[1])
+        shift += float((lost / over).sum(dtype=torch.float64))
+        count += lost.numel()
         for kind, given in enumerate(inputs):
             shipped = _squares(lost, given)
             by_rounding = _squares(lost_by_rounding, given)
@@ -82,7 +122,8 @@ def output_error(
             worst, place = largest, first + int(ratios.argmax())
         first += len(part.original)
     layer = _over(sums[:, 0], torch.maximum(sums[:, 1], sums[:, 2])).amin()
-    return OutputError(float(layer), worst, place)
+    median = float(torch.cat(steps).median())
+    return OutputError(float(layer), worst, place, median, abs(shift) / max(1, count))
 
 
 def _squares(lost: torch.Tensor, given: KindInputs) -> torch.Tensor:

@@ -75,10 +75,12 @@ class QuantizedForm:
 
 
 def _linears(facts: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Records of single layers by canonical name."""
     layers = facts.get("layers")
-    return [
-        (f"language_model.layers.{layer.get('layer')}.{linear}", record)
-        for layer in (layers if isinstance(layers, list) else [])
-        for linear, record in layer.get("linears", {}).items()
-        if isinstance(record, dict)
-    ]
+    found: list[tuple[str, dict[str, Any]]] = []
+    for layer in layers if isinstance(layers, list) else []:
+        linears = layer.get("linears") if isinstance(layer, dict) else None
+        if isinstance(linears, dict):
+            prefix = f"language_model.layers.{layer.get('layer')}"
+            found += [(f"{prefix}.{n}", r) for n, r in linears.items() if isinstance(r, dict)]
+    return found

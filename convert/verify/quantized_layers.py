@@ -1,9 +1,14 @@
 """The stage "quantized_layers": is what GPTQ solved as good as rounding to nearest?
 
-    output_error          of each layer, over that of rounding; worst layer
-    output_error_of_row   of each output of each layer; worst of all
+    output_error           of each layer, over that of rounding; worst layer
+    output_error_of_row    of each output of each layer; worst of all
+    output_error_spread    worst layer over the median layer: one that is spoiled stands out
+    step_ratio             median scale of a layer over that of rounding, or its inverse: a range
+                           that is not used; worst layer
+    step_ratio_of_median   the same of the median layer: groups that are not there
+    mean_shift_steps       codes that count from another zero, or are cut off
 
-Both against the checkpoint's weights, on what the reference's own layers read (``input_sketch``),
+All against the checkpoint's weights, on what the reference's own layers read (``input_sketch``),
 by the verifier's own rounding (``reference_rounding``). Layers that must be exactly rounding to
 nearest, and those of a GPTQ checkpoint, are compared code by code in the stage "weights" instead.
 
@@ -13,7 +18,7 @@ what the artifact's own loss is measured by.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import numpy as np
@@ -34,9 +39,8 @@ from llava_edge.runtime.bounds import Bounds
 from llava_edge.runtime.certificate import StageResult, bounded
 
 STAGE = "quantized_layers"
-LAYER_METRIC = "output_error"
-ROW_METRIC = "output_error_of_row"
-
+_SMALL = 0.05
+"""Median error over that of rounding, below which layers are not told apart."""
 _ELEMENTS_AT_A_TIME = 1 << 22
 
 
@@ -64,18 +68,33 @@ class SolvedLayers:
         return tuple(name for name in linear_layers(self._checkpoint) if self._is_solved(name))
 
     def stage(self, bounds: Bounds) -> list[StageResult]:
-        """Both rows; none where there is no such layer."""
-        layers: list[tuple[float, str]] = []
-        outputs: list[tuple[float, str]] = []
-        for name in self.names:
-            found = self.error(name)
-            layers.append((found.layer, f"worst of {len(self.names)} layers: {name}"))
-            outputs.append((found.output, f"worst output: {found.worst} of {name}"))
-        return [
-            bounded(STAGE, metric, value, bounds.value(STAGE, metric), "loss", detail)
-            for metric, rows in ((LAYER_METRIC, layers), (ROW_METRIC, outputs))
-            for value, detail in [max(rows, key=_nan_last)] * bool(rows)
-        ]
+        """A row for each measure; none where there is no such layer."""
+        if not self.names:
+            return []
+        found = {name: self.error(name) for name in self.names}
+        median = float(np.median([error.layer for error in found.values()]))
+        steps = float(np.median([error.step_ratio for error in found.values()]))
+        measured: dict[str, Callable[[OutputError], float]] = {
+            "output_error": lambda error: error.layer,
+            "output_error_of_row": lambda error: error.output,
+            "output_error_spread": lambda error: error.layer / max(median, _SMALL),
+            "step_ratio": lambda error: error.step_ratio,
+            "step_ratio_of_median": lambda _: steps,
+            "mean_shift_steps": lambda error: error.shift,
+        }
+        rows: list[StageResult] = []
+        for metric, of in measured.items():
+            # NaN is worse than any number.
+            value, name = max(
+                ((of(error), name) for name, error in found.items()),
+                key=lambda row: (row[0] != row[0], row[0]),
+            )
+            detail = f"worst of {len(found)} layers: {name}"
+            if metric == "output_error_of_row":
+                detail += f", output {found[name].worst}"
+            bound = bounds.value(STAGE, metric)
+            rows.append(bounded(STAGE, metric, value, bound, "loss", detail))
+        return rows
 
     def error(self, name: str) -> OutputError:
         """One layer's errors over those of rounding to nearest."""
@@ -117,8 +136,15 @@ class SolvedLayers:
 
     def _rows(self, name: str, codes: GraphCodes, grid: Grid) -> Iterator[WeightRows]:
         for rows in _row_blocks(codes):
-            shipped = torch.from_numpy(codes.cut(rows).dequantize())
-            yield WeightRows(self._original(name, rows), shipped, self._scales(name, rows, grid))
+            part = codes.cut(rows)
+            # One scale for a whole row may be there several times.
+            held = part.scales[:, : -(-codes.codes.shape[1] // grid.group)]
+            yield WeightRows(
+                self._original(name, rows),
+                torch.from_numpy(part.dequantize()),
+                self._scales(name, rows, grid),
+                torch.from_numpy(held.astype(np.float32)),
+            )
 
     def _original(self, name: str, rows: slice) -> torch.Tensor:
         """The checkpoint's rows, float32, times what the layer's input is divided by."""
@@ -172,7 +198,3 @@ def _row_blocks(codes: GraphCodes) -> Iterator[slice]:
     step = max(1, _ELEMENTS_AT_A_TIME // num_columns)
     for first in range(0, num_rows, step):
         yield slice(first, min(first + step, num_rows))
-
-
-def _nan_last(row: tuple[float, str]) -> tuple[bool, float]:
-    return row[0] != row[0], row[0]

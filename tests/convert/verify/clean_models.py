@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from tests.convert.verify.fault_models import Model
 
@@ -52,6 +53,25 @@ def clean_models(seed: int = 1) -> dict[str, Model]:
         for backbone in BACKBONES
         for name, form in forms.items()
     }
+
+
+def solved_models(seed: int = 1) -> dict[str, Model]:
+    """All backbones in all quantised forms, solved with GPTQ; one of each with loud channels."""
+    forms = {**FORMS, **FURTHER_FORMS}
+    quantised = {name: form for name, form in forms.items() if form[1] != "fp16"}
+    solved = {
+        f"{backbone} {name} gptq": replace(
+            _model(backbone, form, seed=seed), quantizer="gptq", vision="fp16"
+        )
+        for backbone in BACKBONES
+        for name, form in quantised.items()
+    }
+    loud = {
+        f"{name} loud": replace(model, alters="loud")
+        for name, model in solved.items()
+        if model.board != "a100"
+    }
+    return {**solved, **loud}
 
 
 CLEAN: Mapping[str, Model] = {

@@ -48,6 +48,9 @@ class Model:
     """Precision of the tower; None for what the plan takes."""
     cache: Literal["int8"] | None = None
     """``int8`` for a second decoder graph with such a cache."""
+    quantizer: Literal["gptq", "rtn"] = "rtn"
+    samples: int = 4
+    """For the solver, and for an int8 tower."""
     alters: str = ""
     """Key of ``checkpoint_changes.CHANGES``: what is done to the checkpoint afterwards."""
 
@@ -65,6 +68,12 @@ MODELS: Mapping[str, Model] = {
     ),
     "int4": Model("mistral", precision="int4", changes={"layers": 2}),
     "int4 cuda": Model("mistral", precision="int4", board="a100", changes={"layers": 2}),
+    "int4 gptq": Model(
+        "mistral", precision="int4", vision="fp16", changes={"layers": 2}, quantizer="gptq"
+    ),
+    "int8 gptq": Model(
+        "mistral", precision="int8", vision="fp16", changes={"layers": 2}, quantizer="gptq"
+    ),
     "gptq": Model("mistral", precision="int4", changes={"layers": 2}, alters="act-order"),
     "system": Model("llama", alters="system turn"),
     "int8 cache": Model("llama", cache="int8", alters="quiet values"),
@@ -160,7 +169,7 @@ class Made:
                 grid=model.grid,
                 cache=model.cache,
             ),
-            quantization=QuantizationRequest(quantizer="rtn"),
+            quantization=QuantizationRequest(model.quantizer, num_samples=model.samples),
             verify="none",
         )
         return convert_checkpoint(request, no_progress, lambda _: None).folder

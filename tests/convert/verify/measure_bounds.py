@@ -1,7 +1,7 @@
 """Measure every bounded row on sound artifacts, for the table of bounds.
 
     python -m tests.convert.verify.measure_bounds [--first 0] [--seeds 10] [--jobs 2] [--realistic]
-        [--int8-cache]
+        [--int8-cache] [--gptq]
 
 Bounds were set on the seeds from 0 to 4, later ones tell whether they hold. Prints the largest
 value of each row by form, beside its bound and the room between them.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.bounds import form_of
-from tests.convert.verify.clean_models import clean_models
+from tests.convert.verify.clean_models import clean_models, solved_models
 from tests.convert.verify.fault_models import FaultModels, Model
 from tests.convert.verify.realistic import REALISTIC_MODELS
 
@@ -35,13 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--realistic", action="store_true")
     parser.add_argument("--int8-cache", action="store_true", help="artifacts that have one")
+    parser.add_argument("--gptq", action="store_true", help="solved, not rounded to nearest")
     options = parser.parse_args(arguments)
     seeds = range(options.first, options.first + options.seeds)
     work: list[tuple[str, Model]] = []
     for seed in seeds:
-        models = clean_models(seed)
+        models = solved_models(seed) if options.gptq else clean_models(seed)
         if options.realistic:
             models = {name: replace(m, seed=seed) for name, m in REALISTIC_MODELS.items()}
+            if options.gptq:
+                models = {n: replace(m, quantizer="gptq") for n, m in models.items() if _codes(m)}
         if options.int8_cache:
             models = {name: replace(m, cache="int8") for name, m in models.items()}
         work += [(f"{name}, seed {seed}", model) for name, model in models.items()]
@@ -58,6 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         room = bound / value if value else float("inf")
         print(f"{stage:18} {metric:22} {form:18} {value:9.2e} {bound:9.2e} {room:8.1f}  {name}")
     return 0
+
+
+def _codes(model: Model) -> bool:
+    return model.precision != "fp16"
 
 
 def _measured(item: tuple[str, Model]) -> tuple[str, str, Mapping[Row, tuple[float, float]]]:

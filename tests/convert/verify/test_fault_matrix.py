@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from tests.convert.verify import faults_quantizer
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.fault_models import FaultModels
 from tests.convert.verify.faults import EQUIVALENT, FAULTS
@@ -18,6 +19,7 @@ PARTS = {
     "decoder": 8,
     "embeddings": 2,
     "quantisation": 6,
+    "quantiser": 20,
     "runtime": 6,
     "video": 7,
     "int8 cache": 15,
@@ -36,7 +38,16 @@ def test_faults_are_many_and_of_every_part() -> None:
     assert {part: n for part, n in Counter(f.part for f in FAULTS).items() if n < PARTS[part]} == {}
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(fault, marks=pytest.mark.slow)
+        if fault in faults_quantizer.FAULTS and fault.id not in faults_quantizer.NAMED
+        else fault
+        for fault in FAULTS
+    ],
+    ids=lambda fault: fault.id,
+)
 def test_a_fault_is_found_by_its_stage_and_at_its_place(fault: Fault, models: FaultModels) -> None:
     certificate = models.examine(fault)
 
