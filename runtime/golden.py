@@ -30,7 +30,11 @@ GOLDEN_LIMIT = 4 << 20
 """Largest file in bytes that is written or read."""
 MAX_PROBES = 32
 
-_FORMAT = "llava-edge golden 1"
+_FORMAT = "llava-edge golden 2"
+_READABLE = ("llava-edge golden 1", _FORMAT)
+"""The first had probes alone."""
+LOOP_LIMIT = 64 << 10
+"""Largest text in bytes of what is kept about the loop."""
 _HEADER_LIMIT = 256 << 10
 _MOST_RANGE = 64.0
 """Times the spread of the logits that are kept; a sample of the vocabulary holds less."""
@@ -96,12 +100,16 @@ class GoldenProbe:
     video: Array | None = None
 
 
-def golden_bytes(probes: Sequence[GoldenProbe], manifest: Manifest) -> bytes:
+def golden_bytes(
+    probes: Sequence[GoldenProbe], manifest: Manifest, loop: Any | None = None
+) -> bytes:
     """The file's contents.
 
     Args:
         probes: what the reference said.
         manifest: of the artifact that they are for; ``files`` is not looked at.
+        loop: a JSON value about the loop, of at most ``LOOP_LIMIT`` bytes; None for none. Whoever
+            reads it judges it.
 
     Raises:
         ExportError: a probe does not fit the model, is not finite, or all are too large.
@@ -116,9 +124,10 @@ def golden_bytes(probes: Sequence[GoldenProbe], manifest: Manifest) -> bytes:
         }
         for probe in probes
     ]
-    header: dict[str, Any] = {
-        "__metadata__": {"format": _FORMAT, "probes": json.dumps(texts, ensure_ascii=True)}
-    }
+    metadata = {"format": _FORMAT, "probes": json.dumps(texts, ensure_ascii=True)}
+    if loop is not None:
+        metadata["loop"] = json.dumps(loop, ensure_ascii=True, sort_keys=True, allow_nan=False)
+    header: dict[str, Any] = {"__metadata__": metadata}
     parts: list[bytes] = []
     offset = 0
     for name, array in sorted(_tensors(probes).items(), key=_widest_first):
@@ -150,10 +159,22 @@ def read_golden(opened: OpenedFile, manifest: Manifest) -> tuple[GoldenProbe, ..
     return parse_golden(opened.read(GOLDEN_LIMIT), manifest, str(opened.path))
 
 
+def read_golden_loop(opened: OpenedFile) -> Any | None:
+    """The JSON value about the loop that ``golden_bytes`` was given; None where there is none.
+
+    Raises:
+        ArtifactError: the file is damaged or too large. What the value means is not judged.
+    """
+    try:
+        return _split(opened.read(GOLDEN_LIMIT))[2]
+    except (_MalformedError, ArtifactError) as error:
+        raise ArtifactError(f"{opened.path} holds no golden probes: {error}. {_AGAIN}") from error
+
+
 def parse_golden(data: bytes, manifest: Manifest, where: str) -> tuple[GoldenProbe, ...]:
     """As ``read_golden``, from bytes; ``where`` names them in messages."""
     try:
-        arrays, texts = _split(data)
+        arrays, texts, _ = _split(data)
         probes = tuple(_probe(index, text, arrays) for index, text in enumerate(texts))
         if arrays:
             raise _MalformedError(
@@ -190,8 +211,8 @@ def _widest_first(item: tuple[str, Array]) -> tuple[int, str]:
     return -item[1].dtype.itemsize, item[0]
 
 
-def _split(data: bytes) -> tuple[dict[str, Array], list[Any]]:
-    """Tensors by name, views into ``data``, and the texts of the probes."""
+def _split(data: bytes) -> tuple[dict[str, Array], list[Any], Any | None]:
+    """Tensors by name, views into ``data``, the texts of the probes, and what is of the loop."""
     length = int.from_bytes(data[:8], "little")
     if len(data) > GOLDEN_LIMIT:
         raise _MalformedError(f"it has {len(data)} bytes; at most {GOLDEN_LIMIT} are allowed")
@@ -200,7 +221,7 @@ def _split(data: bytes) -> tuple[dict[str, Array], list[Any]]:
     header = parse_strict(data[8 : 8 + length], "its header")
     if not isinstance(header, dict):
         raise _MalformedError("its header is no object")
-    texts = _texts(header.pop("__metadata__", None))
+    texts, loop = _texts(header.pop("__metadata__", None))
     arrays: dict[str, Array] = {}
     spans: list[tuple[int, int]] = []
     body = memoryview(data)[8 + length :]
@@ -228,19 +249,33 @@ def _split(data: bytes) -> tuple[dict[str, Array], list[Any]]:
         covered = end
     if covered != len(body):
         raise _MalformedError(f"{len(body) - covered} bytes belong to no tensor")
-    return arrays, texts
+    return arrays, texts, loop
 
 
-def _texts(metadata: Any) -> list[Any]:
+def _texts(metadata: Any) -> tuple[list[Any], Any | None]:
+    """The texts of the probes, and what is of the loop."""
     match metadata:
-        case {"format": str(form), "probes": str(text), **rest} if not rest:
-            if form != _FORMAT:
-                raise _MalformedError(f"its format is {form!r:.60}; {_FORMAT!r} is read")
-            texts = parse_strict(text.encode(), "its list of probes")
-            if not isinstance(texts, list) or not 1 <= len(texts) <= MAX_PROBES:
-                raise _MalformedError(f"it must list 1 to {MAX_PROBES} probes")
-            return texts
+        case {"format": str(form), "probes": str(text), **rest} if all(
+            isinstance(value, str) for value in rest.values()
+        ):
+            if form not in _READABLE:
+                raise _MalformedError(
+                    f"its format is {form!r:.60}; {' and '.join(map(repr, _READABLE))} are read"
+                )
+            if rest.keys() <= ({"loop"} if form == _FORMAT else set()):
+                texts = parse_strict(text.encode(), "its list of probes")
+                if not isinstance(texts, list) or not 1 <= len(texts) <= MAX_PROBES:
+                    raise _MalformedError(f"it must list 1 to {MAX_PROBES} probes")
+                return texts, _bounded(rest.get("loop"), LOOP_LIMIT, "its part about the loop")
     raise _MalformedError("its __metadata__ does not say what it is")
+
+
+def _bounded(text: str | None, limit: int, what: str) -> Any | None:
+    if text is None:
+        return None
+    if len(text) > limit:
+        raise _MalformedError(f"{what} has {len(text)} characters; at most {limit} are read")
+    return parse_strict(text.encode(), what)
 
 
 def _is_size(value: Any) -> bool:

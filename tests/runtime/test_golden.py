@@ -16,10 +16,12 @@ from llava_edge.profiles.errors import ArtifactError, ExportError
 from llava_edge.profiles.model_dims import ModelDims, TextDims, VisionDims
 from llava_edge.runtime.golden import (
     GOLDEN_LIMIT,
+    LOOP_LIMIT,
     GoldenProbe,
     golden_bytes,
     parse_golden,
     read_golden,
+    read_golden_loop,
 )
 from llava_edge.runtime.manifest import (
     SCHEMA_VERSION,
@@ -179,6 +181,36 @@ def test_the_file_is_what_the_safetensors_library_reads(
     np.testing.assert_array_equal(tensors["0.logits"], probe.logits)
 
 
+def test_a_value_about_the_loop_comes_back_as_it_was(
+    probe: GoldenProbe, manifest: Manifest, tmp_path: Path
+) -> None:
+    given = {"stop": ["a”b"], "seeds": [1, 2.5, None], "more": {"x": True}}
+    (tmp_path / "golden").write_bytes(golden_bytes([probe], manifest, given))
+    (tmp_path / "without").write_bytes(golden_bytes([probe], manifest))
+
+    assert read_golden_loop(OpenedFile(tmp_path / "golden")) == given
+    assert len(read_golden(OpenedFile(tmp_path / "golden"), manifest)) == 1
+    assert read_golden_loop(OpenedFile(tmp_path / "without")) is None
+
+
+def test_a_value_about_the_loop_is_bounded(probe: GoldenProbe, manifest: Manifest) -> None:
+    with pytest.raises(ExportError, match="about the loop has"):
+        golden_bytes([probe], manifest, "x" * (LOOP_LIMIT + 1))
+
+
+def test_a_file_of_the_first_format_is_still_read(probe: GoldenProbe, manifest: Manifest) -> None:
+    def first(header: dict[str, Any]) -> None:
+        header["__metadata__"]["format"] = "llava-edge golden 1"
+
+    data = rewritten(golden_bytes([probe], manifest), first)
+    (read,) = parse_golden(data, manifest, "here")
+    np.testing.assert_array_equal(read.logits, probe.logits)
+
+    data = rewritten(golden_bytes([probe], manifest, [1]), first)
+    with pytest.raises(ArtifactError, match="does not say what it is"):
+        parse_golden(data, manifest, "here")
+
+
 def test_the_same_probes_give_the_same_bytes(probe: GoldenProbe, manifest: Manifest) -> None:
     assert golden_bytes([probe], manifest) == golden_bytes([probe], manifest)
 
@@ -292,6 +324,8 @@ def rewritten(data: bytes, edit: Callable[[dict[str, Any]], None], tail: bytes =
         (lambda h: h.pop("__metadata__"), "does not say what it is"),
         (lambda h: h["__metadata__"].update(format="golden 2"), "its format is 'golden 2'"),
         (lambda h: h["__metadata__"].update(more="1"), "does not say what it is"),
+        (lambda h: h["__metadata__"].update(loop="{"), "its part about the loop is not valid"),
+        (lambda h: h["__metadata__"].update(loop=1), "does not say what it is"),
         (lambda h: h["__metadata__"].update(probes="[1]"), "the texts of probe 0 are 1"),
         (lambda h: h["__metadata__"].update(probes="{"), "not valid JSON"),
         (lambda h: h.pop("0.ids"), "overlap or leave a gap|0.ids is missing"),
