@@ -270,7 +270,7 @@ def _texts(metadata: Any) -> tuple[list[Any], Any | None]:
     raise _MalformedError("its __metadata__ does not say what it is")
 
 
-def _bounded(text: str | None, limit: int, what: str) -> Any | None:
+def _bounded(text: Any, limit: int, what: str) -> Any | None:
     if text is None:
         return None
     if len(text) > limit:

@@ -17,7 +17,11 @@ from llava_edge.profiles.errors import ArtifactError, ImageError, PromptError, V
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.bounds import GAP, Bounds, bounds_for
 from llava_edge.runtime.certificate import StageResult, bounded, exact
-from llava_edge.runtime.golden import GOLDEN_FILE, GoldenProbe, read_golden
+from llava_edge.runtime.golden import GOLDEN_FILE, GoldenProbe, read_golden, read_golden_loop
+from llava_edge.runtime.golden_loop import parse_loop
+from llava_edge.runtime.loop_check import check_loop
+from llava_edge.runtime.loop_choice import choose_plainly
+from llava_edge.runtime.loop_model import check_loop_on_model
 from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.prompt_date import COMPARED_NOW
 from llava_edge.runtime.request import PromptOptions, VideoInput
@@ -43,7 +47,8 @@ def check_on_device(model: LlavaEdge, progress: ReportProgress = no_progress) ->
 
     Returns:
         Rows for prompt, preprocessing, tile_features, prefill_logits, decode_logits and greedy. A
-        row for which nothing could be looked at is inconclusive.
+        row for which nothing could be looked at is inconclusive. Rows for the loop follow where
+        the artifact carries its cases.
 
     Raises:
         ArtifactError: the artifact has no golden prompts, or they are malformed.
@@ -64,7 +69,16 @@ def check_on_device(model: LlavaEdge, progress: ReportProgress = no_progress) ->
         progress("golden prompts", index, len(probes))
         seen.append(_look(model, probe, bounds))
     progress("golden prompts", len(probes), len(probes))
-    return _rows(seen, bounds)
+    return [*_rows(seen, bounds), *_loop_rows(model, bounds)]
+
+
+def _loop_rows(model: LlavaEdge, bounds: Bounds) -> list[StageResult]:
+    opened = model.artifact.files[GOLDEN_FILE]
+    value = read_golden_loop(opened)
+    if value is None:
+        return []
+    loop = parse_loop(value, model.artifact.manifest, str(opened.path))
+    return [*check_loop(model, loop), *check_loop_on_model(model, choose_plainly).rows(bounds)]
 
 
 @dataclass(frozen=True)

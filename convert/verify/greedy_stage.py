@@ -15,7 +15,7 @@ length, and the tokens up to the first stop token are the ones that a user would
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +41,7 @@ def greedy_tokens(
     reference: Reference,
     bounds: Bounds,
     threads: int = 0,
+    then: Callable[[LlavaEdge], object] = lambda model: None,
 ) -> tuple[TokenComparison, StageResult]:
     """Compare the answers to some probes with the reference, and with the artifact's own logits.
 
@@ -52,6 +53,7 @@ def greedy_tokens(
         reference: reads the answers.
         bounds: of the artifact's form.
         threads: of the CPU provider; 0 for as many as are allowed.
+        then: called with the model before it is closed.
 
     Raises:
         LlavaEdgeError: the artifact does not answer.
@@ -91,6 +93,7 @@ def greedy_tokens(
                 f"{own[place]}"
                 for place in np.flatnonzero(own != np.array(tokens)).tolist()
             ]
+        then(model)
     found = TokenComparison(0, 0, 0)
     bound = bounds.value("prefill_logits", GAP)
     for probe, tokens in zip(probes, answers, strict=True):

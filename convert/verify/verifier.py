@@ -23,6 +23,7 @@ from llava_edge.convert.verify.graph_view import MissingNodeError
 from llava_edge.convert.verify.graph_weights import GraphWeights
 from llava_edge.convert.verify.greedy_stage import greedy_tokens
 from llava_edge.convert.verify.layer_stage import LayerStage
+from llava_edge.convert.verify.loop_stage import golden_loop, loop_stage, run_loop
 from llava_edge.convert.verify.memory_stage import memory_stage
 from llava_edge.convert.verify.packing_stage import packing_stage
 from llava_edge.convert.verify.pixel_stage import pixel_stage
@@ -45,6 +46,7 @@ from llava_edge.runtime.certificate import (
     overall,
 )
 from llava_edge.runtime.golden import GoldenProbe
+from llava_edge.runtime.golden_loop import GoldenLoop
 from llava_edge.runtime.host_memory import peak_host_bytes
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.process import configure_process
@@ -54,7 +56,7 @@ from llava_edge.runtime.versions import tool_versions
 Report = Callable[[str, int, int], None]
 """``report(stage, done, total)`` in stages."""
 
-_MOST_STAGES = 12
+_MOST_STAGES = 13
 """Of a full run that looks for a deviation."""
 QUICK_BYTES = 640 << 20
 """Weights of the decoder in memory at once while ``quick`` runs it."""
@@ -123,6 +125,7 @@ class Verifier:
         self._stage("preprocessing", lambda: pixel_stage(artifact, reference.processor))
         self._stage("packing", lambda: packing_stage(artifact, reference.model))
         self._stage("weights", lambda: weights_stage(artifact, checkpoint))
+        self._stage("loop", lambda: loop_stage(artifact, reference))
         deviation = None
         whole = self.options.mode == "full"
         budget = None if whole else self.options.memory_bytes
@@ -172,10 +175,16 @@ class Verifier:
     ) -> list[StageResult]:
         found, loop = answers.tokens, []
         if subject.is_whole:
+            ran: list[StageResult] = []
             more, own = greedy_tokens(
-                self.artifact, self.main, self.reference, self.bounds, self.options.threads
+                self.artifact,
+                self.main,
+                self.reference,
+                self.bounds,
+                self.options.threads,
+                lambda model: ran.extend(run_loop(model).rows(self.bounds)),
             )
-            found, loop = found + more, [own]
+            found, loop = found + more, [own, *ran]
         if not self.bounds.compares_layers:
             return [found.row("greedy"), *loop]
         # End to end few positions are conclusive at the bound of the rounding; none of them may
@@ -268,12 +277,13 @@ def open_reference(artifact: Artifact, checkpoint: Checkpoint) -> Reference:
 
 def golden_probes(
     artifact: Artifact, checkpoint: Checkpoint
-) -> tuple[list[GoldenProbe], Reference]:
-    """Golden probes for an artifact, and the reference that remembers its answers to them."""
+) -> tuple[list[GoldenProbe], GoldenLoop, Reference]:
+    """Golden probes and cases of the loop, and the reference that remembers its answers."""
     configure_process()
     reference = open_reference(artifact, checkpoint)
     probes = probes_for(artifact.manifest, "quick")
-    return [golden_probe(reference.answer(p, remember=True)) for p in probes], reference
+    made = [golden_probe(reference.answer(p, remember=True)) for p in probes]
+    return made, golden_loop(artifact, reference), reference
 
 
 @allowed_torch_threads()
