@@ -70,13 +70,13 @@ class Verification:
             listed = replace(manifest, files=dict(writer.files))
             artifact = Artifact(folder, listed, "", None, False, OpenedFiles(folder, listed.files))
             try:
-                probes, self._reference = golden_probes(artifact, self._checkpoint)
+                probes, loop, self._reference = golden_probes(artifact, self._checkpoint)
             except (LlavaEdgeError, ValueError, RuntimeError) as error:
                 # Verifying will meet the same, and says at which stage.
                 self._say(f"note: no golden prompts were made: {error}")
                 return
             media = self._reference.media.golden
-            (folder / GOLDEN_FILE).write_bytes(golden_bytes(probes, listed, media=media))
+            (folder / GOLDEN_FILE).write_bytes(golden_bytes(probes, listed, loop.to_json(), media))
 
         writer.part("golden", build)
 

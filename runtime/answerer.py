@@ -7,10 +7,11 @@ text. It knows neither files nor threads; who may use it when is LlavaEdge's mat
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -99,6 +100,33 @@ class Answerer:
         self._pci_bus_id = pci_bus_id
         self._places = tuple(i for i in (tokens.image, tokens.video) if i is not None)
         self._contents = CacheContents(self._places)
+
+    def over(
+        self,
+        decoder: Decoder,
+        embedder: PromptEmbedder | None = None,
+        memory: RequestMemory | None = None,
+        *,
+        prefix_reuse: bool,
+        stops: bool = True,
+    ) -> Answerer:
+        """The same over another decoder that holds nothing yet: for checking the loop.
+
+        Args:
+            decoder: runs in place of the own one.
+            embedder: in place of the own one, where given.
+            memory: in place of the own one, where given.
+            prefix_reuse: as for the class.
+            stops: whether stop tokens end an answer.
+        """
+        other = copy.copy(self)
+        other._decoder, other._prefix_reuse = decoder, prefix_reuse
+        other._embedder, other._memory = embedder or self._embedder, memory or self._memory
+        other._planned, other._pace = decoder.capacity, Pace()
+        other._contents = CacheContents(self._places)
+        if not stops:
+            other._tokens = replace(self._tokens, stop=())
+        return other
 
     def pieces(
         self,

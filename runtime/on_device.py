@@ -16,8 +16,18 @@ from llava_edge.profiles.errors import ArtifactError, ImageError, PromptError, V
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.bounds import GAP, Bounds, bounds_for
 from llava_edge.runtime.certificate import StageResult, bounded, exact
-from llava_edge.runtime.golden import GOLDEN_FILE, GoldenProbe, read_golden, read_golden_media
+from llava_edge.runtime.golden import (
+    GOLDEN_FILE,
+    GoldenProbe,
+    read_golden,
+    read_golden_loop,
+    read_golden_media,
+)
+from llava_edge.runtime.golden_loop import parse_loop
 from llava_edge.runtime.golden_media import GoldenChat
+from llava_edge.runtime.loop_check import check_loop
+from llava_edge.runtime.loop_choice import choose_plainly
+from llava_edge.runtime.loop_model import check_loop_on_model
 from llava_edge.runtime.media_check import (
     MediaReader,
     first_difference,
@@ -49,7 +59,8 @@ def check_on_device(model: LlavaEdge, progress: ReportProgress = no_progress) ->
 
     Returns:
         Rows for prompt, preprocessing, tile_features, prefill_logits, decode_logits and greedy. A
-        row for which nothing could be looked at is inconclusive.
+        row for which nothing could be looked at is inconclusive. Rows for the loop follow where
+        the artifact carries its cases.
 
     Raises:
         ArtifactError: the artifact has no golden prompts, or they are malformed.
@@ -77,7 +88,16 @@ def check_on_device(model: LlavaEdge, progress: ReportProgress = no_progress) ->
         seen += (
             _look_at_chat(model, reader, c) for c in media.chats if not missing_here(c.sources)
         )
-    return _rows(seen, _FileFaults(len(files), faults), bounds)
+    return [*_rows(seen, _FileFaults(len(files), faults), bounds), *_loop_rows(model, bounds)]
+
+
+def _loop_rows(model: LlavaEdge, bounds: Bounds) -> list[StageResult]:
+    opened = model.artifact.files[GOLDEN_FILE]
+    value = read_golden_loop(opened)
+    if value is None:
+        return []
+    loop = parse_loop(value, model.artifact.manifest, str(opened.path))
+    return [*check_loop(model, loop), *check_loop_on_model(model, choose_plainly).rows(bounds)]
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ from llava_edge.runtime.interface_check import check_interfaces
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.load_fit import LoadFit, fit_at_load
 from llava_edge.runtime.load_options import LoadOptions
-from llava_edge.runtime.loaded_parts import nothing_kept_by_errors, open_parts
+from llava_edge.runtime.loaded_parts import LoadedParts, nothing_kept_by_errors, open_parts
 from llava_edge.runtime.lowering import Lowering
 from llava_edge.runtime.media_check import MediaReader
 from llava_edge.runtime.placement import AskedCache, Device, choose_device
@@ -88,8 +88,9 @@ class LlavaEdge:
         options: LoadOptions,
         progress: ReportProgress,
         gpu: int = 0,
+        parts: LoadedParts | None = None,
     ) -> None:
-        parts = open_parts(artifact, device, fit, options, progress, gpu)
+        parts = parts or open_parts(artifact, device, fit, options, progress, gpu)
         self.artifact = artifact
         self.device = cuda_name(gpu) if device == "cuda" else device
         self.threads = parts.threads

@@ -9,7 +9,7 @@ Source: transformers ``RepetitionPenaltyLogitsProcessor``, ``TemperatureLogitsWa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +77,7 @@ class Sampler:
         num_text_tokens: rows at or above are padding of the table; they are never drawn.
         seen: int64 (tokens,) ids of the prompt, for the repetition penalty.
         never: ids that are places, not words (image, video); they are never drawn.
+        uniform: gives numbers in [0, 1) in place of the seed's generator.
     """
 
     def __init__(
@@ -86,11 +87,13 @@ class Sampler:
         num_text_tokens: int,
         seen: Array | None = None,
         never: Sequence[int] = (),
+        *,
+        uniform: Callable[[], float] | None = None,
     ) -> None:
         self._options = options
         self._num_text_tokens = num_text_tokens
         self._never = [token for token in never if token < num_text_tokens]
-        self._generator = np.random.default_rng(options.seed)
+        self._uniform = uniform or np.random.default_rng(options.seed).random
         self._seen = np.zeros(vocab_size, bool)
         if seen is not None:
             self._seen[seen[seen < vocab_size]] = True
@@ -183,7 +186,7 @@ class Sampler:
         return self._drawn(*self.probabilities(logits))
 
     def _drawn(self, ids: Array, weights: Array) -> int:
-        index = int(np.searchsorted(np.cumsum(weights), self._generator.random(), side="right"))
+        index = int(np.searchsorted(np.cumsum(weights), self._uniform(), side="right"))
         return int(ids[min(index, ids.size - 1)])
 
     def _penalised(self, logits: Array) -> Array:

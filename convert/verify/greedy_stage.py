@@ -15,7 +15,7 @@ length, and the tokens up to the first stop token are the ones that a user would
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from llava_edge.convert.verify.loop_cut import loop_cut
 from llava_edge.convert.verify.probes import NUM_STEPS, Probe
 from llava_edge.convert.verify.reference_answer import Reference
 from llava_edge.convert.verify.subject import Subject
+from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.bounds import Bounds
 from llava_edge.runtime.certificate import StageResult, exact
 from llava_edge.runtime.manifest import Manifest
@@ -42,6 +43,7 @@ def greedy_tokens(
     reference: Reference,
     bounds: Bounds,
     threads: int = 0,
+    then: Callable[[LlavaEdge], object] = lambda model: None,
 ) -> tuple[TokenComparison, StageResult]:
     """Compare the answers to some probes with the reference, and with the artifact's own logits.
 
@@ -54,6 +56,7 @@ def greedy_tokens(
         reference: reads the answers.
         bounds: of the artifact's form.
         threads: of the CPU provider; 0 for as many as are allowed.
+        then: called with the model before it is closed.
 
     Raises:
         LlavaEdgeError: the artifact does not answer.
@@ -92,6 +95,7 @@ def greedy_tokens(
                 f"{own[place]}"
                 for place in np.flatnonzero(own != np.array(tokens)).tolist()
             ]
+        then(model)
     found = TokenComparison(0, 0, 0)
     bound = bounds.value("prefill_logits", GAP)
     for probe, tokens in zip(probes, answers, strict=True):

@@ -22,6 +22,7 @@ from llava_edge.convert.verify.graph_view import MissingNodeError
 from llava_edge.convert.verify.graph_weights import GraphWeights
 from llava_edge.convert.verify.greedy_stage import greedy_tokens, not_run
 from llava_edge.convert.verify.layer_stage import LayerStage
+from llava_edge.convert.verify.loop_stage import golden_loop, loop_stage, run_loop
 from llava_edge.convert.verify.losses import Losses
 from llava_edge.convert.verify.media_stage import media_stage
 from llava_edge.convert.verify.memory_stage import memory_stage
@@ -50,6 +51,7 @@ from llava_edge.runtime.certificate import (
     utc_now,
 )
 from llava_edge.runtime.golden import GoldenProbe
+from llava_edge.runtime.golden_loop import GoldenLoop
 from llava_edge.runtime.host_memory import peak_host_bytes
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.process import configure_process
@@ -129,6 +131,7 @@ class Verifier:
         self._stage("preprocessing", lambda: pixel_stage(artifact, reference.processor))
         self._stage("packing", lambda: packing_stage(artifact, reference.model))
         self._stage("weights", lambda: weights_stage(artifact, checkpoint))
+        self._stage("loop", lambda: loop_stage(artifact, reference))
         deviation = None
         whole = self.options.mode == "full"
         budget = None if whole else self.options.memory_bytes
@@ -197,9 +200,15 @@ class Verifier:
         self, subject: Subject, answers: AnswerStages, layers: LayerStage
     ) -> list[StageResult]:
         found = answers.tokens
+        ran: list[StageResult] = []
         try:
             more, own = greedy_tokens(
-                subject, self.main, self.reference, self.bounds, self.options.threads
+                subject,
+                self.main,
+                self.reference,
+                self.bounds,
+                self.options.threads,
+                lambda model: ran.extend(run_loop(model).rows(self.bounds)),
             )
             found += more
         except OutOfMemoryError as error:
@@ -207,10 +216,15 @@ class Verifier:
                 raise
             own = not_run(error)
         if not self.bounds.compares_layers:
-            return [found.row("greedy"), own]
+            return [found.row("greedy"), own, *ran]
         # End to end few positions are conclusive at the bound of the rounding; none of them may
         # differ. The evidence comes from behind the head, and for the loop from its own logits.
-        return [layers.tokens.row("greedy"), found.row("greedy", needs_evidence=False), own]
+        return [
+            layers.tokens.row("greedy"),
+            found.row("greedy", needs_evidence=False),
+            own,
+            *ran,
+        ]
 
     def _find_deviation(self, subject: Subject, answers: AnswerStages) -> Deviation | None:
         """A graph may be too broken to be looked into; a node that is missing is the deviation."""
@@ -298,13 +312,14 @@ def open_reference(artifact: Artifact, checkpoint: Checkpoint) -> Reference:
 
 def golden_probes(
     artifact: Artifact, checkpoint: Checkpoint
-) -> tuple[list[GoldenProbe], Reference]:
-    """Golden probes for an artifact, and the reference that remembers its answers to them."""
+) -> tuple[list[GoldenProbe], GoldenLoop, Reference]:
+    """Golden probes and cases of the loop, and the reference that remembers its answers."""
     configure_process()
     reference = open_reference(artifact, checkpoint)
     probes = probes_for(artifact.manifest, "quick")
     reference.render_ahead(probes)
-    return [golden_probe(reference.answer(p, remember=True)) for p in probes], reference
+    made = [golden_probe(reference.answer(p, remember=True)) for p in probes]
+    return made, golden_loop(artifact, reference), reference
 
 
 @allowed_torch_threads()

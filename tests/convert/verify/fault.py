@@ -38,3 +38,22 @@ class Fault:
     tensor: str = ""
     earlier: str = ""
     mode: Literal["quick", "full"] = "quick"
+
+
+LoopFault = tuple[str, str, Callable[[Any], None]]
+"""Name, what is wrong, and what plants it."""
+
+
+def loop_faults(part: str, *faults: LoopFault, model: str = "") -> tuple[Fault, ...]:
+    """Faults of the runtime that the stage ``loop`` finds, spread over the precisions.
+
+    Args:
+        part: of the tool; stands before each name.
+        faults: of that part.
+        model: that all are planted in; empty for int8, int4 and fp16 in turn.
+    """
+    models = (model,) if model else ("int8", "int4", "qwen2")
+    return tuple(
+        Fault(f"{part}: {name}", part, wrong, "runtime", "loop", plant, models[at % len(models)])
+        for at, (name, wrong, plant) in enumerate(faults)
+    )

@@ -1,0 +1,318 @@
+"""LoopBench: a loaded model whose decoder is a scripted one, and what its answers should be.
+
+Requests go the way of every request: prompt, embeddings, reuse, drafts, sampler, stops, text and
+stream. Only what the decoder and the tower compute is replaced, so that every token is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llava_edge.profiles.errors import EngineError
+from llava_edge.runtime.answer import Answer
+from llava_edge.runtime.answer_options import AnswerOptions
+from llava_edge.runtime.cached_encoder import CachedEncoder
+from llava_edge.runtime.feature_cache import FeatureCache
+from llava_edge.runtime.generate import FinishReason
+from llava_edge.runtime.lowering import Lowering
+from llava_edge.runtime.prompt_embedder import PromptEmbedder
+from llava_edge.runtime.request import PromptOptions, Request, VideoInput
+from llava_edge.runtime.scripted_decoder import DigestEncoder, ScriptedDecoder, one_best
+from llava_edge.runtime.session import Array
+from llava_edge.runtime.stream import AnswerStream
+from llava_edge.runtime.time_budget import TimeBudget
+
+if TYPE_CHECKING:
+    from llava_edge.runtime.pipeline import LlavaEdge
+
+CAPACITY = 8192
+_CHUNK = 7
+"""Positions: so few that every prompt has several chunks, and pictures lie across them."""
+_CACHE_BYTES = 256 << 20
+_ALWAYS_COMPUTED = 2
+SENTENCE = "The quick brown fox jumps over the lazy dog; 12 pictures, 3 words."
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an answer must be.
+
+    Attributes:
+        ids: of the answer.
+        finish_reason: of the answer.
+        text: of the answer; None for the tokenizer's own of all ids together.
+        least: characters that must have come out with each id; empty for no matter.
+        accepted: drafted tokens that must have become part of the answer, at least.
+        logits: of each token of the answer; None for one that is far above all others.
+    """
+
+    ids: tuple[int, ...]
+    finish_reason: FinishReason
+    text: str | None = None
+    least: tuple[int, ...] = ()
+    accepted: int = 0
+    logits: Callable[[int], Array] | None = None
+
+
+class LoopBench:
+    """Asks, compares, and collects what differs.
+
+    Args:
+        model: loaded; nothing of it is changed once ``scripted`` is left.
+        faults: where sentences about what differs are put.
+    """
+
+    def __init__(self, model: LlavaEdge, faults: list[str]) -> None:
+        self.model = model
+        self.faults = faults
+        self.count = 0
+        self.table, self.tokenizer = model._table, model._tokenizer
+        self.requests = model._requests
+        manifest = model.artifact.manifest
+        self.manifest, self.tokens = manifest, manifest.tokens
+        self.dtype: type[np.float32] | type[np.float16]
+        self.dtype = np.float32 if manifest.flavour == "cpu" else np.float16
+        self.places = tuple(i for i in (self.tokens.image, self.tokens.video) if i is not None)
+        ids = self.request(SENTENCE).ids.tolist()
+        control = self.tokenizer.control_ids
+        self.words = tuple(i for i in dict.fromkeys(ids) if i not in control)
+        last = min(self.tokens.num_text_tokens, self.table.vocab_size)
+        others = [i for i in range(last - 1, -1, -1) if i not in {*control, *self.words}]
+        self.wrong, self.unsaid = others[0], tuple(others[1:13])
+        self.stops = tuple(i for i in self.tokens.stop if i < self.table.vocab_size)
+        self._reuses = True
+        self.encoder = DigestEncoder()
+
+    @contextmanager
+    def scripted(
+        self,
+        *,
+        prefix_reuse: bool = True,
+        picks_best: bool = False,
+        vision_cache: bool = False,
+        capacity: int = CAPACITY,
+    ) -> Iterator[ScriptedDecoder]:
+        """Within it the model runs a fresh scripted decoder, which is given."""
+        real = self.model._answerer
+        decoder: Any = ScriptedDecoder(
+            self.table.vocab_size,
+            self.table.hidden_size,
+            self.dtype,
+            capacity,
+            _CHUNK,
+            picks_best=picks_best,
+        )
+        self.decoder: ScriptedDecoder = decoder
+        self.encoder, self._reuses = DigestEncoder(), prefix_reuse
+        encoder = self.encoder
+        cached = CachedEncoder(encoder, FeatureCache(_CACHE_BYTES)) if vision_cache else encoder
+        memory: Any = _NoMemory()
+        self.model._answerer = real.over(
+            decoder, self._embedder(cached), memory, prefix_reuse=prefix_reuse
+        )
+        try:
+            yield decoder
+        finally:
+            self.model._answerer = real
+
+    def request(
+        self, prompt: str, images: Sequence[Any] = (), video: Any = None, grid: str | None = None
+    ) -> Request:
+        """A finished prompt made ready, with pixels."""
+        given = None if video is None else VideoInput(video)
+        return self.requests.build(prompt, images, PromptOptions(raw=True, grid=grid), video=given)
+
+    def of_ids(self, *parts: Sequence[int] | Array) -> Request:
+        """A prompt of text that is given by its ids."""
+        return Request(np.concatenate([np.array(part, np.int64) for part in parts]), (), ())
+
+    def ask(
+        self,
+        name: str,
+        prompt: str,
+        expected: Expected,
+        images: Sequence[Any] = (),
+        *,
+        video: Any = None,
+        grid: str | None = None,
+        **options: Any,
+    ) -> Answer | None:
+        """Ask with a finished prompt, by ``LlavaEdge.stream``; see ``run``."""
+        request = self.request(prompt, images, video, grid)
+        return self.run(
+            name,
+            request,
+            expected,
+            lambda: self.model.stream(prompt, images, video=video, grid=grid, raw=True, **options),
+        )
+
+    def ask_ids(self, name: str, request: Request, expected: Expected, **options: Any) -> None:
+        """Ask with a prompt by its ids; see ``run``."""
+        chosen = AnswerOptions.of("stream()", **options)
+        self.run(name, request, expected, lambda: self.started(request, chosen))
+
+    def started(
+        self, request: Request, options: AnswerOptions, budget: TimeBudget | None = None
+    ) -> AnswerStream:
+        """The stream of a request that is ready."""
+        return self.model._start(Lowering(lambda: request), options, budget or TimeBudget())
+
+    def run(
+        self,
+        name: str,
+        request: Request,
+        expected: Expected,
+        start: Callable[[], AnswerStream],
+        *,
+        fresh: bool = False,
+    ) -> Answer | None:
+        """Answer and compare.
+
+        Args:
+            name: for reports.
+            request: that the stream answers, made apart from it.
+            expected: what must come.
+            start: begins the stream.
+            fresh: whether what was computed before must not be reused.
+
+        Returns:
+            The answer, where there is one.
+        """
+        self.count += 1
+        try:
+            reused = self.prepare(request, expected) * (not fresh)
+            text, emitted = "", [0] * len(expected.ids)
+            with start() as stream:
+                for piece in stream:
+                    text += piece
+                    at = self.decoder.length - request.num_tokens
+                    if 0 <= at < len(emitted):
+                        emitted[at] = len(text)
+                answer = stream.answer
+            emitted = np.maximum.accumulate(emitted).tolist()
+            for fault in self._differences(request, expected, answer, text, emitted, reused):
+                self.faults.append(f"{name}: {fault}")
+        except Exception as error:
+            self.faults.append(f"{name}: {type(error).__name__}: {error}"[:300])
+            return None
+        return answer
+
+    def prepare(self, request: Request, expected: Expected) -> int:
+        """Tell the decoder what comes next.
+
+        Returns:
+            How many positions must be reused.
+        """
+        rows = self._rows(request, expected.ids)
+        reused = self._reusable(request, rows) if self._reuses else 0
+
+        def named(number: int) -> Array:
+            known = number < len(expected.ids)
+            return one_best(self.table.vocab_size, expected.ids[number] if known else self.wrong)
+
+        self.decoder.expect(rows, request.num_tokens, expected.logits or named, self.wrong)
+        return reused
+
+    def _rows(self, request: Request, ids: Sequence[int]) -> Array:
+        count = request.num_tokens
+        rows = np.empty((count + len(ids), self.table.hidden_size), self.dtype)
+        self._embedder(DigestEncoder()).embed(request).fill(0, count, rows[:count])
+        self.table.rows(np.array(ids, np.int64), out=rows[count:])
+        return rows
+
+    def _embedder(self, encoder: Any) -> PromptEmbedder:
+        dims, tokens = self.manifest.model, self.tokens
+        return PromptEmbedder(
+            dims, tokens.image, self.table, encoder, self.dtype, None, tokens.video
+        )
+
+    def _reusable(self, request: Request, rows: Array) -> int:
+        """By what the rows are: no part of a picture, and never the last two positions."""
+        shared = self.decoder.shared(rows)
+        shared = max(0, min(shared, request.num_tokens - _ALWAYS_COMPUTED))
+        for start, stop in self._media(request):
+            if start < shared < stop:
+                return start
+        return shared
+
+    def _media(self, request: Request) -> Iterator[tuple[int, int]]:
+        """First position of each picture and video, and the position after its last."""
+        images = np.flatnonzero(request.ids == self.tokens.image)
+        videos = np.flatnonzero(request.ids == self.tokens.video)
+        for positions, counts in (
+            (images, [layout.num_image_tokens for layout in request.layouts]),
+            (videos, request.video_counts),
+        ):
+            first = 0
+            for count in counts:
+                yield int(positions[first]), int(positions[first + count - 1]) + 1
+                first += count
+
+    def _differences(
+        self,
+        request: Request,
+        expected: Expected,
+        answer: Answer,
+        text: str,
+        emitted: Sequence[int],
+        reused: int,
+    ) -> Iterator[str]:
+        ids = expected.ids
+        wanted = expected.text
+        if wanted is None:
+            wanted = self.tokenizer.decode(ids)
+        if answer.token_ids != ids:
+            yield f"tokens {_short(answer.token_ids)} for {_short(ids)}"
+            return
+        facts: dict[str, tuple[Any, Any]] = {
+            "text": (answer.text, wanted),
+            "pieces joined": (text, answer.text),
+            "finish_reason": (answer.finish_reason, expected.finish_reason),
+            "prompt_tokens": (answer.prompt_tokens, request.num_tokens),
+            "image_tokens": (answer.image_tokens, self._count(request, self.tokens.image)),
+            "video_tokens": (answer.video_tokens, self._count(request, self.tokens.video)),
+            "reused_tokens": (answer.reused_tokens, reused),
+            "draft_tokens": (answer.draft_tokens, self.decoder.drafted),
+            "accepted_tokens": (answer.accepted_tokens, self.decoder.confirmed),
+            "degraded": (answer.degraded, self.model.degraded),
+        }
+        for name, (found, right) in facts.items():
+            if found != right:
+                yield f"{name} {found!r:.80} for {right!r:.80}"
+        if answer.accepted_tokens < expected.accepted:
+            yield f"{answer.accepted_tokens} drafted tokens held, {expected.accepted} must"
+        for place, (came, least) in enumerate(zip(emitted, expected.least, strict=False)):
+            if came < least:
+                yield f"after token {place} {came} characters had come out, {least} must have"
+                break
+        if not self.decoder.holds(request.num_tokens + len(ids) - 1):
+            yield f"the cache does not hold prompt and answer in {self.decoder.length} positions"
+
+    def _count(self, request: Request, place: int | None) -> int:
+        return 0 if place is None else int(np.count_nonzero(request.ids == place))
+
+    def refuses_answer(self, name: str, stream: AnswerStream) -> None:
+        """A stream that did not end has no answer."""
+        try:
+            answer = stream.answer
+        except EngineError:
+            return
+        self.faults.append(f"{name}: there is an answer of {len(answer.token_ids)} tokens")
+
+
+class _NoMemory:
+    """What a request needs where nothing is computed."""
+
+    def host_bytes(self, num_tiles: int, num_frames: int, num_tokens: int) -> int:
+        """See ``RequestMemory.host_bytes``."""
+        return 0
+
+
+def _short(ids: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ids[:12]))
+    return f"[{shown}{', …' * (len(ids) > 12)}] ({len(ids)})"

@@ -1,0 +1,68 @@
+"""check_loop: the loop as it is used, on a machine without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from llava_edge.runtime.certificate import StageResult, exact
+from llava_edge.runtime.golden_loop import GoldenLoop
+from llava_edge.runtime.loop_answers import check_answers
+from llava_edge.runtime.loop_bench import LoopBench
+from llava_edge.runtime.loop_choice import Choose, choose_plainly
+from llava_edge.runtime.loop_draws import draw_faults
+from llava_edge.runtime.loop_model import STAGE
+from llava_edge.runtime.loop_reuse import check_drafts, check_reuse
+
+if TYPE_CHECKING:
+    from llava_edge.runtime.pipeline import LlavaEdge
+
+
+def check_loop(
+    model: LlavaEdge, loop: GoldenLoop, choose: Choose = choose_plainly
+) -> list[StageResult]:
+    """Rows for drawing, for answers and their text, for reuse and for drafts.
+
+    Nothing here runs a graph: decoder and tower are scripted.
+
+    Args:
+        model: loaded, with or without graphs.
+        loop: what must come.
+        choose: how tokens follow from logits.
+    """
+    return [make() for make in loop_rows(model, loop, choose).values()]
+
+
+def loop_rows(
+    model: LlavaEdge, loop: GoldenLoop, choose: Choose
+) -> dict[str, Callable[[], StageResult]]:
+    """What makes each row of ``check_loop``, by what it is about."""
+
+    def draws() -> StageResult:
+        looked = f"{len(loop.draws)} choices of sampling options"
+        return exact(STAGE, "differing_draws", draw_faults(loop.draws), looked)
+
+    checks: dict[str, Callable[[LoopBench], None]] = {
+        "answers": lambda bench: check_answers(bench, loop.texts, choose),
+        "reuse": check_reuse,
+        "drafts": check_drafts,
+    }
+    return {
+        "draws": draws,
+        **{
+            name: partial(_row, f"differing_{name}", model, check) for name, check in checks.items()
+        },
+    }
+
+
+def _row(metric: str, model: LlavaEdge, check: Callable[[LoopBench], None]) -> StageResult:
+    faults: list[str] = []
+    looked = ""
+    try:
+        bench = LoopBench(model, faults)
+        check(bench)
+        looked = f"{bench.count} requests"
+    except Exception as error:
+        faults.append(f"{type(error).__name__}: {error}"[:300])
+    return exact(STAGE, metric, faults, looked)

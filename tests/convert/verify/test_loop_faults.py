@@ -1,0 +1,126 @@
+"""Faults of sampling, streaming, reuse and drafts are found, by verification and on a device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+
+from llava_edge.convert.verify.loop_stage import golden_loop, loop_stage
+from llava_edge.convert.verify.reference_answer import Reference
+from llava_edge.convert.verify.reference_sampling import choose_by_reference
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.artifact import Artifact, open_artifact
+from llava_edge.runtime.bounds import Bounds, bounds_for
+from llava_edge.runtime.certificate import StageResult
+from llava_edge.runtime.golden_loop import GoldenLoop
+from llava_edge.runtime.loop_check import loop_rows
+from llava_edge.runtime.loop_choice import Choose, choose_plainly
+from llava_edge.runtime.loop_model import check_loop_on_model
+from tests.convert.verify import faults_reuse, faults_sampling, faults_streaming
+from tests.convert.verify.fault import Fault
+from tests.convert.verify.fault_models import FaultModels
+
+FAULTS = (*faults_sampling.FAULTS, *faults_streaming.FAULTS, *faults_reuse.FAULTS)
+MODELS = ("qwen2", "int8", "int4")
+_FIRST = {"sampling": "draws", "streaming": "answers", "reuse": "reuse", "drafts": "model"}
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A model, and what is compared with it, made before anything is planted."""
+
+    artifact: Artifact
+    reference: Reference
+    loop: GoldenLoop
+    bounds: Bounds
+    model: LlavaEdge
+
+    def rows(self, part: str = "", choose: Choose = choose_plainly) -> Iterator[StageResult]:
+        """What a device checks, row by row, beginning with what is most about a part."""
+        makes = loop_rows(self.model, self.loop, choose)
+        first = _FIRST.get(part, "draws")
+        if first == "model":
+            yield from check_loop_on_model(self.model, choose).rows(self.bounds)
+        else:
+            yield makes.pop(first)()
+        for make in makes.values():
+            yield make()
+        if first != "model":
+            yield from check_loop_on_model(self.model, choose).rows(self.bounds)
+
+
+@pytest.fixture(scope="session")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ready]:
+    models = FaultModels(tmp_path_factory.mktemp("loop"))
+    made: dict[str, Ready] = {}
+
+    def get(name: str) -> Ready:
+        if name not in made:
+            made[name] = make(models, name)
+        return made[name]
+
+    return get
+
+
+def make(models: FaultModels, name: str) -> Ready:
+    artifact = open_artifact(models[name].artifact, verify_digests=False)
+    manifest = artifact.manifest
+    # Two tokens end an answer, as in most released models.
+    tokens = manifest.tokens
+    stops = (*tokens.stop, next(i for i in range(9) if i not in (*tokens.stop, tokens.bos)))
+    artifact = replace(artifact, manifest=replace(manifest, tokens=replace(tokens, stop=stops)))
+    reference = models[name].reference("quick")
+    model = LlavaEdge.over(
+        artifact, "cpu", threads=1, context_tokens=256, cache=manifest.precision.computes
+    )
+    bounds = bounds_for(manifest.flavour, manifest.precision)
+    return Ready(artifact, reference, golden_loop(artifact, reference), bounds, model)
+
+
+def test_faults_are_many_of_every_part_and_precision() -> None:
+    assert len({fault.id for fault in FAULTS}) == len(FAULTS)
+    parts = Counter((fault.part, fault.model) for fault in FAULTS)
+    for part, least in (("sampling", 40), ("streaming", 40), ("reuse", 30), ("drafts", 26)):
+        assert sum(count for (name, _), count in parts.items() if name == part) >= least
+        assert {model for name, model in parts if name == part} == set(MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_sound_model_passes(name: str, ready: Callable[[str], Ready]) -> None:
+    sound = ready(name)
+
+    rows = [*sound.rows(), *loop_stage(sound.artifact, sound.reference)]
+
+    assert [row for row in rows if row.verdict != "pass"] == []
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
+def test_a_fault_is_found_on_a_device(fault: Fault, ready: Callable[[str], Ready]) -> None:
+    found = first_failing(fault, ready(fault.model))
+
+    assert found is not None
+    assert found.name == fault.stage
+    assert found.detail
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
+def test_a_fault_is_found_at_every_precision(
+    fault: Fault, model: str, ready: Callable[[str], Ready]
+) -> None:
+    assert first_failing(fault, ready(model)) is not None
+    assert first_failing(fault, ready(model), choose_by_reference) is not None
+
+
+def first_failing(
+    fault: Fault, ready: Ready, choose: Choose = choose_plainly
+) -> StageResult | None:
+    """The first row that fails; what comes after it is not run."""
+    with pytest.MonkeyPatch.context() as patch:
+        fault.plant(patch)
+        rows = ready.rows(fault.part, choose)
+        return next((row for row in rows if row.verdict == "fail"), None)
