@@ -29,6 +29,7 @@ from llava_edge.runtime.progress import no_progress
 from tests.convert.verify.checkpoint_changes import CHANGES
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.tamper import Tampered
+from tests.convert.verify.tokenizer_checkpoints import ROWS, TOKENIZERS
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ MODELS: Mapping[str, Model] = {
     "int8 cache": Model("llama", cache="int8", alters="quiet values"),
     "int8 cache cuda": Model("llama", cache="int8", alters="quiet values", board="a100"),
     "video": Model("llama", changes={"model_type": "llava_next_video", "image_size": 56}),
+    **{
+        name: Model("llama", changes={"layers": 1, "vocab_size": ROWS}, alters=f"tokenizer {name}")
+        for name in TOKENIZERS
+    },
 }
 """What faults are planted in: every bias, gain, class and position embedding is random."""
 

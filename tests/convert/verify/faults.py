@@ -14,6 +14,7 @@ from tests.convert.verify import (
     faults_images,
     faults_quantized,
     faults_runtime,
+    faults_tokenizer,
     faults_video,
     faults_vision,
 )
@@ -28,6 +29,7 @@ FAULTS: tuple[Fault, ...] = (
     *faults_runtime.FAULTS,
     *faults_video.FAULTS,
     *faults_cache.FAULTS,
+    *faults_tokenizer.FAULTS,
 )
 
 
