@@ -25,7 +25,7 @@ PARTS = {
     "tokenizer": 60,
 }
 WHOLE = [fault for fault in FAULTS if fault not in TOKENIZER_FAULTS]
-"""Those that need whole verification; ``test_tokenizer_faults`` has the stage alone find its own."""
+"""Those that need whole verification; ``test_tokenizer_faults`` runs its stage alone."""
 
 
 @pytest.fixture(scope="session")
