@@ -268,9 +268,10 @@ class _Comparison:
         alone = [[i] for i in (*self._inside, *self._added)]
         if self._sentencepiece:
             # Beside an ordinary piece nothing is taken off the start or the end.
-            usual = self._theirs.ids_of_texts(["x"])[0]
-            alone += [[*usual, i, *usual] for i in self._inside]
-            alone += [[*usual, i] for i in self._inside]
+            letters = (self._pieces[p] for p in sorted(self._pieces) if len(p) == 1 and p.isalpha())
+            usual = next((i for i in letters if i in self._inside), self._inside[-1])
+            alone += [[usual, i, usual] for i in self._inside]
+            alone += [[usual, i] for i in self._inside]
         sequences = [*self._sequences()]
         faults = _failures(self._alone_faults(alone), self._sequence_faults(sequences))
         looked = f"{len(alone)} of one id, {len(sequences)} sequences whole and streamed"
