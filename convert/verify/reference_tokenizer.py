@@ -34,7 +34,6 @@ from llava_edge.convert.verify.tokenizer_definition import FLAGS, AddedEntry
 from llava_edge.runtime.prompt import MARKS
 
 _BLANK = "▁"
-_PLACEHOLDER = "\ufffd"
 
 
 class ReferenceTokenizer(Protocol):
@@ -154,6 +153,9 @@ class SentencePieceTokenizer:
         self._bytes = {
             i: int(p.piece[3:5], 16) for i, p in enumerate(model.pieces) if p.type == BYTE
         }
+        by_value = {value: i for i, value in self._bytes.items()}
+        self._placeholder = [by_value[value] for value in b"\xef\xbf\xbd" if value in by_value]
+        """The character that stands for what is no text, in byte pieces."""
         self.pieces: Mapping[str, int] = {
             str(piece.piece): index for index, piece in enumerate(model.pieces)
         }
@@ -241,8 +243,7 @@ class SentencePieceTokenizer:
             try:
                 data.decode("utf-8")
             except UnicodeDecodeError:
-                by_value = {value: i for i, value in self._bytes.items()}
-                run = [by_value[value] for value in _PLACEHOLDER.encode() * len(run)]
+                run = [*self._placeholder] * len(run)
             found += run
         if found and self._bytes.get(found[0]) == ord(" "):
             found[0] = self.pieces.get(_BLANK, found[0])

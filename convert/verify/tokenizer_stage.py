@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +51,7 @@ from llava_edge.convert.verify.tokenizer_definition import (
     setting_faults,
     step_faults,
 )
+from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.certificate import StageResult, exact
 from llava_edge.runtime.manifest import PromptFormat
@@ -61,6 +62,8 @@ _NAME = "tokenizer"
 _TEXTS = 1200
 _SEQUENCES = 300
 _STREAMED_TEXTS = 200
+_WHOLE = 64
+"""Texts that are encoded with what the tokenizer puts around them as well."""
 _STREAM = 512
 """Ids of one streamed answer that goes through the vocabulary."""
 _SHARE = 8
@@ -82,7 +85,7 @@ def tokenizer_stage(
     theirs = reference.tokenizer
     control = _control_ids(artifact, theirs)
     ours = Definition.parse(tokenizer.backend.to_str())
-    faults = [*_control_faults(tokenizer, control, theirs)]
+    faults: list[str] = []
     if isinstance(theirs, SentencePieceTokenizer):
         faults += sentencepiece_faults(ours, checkpoint.folder, theirs, control)
         pieces = theirs.pieces
@@ -93,6 +96,8 @@ def tokenizer_stage(
         more, looked = _definition_faults(ours, want, artifact, checkpoint, theirs.name)
         faults += more
         pieces = want.pieces
+    fillers = ours.added.keys() - less_fillers(ours.added, {}, len(pieces)).keys()
+    faults += _control_faults(tokenizer, control, fillers, theirs)
     looked = (
         f"{len(ours.pieces)} pieces, {len(ours.merges)} merges, {len(ours.added)} added; {looked}"
     )
@@ -141,11 +146,11 @@ def _segments(value: object) -> Iterator[str]:
 
 
 def _control_faults(
-    tokenizer: Tokenizer, control: frozenset[int], theirs: ReferenceTokenizer
+    tokenizer: Tokenizer, control: frozenset[int], fillers: Set[int], theirs: ReferenceTokenizer
 ) -> Iterator[str]:
     if tokenizer.bos_id != (bos := _bos(theirs)):
         yield f"tokens.bos: it is {tokenizer.bos_id}; the checkpoint's tokenizer has {bos}"
-    for index in sorted(tokenizer.control_ids ^ control):
+    for index in sorted((tokenizer.control_ids ^ control) - fillers):
         shown = tokenizer.backend.id_to_token(index)
         where = "here and no control token of the checkpoint"
         if index in control:
@@ -213,8 +218,9 @@ class _Stated:
 
 
 def _stated(folder: Path) -> _Stated | None:
+    """What the files say by themselves; the reference has judged them before."""
     if (folder / "tokenizer.json").is_file():
-        model = read_object(folder / "tokenizer.json")["model"]
+        model = json.loads(read_text(folder / "tokenizer.json"))["model"]
         vocab = model["vocab"]
         if isinstance(vocab, list):
             vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
@@ -222,12 +228,12 @@ def _stated(folder: Path) -> _Stated | None:
     if (folder / "merges.txt").is_file():
         lines = read_text(folder / "merges.txt").split("\n")
         merges = [line for line in lines if line.strip() and not line.startswith("#version")]
-        return _Stated("vocab.json", read_object(folder / "vocab.json"), pairs(merges))
+        return _Stated("vocab.json", json.loads(read_text(folder / "vocab.json")), pairs(merges))
     return None
 
 
 def _plain(folder: Path) -> Definition | None:
-    """The checkpoint's own ``tokenizer.json``, which the reference has judged."""
+    """The checkpoint's own ``tokenizer.json`` as the library reads it."""
     path = folder / "tokenizer.json"
     return Definition.parse(Backend.from_file(str(path)).to_str()) if path.is_file() else None
 
@@ -254,34 +260,50 @@ class _Comparison:
     def ids_row(self) -> StageResult:
         """Ids of drawn texts and code points; of every piece where definitions have two forms."""
         texts = self._compared_texts()
-        with mapped_errors("the artifact's tokenizer fails at a text"):
-            ours = [e.ids for e in self._ours.backend.encode_batch(texts, add_special_tokens=False)]
-        theirs = self._theirs.ids_of_texts(texts)
-        faults = [
-            f"{text!r:.60} has the ids {_shown(a)}, the reference's {_shown(b)}"
-            for text, a, b in zip(texts, map(list, ours), theirs, strict=True)
-            if a != b
-        ]
         looked = f"{len(texts)} texts; {self._theirs.name}"
-        return exact(_NAME, "differing_ids", faults, looked)
+        return exact(_NAME, "differing_ids", _failures(self._id_faults(texts)), looked)
 
     def texts_row(self) -> StageResult:
         """Texts of every id alone, of drawn sequences, and of all ids in long streamed answers."""
         alone = [[i] for i in (*self._inside, *self._added)]
-        with mapped_errors("the artifact's tokenizer fails at an id"):
-            ours = self._ours.backend.decode_batch(alone, skip_special_tokens=True)
-        faults = [*_text_faults(alone, ours, self._texts(alone), "decoded alone")]
+        if self._sentencepiece:
+            # Beside an ordinary piece nothing is taken off the start or the end.
+            letters = (self._pieces[p] for p in sorted(self._pieces) if len(p) == 1 and p.isalpha())
+            usual = next((i for i in letters if i in self._inside), self._inside[-1])
+            alone += [[usual, i, usual] for i in self._inside]
+            alone += [[usual, i] for i in self._inside]
         sequences = [*self._sequences()]
+        faults = _failures(self._alone_faults(alone), self._sequence_faults(sequences))
+        looked = f"{len(alone)} of one id, {len(sequences)} sequences whole and streamed"
+        return exact(_NAME, "differing_texts", faults, f"{looked}; {self._theirs.name}")
+
+    def _id_faults(self, texts: Sequence[str]) -> Iterator[str]:
+        with mapped_errors("the artifact's tokenizer fails at a text"):
+            plain = self._ours.backend.encode_batch([*texts], add_special_tokens=False)
+            around = self._ours.backend.encode_batch([*texts[:_WHOLE]], add_special_tokens=True)
+        ours = [e.ids for e in (*plain, *around)]
+        theirs = [
+            *self._theirs.ids_of_texts(texts),
+            *(self._theirs.ids(text) for text in texts[:_WHOLE]),
+        ]
+        for text, a, b in zip((*texts, *texts[:_WHOLE]), ours, theirs, strict=True):
+            if list(a) != b:
+                yield f"{text!r:.60} has the ids {_shown(a)}, the reference's {_shown(b)}"
+
+    def _alone_faults(self, sequences: Sequence[Sequence[int]]) -> Iterator[str]:
+        with mapped_errors("the artifact's tokenizer fails at an id"):
+            ours = self._ours.backend.decode_batch([*sequences], skip_special_tokens=True)
+        yield from _text_faults(sequences, ours, self._texts(sequences), "decoded alone")
+
+    def _sequence_faults(self, sequences: Sequence[Sequence[int]]) -> Iterator[str]:
         theirs = self._texts(sequences)
         whole = [self._ours.decode(ids) for ids in sequences]
-        faults += _text_faults(sequences, whole, theirs, "decoded")
+        yield from _text_faults(sequences, whole, theirs, "decoded")
         # Control tokens among the ids are no part of the text.
         control = sorted(self._ours.control_ids)
         salted = [_salted(ids, control) for ids in sequences]
         streamed = [self._stream(ids) for ids in salted]
-        faults += _text_faults(salted, streamed, theirs, "streamed")
-        looked = f"{len(alone)} ids, {len(sequences)} sequences whole and streamed"
-        return exact(_NAME, "differing_texts", faults, f"{looked}; {self._theirs.name}")
+        yield from _text_faults(salted, streamed, theirs, "streamed")
 
     def _compared_texts(self) -> list[str]:
         chance = random.Random(3)
@@ -316,6 +338,15 @@ class _Comparison:
     def _stream(self, ids: Iterable[int]) -> str:
         stream = self._ours.stream()
         return "".join([*map(stream.push, ids), stream.finish()])
+
+
+def _failures(*groups: Iterable[str]) -> Iterator[str]:
+    """Faults of each group; a library that fails ends its group alone."""
+    for group in groups:
+        try:
+            yield from group
+        except ArtifactError as error:
+            yield str(error)
 
 
 def _salted(ids: Sequence[int], control: Sequence[int]) -> list[int]:

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 import transformers
 
-from llava_edge.convert.checkpoint import open_checkpoint
+from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
 from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.random_checkpoint import write_random_checkpoint
 from llava_edge.convert.random_spec import preset
@@ -21,6 +21,7 @@ from llava_edge.convert.sentencepiece_tokenizer import probe_texts
 from llava_edge.convert.tokenizer_files import build_tokenizer_json
 from llava_edge.convert.verify.prompt_stage import prompt_stage
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
+from llava_edge.convert.verify.tokenizer_stage import tokenizer_stage
 from llava_edge.profiles.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact import Artifact, open_artifact
@@ -168,9 +169,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path
 
 def stage(folder: Path, opened: Artifact) -> StageResult:
     checkpoint = open_checkpoint(folder)
+    return prompt_stage(opened, checkpoint, reference_of(checkpoint, opened))
+
+
+def reference_of(checkpoint: Checkpoint, opened: Artifact) -> ReferenceProcessor:
     mark = opened.manifest.tokens.image if checkpoint.layout == "original" else None
-    reference = ReferenceProcessor(checkpoint, checkpoint.dims.image_grid_pinpoints, mark)
-    return prompt_stage(opened, checkpoint, reference)
+    return ReferenceProcessor(checkpoint, checkpoint.dims.image_grid_pinpoints, mark)
 
 
 @pytest.mark.parametrize("name", LOOKALIKES)
@@ -183,6 +187,19 @@ def test_a_right_artifact_passes_and_the_stage_names_its_reference(
 
     assert found.verdict == "pass", found
     assert LIBRARY in str(found), found
+
+
+@pytest.mark.parametrize("name", LOOKALIKES)
+def test_the_tokenizer_of_a_right_artifact_is_that_of_the_library(
+    name: str, made: Callable[[str], tuple[Path, Path]]
+) -> None:
+    folder, artifact = made(name)
+    checkpoint, opened = open_checkpoint(folder), open_artifact(artifact)
+
+    rows = tokenizer_stage(opened, checkpoint, reference_of(checkpoint, opened))
+
+    assert [row.verdict for row in rows] == ["pass"] * 3, rows
+    assert LIBRARY in str(rows)
 
 
 @pytest.mark.parametrize("name", LOOKALIKES)

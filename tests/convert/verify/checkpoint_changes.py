@@ -19,6 +19,7 @@ from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.progress import no_progress
 from tests.checkpoint_layouts import as_original
+from tests.convert.verify.tokenizer_checkpoints import TOKENIZERS
 
 Tensors = dict[str, torch.Tensor]
 
@@ -193,4 +194,5 @@ CHANGES: Mapping[str, Callable[[Path], Path]] = {
     "realistic": _realistic,
     "no word": partial(_rigged, words=0),
     "one word": partial(_rigged, words=1),
+    **{f"tokenizer {name}": change for name, change in TOKENIZERS.items()},
 }

@@ -29,6 +29,7 @@ from llava_edge.runtime.progress import no_progress
 from tests.convert.verify.checkpoint_changes import CHANGES
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.tamper import Tampered
+from tests.convert.verify.tokenizer_checkpoints import ROWS, TOKENIZERS
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ MODELS: Mapping[str, Model] = {
     **{
         f"video {precision}": Model("llama", precision=precision, changes={**_VIDEO, "layers": 2})
         for precision in ("int8", "int4")
+    },
+    **{
+        name: Model("llama", changes={"layers": 1, "vocab_size": ROWS}, alters=f"tokenizer {name}")
+        for name in TOKENIZERS
     },
 }
 """What faults are planted in: every bias, gain, class and position embedding is random."""

@@ -16,6 +16,7 @@ from tests.convert.verify import (
     faults_quantized,
     faults_quantizer,
     faults_runtime,
+    faults_tokenizer,
     faults_video,
     faults_vision,
 )
@@ -32,6 +33,7 @@ FAULTS: tuple[Fault, ...] = (
     *faults_video.FAULTS,
     *faults_cache.FAULTS,
     *faults_media.FAULTS,
+    *faults_tokenizer.FAULTS,
 )
 
 

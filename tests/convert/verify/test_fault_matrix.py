@@ -10,6 +10,7 @@ from tests.convert.verify import faults_quantizer
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.fault_models import FaultModels
 from tests.convert.verify.faults import EQUIVALENT, FAULTS
+from tests.convert.verify.faults_tokenizer import FAULTS as TOKENIZER_FAULTS
 
 PARTS = {
     "image processing": 8,
@@ -25,7 +26,10 @@ PARTS = {
     "int8 cache": 15,
     "picture files": 20,
     "video files": 13,
+    "tokenizer": 60,
 }
+WHOLE = [fault for fault in FAULTS if fault not in TOKENIZER_FAULTS]
+"""Those that need whole verification; ``test_tokenizer_faults`` runs its stage alone."""
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +48,7 @@ def test_faults_are_many_and_of_every_part() -> None:
         pytest.param(fault, marks=pytest.mark.slow)
         if fault in faults_quantizer.FAULTS and fault.id not in faults_quantizer.NAMED
         else fault
-        for fault in FAULTS
+        for fault in WHOLE
     ],
     ids=lambda fault: fault.id,
 )

@@ -1,0 +1,116 @@
+"""Every fault of a tokenizer is found by the stage for it; sound tokenizers of all kinds pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_edge.convert.tokenizer_files import prepare_tokenizer
+from llava_edge.convert.verify.reference_processor import ReferenceProcessor
+from llava_edge.convert.verify.tokenizer_stage import tokenizer_stage
+from llava_edge.runtime.artifact import Artifact, open_artifact
+from llava_edge.runtime.certificate import StageResult
+from tests.convert.verify.fault import Fault
+from tests.convert.verify.fault_models import MODELS, FaultModels, Made
+from tests.convert.verify.faults_tokenizer import FAULTS, NAMED
+from tests.convert.verify.tamper import Tampered
+from tests.convert.verify.tokenizer_checkpoints import TOKENIZERS
+
+KINDS = sorted({fault.model for fault in FAULTS})
+
+
+class Stage:
+    """The stage alone, beside references that remember the ids of the texts compared."""
+
+    def __init__(self, folder: Path) -> None:
+        self.models = FaultModels(folder / "models", {name: MODELS[name] for name in KINDS})
+        self.folder = folder
+        self._references: dict[str, ReferenceProcessor] = {}
+
+    def run(self, name: str, artifact: Artifact) -> list[StageResult]:
+        """The rows of an artifact of a model."""
+        made = self.models[name]
+        if name not in self._references:
+            manifest = open_artifact(made.artifact, verify_digests=False).manifest
+            reference = ReferenceProcessor(made.checkpoint, (), manifest.tokens.image)
+            remember(reference)
+            self._references[name] = reference
+        return tokenizer_stage(artifact, made.checkpoint, self._references[name])
+
+    def examine(self, fault: Fault) -> list[StageResult]:
+        """The rows of an artifact with a fault."""
+        made = self.models[fault.model]
+        copy = Tampered(made.artifact, self.folder / fault.id.replace(" ", "-"))
+        with pytest.MonkeyPatch.context() as patch:
+            if fault.where == "artifact":
+                fault.plant(copy)
+            else:
+                fault.plant(patch)
+            if fault.where == "conversion":
+                _written(made, copy)
+                patch.undo()
+            artifact = open_artifact(copy.seal(), read_certificate_too=False)
+            return self.run(fault.model, artifact)
+
+
+def remember(reference: ReferenceProcessor) -> None:
+    """Keep what the reference's tokenizer answers: each fault asks it the same."""
+    tokenizer = reference.tokenizer
+    for name in ("ids_of_texts", "texts_of_ids"):
+        setattr(tokenizer, name, _remembering(getattr(tokenizer, name)))
+
+
+def _remembering(ask: Callable[[Sequence[Any]], list[Any]]) -> Callable[[Sequence[Any]], list[Any]]:
+    known: dict[str, list[Any]] = {}
+
+    def answer(asked: Sequence[Any]) -> list[Any]:
+        if (key := repr(asked)) not in known:
+            known[key] = ask(asked)
+        return known[key]
+
+    return answer
+
+
+def _written(made: Made, copy: Tampered) -> None:
+    """The tokenizer converted again, in place of the one of a copy."""
+    checkpoint = made.checkpoint
+    tokens = prepare_tokenizer(
+        checkpoint.folder,
+        checkpoint.config,
+        copy.folder / copy.manifest["tokenizer"],
+        checkpoint.dims.text.vocab_size,
+        source_id=checkpoint.source_id,
+    )
+    copy.manifest["tokens"] = {**asdict(tokens), "stop": list(tokens.stop)}
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    (folder / "models").mkdir()
+    return Stage(folder)
+
+
+def test_faults_are_many_of_every_kind_and_beyond_the_known_ones() -> None:
+    assert len({fault.id for fault in FAULTS}) == len(FAULTS)
+    assert len(FAULTS) - len(NAMED) >= 20
+    assert {fault.where for fault in FAULTS} == {"artifact", "conversion", "runtime"}
+    assert len(KINDS) == len(TOKENIZERS)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_sound_tokenizer_passes(name: str, stage: Stage) -> None:
+    rows = stage.run(name, open_artifact(stage.models[name].artifact, verify_digests=False))
+
+    assert [row.verdict for row in rows] == ["pass"] * 3, rows
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
+def test_a_fault_of_the_tokenizer_is_found(fault: Fault, stage: Stage) -> None:
+    rows = stage.examine(fault)
+
+    assert "fail" in [row.verdict for row in rows], rows
