@@ -219,13 +219,13 @@ def read_clip(stored: GoldenClip, clip: ClipFile) -> list[Image.Image]:
 
     Args:
         stored: the file.
-        clip: says how its frames stand, and how many there are.
+        clip: says how its frames stand, how many there are and how many are looked at.
     """
 
     def choose(metadata: Any, **_: Any) -> Array:
         if stored.frame_choice == "original":
-            return np.linspace(0, clip.total - 1, stored.num_frames, dtype=int)
-        chosen: Array = video_utils.default_sample_indices_fn(metadata, stored.num_frames)
+            return np.linspace(0, clip.total - 1, clip.num_frames, dtype=int)
+        chosen: Array = video_utils.default_sample_indices_fn(metadata, clip.num_frames)
         return chosen
 
     # As good as a path to the library, which hands it on to PyAV.
@@ -243,7 +243,7 @@ def read_clip(stored: GoldenClip, clip: ClipFile) -> list[Image.Image]:
 
 def golden_clip(clip: ClipFile) -> GoldenClip:
     """A clip in the form that it travels in."""
-    return GoldenClip(clip.data, clip.num_frames, clip.frame_choice)
+    return GoldenClip(clip.data, clip.asked_frames, clip.frame_choice)
 
 
 def _golden_turn(turn: MediaTurn) -> GoldenTurn:
