@@ -41,12 +41,12 @@ class GoldenClip:
 
     Attributes:
         data: the whole file.
-        num_frames: how many.
+        num_frames: how many; None for as many as the artifact was planned for, or as there are.
         frame_choice: by which rule.
     """
 
     data: bytes
-    num_frames: int
+    num_frames: int | None
     frame_choice: FrameChoice = "reference"
 
 
@@ -254,9 +254,10 @@ def _turn(prefix: str, value: Any, take: Take, most_frames: int) -> GoldenTurn:
 
 def _clip(value: Mapping[Any, Any], data: Callable[[], bytes], most: int) -> GoldenClip | None:
     match value:
-        case {"num_frames": int(count), "frame_choice": "reference" | "original" as rule} if (
-            len(value) == 2 and 0 < count <= most
-        ):
+        case {
+            "num_frames": int() | None as count,
+            "frame_choice": "reference" | "original" as rule,
+        } if len(value) == 2 and most and (count is None or 0 < count <= most):
             return GoldenClip(data(), count, rule)
     if value:
         raise ArtifactError(f"a video of at most {most} frames is {dict(value)!r:.160}")

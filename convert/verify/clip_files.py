@@ -47,6 +47,8 @@ class ClipFile:
         turns: quarter turns, counter-clockwise, after which its stored frames stand upright.
         flips: whether they are mirrored then, left and right.
         num_frames: how many frames are looked at.
+        asked_frames: how many are asked for; None where ``num_frames`` are the most that the model
+            takes or the file has.
         frame_choice: by which rule.
         portable: whether every machine decodes it to the same pixels.
         total: frames that it has.
@@ -57,6 +59,7 @@ class ClipFile:
     turns: int
     flips: bool
     num_frames: int
+    asked_frames: int | None
     frame_choice: FrameChoice
     portable: bool
     total: int = _TOTAL
@@ -106,7 +109,7 @@ def clip_files(max_frames: int) -> tuple[ClipFile, ...]:
         # The tag of older files counts clockwise.
         _clip("WEBM, turned by a tag", _encoded(flat, "matroska", rotate="270"), 1, few),
         _clip("AVI", _encoded(flat, "avi"), 0, some, "original"),
-        _clip("TS", _encoded(flat, "mpegts"), 0, few),
+        _clip("TS", _encoded(flat, "mpegts"), 0, min(max_frames, _TOTAL), asks=False),
         _clip("MP4, textured", _encoded(textured, "mp4"), 0, some, portable=False),
         _clip("AVI, pictures", _encoded(textured, "avi", "mjpeg"), 0, few, portable=False),
     )
@@ -120,11 +123,13 @@ def _clip(
     frame_choice: FrameChoice = "reference",
     *,
     flips: bool = False,
+    asks: bool = True,
     portable: bool = True,
 ) -> ClipFile:
     if name.startswith("MP4") and (turns or flips):
         data = _with_matrix(data, turns, flips)
-    return ClipFile(name, data, turns, flips, num_frames, frame_choice, portable)
+    asked = num_frames if asks else None
+    return ClipFile(name, data, turns, flips, num_frames, asked, frame_choice, portable)
 
 
 def _with_matrix(data: bytes, turns: int, flips: bool) -> bytes:

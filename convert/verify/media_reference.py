@@ -73,6 +73,7 @@ class MediaReference:
         video = manifest.video_processing
         self._clips = clip_files(0 if video is None else video.max_frames)
         self._probes = media_probes(manifest, anyres)
+        self._pictures: dict[bytes, tuple[torch.Tensor, tuple[int, int]]] = {}
 
     @cached_property
     def files(self) -> tuple[GoldenFile, ...]:
@@ -129,7 +130,7 @@ class MediaReference:
         return GoldenMedia(tuple(kept), self.chats)
 
     def _inputs(self, probe: MediaProbe) -> ReferenceInputs:
-        pictures = [read_picture(data) for turn in probe.turns for data in turn.pictures]
+        pictures = [self._picture(data) for turn in probe.turns for data in turn.pictures]
         frames = [
             self._reference.processor.frames(read_clip(golden_clip(turn.clip), turn.clip))
             for turn in probe.turns
@@ -139,8 +140,16 @@ class MediaReference:
             text = raw_text(tuple(map(_golden_turn, probe.turns)))
         else:
             text = self._reference.rendered(self.conversations[probe.name])
-        images = [Image.fromarray(pixels) for pixels in pictures]
-        return self._reference.prepare(text, images, frames[0] if frames else None)
+        tiles, sizes = [each for each, _ in pictures], [size for _, size in pictures]
+        return self._reference.prepare(text, tiles, sizes, frames[0] if frames else None)
+
+    def _picture(self, data: bytes) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Tiles of a picture file, its height and width; each is cut once."""
+        if data not in self._pictures:
+            image = Image.fromarray(read_picture(data))
+            size = image.height, image.width
+            self._pictures[data] = self._reference.processor.pixels(image), size
+        return self._pictures[data]
 
     def _chat(self, probe: MediaProbe) -> GoldenChat:
         inputs = self.inputs[probe.name]
@@ -176,8 +185,10 @@ class MediaReference:
         model.use(self._reference.supply)
         pixels = torch.cat(inputs.pixel_values)
         counts = [len(each) for each in inputs.pixel_values]
-        last = np.cumsum(counts) - 1
-        chosen = sorted({*last.tolist(), min(_ANY_TILE, len(pixels) - 1)})
+        last = (np.cumsum(counts) - 1).tolist()
+        # Where the context holds not all of it, the last picture is embedded alone.
+        fits = len(inputs.ids) <= self._manifest.context_tokens
+        chosen = sorted({*last, min(_ANY_TILE, len(pixels) - 1)}) if fits else last[-1:]
         features = model.tile_features(pixels[chosen]).numpy()
         # Packed in place of features: their numbers, which say what stands where.
         numbers = torch.arange(len(pixels) * patches, dtype=torch.float64)
@@ -208,13 +219,13 @@ def read_clip(stored: GoldenClip, clip: ClipFile) -> list[Image.Image]:
 
     Args:
         stored: the file.
-        clip: says how its frames stand, and how many there are.
+        clip: says how its frames stand, how many there are and how many are looked at.
     """
 
     def choose(metadata: Any, **_: Any) -> Array:
         if stored.frame_choice == "original":
-            return np.linspace(0, clip.total - 1, stored.num_frames, dtype=int)
-        chosen: Array = video_utils.default_sample_indices_fn(metadata, stored.num_frames)
+            return np.linspace(0, clip.total - 1, clip.num_frames, dtype=int)
+        chosen: Array = video_utils.default_sample_indices_fn(metadata, clip.num_frames)
         return chosen
 
     # As good as a path to the library, which hands it on to PyAV.
@@ -232,7 +243,7 @@ def read_clip(stored: GoldenClip, clip: ClipFile) -> list[Image.Image]:
 
 def golden_clip(clip: ClipFile) -> GoldenClip:
     """A clip in the form that it travels in."""
-    return GoldenClip(clip.data, clip.num_frames, clip.frame_choice)
+    return GoldenClip(clip.data, clip.asked_frames, clip.frame_choice)
 
 
 def _golden_turn(turn: MediaTurn) -> GoldenTurn:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image
 
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.verify.input_sketch import InputSketch
@@ -195,14 +194,18 @@ class Reference:
     def inputs(self, probe: Probe) -> ReferenceInputs:
         """Ids and tiles of a probe; image tokens are counted by the reference's own packing."""
         frames = None if not probe.video else self.processor.frames(probe.video)
-        return self.prepare(self.text(probe), probe.images, frames)
+        tiles = [self.processor.pixels(image) for image in probe.images]
+        sizes = [(image.height, image.width) for image in probe.images]
+        return self.prepare(self.text(probe), tiles, sizes, frames)
 
     def prepare(
-        self, text: str, images: Sequence[Image], frames: torch.Tensor | None
+        self,
+        text: str,
+        tiles: Sequence[torch.Tensor],
+        sizes: Sequence[tuple[int, int]],
+        frames: torch.Tensor | None,
     ) -> ReferenceInputs:
         """Inputs of a finished prompt with one mark for each image, and one for the frames."""
-        tiles = [self.processor.pixels(image) for image in images]
-        sizes = [(image.height, image.width) for image in images]
         patches = self._manifest.model.vision.num_patches
         blank = [torch.zeros(len(pixels), patches, 1) for pixels in tiles]
         packed = self.model.pack(blank, sizes, torch.zeros(1)) if blank else []

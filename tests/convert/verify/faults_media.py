@@ -337,6 +337,16 @@ def _rounded_linspace(patch: _Patch) -> None:
     patch.setattr(request_builder, "choose_frames", choose)
 
 
+def _fewer_by_default(patch: _Patch) -> None:
+    real = RequestBuilder._most_frames
+
+    def most(self: RequestBuilder, video: Any) -> int:
+        found = real(self, video)
+        return found if video.num_frames is not None else max(1, found // 2)
+
+    patch.setattr(RequestBuilder, "_most_frames", most)
+
+
 def _frames(change: Callable[[list[_Pixels]], list[_Pixels]]) -> Callable[[_Patch], None]:
     """What a file's chosen frames become."""
 
@@ -483,6 +493,7 @@ FAULTS: tuple[Fault, ...] = (
     _video("middle frames", "frames from the middle of each part", _chosen(_middles)),
     _video("first frames", "the first frames, one after another", _chosen(_consecutive)),
     _video("original's rule rounded", "its points are rounded, not cut", _rounded_linspace),
+    _video("half of the frames", "unasked, half as many frames are seen", _fewer_by_default),
     _video("last frame repeated", "the last frame but one is seen twice", _frames(_last_again)),
     _video(
         "first frame alone",
