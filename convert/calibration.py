@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llava_edge.convert.conversation_entry import reason_of
 from llava_edge.convert.conversations import Conversation
 from llava_edge.convert.token_kinds import Kinds, count_kinds, token_kinds
 from llava_edge.profiles.anyres import TileLayout
@@ -223,7 +224,8 @@ class CalibrationModel:
                 sample, layouts, seal = self._sample(conversation)
             except (ImageError, RequestError) as error:
                 _LOG.warning("calibration sample %s is left out: %s", conversation.name, error)
-                left_out.append({"sample": conversation.name, "reason": str(error)})
+                reason = reason_of(error, conversation)
+                left_out.append({"sample": conversation.name, "reason": reason})
                 continue
             samples.append(sample)
             text_only += not layouts

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llava_edge.runtime.images import ImageSource
+from llava_edge.runtime.images import ImageSource, path_label
 from llava_edge.runtime.json_lines import path_inside
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.prompt import MARKS
@@ -86,6 +86,16 @@ class Conversation:
     def images(self) -> tuple[OpenImage, ...]:
         """Images of all turns, in order."""
         return tuple(image for turn in self.turns for image in turn.images)
+
+
+def reason_of(error: Exception, conversation: Conversation) -> str:
+    """Why a conversation is left out, for the manifest: where its folder lies is not told."""
+    said = str(error)
+    for opened in conversation.images:
+        image = opened()
+        if isinstance(image, Path):
+            said = said.replace(path_label(image), path_label(image.name))
+    return said
 
 
 def read_entry(folder: Path, name: str, entry: dict[str, Any]) -> Conversation:

@@ -22,6 +22,7 @@ from llava_edge.convert.conversation_entry import (
     LeftOutError,
     Turn,
     read_entry,
+    reason_of,
 )
 from llava_edge.profiles.anyres import AnyRes
 from llava_edge.profiles.errors import RequestError, plain_reason, shorten
@@ -186,6 +187,6 @@ def _grid(conversation: Conversation, anyres: AnyRes, left_out: _LeftOut) -> tup
     try:
         layout = anyres.layout(*read_image_size(path, conversation.limits))
     except RequestError as error:
-        left_out.add(conversation.name, str(error))
+        left_out.add(conversation.name, reason_of(error, conversation))
         return None
     return layout.rows, layout.columns

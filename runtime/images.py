@@ -181,6 +181,11 @@ def _strips(height: int, width: int, pixels: int = _STRIP_PIXELS) -> Iterator[tu
         yield top, min(top + rows, height)
 
 
+def path_label(path: str | os.PathLike[str]) -> str:
+    """What messages call an image file."""
+    return f"image {os.fspath(path)!r:.200}"
+
+
 def _content(
     source: str | os.PathLike[str] | bytes | bytearray | memoryview, limits: Limits
 ) -> tuple[str, bytes]:
@@ -191,7 +196,7 @@ def _content(
         _check_bytes(label, len(data), limits)
         return label, data
     if isinstance(source, (str, os.PathLike)):
-        label = f"image {os.fspath(source)!r:.200}"
+        label = path_label(source)
         return label, _read_file(label, source, limits)
     raise ImageError(
         f"image is a {type(source).__name__}; give a path, bytes, a Pillow image or a uint8 array"

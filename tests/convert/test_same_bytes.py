@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from llava_edge.convert import pipeline
 from llava_edge.convert.pipeline import convert_checkpoint
+from llava_edge.convert.quantization import QuantizationRequest
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
@@ -138,3 +140,28 @@ def test_a_resumed_conversion_computes_with_the_threads_that_it_began_with(
 
     assert seen == [3]
     assert read_conversion(tmp_path / "a").threads == 3
+
+
+def test_where_a_calibration_folder_lies_is_not_in_the_manifest(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint("odd", backbone="mistral", layers=2)
+    lines = [
+        {"question": "What is it?", "answer": "A square.", "image": name}
+        for name in ("a.png", "gone.png", "text.png", "folder")
+    ]
+    for place in ("here", "elsewhere"):
+        samples = tmp_path / place / "samples"
+        (samples / "folder").mkdir(parents=True)
+        (samples / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (samples / "text.png").write_text("no picture")
+        Image.new("RGB", (40, 60), "navy").save(samples / "a.png")
+        quantization = QuantizationRequest("gptq", samples)
+        int4 = PlanRequest(precision="int4", context_tokens=640)
+        out = tmp_path / f"{place} artifact"
+        convert(request_of(checkpoint, out, wishes=int4, quantization=quantization))
+
+    manifest = (tmp_path / "here artifact" / MANIFEST).read_text()
+    assert contents(tmp_path / "here artifact") == contents(tmp_path / "elsewhere artifact")
+    assert "image 'gone.png' cannot be read" in manifest
+    assert str(tmp_path) not in manifest
