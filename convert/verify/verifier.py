@@ -131,7 +131,6 @@ class Verifier:
         self._stage("preprocessing", lambda: pixel_stage(artifact, reference.processor))
         self._stage("packing", lambda: packing_stage(artifact, reference.model))
         self._stage("weights", lambda: weights_stage(artifact, checkpoint))
-        self._stage("loop", lambda: loop_stage(artifact, reference))
         deviation = None
         whole = self.options.mode == "full"
         budget = None if whole else self.options.memory_bytes
@@ -153,6 +152,7 @@ class Verifier:
                 self._tell("deviation")
                 deviation = self._find_deviation(subject, answers)
             self._stage("greedy", lambda: self._greedy(subject, answers, layers))
+        self._stage("loop", lambda: loop_stage(artifact, reference))
         main = self.main
         self._stage("golden", lambda: golden_stage(artifact, main, reference, self.bounds))
         if whole:
