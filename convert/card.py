@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llava_edge.profiles.anyres import format_pinpoints
+from llava_edge.profiles.formats import rounded_activations
 from llava_edge.runtime.certificate import QUALITY_STAGE, Certificate, StageResult
 from llava_edge.runtime.engine_files import ENGINES
 from llava_edge.runtime.manifest import Manifest
@@ -52,7 +53,8 @@ Made by llava-edge {manifest.tools["llava-edge"]} from `{manifest.source.id}`\
 |---|---|
 | board | {plan["profile"]} |
 | flavour | {manifest.flavour} (computes in {computes}) |
-| language model | {manifest.precision.language_model}, head {manifest.precision.lm_head} |
+| language model | {manifest.precision.language_model}, head {manifest.precision.lm_head}\
+{_activations_note(manifest)} |
 | vision tower and projector | {manifest.precision.vision_tower}{_vision_note(manifest)} |
 | engine of the tower | {_engine(manifest)} |
 | AnyRes grid | {plan["grid"]}: {pinpoints} (height x width) |
@@ -72,6 +74,12 @@ print(model.generate("What is in the picture?", images=["picture.jpg"]).text)
 
 {_verification(manifest, certificate)}
 """
+
+
+def _activations_note(manifest: Manifest) -> str:
+    stored = manifest.precision
+    note = rounded_activations(stored.language_model, stored.int8_route, manifest.flavour)
+    return "" if note is None else f"; {note}"
 
 
 def _vision_note(manifest: Manifest) -> str:

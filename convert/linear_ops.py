@@ -5,12 +5,16 @@
       matmul_nbits        com.microsoft.MatMulNBits: 4 or 8 bits, one scale a block
       integer             row over its largest → QuantizeLinear → MatMulIntegerToFloat → times the
                           largest: signed 8 bits, one scale a column, batch-invariant
+      two-term            the same with two rows of codes for each: 7 bits of the row, and 7 bits of
+                          what those leave over; one product over both, and the sum of the two
       portable            standard DequantizeLinear → MatMul, which ONNX Runtime fuses by itself
 
 Layers that read the same activations are emitted together, so that they share the normalisation.
 
-Sources: the operators' contracts in ONNX Runtime 1.32. The integer form gives a row the same bits
+Sources: the operators' contracts in ONNX Runtime 1.32. The integer forms give a row the same bits
 alone and among others, since sums of integers are exact and everything else is done value by value.
+Products of 7 and 8 bits fit 16 bits in pairs (2 x 127 x 128 < 2^15), so that the two-term form has
+the same bits on processors that sum pairs in 16 bits.
 """
 
 from __future__ import annotations
@@ -38,6 +42,10 @@ from llava_edge.profiles.formats import Int8Route, matmul_block
 
 _ACTIVATION_ZERO = 128
 _LARGEST_CODE = 127
+_TERM_ZERO = 64
+_LARGEST_TERM_CODE = 63
+_TERM_STEPS = 2 * _LARGEST_TERM_CODE
+"""Steps of the second term in one of the first: what rounding leaves is half a step at most."""
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
 
@@ -102,9 +110,10 @@ class QuantizedLayers:
         source: weights of the body.
         head: loads the head: 8 bits, groups of ``head_group_size``.
         head_group_size: None for the largest of 128, 64, 32, -1 that divides its inputs.
-        int8_route: ``integer`` for 8 bits with one scale a channel, in float32 graphs; ``nbits``
-            for everything.
+        int8_route: ``two-term`` or ``integer`` for 8 bits with one scale a channel, in float32
+            graphs; ``nbits`` for everything.
         portable: standard operators only.
+        largest_block: most columns of a block of MatMulNBits.
         nbits_layers: layers (names as in ``source.linear``) that take MatMulNBits in spite of
             ``integer``, whose activations have a scale a block instead of a row. The first of
             several packed layers decides.
@@ -119,6 +128,7 @@ class QuantizedLayers:
     head_group_size: int | None = None
     int8_route: Int8Route = "nbits"
     portable: bool = False
+    largest_block: int = 128
     nbits_layers: frozenset[str] = frozenset()
     float_layers: frozenset[str] = frozenset()
     input_scales: Mapping[str, Array] = field(default_factory=dict)
@@ -139,10 +149,11 @@ class QuantizedLinear:
         self._source = source
         self._weights = weights
         bits, group = weights.source.bits, weights.source.group_size
-        if weights.int8_route == "integer" and (bits, group) != (8, PER_CHANNEL):
+        if weights.int8_route != "nbits" and (bits, group) != (8, PER_CHANNEL):
             raise RequestError(
-                f"the integer route was asked for weights of {bits} bits with group_size {group}; "
-                "it takes 8 bits and one scale a channel (group_size -1). Take the nbits route."
+                f"the {weights.int8_route} route was asked for weights of {bits} bits with "
+                f"group_size {group}; it takes 8 bits and one scale a channel (group_size -1). "
+                "Take the nbits route."
             )
 
     def layers(
@@ -162,9 +173,9 @@ class QuantizedLinear:
             if self._is_integer(group) and layer.names[0] not in self._weights.nbits_layers:
                 scale = self._weights.input_scales.get(layer.names[0])
                 if scale is not None:
-                    given = _integer_rows(g, _divided(g, hidden, layer.names[0], scale))
+                    given = self._rows(g, _divided(g, hidden, layer.names[0], scale))
                 else:
-                    given = rows = rows or _integer_rows(g, hidden)
+                    given = rows = rows or self._rows(g, hidden)
                 product = _matmul_integer(g, given, weight)
             else:
                 product = self._product(g, hidden, weight)
@@ -176,15 +187,20 @@ class QuantizedLinear:
         group = self._weights.head_group_size or choose_group_size([in_size])
         weight = _Weight(HEAD, in_size, out_size, HEAD_BITS, group, self._weights.head)
         if self._is_integer(group):
-            return _matmul_integer(g, _integer_rows(g, hidden), weight)
+            return _matmul_integer(g, self._rows(g, hidden), weight)
         return self._product(g, hidden, weight)
 
     def _is_integer(self, group: int) -> bool:
         route = self._weights.int8_route
-        return route == "integer" and group == PER_CHANNEL and not self._weights.portable
+        return route != "nbits" and group == PER_CHANNEL and not self._weights.portable
+
+    def _rows(self, g: GraphBuilder, hidden: ir.Value) -> _IntegerRows:
+        return (_two_terms if self._weights.int8_route == "two-term" else _one_term)(g, hidden)
 
     def _product(self, g: GraphBuilder, hidden: ir.Value, weight: _Weight) -> ir.Value:
-        return (_portable if self._weights.portable else _matmul_nbits)(g, hidden, weight)
+        if self._weights.portable:
+            return _portable(g, hidden, weight)
+        return _matmul_nbits(g, hidden, weight, self._weights.largest_block)
 
     def _loader(self, layer: LinearLayer) -> Callable[[], QuantizedWeight]:
         return lambda: _side_by_side([self._weights.source.linear(name) for name in layer.names])
@@ -238,20 +254,55 @@ class _Weight:
 
 @dataclass(frozen=True)
 class _IntegerRows:
-    """Rows as uint8 around 128, and what they were divided by."""
+    """Rows as uint8 around ``zero``, and what their products are multiplied by.
+
+    ``codes`` are [terms, T, K] and ``size`` [terms, T, 1]; products of all terms are added up.
+    """
 
     codes: ir.Value
     size: ir.Value
     code_scale: ir.Value
     zero: ir.Value
+    terms: int
 
 
 def _divided(g: GraphBuilder, hidden: ir.Value, name: str, scale: Array) -> ir.Value:
     return g.op("Mul", hidden, g.vector(f"{name}.input_factor", 1 / scale))
 
 
-def _integer_rows(g: GraphBuilder, hidden: ir.Value) -> _IntegerRows:
+def _one_term(g: GraphBuilder, hidden: ir.Value) -> _IntegerRows:
     """Divide each row by its largest magnitude and round to 127 steps each way."""
+    rows, size = _over_largest(g, hidden)
+    scale = g.constant("activation_scale", np.array(1.0 / _LARGEST_CODE, np.float32))
+    zero = g.constant("activation_zero", np.array(_ACTIVATION_ZERO, np.uint8))
+    return _IntegerRows(g.op("QuantizeLinear", rows, scale, zero), size, scale, zero, 1)
+
+
+def _two_terms(g: GraphBuilder, hidden: ir.Value) -> _IntegerRows:
+    """Round each row [1, T, K] to 63 steps each way, and what that leaves to 126 in each step.
+
+    Both terms are rows of one product, so that weights are read once.
+    """
+    rows, size = _over_largest(g, hidden)
+    step = 1.0 / _LARGEST_TERM_CODE
+    scale = g.constant("activation_scale", np.array(step, np.float32))
+    zero = g.constant("activation_zero", np.array(_TERM_ZERO, np.uint8))
+    rest_scale = g.constant("activation_rest_scale", np.array(step / _TERM_STEPS, np.float32))
+    codes = g.op("QuantizeLinear", rows, scale, zero)
+    rest = g.op("Sub", rows, g.op("DequantizeLinear", codes, scale, zero))
+    rest_codes = g.op("QuantizeLinear", rest, rest_scale, zero)
+    sizes = np.array([1.0, 1.0 / _TERM_STEPS], np.float32).reshape(2, 1, 1)
+    return _IntegerRows(
+        g.op("Concat", codes, rest_codes, axis=0),
+        g.op("Mul", size, g.constant("activation_terms", sizes)),
+        scale,
+        zero,
+        2,
+    )
+
+
+def _over_largest(g: GraphBuilder, hidden: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Rows over their largest magnitude, and that magnitude."""
     if g.compute != np.float32:
         raise RequestError(
             f"the integer route was asked in a {g.compute_name} graph; MatMulIntegerToFloat is "
@@ -260,10 +311,7 @@ def _integer_rows(g: GraphBuilder, hidden: ir.Value) -> _IntegerRows:
     size = g.op("ReduceMax", g.op("Abs", hidden), g.integers(-1), keepdims=1)
     # A row of zeros: 0 / tiny * tiny is 0, where 0 / 0 would spread over the whole answer.
     size = g.op("Max", size, g.constant("smallest_normal", np.array(_SMALLEST_NORMAL, np.float32)))
-    scale = g.constant("activation_scale", np.array(1.0 / _LARGEST_CODE, np.float32))
-    zero = g.constant("activation_zero", np.array(_ACTIVATION_ZERO, np.uint8))
-    codes = g.op("QuantizeLinear", g.op("Div", hidden, size), scale, zero)
-    return _IntegerRows(codes, size, scale, zero)
+    return g.op("Div", hidden, size), size
 
 
 def _matmul_integer(g: GraphBuilder, rows: _IntegerRows, weight: _Weight) -> ir.Value:
@@ -287,11 +335,12 @@ def _matmul_integer(g: GraphBuilder, rows: _IntegerRows, weight: _Weight) -> ir.
         domain=MICROSOFT,
         name=weight.name,
     )
-    return g.op("Mul", product, rows.size)
+    scaled = g.op("Mul", product, rows.size)
+    return scaled if rows.terms == 1 else g.op("ReduceSum", scaled, g.integers(0), keepdims=1)
 
 
-def _matmul_nbits(g: GraphBuilder, hidden: ir.Value, weight: _Weight) -> ir.Value:
-    block = matmul_block(weight.in_size, weight.group_size)
+def _matmul_nbits(g: GraphBuilder, hidden: ir.Value, weight: _Weight, largest: int) -> ir.Value:
+    block = matmul_block(weight.in_size, weight.group_size, largest)
     num_blocks = -(-weight.in_size // block)
 
     def lay_out(quantized: QuantizedWeight) -> tuple[Array, Array]:

@@ -19,7 +19,7 @@ from llava_edge.convert.quantize_llm import LayerProgress, quantize_language_mod
 from llava_edge.convert.quantize_settings import QuantizeSettings
 from llava_edge.convert.quantized_source import QuantizedSource, RtnSource, quantize_head
 from llava_edge.profiles.anyres import AnyRes
-from llava_edge.profiles.formats import Int8Route, group_size, int8_route
+from llava_edge.profiles.formats import Int8Route, group_size, int8_route, largest_block
 from llava_edge.profiles.hardware import HardwareProfile
 from llava_edge.runtime.arguments import require_count
 from llava_edge.runtime.limits import Limits
@@ -139,12 +139,13 @@ def quantize(
             )
         source = store
         facts |= {"quantizer": "gptq", **store.report}
-    per_channel = body.int8_route == "integer"
+    per_channel = body.int8_route != "nbits"
     layers = QuantizedLayers(
         source=source,
         head=lambda: quantize_head(checkpoint, group_size=-1 if per_channel else None),
         head_group_size=-1 if per_channel else None,
         int8_route=body.int8_route,
+        largest_block=largest_block(_PRECISIONS[body.bits], profile.flavour),
     )
     return layers, facts
 

@@ -33,12 +33,21 @@ PRECISIONS: tuple[PrecisionName, ...] = get_args(PrecisionName)
 PER_CHANNEL = -1
 """Group size that means one scale for a whole output channel, as in a GPTQ checkpoint."""
 
-Int8Route = Literal["integer", "nbits"]
-"""Operator for 8-bit weights: MatMulIntegerToFloat, or MatMulNBits."""
+Int8Route = Literal["two-term", "integer", "nbits"]
+"""How 8-bit weights are multiplied on a CPU.
+
+``two-term`` and ``integer`` are MatMulIntegerToFloat with one scale a row of activations. The first
+adds the 8-bit codes of what the codes of the row leave over, so that a few large channels do not
+cost the others their digits; the second does not, and is what the tower and artifacts of earlier
+versions have. ``nbits`` is MatMulNBits: one scale a block.
+"""
 
 _BITS = {"fp16": 16, "int8": 8, "int4": 4}
 _GROUPS = (128, 64, 32)
 _SMALLEST_BLOCK = 16
+_INT8_BLOCK = 32
+"""Most columns that share a scale of activations beside an 8-bit body on a CPU: blocks of 64
+lose more on a trained model than rounding the weights does."""
 _FP16_BYTES = 2
 
 
@@ -149,12 +158,7 @@ def head_group_size(
     text: TextDims, precision: str, flavour: Flavour, int8_isa: Int8Isa = "vnni"
 ) -> int:
     """Weights of the int8 head that share a scale: as the body where that takes the fast kernel."""
-    if (
-        int8_route(
-            _BITS[precision], group_size(text, precision, flavour, int8_isa), flavour, int8_isa
-        )
-        == "integer"
-    ):
+    if body_route(text, precision, flavour, int8_isa) == "two-term":
         return PER_CHANNEL
     return next((size for size in _GROUPS if text.hidden_size % size == 0), PER_CHANNEL)
 
@@ -162,29 +166,61 @@ def head_group_size(
 def int8_route(bits: int, group: int, flavour: Flavour, int8_isa: Int8Isa) -> Int8Route:
     """The fast operator of CPUs with int8 instructions, for the weights that it can hold."""
     if bits == 8 and group == PER_CHANNEL and flavour == "cpu" and int8_isa != "none":
-        return "integer"
+        return "two-term"
     return "nbits"
 
 
-def matmul_block(columns: int, group: int) -> int:
+def rounded_activations(precision: str, route: Int8Route | None, flavour: Flavour) -> str | None:
+    """What is rounded to 8 bits beside the weights of the language model, for people.
+
+    None where activations stay as they are: at fp16, and on a GPU.
+    """
+    if precision == "fp16" or flavour != "cpu":
+        return None
+    return {
+        "two-term": "activations in two 8-bit codes each, one scale a row (close to float)",
+        "integer": "activations in one 8-bit code each, one scale a row (coarse where a row has "
+        "outliers)",
+    }.get(route or "nbits", "activations in one 8-bit code each, one scale a block of columns")
+
+
+def largest_block(precision: str, flavour: Flavour) -> int:
+    """Most columns of a block of MatMulNBits, head included, when the body is ``precision``."""
+    return _INT8_BLOCK if precision == "int8" and flavour == "cpu" else max(_GROUPS)
+
+
+def body_route(
+    text: TextDims, precision: str, flavour: Flavour, int8_isa: Int8Isa
+) -> Int8Route | None:
+    """Operator of the body's linear layers at a precision; None at fp16."""
+    if precision == "fp16":
+        return None
+    group = group_size(text, precision, flavour, int8_isa)
+    return int8_route(_BITS[precision], group, flavour, int8_isa)
+
+
+def matmul_block(columns: int, group: int, largest: int = max(_GROUPS)) -> int:
     """Columns in a block of MatMulNBits: the group, where there is one.
 
     One scale a row is repeated for blocks of the largest of 128, 64, 32, 16 that divides the row;
-    where none does, for blocks of 16, the last one filled up.
+    where none does, for blocks of 16, the last one filled up. A block is no larger than
+    ``largest``; the scale of a larger group is repeated.
     """
     if group != PER_CHANNEL:
-        return group
-    return next((size for size in _GROUPS if columns % size == 0), _SMALLEST_BLOCK)
+        return min(group, largest)
+    sizes = (size for size in _GROUPS if columns % size == 0)
+    return min(next(sizes, _SMALLEST_BLOCK), largest)
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """Precision, group, flavour and instructions: everything a weight's size depends on."""
+    """Precision, group, flavour, instructions, block: everything a weight's size depends on."""
 
     precision: str
     group: int
     flavour: Flavour
     int8_isa: Int8Isa = "vnni"
+    largest_block: int = max(_GROUPS)
 
     def file_bytes(self, matrix: Matrix) -> int:
         """Bytes of the matrices in the artifact: packed weights and scales."""
@@ -202,7 +238,7 @@ class WeightFormat:
         if self.flavour != "cpu":
             return self.file_bytes(matrix)
         route = int8_route(_BITS[self.precision], self.group, self.flavour, self.int8_isa)
-        return self.file_bytes(matrix) + (4 if route == "integer" else 8) * self._groups(matrix)
+        return self.file_bytes(matrix) + (8 if route == "nbits" else 4) * self._groups(matrix)
 
     def tensor_bytes(self, matrix: Matrix) -> tuple[int, int]:
         """Bytes of the weights, and of the scales, of one of the matrices in the artifact."""
@@ -211,8 +247,8 @@ class WeightFormat:
 
     def _packed(self, matrix: Matrix) -> int:
         columns = matrix.columns
-        if self._repeats_scales:
-            block = matmul_block(columns, self.group)
+        if self._repeats_scales and self.group == PER_CHANNEL:
+            block = self._block(columns)
             columns = -(-columns // block) * block
         return -(-matrix.rows * columns * matrix.count * _BITS[self.precision] // 8)
 
@@ -221,13 +257,16 @@ class WeightFormat:
             return 0
         group = matrix.columns if self.group == PER_CHANNEL else self.group
         if self._repeats_scales:
-            group = matmul_block(matrix.columns, self.group)
+            group = self._block(matrix.columns)
         return matrix.rows * matrix.count * -(-matrix.columns // group)
+
+    def _block(self, columns: int) -> int:
+        return matmul_block(columns, self.group, self.largest_block)
 
     @property
     def _repeats_scales(self) -> bool:
-        """One scale a row, in an operator that has blocks."""
-        if self.precision == "fp16" or self.group != PER_CHANNEL:
+        """Fewer scales than the blocks of the operator."""
+        if self.precision == "fp16":
             return False
         bits = _BITS[self.precision]
         return int8_route(bits, self.group, self.flavour, self.int8_isa) == "nbits"
@@ -266,13 +305,13 @@ def weight_bytes(
     vision = vision or default_vision(precision, flavour, int8_isa)
     parts = part_precisions(precision, vision.precision)
     text, tower = dims.text, dims.vision
-    body = WeightFormat(
-        parts.language_model, group_size(text, precision, flavour, int8_isa), flavour, int8_isa
-    )
+    group = group_size(text, precision, flavour, int8_isa)
+    block = largest_block(precision, flavour)
+    body = WeightFormat(parts.language_model, group, flavour, int8_isa, block)
     # The head follows the body: the integer operator is for bodies that take it.
     head_isa = int8_isa if precision == "int8" else "none"
     head_group = head_group_size(text, precision, flavour, int8_isa)
-    head = WeightFormat(parts.lm_head, head_group, flavour, head_isa)
+    head = WeightFormat(parts.lm_head, head_group, flavour, head_isa, block)
     size = WeightFormat.resident_bytes if resident else WeightFormat.file_bytes
     float_bytes = activation_bytes(flavour) if resident else _FP16_BYTES
     # An int8 tower knows one operator, whatever lies beside it.

@@ -37,6 +37,7 @@ from llava_edge.profiles.formats import (
     VisionFormat,
     WeightBytes,
     activation_bytes,
+    body_route,
     default_vision,
     head_matrix,
     weight_bytes,
@@ -276,6 +277,7 @@ def _cpu_phases(
         process=c.bytes("process") + text.vocab_size * c.bytes("tokenizer_per_token"),
         engine_workspace=2 * c.bytes("session"),
     )
+    terms = _activation_terms(text, precision, isa)
     ready = loaded + MemoryTerms(kv_cache=_cache(text, work, "cpu"), logits=logits_bytes(text))
     chunk = prefill_chunk_tokens(work.chunk_tokens, work.context_tokens)
     batch = work.batch_tiles or tiles_per_batch("cpu", work.tiles_per_image)
@@ -299,11 +301,11 @@ def _cpu_phases(
             key=lambda terms: terms.total,
         ),
         "encode": encode,
-        "prefill": ready + media + _decoder_run(text, chunk, precision, factor, c),
+        "prefill": ready + media + _decoder_run(text, chunk, 1, terms, factor, c),
         "decode": ready
         + pixels
         + MemoryTerms(logits=logits_bytes(text, _STEP_TOKENS))
-        + _decoder_run(text, _STEP_TOKENS, precision, factor, c),
+        + _decoder_run(text, _STEP_TOKENS, _STEP_TOKENS, terms, factor, c),
     }
     return {n: p.with_slack(c.bytes("slack"), c["slack_share"]) for n, p in phases.items()}
 
@@ -337,11 +339,11 @@ def _load_transient(
 
 
 def _decoder_run(
-    text: TextDims, tokens: int, precision: str, factor: float, c: Constants
+    text: TextDims, tokens: int, kept: int, terms: int, factor: float, c: Constants
 ) -> MemoryTerms:
     return MemoryTerms(
         prompt_embeddings=prompt_embedding_bytes(text, tokens, "cpu"),
-        prefill_activations=_decoder_activations(text, tokens, precision, factor),
+        prefill_activations=_decoder_activations(text, tokens, kept, terms, factor),
         attention_workspace=c.bytes("attention_block"),
     )
 
@@ -492,17 +494,40 @@ def _vision_activations(dims: ModelDims, tiles: int, factor: float, precision: s
     return int(tiles * elements * activation_bytes("cpu") * factor)
 
 
-def _decoder_activations(text: TextDims, tokens: int, precision: str, factor: float) -> int:
+def _activation_terms(text: TextDims, precision: str, int8_isa: Int8Isa) -> int:
+    """Integer codes that stand for one activation on the CPU; 0 where it stays a float."""
+    if precision == "fp16":
+        return 0
+    return 2 if body_route(text, precision, "cpu", int8_isa) == "two-term" else 1
+
+
+def _product_parts(terms: int) -> int:
+    """Floats for each output of a linear layer while it is computed.
+
+    With two terms: both products, both once more times the size of their row, and the sum.
+    """
+    return 5 if terms == 2 else 1
+
+
+def _decoder_activations(text: TextDims, tokens: int, kept: int, terms: int, factor: float) -> int:
     """One chunk inside a decoder layer on the CPU: attention or MLP, whichever is larger.
 
     Attention holds residual, normed, packed and rotated queries, keys and values and its output;
     the MLP residual, normed, gate, its sigmoid, their product and up. A quantised layer adds its
-    input as integers and, scaled row by row, as float32.
+    input as integers and, scaled row by row, as float32. With two terms most is held while up is
+    computed beside the gate; their codes, alone and side by side, are four bytes an input. The
+    head comes after all layers: what its ``kept`` rows hold beside the logits themselves.
     """
     size = activation_bytes("cpu")
     packed = text.query_size + 2 * text.key_value_size
     attention = 3 * text.hidden_size + 2 * packed + text.query_size
     mlp = 2 * text.hidden_size + 4 * text.intermediate_size
     widest = max(text.intermediate_size, text.query_size, text.hidden_size)
-    extra = widest * (size + 1) if precision != "fp16" else 0
-    return int(tokens * (max(attention, mlp) * size + extra) * factor)
+    extra = widest * (size + 1) if terms else 0
+    if terms == 2:
+        attention = max(attention, 3 * text.hidden_size + _product_parts(terms) * packed)
+        mlp = 2 * text.hidden_size + (1 + _product_parts(terms)) * text.intermediate_size
+        extra = text.hidden_size * size
+    layer = tokens * (max(attention, mlp) * size + extra)
+    head = kept * (_product_parts(terms) - 1) * text.vocab_size * size
+    return int(max(layer, head) * factor)

@@ -25,8 +25,10 @@ from llava_edge.profiles.formats import (
     VISION_PRECISIONS,
     PrecisionName,
     VisionFormat,
+    body_route,
     default_vision,
     int8_cache_obstacle,
+    rounded_activations,
     vision_obstacle,
 )
 from llava_edge.profiles.grids import GridChoice, asked_grid, asked_pinpoints, stock_grids
@@ -461,6 +463,11 @@ class _Search:
             )
         if self.profile.flavour == "cpu" and c.precision == "fp16":
             notes.append("fp16 on a CPU is stored as fp16 and computed and planned as float32.")
+        flavour, isa = self.profile.flavour, self.profile.int8_isa
+        route = body_route(c.variant.dims.text, c.precision, flavour, isa)
+        rounded = rounded_activations(c.precision, route, flavour)
+        if rounded is not None:
+            notes.append(f"{c.precision} on a CPU: {rounded}.")
         if self.vision(c.precision).precision == "int8":
             notes.append(
                 "the tower is planned at int8; calibration may leave layers in fp16, and the plan "

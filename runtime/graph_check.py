@@ -46,6 +46,7 @@ ALLOWED_OPERATORS: Mapping[str, frozenset[str]] = {
             "QuantizeLinear",
             "ReduceMax",
             "ReduceMean",
+            "ReduceSum",
             "Reshape",
             "Shape",
             "Sigmoid",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from llava_edge.profiles.buffers import CacheType
+from llava_edge.profiles.formats import Int8Route
 from llava_edge.profiles.model_dims import ModelDims
 
 SCHEMA_VERSION = 4
@@ -211,7 +212,8 @@ class Precision:
     """How each part is stored, and the type it computes in.
 
     ``int8_route`` is ``integer`` where products of uint8 and int8 are summed by the processor's own
-    instructions for that; on a processor without them the sums saturate and are wrong.
+    instructions for that; on a processor without them the sums saturate and are wrong. Codes of
+    ``two-term`` are small enough to be summed exactly everywhere (``formats.Int8Route``).
     """
 
     language_model: str
@@ -219,7 +221,7 @@ class Precision:
     vision_tower: str
     embeddings: str
     computes: Literal["float32", "float16"]
-    int8_route: Literal["integer", "nbits"] | None = None
+    int8_route: Int8Route | None = None
 
 
 @dataclass(frozen=True)

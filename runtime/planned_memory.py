@@ -59,7 +59,7 @@ def stored_isa(manifest: Manifest) -> Int8Isa:
     ``formats.group_size``.
     """
     stored = manifest.precision
-    grouped = stored.language_model == "int8" and stored.int8_route != "integer"
+    grouped = stored.language_model == "int8" and stored.int8_route == "nbits"
     return "none" if grouped else "vnni"
 
 

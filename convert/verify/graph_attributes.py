@@ -33,7 +33,8 @@ class LinearAttributes:
 
     ``hidden`` is the value it reads. ``weight`` and ``bias`` are initializers. ``block_size`` is
     None where there are no blocks of columns with a scale of their own. ``input_factor`` is an
-    initializer that multiplies ``hidden`` before it is rounded, or None.
+    initializer that multiplies ``hidden`` before it is rounded, or None. ``terms`` are the codes
+    that stand for one activation.
     """
 
     node: str
@@ -46,6 +47,7 @@ class LinearAttributes:
     bits: int
     block_size: int | None = None
     input_factor: str | None = None
+    terms: int = 1
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ class GraphWalk:
         Raises:
             WiringError: none does.
         """
-        node = self.made_by(value, "Add", "MatMul", "MatMulNBits", "Mul")
+        node = self.made_by(value, "Add", "MatMul", "MatMulNBits", "Mul", "ReduceSum")
         bias = None
         if node.op_type == "Add":
             for place in (1, 0):
@@ -189,11 +191,15 @@ class GraphWalk:
         return self._product(value, bias)
 
     def _product(self, value: str, bias: str | None) -> LinearAttributes:
-        node = self.made_by(value, "MatMul", "MatMulNBits", "Mul")
+        node = self.made_by(value, "MatMul", "MatMulNBits", "Mul", "ReduceSum")
         if node.op_type == "MatMulNBits":
             return self._nbits(node, bias)
         if node.op_type == "Mul":
-            return self._integer(node, bias)
+            return self._integer(node, bias, 1)
+        if node.op_type == "ReduceSum":
+            self.expect_numbers(node, 1, "axes", [0])
+            self.expect(node, "keepdims", attribute(node, "keepdims", 1), 1)
+            return self._integer(self.made_by(node.input[0], "Mul"), bias, 2)
         weight = self.stored(node.input[1])
         if weight is not None:
             in_size, out_size = self._matrix(node, weight)
@@ -247,8 +253,12 @@ class GraphWalk:
             node.name, node.op_type, node.input[0], weight, bias, in_size, out_size, bits, block
         )
 
-    def _integer(self, scaled: Any, bias: str | None) -> LinearAttributes:
-        """Row over its largest → QuantizeLinear → MatMulIntegerToFloat → times the largest."""
+    def _integer(self, scaled: Any, bias: str | None, terms: int) -> LinearAttributes:
+        """Row over its largest → QuantizeLinear → MatMulIntegerToFloat → times the largest.
+
+        With two terms the first has 63 steps each way, and what it leaves over has codes of 126 in
+        each step; both are rows of one product.
+        """
         node = self.made_by(scaled.input[0], "MatMulIntegerToFloat")
         weight = self._initializer(node, 1)
         in_size, out_size = self._matrix(node, weight)
@@ -257,14 +267,19 @@ class GraphWalk:
         self.expect(node, "shape of the scales", self.graph.shape(scales), (out_size,))
         if len(node.input) > 5 and node.input[5]:
             self.expect(node, "zero point of the weight", set(self.numbers(node, 5)), {0})
-        quantize = self.made_by(node.input[0], "QuantizeLinear")
-        code_scale = float(np.float32(1 / 127))
-        for user, (scale, zero) in ((quantize, (1, 2)), (node, (2, 4))):
-            self.expect_numbers(user, scale, "scale of the activations", [code_scale])
-            self.expect_numbers(user, zero, "zero point of the activations", [128])
+        if terms == 1:
+            quantize = self.made_by(node.input[0], "QuantizeLinear")
+            self._codes((quantize, node), (1 / 127, 1 / 127), 128)
+            multiplied = scaled.input[1]
+        else:
+            quantize = self._two_terms(node)
+            by_term = self.made_by(scaled.input[1], "Mul")
+            shares = [1.0, float(np.float32(1 / 126))]
+            self.expect_numbers(by_term, 1, "what each term counts", shares)
+            multiplied = by_term.input[0]
         divide = self.made_by(quantize.input[0], "Div")
         hidden, size = divide.input
-        self.expect(scaled, "what the product is multiplied by", scaled.input[1], size)
+        self.expect(scaled, "what the product is multiplied by", multiplied, size)
         largest = self.made_by(size, "Max")
         tiny = float(np.finfo(np.float32).tiny)
         self.expect_numbers(largest, 1, "smallest row size", [tiny])
@@ -290,7 +305,33 @@ class GraphWalk:
             out_size,
             8,
             input_factor=factor,
+            terms=terms,
         )
+
+    def _two_terms(self, product: Any) -> Any:
+        """The node that makes the first of two terms of activations; the second is checked."""
+        both = self.made_by(product.input[0], "Concat")
+        self.expect(both, "axis", attribute(both, "axis"), 0)
+        self.expect(both, "number of terms", len(both.input), 2)
+        first, second = (self.made_by(value, "QuantizeLinear") for value in both.input[:2])
+        rest = self.made_by(second.input[0], "Sub")
+        back = self.made_by(rest.input[1], "DequantizeLinear")
+        self.expect(
+            rest, "the row that the first term is taken from", rest.input[0], first.input[0]
+        )
+        self.expect(back, "the codes that are taken off", back.input[0], first.output[0])
+        step = 1 / 63
+        self._codes((first, back, product, second), (step, step, step, step / 126), 64)
+        return first
+
+    def _codes(self, nodes: Sequence[Any], scales: Sequence[float], zero: int) -> None:
+        """Note a fault where nodes do not round activations with these scales around ``zero``."""
+        for node, scale in zip(nodes, scales, strict=True):
+            place = 2 if node.op_type == "MatMulIntegerToFloat" else 1
+            wanted = [float(np.float32(scale))]
+            self.expect_numbers(node, place, "scale of the activations", wanted)
+            place = 4 if place == 2 else 2
+            self.expect_numbers(node, place, "zero point of the activations", [zero])
 
     def _initializer(self, node: Any, place: int) -> str:
         name = str(node.input[place]) if len(node.input) > place else ""

@@ -60,7 +60,7 @@ class GraphView(GraphFile):
         return self.nodes[self.place(name)]
 
     def linear(self, name: str) -> str:
-        """The value of a linear layer, once its row scale and bias are in it."""
+        """The value of a linear layer, once its row scale, second term and bias are in it."""
         value: str = self.node(name).output[0]
         while len(users := self.consumers(value)) == 1:
             (user,) = users
@@ -72,8 +72,11 @@ class GraphView(GraphFile):
                 continue
             if maker is not None and maker.op_type == "Cast":
                 others = [maker.input[0]]
+            if maker is not None and maker.op_type == "Mul":
+                # The size of a row, by what each of its two terms counts.
+                maker = self.producer(maker.input[0])
             is_scale = user.op_type == "Mul" and maker is not None and maker.op_type == "Max"
-            if not (is_bias or is_scale):
+            if not (is_bias or is_scale or user.op_type == "ReduceSum"):
                 break
             value = user.output[0]
         return value

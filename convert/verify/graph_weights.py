@@ -6,7 +6,7 @@ The unpackers here are their own, written from the operators' contracts; the wri
     MatMul                 [K, N] float, perhaps through a Cast
     MatMulNBits            [N, blocks, block_size * bits / 8], low bits first; no zero points mean
                            2^(bits-1)
-    MatMulIntegerToFloat   int8 [K, N], one scale a column
+    MatMulIntegerToFloat   int8 [K, N], one scale a column; activations in one term of codes or two
     DequantizeLinear       int4 or int8 [K, N], scales [N] or [K / block_size, N]
 
 Source: the operators' contracts of ONNX Runtime 1.32 and ONNX opset 21.
@@ -29,6 +29,8 @@ Array = NDArray[Any]
 
 WHOLE_ROW = -1
 """``GraphWeights.rounding``: one scale for a whole row of activations."""
+TWO_TERMS = -2
+"""The same, and what the codes of the row leave over has codes of its own."""
 _WITH_CODES = ("MatMulNBits", "MatMulIntegerToFloat", "DequantizeLinear")
 _INTEGER_ACCURACY = 4
 # What ONNX Runtime makes of DequantizeLinear with one scale a column when it fuses it.
@@ -187,15 +189,16 @@ class GraphWeights:
         """How the layer's kernel rounds its activations to 8 bits.
 
         Returns:
-            Columns that share a scale; ``WHOLE_ROW`` for a whole row; None where it computes with
-            the activations as they are.
+            Columns that share a scale; ``WHOLE_ROW`` or ``TWO_TERMS`` for a whole row; None where
+            it computes with the activations as they are.
         """
         node, _ = self._find(name)
         if node.op_type == "MatMulNBits":
             level = attribute(node, "accuracy_level", 0)
             return attribute(node, "block_size") if level == _INTEGER_ACCURACY else None
         if node.op_type == "MatMulIntegerToFloat":
-            return WHOLE_ROW
+            maker = self.graph.producer(node.input[0])
+            return WHOLE_ROW if maker is None or maker.op_type != "Concat" else TWO_TERMS
         if node.op_type == "DequantizeLinear" and self.graph.dtype(node.input[1]) == "float32":
             # ONNX Runtime fuses it with its MatMul into MatMulNBits at the integer level.
             return attribute(node, "block_size", 0) or _FUSED_BLOCK

@@ -39,7 +39,10 @@ class LinearSupply(Protocol):
         """Weight [outputs, inputs] of a layer (canonical, without ``.weight``), or some rows."""
 
     def rounding(self, name: str) -> int | None:
-        """Inputs rounded to 8 bits as one: a block's length, -1 the row, None for no rounding."""
+        """Inputs rounded to 8 bits as one: a block's length, -1 the row, None for no rounding.
+
+        -2 is the row as well, in 63 steps each way, and what is left over in 126 of each step.
+        """
 
     def input_scale(self, name: str) -> NDArray[np.float32] | None:
         """What inputs [inputs] are divided by before that; the weight is for what is left."""
@@ -423,13 +426,22 @@ def _dropper(names: Sequence[str]) -> Callable[..., None]:
 
 
 def _rounded(values: torch.Tensor, block: int) -> torch.Tensor:
-    """Rows as kernels see them: each block over its largest magnitude, in 127 steps each way."""
+    """Rows as kernels see them: each block over its largest magnitude, in 127 steps each way.
+
+    ``block`` is as ``LinearSupply.rounding`` returns it.
+    """
     width = values.shape[-1]
-    size = width if block == -1 else min(block, width)
+    size = width if block < 0 else min(block, width)
     short = -width % size
     padded = nn.functional.pad(values, (0, short)) if short else values
     blocks = padded.reshape(*padded.shape[:-1], -1, size)
     largest = blocks.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    rounded = ((blocks / largest * 127).round() * largest / 127).flatten(-2)
+    if block == -2:
+        share = blocks / largest
+        first = (share * 63).round() / 63
+        rest = ((share - first) * (63 * 126)).round() / (63 * 126)
+        rounded = ((first + rest) * largest).flatten(-2)
+    else:
+        rounded = ((blocks / largest * 127).round() * largest / 127).flatten(-2)
     kept: torch.Tensor = rounded[..., :width]
     return kept

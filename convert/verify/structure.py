@@ -28,12 +28,17 @@ from llava_edge.convert.verify.reference_structure import ReferenceStructure
 from llava_edge.convert.verify.rotary_tables import rotary_faults
 from llava_edge.convert.verify.vision_structure import vision_faults
 from llava_edge.profiles.errors import ArtifactError
+from llava_edge.profiles.formats import largest_block
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.certificate import StageResult, exact
 from llava_edge.runtime.manifest import Manifest
 
 STAGE = "structure"
-_FORMS = {("int8", "integer"): "MatMulIntegerToFloat", ("fp16", None): "MatMul"}
+_FORMS = {
+    ("int8", "two-term"): "MatMulIntegerToFloat",
+    ("int8", "integer"): "MatMulIntegerToFloat",
+    ("fp16", None): "MatMul",
+}
 _BITS = {"fp16": 16, "int8": 8, "int4": 4}
 
 
@@ -176,9 +181,13 @@ class _Decoder:
         self._states(have.node, "operator", have.op_type, form)
         self._states(have.node, "bits", have.bits, bits)
         self._states(have.node, "factor in front of it", have.input_factor, None)
+        integer = have.op_type == "MatMulIntegerToFloat"
+        terms = 2 if integer and precision.int8_route == "two-term" else 1
+        self._states(have.node, "number of codes of an activation", have.terms, terms)
         group = self._manifest.conversion.get("group_size")
         if bits != 16 and names != ["lm_head"] and group not in (None, -1):
-            self._states(have.node, "block_size", have.block_size, group)
+            largest = largest_block(precision.language_model, self._manifest.flavour)
+            self._states(have.node, "block_size", have.block_size, min(group, largest))
 
     def _says(self, node: str, what: str, have: object, want: object) -> None:
         says(self._walk, node, what, have, want)

@@ -48,6 +48,7 @@ class _Form:
         integer = self.is_int8 and name not in self.in_float
         form = "MatMulIntegerToFloat" if integer else "MatMul"
         says(walk, have.node, "operator", have.op_type, form, "manifest.json")
+        says(walk, have.node, "number of codes of an activation", have.terms, 1, "the tower's form")
         if have.op_type == "MatMul":
             self.weights_in_float += have.in_size * have.out_size
         factor: str | None = f"{name}{INPUT_FACTOR}"

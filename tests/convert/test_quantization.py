@@ -196,7 +196,7 @@ def test_the_format_of_the_body_is_the_one_the_plan_counts_with(checkpoint: Path
     assert BodyFormat.of(opened, "fp16", board) is None
     fast = replace(board, int8_isa="vnni")
     slow = replace(board, int8_isa="none")
-    assert BodyFormat.of(opened, "int8", fast) == BodyFormat(8, -1, "integer")
+    assert BodyFormat.of(opened, "int8", fast) == BodyFormat(8, -1, "two-term")
     # 96, 160 and 96 columns: 32 is the largest of 128, 64, 32 that divides them all.
     assert BodyFormat.of(opened, "int8", slow) == BodyFormat(8, 32, "nbits")
     assert BodyFormat.of(opened, "int4", fast) == BodyFormat(4, 32, "nbits")

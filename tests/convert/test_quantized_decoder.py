@@ -27,7 +27,13 @@ from llava_edge.convert.packing import (
 from llava_edge.convert.quantized_source import LINEARS, RtnSource, linear_name, quantize_head
 from llava_edge.convert.rounding import PER_CHANNEL, QuantizedWeight
 from llava_edge.profiles.buffers import rope_table_bytes
-from llava_edge.profiles.formats import group_size, head_group_size, int8_route, weight_bytes
+from llava_edge.profiles.formats import (
+    group_size,
+    head_group_size,
+    int8_route,
+    largest_block,
+    weight_bytes,
+)
 from llava_edge.profiles.hardware import Flavour, Int8Isa
 from llava_edge.profiles.model_dims import TextDims
 from llava_edge.runtime.decoder import Decoder
@@ -371,6 +377,7 @@ def test_the_plan_counts_the_bytes_that_are_written(
         lambda: quantize_head(checkpoint, group_size=head_group),
         head_group_size=head_group,
         int8_route=int8_route(bits, group, flavour, isa),
+        largest_block=largest_block(precision, flavour),
     )
     compute = np.float32 if flavour == "cpu" else np.float16
 

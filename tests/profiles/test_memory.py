@@ -119,7 +119,7 @@ def test_tiles_stay_until_the_answer_and_features_until_the_prompt_is_read(
 
 
 def test_decoding_counts_the_logits_and_activations_of_the_longest_draft(dims: ModelDims) -> None:
-    cpu = estimate_memory(dims, "int8", Workload(3440), CPU).host
+    cpu = estimate_memory(dims, "int4", Workload(3440), CPU).host
     cuda = estimate_memory(dims, "fp16", Workload(3440), CUDA).device
 
     # One step's own buffer, and one for a token and its draft.
@@ -128,6 +128,20 @@ def test_decoding_counts_the_logits_and_activations_of_the_longest_draft(dims: M
     chunk = cpu["prefill"].prefill_activations
     share = (1 + MAX_DRAFT_TOKENS) / 512
     assert cpu["decode"].prefill_activations == pytest.approx(chunk * share, abs=1)
+
+
+def test_two_codes_an_activation_are_counted_in_layers_and_in_the_head(dims: ModelDims) -> None:
+    two = estimate_memory(dims, "int8", Workload(3440), CPU).host
+    one = estimate_memory(dims, "int8", Workload(3440), replace(CPU, int8_isa="none")).host
+    factor = memory_constants()["cpu"]["prefill_factor"]
+    text = dims.text
+
+    assert two["prefill"].prefill_activations > one["prefill"].prefill_activations
+    # Both products of up, both scaled, and up, beside the gate.
+    assert two["prefill"].prefill_activations >= 512 * 4 * 6 * text.intermediate_size * factor
+    rows = 1 + MAX_DRAFT_TOKENS
+    head = rows * 4 * text.vocab_size * 4 * factor
+    assert two["decode"].prefill_activations >= int(head)
 
 
 def test_images_are_decoded_before_tiles_are_encoded(dims: ModelDims) -> None:

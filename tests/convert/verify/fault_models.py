@@ -65,8 +65,9 @@ MODELS: Mapping[str, Model] = {
     "long": Model("llama", changes={"rope_factor": 4.0, "max_positions": 4096}),
     "int8": Model("mistral", precision="int8", changes={"layers": 2}),
     "int8 saturating": Model(
-        "mistral", precision="int8", vision="fp16", changes={"layers": 2}, alters="loud"
+        "mistral", precision="int4", vision="int8", changes={"layers": 2}, alters="loud"
     ),
+    "int8, float tower": Model("mistral", precision="int8", vision="fp16", changes={"layers": 2}),
     "int4": Model("mistral", precision="int4", changes={"layers": 2}),
     "int4 cuda": Model("mistral", precision="int4", board="a100", changes={"layers": 2}),
     "int4 gptq": Model(

@@ -21,6 +21,7 @@ from tests.convert.verify import (
     faults_vision,
 )
 from tests.convert.verify.fault import Fault
+from tests.convert.verify.saturation import saturate
 from tests.convert.verify.tamper import Tampered
 
 FAULTS: tuple[Fault, ...] = (
@@ -78,6 +79,15 @@ EQUIVALENT: tuple[Fault, ...] = (
         "structure",
         _activation_zero,
         model="int8",
+    ),
+    Fault(
+        "saturating sums of two terms",
+        "quantisation",
+        "the kernel adds two products in 16 bits; those of 7 and 8 bits fit",
+        "runtime",
+        "",
+        saturate,
+        model="int8, float tower",
     ),
     Fault(
         "garbage behind the cache",

@@ -99,8 +99,13 @@ def _row_scale_forgotten(patch: _Patch) -> None:
     real = linear_ops._matmul_integer
 
     def product(*arguments: Any) -> Any:
-        scaled = real(*arguments)
-        return scaled.producer().inputs[0]
+        made = real(*arguments)
+        last = made.producer()
+        if last.op_type == "Mul":
+            return last.inputs[0]
+        # Two terms: their products are added up as they are.
+        last.replace_input_with(0, last.inputs[0].producer().inputs[0])
+        return made
 
     patch.setattr(linear_ops, "_matmul_integer", product)
 
@@ -143,12 +148,11 @@ FAULTS = (
     ),
     _fault(
         "int8 saturation",
-        "the kernel adds two products in 16 bits",
+        "the kernel of the tower adds two products in 16 bits",
         saturate,
         "int8 saturating",
-        "layers",
+        "tile_features",
         where="runtime",
-        tensor=_FIRST,
-        earlier="end to end comes before it, and these weights make the cut large",
+        tensor="vision_tower.encoder.layers.0.self_attn",
     ),
 )

@@ -19,8 +19,9 @@ from llava_edge.convert.quantized_source import LINEARS, RtnSource, linear_name,
 from llava_edge.convert.rounding import PER_CHANNEL, QuantizedWeight
 from llava_edge.convert.verify.digested_source import DigestedSource, weight_digest
 from llava_edge.convert.verify.graph_file import GraphFile
-from llava_edge.convert.verify.graph_weights import WHOLE_ROW, GraphWeights
+from llava_edge.convert.verify.graph_weights import TWO_TERMS, WHOLE_ROW, GraphWeights
 from llava_edge.profiles.errors import ArtifactError, CheckpointError
+from llava_edge.profiles.formats import Int8Route
 from llava_edge.runtime.artifact import open_artifact
 from tests.convert.verify.conftest import BACKBONES
 
@@ -48,6 +49,8 @@ FORMS = {
     "int4 cuda": Form(4, 128, None, np.float16),
     "int8": Form(8, 128, 128),
     "int8 integer": Form(8, PER_CHANNEL, WHOLE_ROW, integer=True),
+    "int8 two terms": Form(8, PER_CHANNEL, TWO_TERMS, integer=True),
+    "int8 blocks of 32": Form(8, 128, 32),
     "int8 cuda": Form(8, 128, None, np.float16),
     "int4 portable": Form(4, 128, 128, portable=True),
     "int8 portable": Form(8, 128, 128, portable=True),
@@ -69,11 +72,14 @@ def open_sizes(make_checkpoint: Callable[..., Path]) -> Callable[..., Checkpoint
 def weights_of(checkpoint: Checkpoint, form: Form) -> QuantizedLayers:
     source = RtnSource(checkpoint, form.bits, form.group, scale="absmax")
     group = PER_CHANNEL if form.integer else None
+    route: Int8Route = "two-term" if form.rounds == TWO_TERMS else "integer"
+    route = route if form.integer else "nbits"
     return QuantizedLayers(
         source,
         lambda: quantize_head(checkpoint, group_size=group),
         head_group_size=group,
-        int8_route="integer" if form.integer else "nbits",
+        int8_route=route,
+        largest_block=32 if form.rounds == 32 else 128,
         portable=form.portable,
     )
 
