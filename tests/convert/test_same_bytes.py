@@ -31,12 +31,12 @@ PLACES: dict[str, tuple[dict[str, Any], list[tuple[str, int]]]] = {
     # While a file is written; between two parts; while the finished folder is verified.
     "fp16": (
         {"precision": "fp16", "verify": "quick"},
-        [("vision", 2), ("decoder", 3), ("verify tile_features", 1)],
+        [("vision", 2), ("verify tile_features", 1)],
     ),
-    # While the tower is looked at; before a layer, within a layer and after one; in the graph.
+    # While the tower is looked at; before a layer, within a layer and after one.
     "int8 gptq": (
         {"precision": "int8"},
-        [("look at tiles", 2), ("quantise", 1), ("quantise", 4), ("quantise", 5), ("decoder", 2)],
+        [("look at tiles", 2), ("quantise", 1), ("quantise", 4), ("quantise", 5)],
     ),
     "int4 gptq": ({"precision": "int4"}, [("quantise", 7)]),
     "int4 rtn": ({"precision": "int4", "quantizer": "rtn"}, [("embeddings", 1), ("decoder", 4)]),
