@@ -39,8 +39,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## convert the small trained model at fp16, int8 and int4 and ask it about drawn pages
 	$(BIN)/python -m llava_edge.bench.pages.demo
 
-convert: $(READY) ## make convert PROFILE=a100 [CHECKPOINT=folder or hub id | MODEL=name] [OUT=folder] [PRECISION=fp16]
-	$(BIN)/llava-edge convert $(CHECKPOINT) $(if $(OUT),--out $(OUT)) $(if $(MODEL),--model $(MODEL)) --profile $(PROFILE) $(if $(PRECISION),--precision $(PRECISION))
+convert: $(READY) ## make convert PROFILE=a100 [CHECKPOINT=folder or hub id | MODEL=name] [OUT=folder] [PRECISION=fp16] [QUALITY=questions.jsonl MAX_LOSS=0.02]
+	$(BIN)/llava-edge convert $(CHECKPOINT) $(if $(OUT),--out $(OUT)) $(if $(MODEL),--model $(MODEL)) --profile $(PROFILE) $(if $(PRECISION),--precision $(PRECISION)) $(if $(QUALITY),--quality $(QUALITY)) $(if $(MAX_LOSS),--max-loss $(MAX_LOSS))
 
 test: $(READY) ## the test suite without its slow proofs, on all cores
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow and not gpu and not stand_in"

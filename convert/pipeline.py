@@ -57,7 +57,11 @@ from llava_edge.convert.verify.weights import DIGESTS
 from llava_edge.convert.video_settings import read_video_processing
 from llava_edge.convert.vision_engine import write_vision_engine
 from llava_edge.convert.vision_tiles import cut_tiles
-from llava_edge.convert.write_artifact import ArtifactWriter, refuse_existing
+from llava_edge.convert.write_artifact import (
+    ArtifactWriter,
+    refuse_existing,
+    unfinished_request,
+)
 from llava_edge.profiles.detect import detect_profile
 from llava_edge.profiles.errors import BudgetError, RequestError
 from llava_edge.profiles.formats import VisionFormat, part_precisions, weight_bytes
@@ -159,6 +163,7 @@ def convert_checkpoint(request: ConvertRequest, report: Report, say: Say) -> Con
     out = request.out or default_output(planned)
     _refuse_inside(out, checkpoint, request.quantization.calibration)
     refuse_existing(out, force=request.force)
+    planned = _as_begun(request, checkpoint, planned, out, say)
     for note in planned.notes:
         say(f"note: {note}")
     job = _prepare(request, checkpoint, files, planned, report, say)
@@ -267,7 +272,7 @@ def _write_parts(job: _Job, writer: ArtifactWriter, report: Report) -> _Written:
         "vision", lambda folder: _vision(job, build, writer.work, folder)
     )
     vision = from_json(GraphSpec, vision_spec)
-    job = _planned_again(job, vision_facts)
+    job = _planned_again(job, vision_facts, writer)
     context = job.planned.plan.context_tokens
     build = PartBuilders(job.checkpoint, profile.flavour, context, report)
     target = job.planned.engine
@@ -392,8 +397,10 @@ def _looks_at_samples(job: _Job) -> bool:
     return job.body is not None or _looks_at_tiles(job) or _has_int8_cache(job)
 
 
-def _planned_again(job: _Job, vision: Mapping[str, Any]) -> _Job:
+def _planned_again(job: _Job, vision: Mapping[str, Any], writer: ArtifactWriter) -> _Job:
     """The plan with what calibration left wider in the tower: context gives way first.
+
+    The context is decided once, since parts are made for it and other memory may be free later.
 
     Raises:
         BudgetError: it does not fit any more.
@@ -412,15 +419,61 @@ def _planned_again(job: _Job, vision: Mapping[str, Any]) -> _Job:
     )
     if wishes.pinpoints is None:
         wishes = replace(wishes, grid=plan.grid)
-    try:
-        again, _ = choose(job.request, wishes)
-    except BudgetError as error:
-        raise BudgetError(
-            f"calibration keeps {left} weights of the tower wider than {plan.vision_precision}, "
-            f"and with them {error}"
-        ) from error
-    again = replace(again, rejected=plan.rejected, engine=plan.engine)
+
+    def decide(_: Path) -> int:
+        try:
+            return choose(job.request, wishes)[0].context_tokens
+        except BudgetError as error:
+            raise BudgetError(
+                f"calibration keeps {left} weights of the tower wider than "
+                f"{plan.vision_precision}, and with them {error}"
+            ) from error
+
+    wishes = replace(wishes, context_tokens=writer.part("plan", decide))
+    again, _ = choose(_without_reserve(job.request), wishes)
+    again = _as_seen(replace(again, engine=plan.engine), plan)
     return replace(job, planned=replace(job.planned, plan=again))
+
+
+def _as_begun(
+    request: ConvertRequest, checkpoint: Checkpoint, planned: ArtifactPlan, out: Path, say: Say
+) -> ArtifactPlan:
+    """The context that an unfinished conversion began with, where free memory led to another."""
+    plan = planned.plan
+    begun = unfinished_request(out).get("context")
+    if request.force or request.wishes.context_tokens is not None or type(begun) is not int:
+        return planned
+    if begun == plan.context_tokens:
+        return planned
+    wishes = replace(request.wishes, context_tokens=begun)
+    try:
+        again = plan_artifact(replace(_without_reserve(request), wishes=wishes), checkpoint)
+    except RequestError:
+        return planned
+    chosen = (plan.variant, plan.precision, plan.vision_precision, plan.grid)
+    found = again.plan
+    if chosen != (found.variant, found.precision, found.vision_precision, found.grid):
+        return planned
+    say(
+        f"note: goes on with {begun} tokens of context, as it began; the memory that is free now "
+        f"would give {plan.context_tokens} (--force begins again)"
+    )
+    return replace(again, plan=_as_seen(found, plan))
+
+
+def _without_reserve(request: ConvertRequest) -> ConvertRequest:
+    """The request for the whole board, whatever others hold of it now."""
+    profile = replace(request.profile, system_reserve_bytes=0, host_reserve_bytes=0)
+    return replace(request, profile=profile)
+
+
+def _as_seen(plan: DeploymentPlan, first: DeploymentPlan) -> DeploymentPlan:
+    """A plan with the budget that was there when the first one was made."""
+    seen = first.memory
+    memory = replace(
+        plan.memory, budget_bytes=seen.budget_bytes, host_budget_bytes=seen.host_budget_bytes
+    )
+    return replace(plan, memory=memory, rejected=first.rejected)
 
 
 def default_output(planned: ArtifactPlan) -> Path:

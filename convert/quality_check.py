@@ -25,6 +25,9 @@ from llava_edge.runtime.records import from_json, to_json
 
 Report = Callable[[str, int, int], None]
 
+_LONG = 90
+"""Seconds from which on a time is said in minutes."""
+
 _TIMED = 3
 """Questions after which the time for all of them is estimated."""
 
@@ -122,7 +125,8 @@ class QualityCheck:
             asked = done - len(known)
             if asked == _TIMED and total - done > _TIMED:
                 left = (time.monotonic() - started) / asked * (total - done)
-                self._say(f"quality: about {left:.0f} s for {total - done} more questions")
+                shown = f"{left:.0f} s" if left < _LONG else f"{left / 60:.0f} min"
+                self._say(f"quality: {name}, about {shown} for {total - done} more questions")
 
         artifact = open_artifact(folder, read_certificate_too=False)
         # The cuda flavour runs on a CPU as well: slowly, and with the same answers.

@@ -147,6 +147,22 @@ def refuse_existing(out: Path, *, force: bool) -> None:
         )
 
 
+def unfinished_request(out: str | os.PathLike[str]) -> dict[str, Any]:
+    """The ``request_key`` of an unfinished conversion into ``out``; empty where there is none."""
+    path = _partial_of(output_path(out)) / JOURNAL
+    try:
+        document = parse_strict(read_bounded(path, _JOURNAL_LIMIT), str(path))
+    except ArtifactError:
+        return {}
+    request = document.get("request") if isinstance(document, dict) else None
+    return request if isinstance(request, dict) else {}
+
+
+def _partial_of(out: Path) -> Path:
+    inside = out.is_dir() and works_inside(out)
+    return (out if inside else out.parent) / f"{out.name}.partial"
+
+
 class ArtifactWriter:
     """Writes one artifact. Use as a context manager, so that the lock is given back.
 
@@ -192,10 +208,8 @@ class ArtifactWriter:
         if not self.out.name:
             raise RequestError(f"{self.out} cannot be an output folder. Name a folder below it.")
         self._was_there = os.path.lexists(self.out)
-        self._beside = self.out.parent
-        if self.out.is_dir() and works_inside(self.out):
-            self._beside = self.out
-        self._partial = self._beside / f"{self.out.name}.partial"
+        self._partial = _partial_of(self.out)
+        self._beside = self._partial.parent
         self.folder = self._partial / ARTIFACT
         self.work = self._partial / WORK
         self._force = force

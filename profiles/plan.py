@@ -67,10 +67,13 @@ class PlanMemory:
     def from_json(cls, value: Any) -> PlanMemory:
         """The inverse of ``to_json``; raises ``RequestError`` where it does not add up."""
         outer = _object(value, "memory")
+        terms = _read_terms(outer, "memory")
         host = _object(outer.get("host", {}), "memory.host")
         memory = cls(
-            terms=_read_terms(outer, "memory"),
-            budget_bytes=_count(outer.get("budget_bytes"), "memory.budget_bytes"),
+            terms=terms,
+            budget_bytes=_count(
+                outer.get("budget_bytes", sum(terms.values())), "memory.budget_bytes"
+            ),
             host_terms=_read_terms(host, "memory.host") if host else {},
             host_budget_bytes=None
             if host.get("budget_bytes") is None
@@ -182,13 +185,16 @@ class DeploymentPlan:
     def from_json(cls, value: Any) -> DeploymentPlan:
         """The inverse of ``to_json``.
 
+        A manifest keeps a plan without its rejected candidates and without budgets, which are then
+        taken to be what the plan needs.
+
         Raises:
             RequestError: a key is missing or unknown, or a value has another type.
         """
         document = _object(value, "the plan")
         known = cls.__dataclass_fields__
         faults = [f"unknown key {key!r:.40}" for key in document if key not in known]
-        document = {"vision_precision": "fp16", **document}
+        document = {"vision_precision": "fp16", "rejected": [], **document}
         faults += [f"missing key {key!r}" for key in known if key not in document]
         if faults:
             raise RequestError(f"This is no deployment plan: {'; '.join(faults)}.")

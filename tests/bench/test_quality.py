@@ -4,13 +4,19 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from PIL import Image
 
 from llava_edge.bench import cli
-from llava_edge.profiles.errors import LlavaEdgeError, OutputExistsError, RequestError
+from llava_edge.profiles.errors import (
+    LlavaEdgeError,
+    OutputExistsError,
+    PromptError,
+    RequestError,
+    VideoError,
+)
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.quality import (
     anls,
@@ -19,8 +25,8 @@ from llava_edge.runtime.quality import (
     exact_match,
     relaxed_accuracy,
 )
-from llava_edge.runtime.quality_questions import read_quality_questions
-from llava_edge.runtime.quality_run import measure_quality
+from llava_edge.runtime.quality_questions import read_quality_questions, require_media
+from llava_edge.runtime.quality_run import Given, measure_quality
 
 
 @pytest.mark.parametrize(
@@ -252,3 +258,44 @@ def test_the_command_asks_everything_and_a_refused_image_is_a_wrong_answer(
         with pytest.raises(RequestError, match="grid"):
             measure_quality(model, questions, grid="no such grid")
     assert result.exact_match == (100.0 if lower == said else 0.0)
+
+
+def test_a_question_may_show_a_video(tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").write_bytes(b"frames")
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"question": "q", "answer": "rain", "video": "clip.mp4"}\n')
+    questions = read_quality_questions(file)
+    require_media(file, questions, takes_video=True)
+    with pytest.raises(RequestError, match="line 1: it shows a video"):
+        require_media(file, questions, takes_video=False)
+    shown: list[Any] = []
+
+    class Model:
+        def generate(self, prompt: str, **options: Any) -> Any:
+            shown.append(options["video"])
+            raise VideoError("PyAV cannot open it")
+
+    found = measure_quality(cast(Any, Model()), questions)
+
+    assert shown == [tmp_path / "clip.mp4"]
+    assert found.right == (False,)
+    assert found.refused == ("question 1: PyAV cannot open it",)
+
+
+def test_answers_that_are_known_are_scored_and_not_asked_again(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"question": "q", "answer": "x"}\n' * 3)
+    kept: list[Given] = []
+
+    class Model:
+        def generate(self, prompt: str, **options: Any) -> Any:
+            raise PromptError("too long")
+
+    known = (Given("X."), Given(None, "no picture"))
+    found = measure_quality(
+        cast(Any, Model()), read_quality_questions(file), known=known, keep=kept.append
+    )
+
+    assert found.right == (True, False, False)
+    assert kept == [Given(None, "too long")]
+    assert found.refused == ("question 2: no picture", "question 3: too long")

@@ -8,7 +8,7 @@ import pytest
 
 from llava_edge.convert.checkpoint import open_checkpoint
 from llava_edge.convert.pipeline import convert_checkpoint
-from llava_edge.convert.planning import plan_artifact, variant_name
+from llava_edge.convert.planning import lasting_plan, plan_artifact, variant_name
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.errors import BudgetError, CheckpointError
 from llava_edge.profiles.hardware import HardwareProfile, load_profile
@@ -39,6 +39,10 @@ def test_convert_takes_exactly_what_plan_chooses(folder: Path) -> None:
     wishes = PlanRequest(variants=(read_folder(folder),), precision="fp16")
     assert planned.plan == plan_deployment(load_profile("cpu-16gb"), wishes).plan
     assert DeploymentPlan.from_json(planned.plan.to_json()) == planned.plan
+    lasting = DeploymentPlan.from_json(lasting_plan(planned.plan))
+    assert lasting.memory.terms == planned.plan.memory.terms
+    assert lasting.memory.shortfall_bytes == 0
+    assert lasting == replace(planned.plan, memory=lasting.memory, rejected=())
 
 
 def test_the_runtime_takes_the_chunk_that_the_plan_counted_with(

@@ -31,12 +31,12 @@ PLACES: dict[str, tuple[dict[str, Any], list[tuple[str, int]]]] = {
     # While a file is written; between two parts; while the finished folder is verified.
     "fp16": (
         {"precision": "fp16", "verify": "quick"},
-        [("vision", 2), ("decoder", 3), ("verify tile_features", 1)],
+        [("vision", 2), ("verify tile_features", 1)],
     ),
-    # While the tower is looked at; before a layer, within a layer and after one; in the graph.
+    # While the tower is looked at; before a layer, within a layer and after one.
     "int8 gptq": (
         {"precision": "int8"},
-        [("look at tiles", 2), ("quantise", 1), ("quantise", 4), ("quantise", 5), ("decoder", 2)],
+        [("look at tiles", 2), ("quantise", 1), ("quantise", 4), ("quantise", 5)],
     ),
     "int4 gptq": ({"precision": "int4"}, [("quantise", 7)]),
     "int4 rtn": ({"precision": "int4", "quantizer": "rtn"}, [("embeddings", 1), ("decoder", 4)]),
@@ -165,3 +165,35 @@ def test_where_a_calibration_folder_lies_is_not_in_the_manifest(
     assert contents(tmp_path / "here artifact") == contents(tmp_path / "elsewhere artifact")
     assert "image 'gone.png' cannot be read" in manifest
     assert str(tmp_path) not in manifest
+
+
+def test_a_resumed_conversion_keeps_its_context_where_other_memory_is_free(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llava_edge.convert.parts import PartBuilders
+
+    checkpoint = make_checkpoint("odd", backbone="mistral", layers=2)
+    wishes = PlanRequest(precision="fp16")
+    board = replace(load_profile("cpu-16gb"), name="this-machine")
+    whole = request_of(checkpoint, tmp_path / "a", profile=board, wishes=wishes)
+    convert(whole)
+    manifest = open_artifact(tmp_path / "a").manifest
+    needed = int(manifest.plan["memory"]["total_bytes"])
+    # So little is free later that the context which it began with would not be planned.
+    held = board.memory_bytes - needed + (64 << 10)
+    later = replace(board, system_reserve_bytes=held, host_reserve_bytes=held)
+    begun = replace(whole, out=tmp_path / "b")
+
+    def stopped(self: PartBuilders, folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PartBuilders, "tokenizer", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            convert(begun)
+    said: list[str] = []
+
+    convert_checkpoint(replace(begun, profile=later), no_progress, said.append)
+
+    assert contents(tmp_path / "b") == contents(tmp_path / "a")
+    assert any(f"goes on with {manifest.context_tokens} tokens of context" in s for s in said)
