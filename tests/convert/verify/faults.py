@@ -13,7 +13,10 @@ from tests.convert.verify import (
     faults_decoder,
     faults_images,
     faults_quantized,
+    faults_reuse,
     faults_runtime,
+    faults_sampling,
+    faults_streaming,
     faults_video,
     faults_vision,
 )
@@ -29,6 +32,13 @@ FAULTS: tuple[Fault, ...] = (
     *faults_video.FAULTS,
     *faults_cache.FAULTS,
 )
+
+LOOP_FAULTS: tuple[Fault, ...] = (
+    *faults_sampling.FAULTS,
+    *faults_streaming.FAULTS,
+    *faults_reuse.FAULTS,
+)
+"""Those that the stage ``loop`` finds; the tests run that stage alone."""
 
 
 def _rope_shifted(patch: pytest.MonkeyPatch) -> None:
