@@ -8,6 +8,7 @@ numbers (``drawn_logits``), so that every machine has the same bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -183,8 +184,9 @@ def _check_draw(case: DrawCase) -> None:
         raise RequestError("a quantile lies outside [0, 1)")
 
 
+@lru_cache(maxsize=1024)
 def drawn_logits(kind: LogitKind, seed: int, size: int) -> Array:
-    """Logits float32 (size,) that are the same on every machine.
+    """Logits float32 (size,) that are the same on every machine; not to be written to.
 
     Whole numbers are mixed (splitmix64); what follows are sums and products of float64, which IEEE
     754 rounds the same everywhere.
@@ -204,6 +206,7 @@ def drawn_logits(kind: LogitKind, seed: int, size: int) -> Array:
     else:
         values = spread * (8.0 if kind == "steep" else 1.0)
     found: Array = values.astype(np.float32)
+    found.flags.writeable = False
     return found
 
 

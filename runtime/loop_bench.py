@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from llava_edge.runtime.pipeline import LlavaEdge
 
 CAPACITY = 8192
-_CHUNK = 7
+_CHUNK = 16
 """Positions: so few that every prompt has several chunks, and pictures lie across them."""
 _CACHE_BYTES = 256 << 20
 _ALWAYS_COMPUTED = 2
@@ -73,6 +73,8 @@ class LoopBench:
         self.count = 0
         self.table, self.tokenizer = model._table, model._tokenizer
         self.requests = model._requests
+        self._texts: dict[str, Request] = {}
+        self._prompts: dict[bytes, Array] = {}
         manifest = model.artifact.manifest
         self.manifest, self.tokens = manifest, manifest.tokens
         self.dtype: type[np.float32] | type[np.float16]
@@ -124,8 +126,13 @@ class LoopBench:
         self, prompt: str, images: Sequence[Any] = (), video: Any = None, grid: str | None = None
     ) -> Request:
         """A finished prompt made ready, with pixels."""
-        given = None if video is None else VideoInput(video)
-        return self.requests.build(prompt, images, PromptOptions(raw=True, grid=grid), video=given)
+        if len(images) or video is not None:
+            given = None if video is None else VideoInput(video)
+            options = PromptOptions(raw=True, grid=grid)
+            return self.requests.build(prompt, images, options, video=given)
+        if prompt not in self._texts:
+            self._texts[prompt] = self.requests.build(prompt, (), PromptOptions(raw=True))
+        return self._texts[prompt]
 
     def of_ids(self, *parts: Sequence[int] | Array) -> Request:
         """A prompt of text that is given by its ids."""
@@ -219,11 +226,15 @@ class LoopBench:
         return reused
 
     def _rows(self, request: Request, ids: Sequence[int]) -> Array:
-        count = request.num_tokens
-        rows = np.empty((count + len(ids), self.table.hidden_size), self.dtype)
-        self._embedder(DigestEncoder()).embed(request).fill(0, count, rows[:count])
-        self.table.rows(np.array(ids, np.int64), out=rows[count:])
-        return rows
+        answer = self.table.rows(np.array(ids, np.int64), dtype=self.dtype)
+        key = request.ids.tobytes()
+        prompt = None if request.placed else self._prompts.get(key)
+        if prompt is None:
+            prompt = np.empty((request.num_tokens, self.table.hidden_size), self.dtype)
+            self._embedder(DigestEncoder()).embed(request).fill(0, len(prompt), prompt)
+            if not request.placed:
+                self._prompts[key] = prompt
+        return np.concatenate((prompt, answer))
 
     def _embedder(self, encoder: Any) -> PromptEmbedder:
         dims, tokens = self.manifest.model, self.tokens

@@ -11,8 +11,9 @@ from llava_edge.runtime.answer_options import AnswerOptions
 from llava_edge.runtime.chat import Chat
 from llava_edge.runtime.loop_bench import SENTENCE, Expected, LoopBench
 from llava_edge.runtime.prompt import Message, Text, compose, user_message
-from llava_edge.runtime.request import Request
+from llava_edge.runtime.request import PromptOptions, Request
 from llava_edge.runtime.session import Array
+from llava_edge.runtime.stream import AnswerStream
 
 _LOOKUP = 6
 _SIDES = (42, 30)
@@ -56,15 +57,43 @@ def _texts(bench: LoopBench) -> None:
     )
     for name, request, expected in asked:
         bench.ask_ids(name, request, expected, max_new_tokens=4)
-    bench.model._answerer.forget()
     request = asked[0][1]
-    bench.run(
-        "after everything was forgotten",
-        request,
-        one,
-        lambda: bench.started(request, AnswerOptions(max_new_tokens=4)),
-        fresh=True,
+    for name, before in (
+        ("after everything was forgotten", bench.model._answerer.forget),
+        ("after given tokens", lambda: _forced(bench)),
+    ):
+        before()
+        bench.run(
+            name,
+            request,
+            one,
+            lambda: bench.started(request, AnswerOptions(max_new_tokens=4)),
+            fresh=True,
+        )
+    _closed_early(bench, bench.of_ids(words[::-1], words[::-1]))
+    bench.ask_ids("after a prompt that was not finished", request, one, max_new_tokens=4)
+
+
+def _forced(bench: LoopBench) -> None:
+    """Another prompt of the same length goes into the cache by ``LlavaEdge.replay``."""
+    bench.model.replay(
+        SENTENCE[::-1], (), bench.words[:2], lambda number, row: None, PromptOptions(raw=True)
     )
+
+
+def _closed_early(bench: LoopBench, request: Request) -> None:
+    """A stream that is closed while its prompt is computed."""
+    streams: list[AnswerStream] = []
+
+    def close(what: str, done: int, total: int) -> None:
+        if done:
+            streams[0].close()
+
+    bench.prepare(request, Expected(bench.words[:2], "length"))
+    streams.append(bench.started(request, AnswerOptions(max_new_tokens=2, progress=close)))
+    for _ in streams[0]:
+        bench.faults.append("closed in the prompt: the stream goes on")
+    bench.refuses_answer("closed in the prompt", streams[0])
 
 
 def _changed(ids: Sequence[int]) -> list[int]:
@@ -82,20 +111,18 @@ def _pictures(bench: LoopBench) -> None:
         lower = ["base", None]
     for grid in lower:
         of = "" if grid is None else f" on the grid {grid}"
-        bench.ask(f"a picture{of}", one, answer, [first], grid=grid, max_new_tokens=3)
-        bench.ask(f"the same picture{of}", one, answer, [first], grid=grid, max_new_tokens=3)
+        for name in (f"a picture{of}", f"the same picture{of}"):
+            bench.ask(name, one, answer, [first], grid=grid, max_new_tokens=3)
     for name, prompt, images in (
         ("the picture, other text", f"<image> Why? {SENTENCE}", [first]),
         ("another picture, same text", f"<image> Why? {SENTENCE}", [second]),
         ("a picture with one pixel changed", f"<image> Why? {SENTENCE}", [_touched(second)]),
         ("two pictures", two, [first, second]),
-        ("two pictures again", two, [first, second]),
         ("the second picture changed", two, [first, third]),
         ("the first picture changed", two, [second, third]),
         ("two pictures exchanged", two, [third, second]),
         ("a picture twice", two, [third, third]),
         ("the picture after text", f"{SENTENCE} <image>", [third]),
-        ("another picture after text", f"{SENTENCE} <image>", [first]),
         ("no picture", SENTENCE, []),
     ):
         bench.ask(name, prompt, answer, images, grid="base", max_new_tokens=3)

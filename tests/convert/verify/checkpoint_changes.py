@@ -47,6 +47,18 @@ def _system_turn(folder: Path) -> Path:
     return folder
 
 
+def _two_stops(folder: Path) -> Path:
+    """A second control token ends an answer."""
+    path = folder / "generation_config.json"
+    document = json.loads(path.read_text("utf-8"))
+    added = json.loads((folder / "tokenizer.json").read_text("utf-8"))["added_tokens"]
+    taken = {document["eos_token_id"], document.get("bos_token_id")}
+    other = next(t["id"] for t in added if t["special"] and t["id"] not in taken)
+    document["eos_token_id"] = [document["eos_token_id"], other]
+    path.write_text(json.dumps(document), "utf-8")
+    return folder
+
+
 def _gptq(folder: Path) -> Path:
     """The same model as a GPTQ checkpoint."""
     request = ConvertRequest(
@@ -183,6 +195,7 @@ def _rigged(folder: Path, words: int) -> Path:
 
 
 CHANGES: Mapping[str, Callable[[Path], Path]] = {
+    "two stops": _two_stops,
     "system turn": _system_turn,
     "gptq": _gptq,
     "act-order": _act_order,

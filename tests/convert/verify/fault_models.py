@@ -78,6 +78,7 @@ MODELS: Mapping[str, Model] = {
     ),
     "gptq": Model("mistral", precision="int4", changes={"layers": 2}, alters="act-order"),
     "system": Model("llama", alters="system turn"),
+    "two stops": Model("mistral", precision="int8", changes={"layers": 2}, alters="two stops"),
     "int8 cache": Model("llama", cache="int8", alters="quiet values"),
     "int8 cache cuda": Model("llama", cache="int8", alters="quiet values", board="a100"),
     "video": Model("llama", changes=_VIDEO),

@@ -15,7 +15,10 @@ from tests.convert.verify import (
     faults_media,
     faults_quantized,
     faults_quantizer,
+    faults_reuse,
     faults_runtime,
+    faults_sampling,
+    faults_streaming,
     faults_tokenizer,
     faults_video,
     faults_vision,
@@ -36,6 +39,13 @@ FAULTS: tuple[Fault, ...] = (
     *faults_media.FAULTS,
     *faults_tokenizer.FAULTS,
 )
+
+LOOP_FAULTS: tuple[Fault, ...] = (
+    *faults_sampling.FAULTS,
+    *faults_streaming.FAULTS,
+    *faults_reuse.FAULTS,
+)
+"""Those that the stage ``loop`` finds; the tests run that stage alone."""
 
 
 def _rope_shifted(patch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -152,6 +153,32 @@ def _pictures_not_held(patch: _Patch) -> None:
 
 def _not_cleared(patch: _Patch) -> None:
     patch.setattr(Answerer, "forget", lambda self: None)
+
+
+def _replay_forgets_nothing(patch: _Patch) -> None:
+    """After given tokens the cache is thought to hold what it held before."""
+    real = Answerer.replay
+
+    def replay(self: Answerer, *given: Any) -> Any:
+        contents = copy.copy(self._contents)
+        found = real(self, *given)
+        self._contents = contents
+        return found
+
+    patch.setattr(Answerer, "replay", replay)
+
+
+def _held_afterwards(patch: _Patch) -> None:
+    """What goes in is written down once all of it is in."""
+    begin, hold = Answerer._begin, CacheContents.hold
+
+    def begun(self: Answerer, lowering: Any, *rest: Any) -> Any:
+        found = begin(self, lowering, *rest)
+        hold(self._contents, lowering.request)
+        return found
+
+    patch.setattr(CacheContents, "hold", lambda self, request: None)
+    patch.setattr(Answerer, "_begin", begun)
 
 
 def _reuse_always(patch: _Patch) -> None:
@@ -631,6 +658,8 @@ FAULTS = loop_faults(
     ("first prompt held", "only the first prompt is written down", _prompt_not_held),
     ("first pictures held", "only the first pictures are written down", _pictures_not_held),
     ("not forgotten", "what was to be forgotten is reused", _not_cleared),
+    ("replay forgets nothing", "given tokens leave the contents", _replay_forgets_nothing),
+    ("held afterwards", "a prompt is written down once it is in", _held_afterwards),
     ("reuse always", "reuse that was switched off", _reuse_always),
     ("reuse off", "nothing is reused", _begun(_reuse_off)),
     ("not rewound", "new positions come after old ones", _not_rewound),

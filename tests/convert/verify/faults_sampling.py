@@ -10,6 +10,7 @@ import pytest
 
 from llava_edge.runtime import answerer, sampling
 from llava_edge.runtime.best_logits import BestLogits
+from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.sampling import Sampler
 from llava_edge.runtime.session import Array
 from tests.convert.verify.fault import loop_faults
@@ -361,6 +362,30 @@ def _options_lost(**lost: Any) -> Callable[[_Patch], None]:
     return plant
 
 
+def _best_of_before(patch: _Patch) -> None:
+    """The graph's best logits are those of the step before."""
+    real = Decoder.step_best
+    kept: dict[int, BestLogits] = {}
+
+    def step(self: Decoder, row: Array) -> BestLogits:
+        found = real(self, row)
+        before = kept.get(id(self), found)
+        kept[id(self)] = BestLogits(found.values.copy(), found.ids.copy(), found.read_all)
+        return before
+
+    patch.setattr(Decoder, "step_best", step)
+
+
+def _best_shifted(patch: _Patch) -> None:
+    real = Decoder.step_best
+
+    def step(self: Decoder, row: Array) -> BestLogits:
+        found = real(self, row)
+        return BestLogits(found.values, np.roll(found.ids, 1), found.read_all)
+
+    patch.setattr(Decoder, "step_best", step)
+
+
 FAULTS = loop_faults(
     "sampling",
     ("top-p one too few", "top-p leaves the token out that passes it", _one_more(-1)),
@@ -419,4 +444,9 @@ FAULTS = loop_faults(
         "the penalty does not reach the sampler",
         _options_lost(repetition_penalty=1.0),
     ),
+) + loop_faults(
+    "sampling",
+    ("best of before", "a graph's best logits come one late", _best_of_before),
+    ("best shifted", "a graph's best ids are those of their neighbours", _best_shifted),
+    model="int8 cache cuda",
 )

@@ -17,7 +17,7 @@ from pathlib import Path
 from llava_edge.runtime.certificate import Certificate, StageResult
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.fault_models import FaultModels
-from tests.convert.verify.faults import EQUIVALENT, FAULTS
+from tests.convert.verify.faults import EQUIVALENT, FAULTS, LOOP_FAULTS
 from tests.convert.verify.faults_attributes import FAULTS as ATTRIBUTES
 from tests.convert.verify.realistic import REALISTIC_MODELS, realistic_faults
 
@@ -78,7 +78,8 @@ def _examined(ids: Sequence[str], realistic: bool) -> list[tuple[str, str, bool]
 
 
 def _faults(realistic: bool) -> tuple[Fault, ...]:
-    return realistic_faults() if realistic else (*FAULTS, *ATTRIBUTES, *EQUIVALENT)
+    whole = (*FAULTS, *ATTRIBUTES, *LOOP_FAULTS, *EQUIVALENT)
+    return realistic_faults() if realistic else whole
 
 
 def _row(fault: Fault, certificate: Certificate) -> tuple[str, bool]:

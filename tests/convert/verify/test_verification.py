@@ -175,7 +175,12 @@ def test_a_verified_artifact_passes_on_the_device_that_made_it(
     conversion, _ = converted(request_of("int8"))
 
     assert main(["verify", str(conversion.folder), "--on-device", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["passed"]
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["passed"]
+    here = [stage["metric"] for stage in document["stages"] if stage["name"] == "loop"]
+    issued = [row.metric for row in conversion.certificate.stages if row.name == "loop"]
+    assert sorted([*here, "differing_golden_cases"]) == sorted(issued)
+    assert len(here) == 7
 
 
 def test_golden_features_are_those_that_the_artifact_computes(
