@@ -120,6 +120,9 @@ def _jpeg() -> Iterator[PictureFile]:
     for number in range(1, 9):
         data = encoded(mosaic(), "JPEG", exif=oriented(number), **exact)
         yield PictureFile(f"JPEG, EXIF orientation {number}", data)
+    yield PictureFile(
+        "JPEG, EXIF of big-endian numbers", encoded(mosaic(), "JPEG", exif=_big_endian(6), **exact)
+    )
     # Every library of note computes the same inverse transform, to the bit.
     yield PictureFile("JPEG, textured", encoded(_textured(), "JPEG", **{**exact, "quality": 80}))
     yield PictureFile(
@@ -156,6 +159,8 @@ def _png() -> Iterator[PictureFile]:
     level = int(_grey()[0, 0])
     yield PictureFile("PNG, a clear grey", encoded(_grey(), "PNG", transparency=level))
     yield PictureFile("PNG, orientation 6 in XMP", _chunked(mosaic(), 8, 2, _xmp()))
+    older = _chunked(mosaic(), 8, 2, _raw_profile(_big_endian(8)))
+    yield PictureFile("PNG, EXIF in a text", older)
     frames = [Image.fromarray(mosaic(seed=each)) for each in (0, 5)]
     file = io.BytesIO()
     frames[0].save(file, "PNG", save_all=True, append_images=frames[1:], duration=100)
@@ -222,6 +227,9 @@ def _tiff() -> Iterator[PictureFile]:
     for number in (1, 6):
         data = encoded(mosaic(), "TIFF", exif=oriented(number))
         yield PictureFile(f"TIFF, orientation {number}", data)
+    shares = np.linspace(0, 1, _grey().size, dtype=np.float32).reshape(_grey().shape)
+    plain = encoded(np.rint(shares * 255.0).astype(np.uint8), "PNG")
+    yield PictureFile("TIFF, shares of white", encoded(shares, "TIFF"), scaled=plain)
 
 
 def _indexed(kind: str = "PNG", **options: Any) -> bytes:
@@ -235,6 +243,18 @@ def _indexed(kind: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def _big_endian(number: int) -> bytes:
+    """EXIF with nothing but an orientation, as cameras of that order write it."""
+    entry = struct.pack(">HHIHH", _ORIENTATION, 3, 1, number, 0)
+    return b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1) + entry + bytes(4)
+
+
+def _raw_profile(exif: bytes) -> bytes:
+    """EXIF as files had it before PNG knew any: a text of hexadecimal digits."""
+    text = f"\nexif\n{len(exif):8d}\n{exif.hex()}\n"
+    return _chunk(b"tEXt", b"Raw profile type exif\0" + text.encode())
 
 
 def _xmp() -> bytes:

@@ -63,6 +63,21 @@ def _of_bytes_only(patch: _Patch) -> None:
     patch.setattr(images, "_from_file", from_file)
 
 
+def _byte_order_ignored(patch: _Patch) -> None:
+    little = {mark: order for mark, order in image_file._BYTE_ORDERS.items() if order == "<"}
+    patch.setattr(image_file, "_BYTE_ORDERS", little)
+
+
+def _no_raw_profile(patch: _Patch) -> None:
+    real = images.orientation_of
+
+    def orientation(image: Any) -> Any:
+        image.info.pop("Raw profile type exif", None)
+        return real(image)
+
+    patch.setattr(images, "orientation_of", orientation)
+
+
 def _no_xmp(patch: _Patch) -> None:
     real = images.orientation_of
 
@@ -426,6 +441,10 @@ FAULTS: tuple[Fault, ...] = (
         _orientation_where(lambda image: image.format == "JPEG"),
     ),
     _picture("EXIF of bytes alone", "files on the disk are not rotated", _of_bytes_only, "int8"),
+    _picture(
+        "big-endian EXIF ignored", "only little-endian EXIF is read", _byte_order_ignored, "int8"
+    ),
+    _picture("EXIF in a text ignored", "older PNG files are not rotated", _no_raw_profile),
     _picture("XMP ignored", "an orientation in XMP alone is not seen", _no_xmp),
     _picture(
         "strips in order", "strips of a rotated picture stand in the wrong order", _strips_in_order
