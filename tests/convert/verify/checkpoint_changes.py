@@ -201,6 +201,7 @@ CHANGES: Mapping[str, Callable[[Path], Path]] = {
     "act-order": _act_order,
     "bf16": _bf16,
     "loud": _loud,
+    "loud, decided": lambda folder: _decided(_loud(folder)),
     "quiet values": _quiet_values,
     "original": _original,
     "decided": _decided,

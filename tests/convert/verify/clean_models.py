@@ -56,18 +56,21 @@ def clean_models(seed: int = 1) -> dict[str, Model]:
 
 
 def solved_models(seed: int = 1) -> dict[str, Model]:
-    """All backbones in all quantised forms, solved with GPTQ; one of each with loud channels."""
+    """All backbones in all quantised forms, solved with GPTQ, without and with loud channels.
+
+    Heads are decided: of random ones too many positions are too close to call.
+    """
     forms = {**FORMS, **FURTHER_FORMS}
     quantised = {name: form for name, form in forms.items() if form[1] != "fp16"}
     solved = {
         f"{backbone} {name} gptq": replace(
-            _model(backbone, form, seed=seed), quantizer="gptq", vision="fp16"
+            _model(backbone, form, seed=seed), quantizer="gptq", vision="fp16", alters="decided"
         )
         for backbone in BACKBONES
         for name, form in quantised.items()
     }
     loud = {
-        f"{name} loud": replace(model, alters="loud")
+        f"{name} loud": replace(model, alters="loud, decided")
         for name, model in solved.items()
         if model.board != "a100"
     }

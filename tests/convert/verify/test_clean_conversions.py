@@ -7,10 +7,17 @@ from collections.abc import Mapping
 import pytest
 
 from llava_edge.runtime.certificate import Certificate
-from tests.convert.verify.clean_models import CLEAN, RELEASED
+from tests.convert.verify.clean_models import CLEAN, RELEASED, solved_models
 from tests.convert.verify.fault_models import FaultModels, Model
 
-MODELS: Mapping[str, Model] = {**CLEAN, **RELEASED}
+SOLVED: Mapping[str, Model] = {
+    f"{name}, seed {seed}": model
+    for seed in range(10)
+    for name, model in solved_models(seed).items()
+}
+"""By GPTQ: three backbones, ten seeds, without and with loud channels."""
+MODELS: Mapping[str, Model] = {**CLEAN, **RELEASED, **SOLVED}
+SOLVED_IN_SHORT = "mistral int4 gptq, seed 0"
 IN_SHORT = "qwen2 fp16 336/14"
 """Of the released geometry; the others of it take their time."""
 
@@ -24,7 +31,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
     "name",
     [
         pytest.param(name, marks=pytest.mark.slow)
-        if name in RELEASED and name != IN_SHORT
+        if name in (*RELEASED, *SOLVED) and name not in (IN_SHORT, SOLVED_IN_SHORT)
         else name
         for name in MODELS
     ],

@@ -26,6 +26,7 @@ from llava_edge.runtime.bounds import bounds_for
 from llava_edge.runtime.certificate import StageResult
 from tests.convert.verify.fault_models import Made, Model
 from tests.convert.verify.faults_quantizer import WEIGHTS, Change
+from tests.convert.verify.print_bounds import furthest, table
 
 _SOLVED = {"vision": "fp16", "changes": {"layers": 2}, "quantizer": "gptq"}
 MODELS: Mapping[str, Model] = {
@@ -247,3 +248,18 @@ def test_the_folder_of_sketches_goes_with_them() -> None:
     del sketch
 
     assert not path.exists()
+
+
+def test_the_table_of_bounds_has_a_gap_between_sound_models_and_the_smallest_fault() -> None:
+    small = StageResult("quantized_layers", "output_error", 3.5, 1.5, "fail", "loss")
+    large = replace(small, value=24.0)
+    other = StageResult("quantized_layers", "output_error_of_row", 5.5, 5.0, "fail", "loss")
+    passed = replace(other, verdict="pass", value=400.0)
+
+    assert furthest([other, small, passed]) is small
+    assert furthest([passed]) is None
+    (_, _, line) = table([("noise", large), ("little noise", small)])
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[:2] == ["quantized_layers", "output_error"]
+    assert float(cells[2]) < float(cells[3]) < float(cells[4]) == 3.5
+    assert cells[5:] == ["little noise", "2"]
