@@ -7,7 +7,7 @@ transformers can load one; the file is written as that one is when the two diffe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from llava_edge.convert.sentencepiece_tokenizer import (
 from llava_edge.convert.text_files import read_object
 from llava_edge.convert.tokenizer_settings import (
     read_added_tokens,
+    read_special_tokens,
     read_tokenizer_config,
     refuse_foreign_class,
 )
@@ -240,7 +241,8 @@ def _from_sentencepiece(files: _Files) -> Backend:
     )
     backend = model.build(settings)
     model.compare(backend, settings)
-    _add_listed(backend, files)
+    # They are looked for in the text as it was written: a blank put in front is no part of them.
+    _add_listed(backend, replace(files, added={i: _raw(t) for i, t in files.added.items()}))
     # What the settings name, or turns of the family are written with, is control text as well
     # where the model file has it as an ordinary symbol.
     written = builtin_format(files.family).special_tokens if files.family else ()
@@ -262,7 +264,9 @@ def _listed_tokens(
 ) -> dict[int, AddedToken]:
     """Added tokens that stand beside the vocabulary, by id."""
     found: dict[int, AddedToken] = {}
-    named = set(special) | {*_contents(settings.get("additional_special_tokens"))}
+    named = set(special)
+    for source in (settings, read_special_tokens(folder)):
+        named |= {*_contents(source.get("additional_special_tokens"))}
     for content, index in read_added_tokens(folder).items():
         is_special = content in named or content in MARKS.values()
         found[index] = AddedToken(content, special=is_special, normalized=not is_special)
@@ -298,6 +302,17 @@ def _add_listed(backend: Backend, files: _Files) -> None:
             f"The added tokens contradict the vocabulary: {shorten(faults)}. Take all tokenizer "
             "files from one revision of the checkpoint."
         )
+
+
+def _raw(token: AddedToken) -> AddedToken:
+    return AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=False,
+        special=token.special,
+    )
 
 
 def _add(backend: Backend, token: AddedToken) -> None:

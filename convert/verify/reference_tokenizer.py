@@ -11,11 +11,12 @@ and bos comes first. Source: ``LlamaTokenizer`` and ``PreTrainedTokenizer.tokeni
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
+import tokenizers
 import transformers
 
 from llava_edge.convert.chat_template import special_tokens_map
@@ -26,8 +27,12 @@ from llava_edge.convert.sentencepiece_model import (
     USER_DEFINED,
     read_sentencepiece,
 )
-from llava_edge.convert.text_files import read_object
-from llava_edge.convert.tokenizer_settings import read_added_tokens, read_tokenizer_config
+from llava_edge.convert.text_files import read_object, read_text
+from llava_edge.convert.tokenizer_settings import (
+    read_added_tokens,
+    read_special_tokens,
+    read_tokenizer_config,
+)
 from llava_edge.convert.tokenizer_source import library_errors
 from llava_edge.convert.transformers_loader import load_tokenizer
 from llava_edge.convert.verify.tokenizer_definition import FLAGS, AddedEntry
@@ -112,6 +117,64 @@ class TransformersTokenizer:
         return list(backend.decode_batch([*map(list, sequences)], skip_special_tokens=False))
 
 
+class FileTokenizer:
+    """A ``tokenizer.json`` as it stands, with the tokens that other files list beside it.
+
+    See ``ReferenceTokenizer``. Where a checkpoint is no model of transformers, its classes may read
+    the file by rules of their own, which are not those that the model was trained with.
+
+    Args:
+        folder: the checkpoint; its files have been judged.
+        other: of the same checkpoint, for the names of tokens.
+    """
+
+    symbols: Mapping[str, int] = {}
+
+    def __init__(self, folder: Path, other: ReferenceTokenizer) -> None:
+        self.name = f"tokenizers {tokenizers.__version__}"
+        self.bos, self.eos = other.bos, other.eos
+        self.added, self.special = other.added, other.special
+        path = folder / "tokenizer.json"
+        with library_errors(f"{path} is no tokenizer"):
+            self._backend = tokenizers.Tokenizer.from_str(read_text(path))
+            listed = _listed_tokens(folder, read_tokenizer_config(folder))
+            for content, (index, flags) in sorted(listed.items(), key=lambda item: item[1][0]):
+                if self._backend.token_to_id(content) == index or index == self._size():
+                    special = index in other.special
+                    given = {k: v for k, v in flags.items() if k in FLAGS}
+                    given = {"special": special, "normalized": not special, **given}
+                    token = tokenizers.AddedToken(content, **given)
+                    add = self._backend.add_special_tokens if special else self._backend.add_tokens
+                    add([token])
+        self._backend.no_truncation()
+        self._backend.no_padding()
+
+    def definition(self) -> str:
+        """The ``tokenizer.json`` that it computes with."""
+        return str(self._backend.to_str())
+
+    def ids(self, text: str, *, adds_bos: bool = True) -> list[int]:
+        """See ``ReferenceTokenizer``."""
+        return list(self._backend.encode(text, add_special_tokens=adds_bos).ids)
+
+    def id_of(self, token: str) -> int | None:
+        """See ``ReferenceTokenizer``."""
+        found = self._backend.token_to_id(token)
+        return None if found is None else int(found)
+
+    def ids_of_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """See ``ReferenceTokenizer``."""
+        found = self._backend.encode_batch([*texts], add_special_tokens=False)
+        return [list(encoding.ids) for encoding in found]
+
+    def texts_of_ids(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """See ``ReferenceTokenizer``."""
+        return list(self._backend.decode_batch([*map(list, sequences)], skip_special_tokens=False))
+
+    def _size(self) -> int:
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+
 class SentencePieceTokenizer:
     """The sentencepiece library and a checkpoint's settings; see ``ReferenceTokenizer``.
 
@@ -175,8 +238,7 @@ class SentencePieceTokenizer:
             str(p.piece): i for i, p in enumerate(model.pieces) if p.type == USER_DEFINED
         }
         self._flags = {content: flags for content, (_, flags) in listed.items()}
-        more = settings.get("additional_special_tokens") or ()
-        control = {*named.values(), *marks, *MARKS.values(), *map(_content, more)}
+        control = {*named.values(), *marks, *_further_special(folder, settings)}
         self.entries: Mapping[int, AddedEntry] = {
             index: AddedEntry(content, _entry_flags(content, listed, control))
             for content, index in known.items()
@@ -311,19 +373,23 @@ def _listed_tokens(
     return found
 
 
-def _content(token: Any) -> str:
-    return str(token["content"] if isinstance(token, Mapping) else token)
+def _further_special(folder: Path, settings: Mapping[str, Any]) -> Iterator[str]:
+    """Contents that the files call special without a name of their own; marks of media as well."""
+    yield from MARKS.values()
+    for source in (settings, read_special_tokens(folder)):
+        for token in source.get("additional_special_tokens") or ():
+            yield str(token["content"] if isinstance(token, Mapping) else token)
 
 
 def _entry_flags(
     content: str, listed: Mapping[str, tuple[int, Mapping[str, Any]]], control: set[str]
 ) -> frozenset[str]:
-    """Flags of an added token: as its file says; else special where it is control text."""
+    """Flags of an added token: as its file says; else special where it is control text.
+
+    None is looked for in normalised text, whatever the file says: these tokens are cut out first.
+    """
     _, flags = listed.get(content, (0, {}))
     if flags:
-        special = bool(flags.get("special"))
-        said = {"normalized": not special, **flags}
-        return frozenset(flag for flag in FLAGS if said.get(flag))
-    if content in listed and content not in control:
-        return frozenset({"normalized"})
-    return frozenset({"special"})
+        return frozenset(flag for flag in FLAGS if flags.get(flag) and flag != "normalized")
+    ordinary = content in listed and content not in control
+    return frozenset() if ordinary else frozenset({"special"})

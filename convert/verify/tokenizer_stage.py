@@ -7,7 +7,9 @@ purpose is allowed by name: marks of media at the ids that config.json gives the
 tokens at ids that no file names. Then ids of drawn texts, and texts of all ids and of drawn
 sequences, whole and streamed, by the runtime's own tokenizer against the reference.
 
-Where references differ among themselves, these rules hold: blanks are not cleaned up after
+Where a checkpoint in the original layout brings a ``tokenizer.json``, and transformers' class reads
+it otherwise than it stands, the file decides. Where references differ among themselves, these rules
+hold: blanks are not cleaned up after
 decoding; control tokens are no part of an answer's text; a run of byte pieces that is no UTF-8
 becomes one placeholder a byte; one blank comes off the start of an answer, not several.
 """
@@ -20,12 +22,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer as Backend
-
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.text_files import read_object, read_text
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
 from llava_edge.convert.verify.reference_tokenizer import (
+    FileTokenizer,
     ReferenceTokenizer,
     SentencePieceTokenizer,
     TransformersTokenizer,
@@ -93,6 +94,9 @@ def tokenizer_stage(
     else:
         assert isinstance(theirs, TransformersTokenizer)
         want = Definition.parse(theirs.definition())
+        if checkpoint.layout == "original" and not _is_same_model(ours, want):
+            theirs = FileTokenizer(checkpoint.folder, theirs)
+            want = Definition.parse(theirs.definition())
         more, looked = _definition_faults(ours, want, artifact, checkpoint, theirs.name)
         faults += more
         pieces = want.pieces
@@ -174,23 +178,16 @@ def _definition_faults(
         faults += merge_faults(ours.merges, own.merges, own.name)
     faults += setting_faults(ours.settings, want.settings, whose)
     looked = f"as {whose}" if own is None else f"as {whose} and {own.name}"
-    differing = {
-        name: [*step_faults(name, ours.steps[name], want.steps[name], whose)]
-        for name in STEPS
-        if ours.steps[name] != want.steps[name]
-    }
-    if differing and checkpoint.layout == "original":
-        # The original code is no class of transformers: the file as it stands is right as well,
-        # if it gives the same ids, which the next rows say.
-        plain = _plain(checkpoint.folder)
-        kept = {n for n in differing if plain is not None and ours.steps[n] == plain.steps[n]}
-        looked += f"; {', '.join(sorted(kept))} as in tokenizer.json" * bool(kept)
-        differing = {name: found for name, found in differing.items() if name not in kept}
-    faults += [fault for found in differing.values() for fault in found]
+    for name in STEPS:
+        faults += step_faults(name, ours.steps[name], want.steps[name], whose)
     wanted = {**want.added, **_marks(artifact, checkpoint, want)}
     size = max(want.ids, default=-1) + 1
     faults += added_faults(less_fillers(ours.added, wanted, size), wanted, whose)
     return faults, looked
+
+
+def _is_same_model(ours: Definition, want: Definition) -> bool:
+    return ours.settings == want.settings and ours.steps == want.steps
 
 
 def _marks(artifact: Artifact, checkpoint: Checkpoint, want: Definition) -> dict[int, AddedEntry]:
@@ -230,12 +227,6 @@ def _stated(folder: Path) -> _Stated | None:
         merges = [line for line in lines if line.strip() and not line.startswith("#version")]
         return _Stated("vocab.json", json.loads(read_text(folder / "vocab.json")), pairs(merges))
     return None
-
-
-def _plain(folder: Path) -> Definition | None:
-    """The checkpoint's own ``tokenizer.json`` as the library reads it."""
-    path = folder / "tokenizer.json"
-    return Definition.parse(Backend.from_file(str(path)).to_str()) if path.is_file() else None
 
 
 class _Comparison:

@@ -192,6 +192,38 @@ def test_an_original_checkpoint_gets_an_image_token_behind_its_vocabulary(
     ]
 
 
+@pytest.mark.parametrize("name", ["unigram", "BPE, no dummy prefix"])
+def test_the_name_of_a_byte_in_a_text_is_no_byte(name: str, tmp_path: Path) -> None:
+    data = train(**MODELS[name])
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    backend = SentencePieceModel.open(tmp_path / "tokenizer.model").build(SentencePieceSettings())
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=data)
+
+    for text in ("<0x41>", "a<0x0A>b", "<0xFF><0x00>", "<0x4>", "<<0x41>>"):
+        assert backend.encode(text, add_special_tokens=False).ids == theirs.encode(text), text
+
+
+def test_listed_words_are_found_in_the_text_as_it_is_written(
+    bpe_model: bytes, tmp_path: Path
+) -> None:
+    size = size_of(bpe_model)
+    listed = {"<tool>": size, "<image>": size + 1, "<end>": size + 2}
+    write(
+        tmp_path,
+        {
+            "tokenizer.model": bpe_model,
+            "added_tokens.json": listed,
+            "special_tokens_map.json": {"additional_special_tokens": ["<end>"]},
+        },
+    )
+    _, backend = prepare(tmp_path, hub_config(size + 1))
+
+    # No blank stands before it, although one is put in front of each run of text.
+    assert size in backend.encode("a<tool>b").ids
+    flags = {i: token.special for i, token in backend.get_added_tokens_decoder().items()}
+    assert (flags[size], flags[size + 2]) == (False, True)
+
+
 def test_settings_of_the_checkpoint_are_honoured(bpe_model: bytes, tmp_path: Path) -> None:
     size = size_of(bpe_model)
     write(

@@ -208,5 +208,6 @@ CHANGES: Mapping[str, Callable[[Path], Path]] = {
     "realistic": _realistic,
     "no word": partial(_rigged, words=0),
     "one word": partial(_rigged, words=1),
+    "original bytes": lambda folder: _original(TOKENIZERS["byte fallback"](folder)),
     **{f"tokenizer {name}": change for name, change in TOKENIZERS.items()},
 }

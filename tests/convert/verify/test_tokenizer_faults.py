@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer as Backend
 
 from llava_edge.convert.tokenizer_files import prepare_tokenizer
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
@@ -15,10 +16,10 @@ from llava_edge.convert.verify.tokenizer_stage import tokenizer_stage
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.certificate import StageResult
 from tests.convert.verify.fault import Fault
-from tests.convert.verify.fault_models import MODELS, FaultModels, Made
+from tests.convert.verify.fault_models import MODELS, FaultModels, Made, Model
 from tests.convert.verify.faults_tokenizer import FAULTS, NAMED
 from tests.convert.verify.tamper import Tampered
-from tests.convert.verify.tokenizer_checkpoints import TOKENIZERS
+from tests.convert.verify.tokenizer_checkpoints import ROWS, TOKENIZERS
 
 KINDS = sorted({fault.model for fault in FAULTS})
 
@@ -114,3 +115,21 @@ def test_a_fault_of_the_tokenizer_is_found(fault: Fault, stage: Stage) -> None:
     rows = stage.examine(fault)
 
     assert "fail" in [row.verdict for row in rows], rows
+
+
+def test_in_the_original_layout_a_file_that_transformers_reads_otherwise_decides(
+    tmp_path: Path,
+) -> None:
+    model = Model("llama", changes={"layers": 1, "vocab_size": ROWS}, alters="original bytes")
+    made = FaultModels(tmp_path, {"original": model})["original"]
+    artifact = open_artifact(made.artifact, verify_digests=False)
+    reference = ReferenceProcessor(made.checkpoint, (), artifact.manifest.tokens.image)
+
+    rows = tokenizer_stage(artifact, made.checkpoint, reference)
+
+    assert [row.verdict for row in rows] == ["pass"] * 3, rows
+    assert "tokenizers" in rows[0].detail
+    assert artifact.manifest.source.layout == "original"
+    # What transformers makes of it is another tokenizer.
+    text = artifact.path(artifact.manifest.tokenizer).read_text("utf-8")
+    assert Backend.from_str(text).encode(" ").ids != reference.tokenizer.ids(" ")

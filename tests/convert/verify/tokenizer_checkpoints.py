@@ -27,7 +27,8 @@ QWEN_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 _WORDS = "the a of image what is this in describe detail USER INST don't naïve 日本 é 1234 38 cats"
 _TEMPLATE = (
     "{%- for m in messages -%}{{ m['role'].upper() + ': ' }}{%- for p in m['content'] -%}"
-    "{%- if p['type'] == 'image' -%}{{ '<image>\\n' }}{%- else -%}{{ p['text'] }}{%- endif -%}"
+    "{%- if p['type'] != 'text' -%}{{ '<' + p['type'] + '>\\n' }}"
+    "{%- else -%}{{ p['text'] }}{%- endif -%}"
     "{%- endfor -%}{{ ' ' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
 )
