@@ -139,6 +139,16 @@ class Reference:
         )
         self._answers: dict[str, ReferenceAnswer] = {}
 
+    @property
+    def models(self) -> list[tuple[StreamedModel, LinearSupply | None]]:
+        """With the artifact's weights and, where they differ, with the checkpoint's own."""
+        own = [] if self._original is None else [(self._original, self._own)]
+        return [(self.model, self.supply), *own]
+
+    def remembers(self, probe: Probe) -> bool:
+        """Whether it has answered a probe, and will not compute anew."""
+        return probe.name in self._answers
+
     def norm_scale(self, name: str) -> Array | None:
         """What the artifact divides a layer norm's output by; None for nothing."""
         if self.supply is None:
