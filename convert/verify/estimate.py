@@ -153,7 +153,8 @@ class _Estimate:
             seconds += _CACHE_RUNS * run
         part = (self._cut + self._head) / (self._layers + self._head)
         seconds += part * (_LOOP_RUNS * run + reads[0])
-        return seconds + _LOOP_RUNS * own_tower + towers[0]
+        # Features are kept for the second run, and the reference remembers its own.
+        return seconds + own_tower
 
     def _run_seconds(self, probe: _Probe) -> float:
         """The artifact's decoder, opened and run over a prompt and its forced tokens."""
