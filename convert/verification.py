@@ -6,6 +6,7 @@ An artifact that fails is kept aside with its report and does not take its place
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +15,16 @@ from llava_edge.convert.card import write_card
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.disk import write_atomic
 from llava_edge.convert.quality_check import QualityCheck
-from llava_edge.convert.verify.estimate import estimate_seconds
-from llava_edge.convert.verify.probes import probes_for
+from llava_edge.convert.verify.estimate import spoken
 from llava_edge.convert.verify.reference_answer import Reference
 from llava_edge.convert.verify.verifier import (
     QUICK_BYTES,
     Report,
     VerifyOptions,
     golden_probes,
+    open_reference,
     unverified,
+    verification_seconds,
     verify_artifact,
 )
 from llava_edge.convert.write_artifact import ArtifactWriter, write_certificate
@@ -30,7 +32,6 @@ from llava_edge.profiles.errors import LlavaEdgeError, VerificationError
 from llava_edge.runtime.artifact import Artifact, read_manifest
 from llava_edge.runtime.certificate import Certificate, Mode, Quality, StageResult
 from llava_edge.runtime.golden import GOLDEN_FILE, golden_bytes
-from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.manifest_check import CARD
 from llava_edge.runtime.opened_files import OpenedFiles
@@ -56,21 +57,20 @@ class Verification:
         self._report = report
         self._say = say
         self._reference: Reference | None = None
+        self._started = time.perf_counter()
 
     def add_golden(self, manifest: Manifest, writer: ArtifactWriter) -> None:
         """Add the golden probes as a part of the artifact, which so far has all but a manifest."""
         if self._mode == "none":
             return
-        anyres = ImageProcessor(manifest.image_processing).anyres
-        probes = probes_for(manifest, self._mode)
-        seconds = estimate_seconds(manifest.model, anyres, probes)
-        self._say(f"verifying ({self._mode}): about {_spoken(seconds)}")
 
         def build(folder: Path) -> None:
             listed = replace(manifest, files=dict(writer.files))
             artifact = Artifact(folder, listed, "", None, False, OpenedFiles(folder, listed.files))
             try:
-                probes, loop, self._reference = golden_probes(artifact, self._checkpoint)
+                self._announce(artifact)
+                assert self._reference is not None
+                probes, loop = golden_probes(artifact, self._reference)
             except (LlavaEdgeError, ValueError, RuntimeError) as error:
                 # Verifying will meet the same, and says at which stage.
                 self._say(f"note: no golden prompts were made: {error}")
@@ -79,6 +79,14 @@ class Verification:
             (folder / GOLDEN_FILE).write_bytes(golden_bytes(probes, listed, loop.to_json(), media))
 
         writer.part("golden", build)
+
+    def _announce(self, artifact: Artifact) -> None:
+        """Open the reference, and say how long it will take."""
+        self._started = time.perf_counter()
+        self._reference = open_reference(artifact, self._checkpoint)
+        options = VerifyOptions(self._mode, QUICK_BYTES)
+        seconds = verification_seconds(artifact, self._reference, options)
+        self._say(f"verifying ({self._mode}): {spoken(seconds)}")
 
     def certify(
         self,
@@ -107,10 +115,14 @@ class Verification:
             certificate = unverified(artifact)
         else:
             options = VerifyOptions(self._mode, QUICK_BYTES)
+            if self._reference is None:
+                self._announce(artifact)
             certificate = verify_artifact(
                 artifact, self._checkpoint, options, self._report, self._reference
             )
-            self._say(f"verified ({self._mode}): {verdict_line(certificate.stages)}")
+            took = spoken(time.perf_counter() - self._started).removeprefix("about ")
+            verdict = verdict_line(certificate.stages)
+            self._say(f"verified ({self._mode}) in {took}: {verdict}")
         what = f"the artifact does not do what {self._checkpoint.source_id} does"
         if quality is not None and certificate.verdict != "fail":
             certificate = _with_quality(certificate, *quality.compare(folder))
@@ -138,7 +150,3 @@ def _with_quality(certificate: Certificate, found: Quality, row: StageResult) ->
         verdict=verdict,
         passed=certificate.passed and verdict == "pass",
     )
-
-
-def _spoken(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

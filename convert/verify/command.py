@@ -21,7 +21,14 @@ from llava_edge.convert.checkpoint_source import resolve_source
 from llava_edge.convert.disk import refusal, write_atomic
 from llava_edge.convert.hub import fetch_checkpoint
 from llava_edge.convert.progress import StageBars
-from llava_edge.convert.verify.verifier import QUICK_BYTES, VerifyOptions, verify_artifact
+from llava_edge.convert.verify.estimate import spoken
+from llava_edge.convert.verify.verifier import (
+    QUICK_BYTES,
+    VerifyOptions,
+    open_reference,
+    verification_seconds,
+    verify_artifact,
+)
 from llava_edge.convert.write_artifact import write_certificate
 from llava_edge.profiles.device_name import parse_device
 from llava_edge.profiles.errors import ArtifactError, ExportError, RequestError, shorten
@@ -77,12 +84,11 @@ def main_against(options: argparse.Namespace, artifact: Artifact) -> int:
                 "and revision."
             )
         _require_settings(artifact, folder, setting_digests(found))
-        certificate = verify_artifact(
-            artifact,
-            checkpoint,
-            VerifyOptions(options.mode, QUICK_BYTES, options.threads),
-            bars,
-        )
+        how = VerifyOptions(options.mode, QUICK_BYTES, options.threads)
+        reference = open_reference(artifact, checkpoint)
+        seconds = verification_seconds(artifact, reference, how)
+        bars.say(f"verifying ({options.mode}): {spoken(seconds)}")
+        certificate = verify_artifact(artifact, checkpoint, how, bars, reference)
         files.check()
     certificate = _keep_quality(artifact, certificate)
     print(stage_table(certificate.stages), file=sys.stderr)

@@ -1,52 +1,210 @@
-"""Estimate: about how long verifying will take, said before it starts."""
+"""Estimate: about how long verifying will take, from parts of it that are run beforehand.
+
+One decoder layer of the reference, one of the artifact and both towers are run on this machine as
+it is now, with whatever else it does; what a probe needs is so many of them. Rates that were
+measured elsewhere say little: kernels, precision and the reading of weights decide, and all of them
+are in what is run here.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
+import numpy as np
 import torch
 
-from llava_edge.convert.verify.probes import NUM_STEPS, Probe
-from llava_edge.profiles.anyres import AnyRes
-from llava_edge.profiles.buffers import video_tokens_per_frame
-from llava_edge.profiles.model_dims import ModelDims
-from llava_edge.profiles.parameters import decoder_matrices, vision_parameters
+from llava_edge.convert.torch_threads import allowed_torch_threads
+from llava_edge.convert.verify.probes import NUM_STEPS, Probe, asked_again
+from llava_edge.convert.verify.reference_answer import Positions, Reference
+from llava_edge.convert.verify.streamed_model import StreamedModel
+from llava_edge.convert.verify.subject import Subject
+from llava_edge.runtime.bounds import bounds_for
+from llava_edge.runtime.certificate import Mode
+from llava_edge.runtime.process import configure_process
 
-_SIDE = 1024
-_TEXT_TOKENS = 48
-_PASSES = 3
-"""The reference by the artifact's weights, by the checkpoint's, and the artifact itself."""
-_OVERHEAD_SECONDS = 5.0
-_BYTES_PER_SECOND = 1e9
-"""Reading and converting weights, for every pass of every probe."""
-
-
-def estimate_seconds(dims: ModelDims, anyres: AnyRes, probes: Sequence[Probe]) -> float:
-    """Seconds of verifying with some probes, from this machine's rate on one matrix product."""
-    rate = _measured_rate()
-    tokens = tiles = 0
-    for probe in probes:
-        tokens += _TEXT_TOKENS + NUM_STEPS
-        for image in probe.images:
-            layout = anyres.layout(image.height, image.width)
-            tokens += layout.num_image_tokens
-            tiles += layout.num_tiles
-        tokens += len(probe.video) * video_tokens_per_frame(dims.vision)
-        tiles += len(probe.video)
-    body = sum(m.rows * m.columns * m.count for m in decoder_matrices(dims.text))
-    vision = vision_parameters(dims.vision, dims.vision.num_blocks_used)
-    work = 2.0 * (tokens * body + tiles * dims.vision.num_patches * vision)
-    reading = len(probes) * 2.0 * body / _BYTES_PER_SECOND
-    return _OVERHEAD_SECONDS + _PASSES * (work / rate + reading)
+_FIXED_SECONDS = 1.0
+"""Text, pixels and packing: the same for a model of any size."""
+_PROCESS_SECONDS = 2.0
+"""A fresh process, until it loads the artifact."""
+_WEIGHT_PASSES = 1.0
+"""The stage of weights, over one reading of all weights by the reference."""
+_CACHE_RUNS = 5
+"""Runs of the decoder in the stage of an int8 cache: three layer by layer, two as a whole."""
+_LOOP_RUNS = 2
+"""Runs of the decoder in the loop: an answer, and the same answer forced."""
+_FEW, _MANY, _STEPS = 32, 256, 8
+"""Positions of a run of one layer: two numbers, so that beginning and positions come apart."""
+_REPEATS, _ENOUGH_SECONDS = 5, 0.05
 
 
-def _measured_rate() -> float:
-    """Float operations a second of a matrix product on this machine."""
-    left, right = torch.ones(_SIDE, _SIDE), torch.ones(_SIDE, _SIDE)
-    best = float("inf")
-    for _ in range(3):
+@dataclass(frozen=True)
+class _Line:
+    """Seconds of what is begun once and then done for every position."""
+
+    begin: float = 0.0
+    each: float = 0.0
+
+    @classmethod
+    def through(cls, run: Callable[[int], object]) -> _Line:
+        """The line through two runs."""
+        few, many = _seconds(lambda: run(_FEW)), _seconds(lambda: run(_MANY))
+        each = max(0.0, many - few) / (_MANY - _FEW)
+        return cls(max(0.0, few - each * _FEW), each)
+
+    def of(self, positions: float) -> float:
+        """Seconds for so many positions."""
+        return self.begin + self.each * positions
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """What one probe asks for, and whether the reference has answered it before."""
+
+    tokens: int
+    tiles: int
+    is_remembered: bool
+    is_asked_again: bool
+
+
+class _Estimate:
+    """One artifact; measures when it is made."""
+
+    def __init__(
+        self, subject: Subject, reference: Reference, probes: Sequence[Probe], mode: Mode
+    ) -> None:
+        manifest, text = subject.artifact.manifest, subject.dims.text
+        self._layers = text.num_hidden_layers
+        self._has_codes = manifest.decoder_int8_cache is not None
+        self._has_process = mode == "full" and manifest.flavour == "cpu"
+        self._is_half = subject.dtype is np.float16
+        bounds = bounds_for(manifest.flavour, manifest.precision)
+        self._by_layer = bounds.compares_layers
+        self._cut = self._layers if subject.is_whole else subject.layers_beside_head
+        layer = text.hidden_size * (
+            2 * text.query_size + 2 * text.key_value_size + 3 * text.intermediate_size
+        )
+        # The head is a linear layer too, and read as those of the layers are.
+        self._head = text.vocab_size * text.hidden_size / layer
+        self._probes = []
+        again = asked_again(probes)
+        for probe in probes:
+            inputs = reference.inputs(probe)
+            frames = 0 if inputs.frame_pixels is None else len(inputs.frame_pixels)
+            tiles = sum(len(each) for each in inputs.pixel_values) + frames
+            self._probes.append(
+                _Probe(len(inputs.ids), tiles, reference.remembers(probe), probe in again)
+            )
+        self._measure(subject, reference, probes)
+
+    def _measure(self, subject: Subject, reference: Reference, probes: Sequence[Probe]) -> None:
+        hidden = subject.dims.text.hidden_size
+        rows = np.random.default_rng(0).normal(0, 1, (_MANY + _STEPS, hidden)).astype(np.float32)
+        given = torch.from_numpy(rows)
+        pictured = next(probe for probe in probes if probe.images)
+        inputs, request = reference.inputs(pictured), subject.request(pictured)
+        tiles = sum(len(each) for each in inputs.pixel_values)
+        (model, supply), *own = reference.models
+        model.use(supply)
+        first = partial(_first_layer, model, given)
+        # The first run of all prepares what later ones find.
+        first(1)
+        self._reads = [_Line.through(first)]
+        self._towers = [_seconds(partial(model.embed, inputs)) / tiles]
+        for other, weights in own:
+            # The same arithmetic over other weights: only reading them differs.
+            other.use(weights)
+            begin = _seconds(partial(_first_layer, other, given, _FEW)) - self._reads[0].each * _FEW
+            self._reads.append(replace(self._reads[0], begin=max(0.0, begin)))
+            self._towers *= 2
+
+        def run(prompt: int, steps: int = 0) -> object:
+            positions = Positions(prompt, steps, prompt, 0)
+            return subject.layer(0, rows[: positions.total], positions)
+
+        run(1)
+        self._run = _Line.through(run)
+        stepped = _seconds(lambda: run(_FEW, _STEPS)) - _seconds(lambda: run(_FEW))
+        self._step = max(0.0, stepped) / _STEPS
+        self._tower = _seconds(lambda: subject.embed(request)) / tiles
+
+    def seconds(self) -> float:
+        """Of all stages."""
+        reading = sum(line.begin for line in self._reads)
+        seconds = _FIXED_SECONDS + _WEIGHT_PASSES * self._layers * reading
+        if self._has_process:
+            seconds += _PROCESS_SECONDS + max(map(self._run_seconds, self._probes))
+        return seconds + sum(map(self._of_probe, self._probes))
+
+    def _of_probe(self, probe: _Probe) -> float:
+        reads = [self._read(line, probe.tokens) for line in self._reads]
+        towers = [tower * probe.tiles for tower in self._towers]
+        own_tower, run = self._tower * probe.tiles, self._run_seconds(probe)
+        seconds = run + own_tower * (2 if self._is_half else 1)
+        if not probe.is_remembered:
+            seconds += sum(reads) + sum(towers)
+        if not probe.is_asked_again:
+            return seconds
+        if self._by_layer:
+            seconds += reads[0] + run
+        if self._has_codes:
+            seconds += _CACHE_RUNS * run
+        part = (self._cut + self._head) / (self._layers + self._head)
+        seconds += part * (_LOOP_RUNS * run + reads[0])
+        # Features are kept for the second run, and the reference remembers its own.
+        return seconds + own_tower
+
+    def _run_seconds(self, probe: _Probe) -> float:
+        """The artifact's decoder, opened and run over a prompt and its forced tokens."""
+        positions = self._run.each * probe.tokens + self._step * NUM_STEPS
+        return (self._layers + self._head) * self._run.begin + self._layers * positions
+
+    def _read(self, line: _Line, prompt: int) -> float:
+        """The reference over a prompt and its forced tokens, whose logits it gives."""
+        kept = 2 * NUM_STEPS
+        return self._layers * line.of(prompt + NUM_STEPS) + self._head * line.of(kept)
+
+
+@allowed_torch_threads()
+def estimate_seconds(
+    subject: Subject, reference: Reference, probes: Sequence[Probe], mode: Mode
+) -> float | None:
+    """Seconds of verifying, the reference's answers included as far as it does not remember them.
+
+    Args:
+        subject: the artifact, in the memory that it will be run in.
+        reference: of the artifact.
+        probes: all that will be asked.
+        mode: ``full`` has a fresh process answer as well.
+
+    Returns:
+        None for an artifact that does not run; verifying it says why.
+    """
+    configure_process()
+    try:
+        return _Estimate(subject, reference, probes, mode).seconds()
+    except Exception:
+        return None
+
+
+def spoken(seconds: float | None) -> str:
+    """``83 s``, ``12 min``, or that it is not known."""
+    if seconds is None:
+        return "for how long cannot be told"
+    return f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.0f} min"
+
+
+def _first_layer(model: StreamedModel, rows: torch.Tensor, count: int) -> torch.Tensor:
+    return model.layer(0, rows[:count])
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Of one run: the middle of several, where they are short and the first warms caches."""
+    found: list[float] = []
+    while len(found) < _REPEATS and sum(found) < _ENOUGH_SECONDS:
         started = time.perf_counter()
-        torch.mm(left, right)
-        best = min(best, time.perf_counter() - started)
-    return 2.0 * _SIDE**3 / max(best, 1e-6)
+        run()
+        found.append(time.perf_counter() - started)
+    return sorted(found)[len(found) // 2]

@@ -36,6 +36,8 @@ from llava_edge.runtime.prompt_date import COMPARED_NOW
 from llava_edge.runtime.request import VideoInput
 from llava_edge.runtime.token_comparison import MIN_POSITIONS, TokenComparison
 
+_FEATURE_BYTES = 128 << 20
+
 
 def greedy_tokens(
     subject: Subject,
@@ -75,6 +77,8 @@ def greedy_tokens(
             context_tokens=context,
             cache=manifest.precision.computes,
             prefix_reuse=False,
+            # The same pictures are asked about twice.
+            vision_cache_bytes=_FEATURE_BYTES,
         ) as model,
     ):
         for probe in probes:

@@ -83,6 +83,11 @@ def probes_for(manifest: Manifest, mode: Mode) -> tuple[Probe, ...]:
     )
 
 
+def asked_again(probes: Sequence[Probe]) -> tuple[Probe, ...]:
+    """Those that are asked layer by layer, for whole answers and as golden prompts as well."""
+    return (*probes[:2], *(probe for probe in probes[2:] if probe.name == VIDEO))
+
+
 def draw_probes(
     anyres: AnyRes, mode: Mode, context_tokens: int, max_frames: int = 0
 ) -> tuple[Probe, ...]:

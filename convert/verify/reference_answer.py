@@ -153,6 +153,16 @@ class Reference:
         anyres = ImageProcessor(self._manifest.image_processing).anyres
         return MediaReference(self._manifest, anyres, self)
 
+    @property
+    def models(self) -> list[tuple[StreamedModel, LinearSupply | None]]:
+        """With the artifact's weights and, where they differ, with the checkpoint's own."""
+        own = [] if self._original is None else [(self._original, self._own)]
+        return [(self.model, self.supply), *own]
+
+    def remembers(self, probe: Probe) -> bool:
+        """Whether it has answered a probe, and will not compute anew."""
+        return probe.name in self._answers
+
     def norm_scale(self, name: str) -> Array | None:
         """What the artifact divides a layer norm's output by; None for nothing."""
         if self.supply is None:
@@ -273,7 +283,20 @@ class Reference:
         forced = np.asarray(tokens, np.int64)
         first = len(inputs.ids) - 1
         kept = range(first, first + 1 + len(forced))
-        return self._model_logits(self.model, self.supply, inputs, forced, kept, layers)[2]
+        self.model.use(self.supply)
+        prompt = self._remembered_rows(inputs)
+        if prompt is None:
+            _, prompt = self.model.embed(inputs)
+        rows = torch.cat([prompt, self.model.token_rows(torch.from_numpy(forced))])
+        found: Array = self.model.decode(rows, kept, layers).numpy()
+        return found
+
+    def _remembered_rows(self, inputs: ReferenceInputs) -> torch.Tensor | None:
+        """Embeddings of a prompt that was answered before: the tower need not run again."""
+        for answer in self._answers.values():
+            if answer.inputs.equals(inputs):
+                return torch.from_numpy(answer.embeddings[: len(inputs.ids)])
+        return None
 
     def answer_ids(self, text: str) -> list[int]:
         """Ids of an answer, without what the tokenizer puts before a prompt."""
@@ -320,12 +343,11 @@ class Reference:
         inputs: ReferenceInputs,
         forced: Array,
         kept: range,
-        layers: int | None = None,
     ) -> tuple[Array, Array, Array]:
         model.use(supply)
         features, prompt = model.embed(inputs)
         embeddings = torch.cat([prompt, model.token_rows(torch.from_numpy(forced))])
-        logits: Any = model.decode(embeddings, kept, layers).numpy()
+        logits: Any = model.decode(embeddings, kept).numpy()
         return features.numpy(), embeddings.numpy(), logits
 
 

@@ -64,6 +64,19 @@ class ReferenceInputs:
     image_sizes: tuple[tuple[int, int], ...]
     frame_pixels: torch.Tensor | None = None
 
+    def equals(self, other: ReferenceInputs) -> bool:
+        """Whether both are the same prompt, to the last pixel."""
+        mine, theirs = (
+            [
+                each.ids,
+                *each.pixel_values,
+                *([] if each.frame_pixels is None else [each.frame_pixels]),
+            ]
+            for each in (self, other)
+        )
+        sizes = (self.image_sizes, len(mine)) == (other.image_sizes, len(theirs))
+        return sizes and all(map(torch.equal, mine, theirs))
+
 
 class StreamedModel:
     """The reference for one checkpoint, in float32 on the CPU.

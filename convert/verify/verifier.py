@@ -16,6 +16,7 @@ from llava_edge.convert.torch_threads import allowed_torch_threads
 from llava_edge.convert.verify.answer_stages import AnswerStages
 from llava_edge.convert.verify.cache_stage import CacheStage
 from llava_edge.convert.verify.deviation import first_decoder_deviation, first_vision_deviation
+from llava_edge.convert.verify.estimate import estimate_seconds
 from llava_edge.convert.verify.golden_stage import golden_stage
 from llava_edge.convert.verify.golden_writer import golden_probe
 from llava_edge.convert.verify.graph_view import MissingNodeError
@@ -28,7 +29,7 @@ from llava_edge.convert.verify.media_stage import media_stage
 from llava_edge.convert.verify.memory_stage import memory_stage
 from llava_edge.convert.verify.packing_stage import packing_stage
 from llava_edge.convert.verify.pixel_stage import pixel_stage
-from llava_edge.convert.verify.probes import VIDEO, Probe, probes_for
+from llava_edge.convert.verify.probes import Probe, asked_again, probes_for
 from llava_edge.convert.verify.prompt_stage import prompt_stage
 from llava_edge.convert.verify.quantized_layers import RoundedWeights, SolvedLayers
 from llava_edge.convert.verify.reference_answer import Reference
@@ -113,8 +114,7 @@ class Verifier:
         self.bounds: Bounds = bounds_for(manifest.flavour, manifest.precision)
         self.reference = reference or open_reference(artifact, checkpoint)
         self.probes = probes_for(manifest, options.mode)
-        # These are asked again: layer by layer, for whole answers and for the golden prompts.
-        self.main = (*self.probes[:2], *(p for p in self.probes[2:] if p.name == VIDEO))
+        self.main = asked_again(self.probes)
         self._report = report
         self._stages: list[StageResult] = []
         self._done = 0
@@ -310,16 +310,23 @@ def open_reference(artifact: Artifact, checkpoint: Checkpoint) -> Reference:
     return Reference(artifact, checkpoint, supply)
 
 
-def golden_probes(
-    artifact: Artifact, checkpoint: Checkpoint
-) -> tuple[list[GoldenProbe], GoldenLoop, Reference]:
-    """Golden probes and cases of the loop, and the reference that remembers its answers."""
+def golden_probes(artifact: Artifact, reference: Reference) -> tuple[list[GoldenProbe], GoldenLoop]:
+    """Golden probes for an artifact and cases of the loop; the reference remembers its answers."""
     configure_process()
-    reference = open_reference(artifact, checkpoint)
     probes = probes_for(artifact.manifest, "quick")
     reference.render_ahead(probes)
     made = [golden_probe(reference.answer(p, remember=True)) for p in probes]
-    return made, golden_loop(artifact, reference), reference
+    return made, golden_loop(artifact, reference)
+
+
+def verification_seconds(
+    artifact: Artifact, reference: Reference, options: VerifyOptions
+) -> float | None:
+    """About how long verifying will take; see ``estimate_seconds``."""
+    budget = None if options.mode == "full" else options.memory_bytes
+    with Subject(artifact, budget, options.threads) as subject:
+        probes = probes_for(artifact.manifest, options.mode)
+        return estimate_seconds(subject, reference, probes, options.mode)
 
 
 @allowed_torch_threads()

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from llava_edge.convert.verify.greedy_stage import greedy_tokens
 from llava_edge.convert.verify.loop_cut import LoopCut, loop_cut
 from llava_edge.convert.verify.probes import probes_for
 from llava_edge.convert.verify.reference_answer import Reference
+from llava_edge.convert.verify.streamed_model import StreamedModel
 from llava_edge.convert.verify.subject import Subject
 from llava_edge.convert.verify.verifier import VerifyOptions, open_reference, verify_artifact
 from llava_edge.profiles.errors import OutOfMemoryError
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact import open_artifact
+from llava_edge.runtime.bounds import bounds_for
 from llava_edge.runtime.certificate import Certificate, StageResult
 from llava_edge.runtime.graph_check import graph_faults
 from llava_edge.runtime.interface_check import check_interfaces
 from llava_edge.runtime.onnx_header import read_onnx_header
 from llava_edge.runtime.progress import no_progress
+from llava_edge.runtime.session import Array
+from llava_edge.runtime.vision import VisionEncoder
 from tests.convert.verify.fault_models import FaultModels, Made
 from tests.convert.verify.faults_runtime import FAULTS
 
@@ -158,3 +164,30 @@ def test_without_memory_for_a_cut_the_certificate_says_that_the_loop_was_not_run
     assert loop_row(small).detail == ("the loop was not run: 3 GiB are free; 4 GiB are needed")
     # Where the model fits, not to run it is a fault.
     assert whole.verdict == "fail"
+
+
+def test_the_loop_runs_each_tower_once_a_picture(
+    models: FaultModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a model of the released size towers are half of the time."""
+    artifact = open_artifact(models["qwen2"].artifact, verify_digests=False)
+    reference = models["qwen2"].reference("quick")
+    probes = probes_for(artifact.manifest, "quick")
+    tiles: list[int] = []
+    real = VisionEncoder.encode
+
+    def encode(self: VisionEncoder, pixels: Array, *rest: Any) -> None:
+        tiles.append(len(pixels))
+        real(self, pixels, *rest)
+
+    def embed(*_: object) -> None:
+        raise AssertionError("the reference remembers these prompts")
+
+    monkeypatch.setattr(VisionEncoder, "encode", encode)
+    monkeypatch.setattr(StreamedModel, "embed", embed)
+    bounds = bounds_for(artifact.manifest.flavour, artifact.manifest.precision)
+    with Subject(artifact, _BYTES, threads=1) as subject:
+        _, row = greedy_tokens(subject, probes, reference, bounds, threads=1)
+
+    assert row.verdict == "pass"
+    assert sum(tiles) == sum(len(each) for p in probes for each in reference.inputs(p).pixel_values)
