@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from llava_edge.convert.verify.graph_weights import GraphCodes
 from llava_edge.convert.verify.reference_rounding import Grid
 from llava_edge.runtime.manifest import Manifest
 
+Array = np.ndarray[Any, np.dtype[Any]]
+
 _HEAD = "lm_head"
 _PER_CHANNEL = -1
+_HEAD_GROUPS = (128, 64, 32)
 
 
 @dataclass(frozen=True)
@@ -63,15 +68,26 @@ class QuantizedForm:
     def grid(self, codes: GraphCodes, name: str) -> Grid:
         """What the codes of a layer may be.
 
-        An operator with blocks holds a scale for a whole row repeated, so that only the record
-        tells it from groups.
+        An operator with smaller blocks holds the scale of a group or a row repeated, so that only
+        the record tells it from groups. The head has one scale a row where the body has, or the
+        largest group that divides its inputs.
         """
-        num_columns = codes.codes.shape[1]
-        repeated = codes.scales.shape[1] > 1 and bool((codes.scales == codes.scales[:, :1]).all())
-        whole = repeated and self.group_size == _PER_CHANNEL
+        num_columns, block = codes.codes.shape[1], codes.block_size
+        groups = [num_columns if self.group_size == _PER_CHANNEL else self.group_size]
+        if name == _HEAD:
+            groups += [size for size in _HEAD_GROUPS if num_columns % size == 0][:1]
+        repeated = (size for size in groups if _repeats(codes.scales, -(-size // block)))
+        group = next(repeated, min(block, num_columns))
         reduced = self.reduces_range and codes.bits == 8 and name != _HEAD
-        group = num_columns if whole else min(codes.block_size, num_columns)
         return Grid(codes.bits - reduced, group)
+
+
+def _repeats(scales: Array, count: int) -> bool:
+    """Whether scales [N, blocks] are the same in each run of some neighbouring blocks."""
+    if count < 2 or scales.shape[1] % count:
+        return False
+    grouped = scales.reshape(len(scales), -1, count)
+    return bool((grouped == grouped[:, :, :1]).all())
 
 
 def _linears(facts: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
