@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llava_edge.convert.card import write_card
+from llava_edge.profiles.formats import Int8Route
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.certificate import Certificate, Deviation, StageResult
 from llava_edge.runtime.manifest import Manifest
@@ -106,3 +107,24 @@ def test_a_loss_that_was_not_measured_is_not_claimed(
     chosen = int4(manifest) if quantised else manifest
     card = write_card(chosen, 1, make_certificate(stages=(GAP,)))
     assert re.search(words, card)
+
+
+@pytest.mark.parametrize(
+    ("precision", "route", "told"),
+    [
+        ("int8", "two-term", "activations in two 8-bit codes each, one scale a row"),
+        ("int8", "integer", "coarse where a row has outliers"),
+        ("int8", "nbits", "one scale a block of columns"),
+        ("int4", "nbits", "one scale a block of columns"),
+    ],
+)
+def test_it_says_how_activations_are_rounded(
+    manifest: Manifest, precision: str, route: Int8Route, told: str
+) -> None:
+    stored = dataclasses.replace(manifest.precision, language_model=precision, int8_route=route)
+
+    assert told in write_card(dataclasses.replace(manifest, precision=stored), 1 << 20)
+
+
+def test_floats_are_not_said_to_be_rounded(manifest: Manifest) -> None:
+    assert "activations" not in write_card(manifest, 1 << 20)

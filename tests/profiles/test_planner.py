@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 from llava_edge.profiles.distributed import Parallelism, parallelisms
 from llava_edge.profiles.errors import BudgetError, RequestError
-from llava_edge.profiles.hardware import HardwareProfile, load_profile, parse_profile, profile_names
+from llava_edge.profiles.hardware import (
+    HardwareProfile,
+    Int8Isa,
+    load_profile,
+    parse_profile,
+    profile_names,
+)
 from llava_edge.profiles.plan import DeploymentPlan
 from llava_edge.profiles.planner import (
     CONTEXT_STEP,
@@ -595,3 +601,24 @@ def test_plans_of_before_there_was_a_choice_have_a_tower_in_float() -> None:
     document = shipped("cpu-16gb").to_json()
     del document["vision_precision"]
     assert DeploymentPlan.from_json(document).vision_precision == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("isa", "precision", "told"),
+    [
+        ("vnni", "int8", "two 8-bit codes each"),
+        ("none", "int8", "one scale a block of columns"),
+        ("vnni", "int4", "one scale a block of columns"),
+        ("vnni", "fp16", None),
+    ],
+)
+def test_the_plan_tells_how_activations_are_rounded(
+    isa: Int8Isa, precision: str, told: str | None
+) -> None:
+    board = replace(load_profile("cpu-32gb"), int8_isa=isa)
+
+    notes = plan_deployment(board, PlanRequest(precision=precision)).notes
+
+    found = [note for note in notes if "activations" in note]
+    assert len(found) == (told is not None)
+    assert told is None or told in found[0]
