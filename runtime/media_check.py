@@ -102,6 +102,17 @@ class MediaReader:
                     found.append(f"{file.name} has other pixels")
         return found
 
+    def frames_fault(self, files: Sequence[bytes], num_frames: int, digest: str) -> list[str]:
+        """As ``faults``, of a video that is given as a list of picture files."""
+        found: list[str] = []
+        name = "a list of frames"
+        with _noted(name, found):
+            frames = [self._given(data) if i % 2 else data for i, data in enumerate(files)]
+            made = self._builders[False].prepare_video(VideoInput(frames, num_frames))
+            if pixel_digest([made.frame_pixels]) != digest:
+                found.append(f"{name} has other pixels")
+        return found
+
     def request(self, chat: GoldenChat) -> Request:
         """The prompt of a conversation's last turn, with pixels.
 

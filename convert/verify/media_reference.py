@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 _FEATURE_NUMBERS = 32768
 """Features kept of a conversation; 128 KiB."""
+_TURNED = frozenset(f"JPEG, EXIF orientation {number}" for number in (5, 6, 7, 8))
 _ANY_TILE = 4
 """A tile that is looked at whichever picture it belongs to: the fifth."""
 
@@ -89,6 +90,21 @@ class MediaReference:
             stored = golden_clip(clip)
             found.append(GoldenFile(clip.name, stored, self._frames_digest(stored, clip)))
         return tuple(found)
+
+    @cached_property
+    def listed(self) -> tuple[tuple[bytes, ...], int, str]:
+        """A video as a list of picture files: content, frames to look at, digest; for none empty.
+
+        All of them stand upright after a quarter turn, and have one size then.
+        """
+        video = self._manifest.video_processing
+        if video is None:
+            return (), 0, ""
+        files = tuple(f.data for f in picture_files() if f.name in _TURNED)
+        count = min(video.max_frames, len(files) - 1)
+        chosen = [files[i * len(files) // count] for i in range(count)]
+        pictures = [Image.fromarray(read_picture(data)) for data in chosen]
+        return files, count, pixel_digest([self._reference.processor.frames(pictures).numpy()])
 
     def digest(self, file: GoldenFile) -> str:
         """What the reference makes of the content of a file of one of these names."""

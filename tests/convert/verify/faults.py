@@ -30,6 +30,7 @@ FAULTS: tuple[Fault, ...] = (
     *faults_video.FAULTS,
     *faults_cache.FAULTS,
     *faults_media.FAULTS,
+    *faults_media.AT_VERIFICATION,
 )
 
 

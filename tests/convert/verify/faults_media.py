@@ -352,6 +352,18 @@ def _rounded_linspace(patch: _Patch) -> None:
     patch.setattr(request_builder, "choose_frames", choose)
 
 
+def _listed_as_stored(patch: _Patch) -> None:
+    """Frames that are picture files are not rotated."""
+    real = video_reader.open_image
+
+    def opened(source: Any, limits: Any) -> Any:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(images, "orientation_of", lambda _: None)
+            return real(source, limits)
+
+    patch.setattr(video_reader, "open_image", opened)
+
+
 def _fewer_by_default(patch: _Patch) -> None:
     real = RequestBuilder._most_frames
 
@@ -529,3 +541,12 @@ FAULTS: tuple[Fault, ...] = (
     _video("frames bilinear", "frames are resized bilinearly", _bilinear),
     _video("frames cut off the middle", "a pixel to the right of it", _cut_off_middle),
 )
+
+AT_VERIFICATION: tuple[Fault, ...] = (
+    _video(
+        "listed frames as stored",
+        "frames that are picture files are not rotated",
+        _listed_as_stored,
+    ),
+)
+"""Not looked at on a device: lists of frames are, and picture files, each by themselves."""
