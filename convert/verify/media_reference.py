@@ -38,14 +38,8 @@ from llava_edge.runtime.golden_media import (
     GoldenTurn,
 )
 from llava_edge.runtime.manifest import Manifest
-from llava_edge.runtime.media_check import (
-    NEWLINE_NUMBERS,
-    picture_digest,
-    pixel_digest,
-    raw_text,
-    rows_digest,
-    tile_numbers,
-)
+from llava_edge.runtime.media_check import picture_digest, pixel_digest, raw_text
+from llava_edge.runtime.numbered_rows import NEWLINE_NUMBERS, tile_numbers
 from llava_edge.runtime.prompt import Message, Text, user_message
 from llava_edge.runtime.session import Array
 
@@ -173,7 +167,7 @@ class MediaReference:
         digest = pixel_digest(pixels.numpy() for pixels in (*inputs.pixel_values, *frames))
         kept = self._features(inputs) if probe.features else ()
         turns = tuple(map(_golden_turn, probe.turns))
-        packing = rows_digest(self._numbered(inputs))
+        packing = pixel_digest([self._numbered(inputs)])
         return GoldenChat(probe.name, turns, inputs.ids.numpy(), digest, packing, *kept)
 
     def _numbered(self, inputs: ReferenceInputs) -> Array:

@@ -10,6 +10,7 @@ from llava_edge.profiles.model_dims import TextDims
 from llava_edge.runtime.decoder import Decoder
 from tests.convert.verify import (
     faults_cache,
+    faults_clips,
     faults_decoder,
     faults_images,
     faults_media,
@@ -30,7 +31,8 @@ FAULTS: tuple[Fault, ...] = (
     *faults_video.FAULTS,
     *faults_cache.FAULTS,
     *faults_media.FAULTS,
-    *faults_media.AT_VERIFICATION,
+    *faults_clips.FAULTS,
+    *faults_clips.AT_VERIFICATION,
 )
 
 
