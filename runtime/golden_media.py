@@ -95,7 +95,7 @@ class GoldenChat:
         ids: int64 (num_tokens,), the prompt of the last turn.
         pixel_sha256: of the float32 little-endian bytes of all tiles, in order, then all frames.
         packing_sha256: of what stands at each position where features are their own numbers
-            (``media_check.numbered_rows``), float32 little-endian bytes.
+            (``numbered_rows``), float32 little-endian bytes.
         positions: int64 (n,), places of the prompt at which features are kept.
         rows: float32 (n, hidden), what the decoder reads there.
     """

@@ -22,7 +22,6 @@ from PIL.Image import Image
 
 from llava_edge.profiles.errors import EngineError, LlavaEdgeError, OutOfMemoryError, PromptError
 from llava_edge.runtime.chat import Chat, ChatMessage
-from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.golden_media import (
     MEDIA_LIMITS,
     GoldenChat,
@@ -34,22 +33,19 @@ from llava_edge.runtime.image_formats import READABLE_FORMATS, recognise
 from llava_edge.runtime.image_processor import ImageProcessor, ImageTiles
 from llava_edge.runtime.lowering import Lowering
 from llava_edge.runtime.manifest import Manifest
+from llava_edge.runtime.numbered_rows import numbered_rows
 from llava_edge.runtime.prompt import MARKS
 from llava_edge.runtime.prompt_date import COMPARED_NOW
-from llava_edge.runtime.prompt_embedder import PromptEmbedder
 from llava_edge.runtime.request import PromptOptions, Request, VideoInput
 from llava_edge.runtime.request_builder import RequestBuilder
 from llava_edge.runtime.stream import AnswerStream
-from llava_edge.runtime.tile_pixels import Pixels, digest_tiles
+from llava_edge.runtime.tile_pixels import Pixels
 from llava_edge.runtime.tokenizer import Tokenizer
 
 Array = np.ndarray[Any, np.dtype[Any]]
 EmbeddedRows = Callable[[Request, Array], Array]
 """``rows(request, positions)``: what the decoder reads there, (len(positions), hidden)."""
 
-NEWLINE_NUMBERS = np.array([-1.0, -1.0], np.float32)
-"""What stands for the newline's row among ``tile_numbers``."""
-_APART = 8
 _NO_LENGTH = 1 << 31
 """Of the context: conversations are embedded here, not answered."""
 
@@ -100,6 +96,17 @@ class MediaReader:
             with _noted(file.name, found):
                 if self._digest(file, by_path=bool(place % 2)) != file.pixel_sha256:
                     found.append(f"{file.name} has other pixels")
+        return found
+
+    def frames_fault(self, files: Sequence[bytes], num_frames: int, digest: str) -> list[str]:
+        """As ``faults``, of a video that is given as a list of picture files."""
+        found: list[str] = []
+        name = "a list of frames"
+        with _noted(name, found):
+            frames = [self._given(data) if i % 2 else data for i, data in enumerate(files)]
+            made = self._builders[False].prepare_video(VideoInput(frames, num_frames))
+            if pixel_digest([made.frame_pixels]) != digest:
+                found.append(f"{name} has other pixels")
         return found
 
     def request(self, chat: GoldenChat) -> Request:
@@ -178,7 +185,7 @@ class MediaReader:
     def _packing_fault(self, chat: GoldenChat, request: Request) -> str:
         """Which positions show another row of another tile: exact, whatever the tower computes."""
         whole = numbered_rows(self._manifest, request)
-        if rows_digest(whole) != chat.packing_sha256:
+        if pixel_digest([whole]) != chat.packing_sha256:
             return f"{chat.name}: positions show other rows of its tiles and frames"
         # As in a later turn, where the cache holds all that stands before the last medium.
         start = request.placed[-1].start
@@ -221,63 +228,6 @@ class _AsOpened(ImageProcessor):
     def preprocess(self, image: Image) -> ImageTiles:
         layout = self.anyres.layout(image.height, image.width)
         return ImageTiles(cast(Pixels, np.asarray(image)[None]), layout)
-
-
-class _Numbering:
-    """Stands for tower and projector: features say which tile and which row they are."""
-
-    def encode(self, pixel_values: Array, out: Array) -> None:
-        out[...] = tile_numbers(pixel_values, out.shape[1])
-
-
-class _NoTable:
-    """Stands for the embedding table of such features."""
-
-    image_newline = NEWLINE_NUMBERS
-
-    def rows(self, ids: Array, *, out: Array) -> Array:
-        out[...] = 0
-        return out
-
-
-def numbered_rows(manifest: Manifest, request: Request) -> Array:
-    """What stands at each position where ``tile_numbers`` are the features, float32 (tokens, 2)."""
-    tokens, dims = manifest.tokens, manifest.model
-    embedder = PromptEmbedder(
-        replace(dims, text=replace(dims.text, hidden_size=2)),
-        tokens.image,
-        cast(EmbeddingTable, _NoTable()),
-        _Numbering(),
-        np.float32,
-        batch_tiles=2,
-        video_token_id=tokens.video,
-    )
-    found = np.empty((request.num_tokens, 2), np.float32)
-    embedder.embed(request).fill(0, len(found), found)
-    return found
-
-
-def tile_numbers(pixels: Array, rows: int) -> Array:
-    """In place of features: a number that the tile's content gives, and the number of the row.
-
-    Args:
-        pixels: of tiles or frames (n, 3, T, T).
-        rows: of features that each has.
-
-    Returns:
-        float32 (n, rows, 2), whole numbers.
-    """
-    found = np.empty((len(pixels), rows, 2), np.float32)
-    # Some pixels of each suffice to tell tiles apart.
-    for tile, content in zip(found, digest_tiles(pixels[..., ::_APART, ::_APART]), strict=True):
-        tile[:, 0] = int.from_bytes(content[:3], "little")
-    found[..., 1] = np.arange(rows)
-    return found
-
-
-def rows_digest(rows: Array) -> str:
-    """SHA-256 of rows as float32 little-endian bytes."""
-    return pixel_digest([rows])
 
 
 def raw_text(turns: Sequence[GoldenTurn]) -> str:

@@ -1,4 +1,4 @@
-"""check_on_device: the golden prompts of an artifact, run on this machine by the production path.
+"""check_on_device: golden prompts and files of an artifact, by the production path.
 
 What the reference said of them travels in the artifact (``golden.py``), so this needs no torch. The
 bounds are the tool's own and those of verification.
@@ -51,7 +51,7 @@ def has_golden(artifact: Artifact) -> bool:
 
 
 def check_on_device(model: LlavaEdge, progress: ReportProgress = no_progress) -> list[StageResult]:
-    """Run every golden prompt and compare it with what the reference said.
+    """Run every golden prompt, open every file, and compare with what the reference said.
 
     Args:
         model: loaded where it is to run.

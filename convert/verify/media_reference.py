@@ -38,14 +38,8 @@ from llava_edge.runtime.golden_media import (
     GoldenTurn,
 )
 from llava_edge.runtime.manifest import Manifest
-from llava_edge.runtime.media_check import (
-    NEWLINE_NUMBERS,
-    picture_digest,
-    pixel_digest,
-    raw_text,
-    rows_digest,
-    tile_numbers,
-)
+from llava_edge.runtime.media_check import picture_digest, pixel_digest, raw_text
+from llava_edge.runtime.numbered_rows import NEWLINE_NUMBERS, tile_numbers
 from llava_edge.runtime.prompt import Message, Text, user_message
 from llava_edge.runtime.session import Array
 
@@ -54,6 +48,7 @@ if TYPE_CHECKING:
 
 _FEATURE_NUMBERS = 32768
 """Features kept of a conversation; 128 KiB."""
+_TURNED = frozenset(f"JPEG, EXIF orientation {number}" for number in (5, 6, 7, 8))
 _ANY_TILE = 4
 """A tile that is looked at whichever picture it belongs to: the fifth."""
 
@@ -89,6 +84,21 @@ class MediaReference:
             stored = golden_clip(clip)
             found.append(GoldenFile(clip.name, stored, self._frames_digest(stored, clip)))
         return tuple(found)
+
+    @cached_property
+    def listed(self) -> tuple[tuple[bytes, ...], int, str]:
+        """A video as a list of picture files: content, frames to look at, digest; for none empty.
+
+        All of them stand upright after a quarter turn, and have one size then.
+        """
+        video = self._manifest.video_processing
+        if video is None:
+            return (), 0, ""
+        files = tuple(f.data for f in picture_files() if f.name in _TURNED)
+        count = min(video.max_frames, len(files) - 1)
+        chosen = [files[i * len(files) // count] for i in range(count)]
+        pictures = [Image.fromarray(read_picture(data)) for data in chosen]
+        return files, count, pixel_digest([self._reference.processor.frames(pictures).numpy()])
 
     def digest(self, file: GoldenFile) -> str:
         """What the reference makes of the content of a file of one of these names."""
@@ -157,7 +167,7 @@ class MediaReference:
         digest = pixel_digest(pixels.numpy() for pixels in (*inputs.pixel_values, *frames))
         kept = self._features(inputs) if probe.features else ()
         turns = tuple(map(_golden_turn, probe.turns))
-        packing = rows_digest(self._numbered(inputs))
+        packing = pixel_digest([self._numbered(inputs)])
         return GoldenChat(probe.name, turns, inputs.ids.numpy(), digest, packing, *kept)
 
     def _numbered(self, inputs: ReferenceInputs) -> Array:

@@ -30,6 +30,8 @@ def media_stage(subject: Subject, media: MediaReference, bounds: Bounds) -> list
     context = subject.artifact.manifest.context_tokens
     with MediaReader(subject.artifact.manifest, subject.tokenizer) as reader:
         faults = reader.faults(media.files)
+        if subject.dims.takes_video:
+            faults += reader.frames_fault(*media.listed)
         seen = [reader.look(c, lambda *asked: _rows(subject, *asked), context) for c in media.chats]
     faults += [each.pixels for each in seen if each.pixels]
     looked = f"{len(media.files)} files alone and {len(seen)} conversations, equal in every bit"

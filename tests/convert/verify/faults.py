@@ -10,6 +10,7 @@ from llava_edge.profiles.model_dims import TextDims
 from llava_edge.runtime.decoder import Decoder
 from tests.convert.verify import (
     faults_cache,
+    faults_clips,
     faults_decoder,
     faults_images,
     faults_media,
@@ -38,6 +39,8 @@ FAULTS: tuple[Fault, ...] = (
     *faults_cache.FAULTS,
     *faults_media.FAULTS,
     *faults_tokenizer.FAULTS,
+    *faults_clips.FAULTS,
+    *faults_clips.AT_VERIFICATION,
 )
 
 LOOP_FAULTS: tuple[Fault, ...] = (

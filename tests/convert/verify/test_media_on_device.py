@@ -17,10 +17,11 @@ from llava_edge.runtime.certificate import overall
 from llava_edge.runtime.golden import GOLDEN_FILE, golden_bytes
 from llava_edge.runtime.on_device import check_on_device
 from llava_edge.runtime.sealed_json import seal
+from tests.convert.verify import faults_clips, faults_media
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.fault_models import MODELS, FaultModels, Model
-from tests.convert.verify.faults_media import FAULTS
 
+FAULTS = (*faults_media.FAULTS, *faults_clips.FAULTS)
 CUDA = {
     f"cuda {precision}": Model(
         "llama", precision=precision, board="a100", alters="decided", changes={"layers": 2}
