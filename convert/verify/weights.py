@@ -141,7 +141,7 @@ class _Comparison:
             found |= tensors
             self._num_layers += 1
             self._use_layer(name)
-            self._codes(name, codes)
+            self._codes(name, codes, self._weights.input_scale(name))
         return found
 
     def _quantized_vision(self) -> set[str]:
@@ -204,10 +204,10 @@ class _Comparison:
         if codes.codes.shape != shape:
             self._code_faults.append(f"{name}: {codes.codes.shape} codes for a weight of {shape}")
             return
-        if scale is not None or self._form.is_rounded(name) or label == "vision":
+        if label == "vision" or self._form.is_rounded(name):
             self._rounded(name, codes, scale, label)
         else:
-            self._solved(name, codes)
+            self._solved(name, codes, scale)
 
     def _rounded(self, name: str, codes: GraphCodes, scale: Array | None, label: str) -> None:
         """Every code and scale must be those of rounding the checkpoint's weight to nearest."""
@@ -236,11 +236,11 @@ class _Comparison:
                 "not those of rounding to nearest"
             )
 
-    def _solved(self, name: str, codes: GraphCodes) -> None:
+    def _solved(self, name: str, codes: GraphCodes, scale: Array | None) -> None:
         vanished = VanishedColumns(codes)
         for rows in _row_blocks(*codes.codes.shape):
             original = self._checkpoint.read(f"{name}.weight", rows).astype(np.float32)
-            vanished.add(rows, original)
+            vanished.add(rows, original if scale is None else original * scale)
         num_dead = self._form.dead_columns.get(name, 0)
         if vanished.count() > num_dead:
             self._code_faults.append(

@@ -15,6 +15,7 @@ import torch
 from llava_edge.convert.rounding import QuantizationReport, QuantizedWeight
 from llava_edge.convert.verify.graph_weights import GraphCodes, GraphWeights
 from llava_edge.convert.verify.input_sketch import InputSketch
+from llava_edge.convert.verify.losses import Losses
 from llava_edge.convert.verify.output_error import KindInputs, WeightRows, output_error
 from llava_edge.convert.verify.probes import probes_for
 from llava_edge.convert.verify.quantized_form import QuantizedForm
@@ -24,6 +25,7 @@ from llava_edge.convert.verify.verifier import open_reference
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.bounds import bounds_for
 from llava_edge.runtime.certificate import StageResult
+from llava_edge.runtime.manifest import Precision
 from tests.convert.verify.fault_models import Made, Model
 from tests.convert.verify.faults_quantizer import WEIGHTS, Change
 from tests.convert.verify.print_bounds import furthest, table
@@ -263,3 +265,26 @@ def test_the_table_of_bounds_has_a_gap_between_sound_models_and_the_smallest_fau
     assert cells[:2] == ["quantized_layers", "output_error"]
     assert float(cells[2]) < float(cells[3]) < float(cells[4]) == 3.5
     assert cells[5:] == ["little noise", "2"]
+
+
+def test_a_loss_may_be_so_many_times_that_of_rounding_on_the_same_probe() -> None:
+    precision = Precision("int4", "int8", "fp16", "fp16", "float32")
+    bounds = bounds_for("cpu", precision)
+    times = bounds.value("quantization_loss", "kl_divergence_over_rounding")
+    beside = bounds.value("quantization_loss", "kl_divergence")
+    rounding = {"text": Losses(0.1, 0.2, -0.3), "grid": Losses(1.0, 0.4, 0.9)}
+
+    def rows(**losses: Losses) -> dict[str, StageResult]:
+        found = Losses.rows_over_rounding(losses, rounding, "quantization_loss", bounds)
+        return {row.metric: row for row in found}
+
+    limit = times * 0.1 + beside
+    good = rows(text=Losses(0.99 * limit, 0.2, 0.3), grid=Losses(1.0, 0.4, 0.9))
+    assert {row.verdict for row in good.values()} == {"pass"}
+    assert good["kl_divergence"].bound == pytest.approx(limit)
+    assert "text, where rounding to nearest costs 0.1" in good["kl_divergence"].detail
+    # The other probe may cost more than this one, and does not excuse it.
+    bad = rows(text=Losses(1.01 * limit, 0.2, 0.3), grid=Losses(1.0, 0.4, 0.9))
+    assert bad["kl_divergence"].verdict == "fail"
+    assert rows(text=Losses(float("nan"), 0.2, 0.3))["kl_divergence"].verdict == "fail"
+    assert rows(other=Losses(0.0, 0.0, 0.0)) == {}
