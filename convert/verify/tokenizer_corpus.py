@@ -8,7 +8,6 @@ drawn from a vocabulary, from many scripts and from source code.
 from __future__ import annotations
 
 import random
-import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -72,6 +71,8 @@ _WORDS = (
 )
 _LINE = 48
 _LAST_BLOCK = 0x32400
+_SYLLABLES = frozenset(map(chr, range(0xAC00, 0xD7A4)))
+"""Of Hangul, which are decomposed by rule."""
 _TAGS = range(0xE0000, 0xE01F0)
 
 
@@ -179,13 +180,12 @@ def _decompositions() -> list[str]:
 
 
 def _decomposed() -> Iterator[str]:
-    for index in range(min(_LAST_BLOCK, sys.maxunicode)):
-        if 0xD800 <= index < 0xE000:
-            continue
-        for form in ("NFD", "NFKD"):
-            if (text := unicodedata.normalize(form, chr(index))) != chr(index):
-                yield text
-                break
+    for character in map(chr, range(_LAST_BLOCK)):
+        if unicodedata.decomposition(character) or character in _SYLLABLES:
+            canonical = unicodedata.normalize("NFD", character)
+            yield (
+                unicodedata.normalize("NFKD", character) if canonical == character else canonical
+            )
 
 
 def _in_lines(texts: Iterator[str]) -> Iterator[str]:

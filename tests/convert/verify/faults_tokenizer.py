@@ -356,6 +356,7 @@ def _fault(
 _LLAMA3, _QWEN, _BYTES, _UNIGRAM = "llama3", "qwen2 tokenizer", "byte fallback", "unigram"
 _BUILT, _NEWER, _SYMBOLS = "built", "built, newer", "built, symbols"
 _CONVERSION: Where = "conversion"
+_COUNTED = "the manifest's words and control tokens no longer fit the file, which structure counts"
 _RUNTIME: Where = "runtime"
 _SPLIT = "pre_tokenizer", "pretokenizers", 0
 
@@ -509,7 +510,9 @@ SHIPPED: tuple[Fault, ...] = (
         shipped(_added_exchanged("<|header|>", "<pad>")),
     ),
     _fault("renamed", _QWEN, "a word has a letter of another script", shipped(_renamed)),
-    _fault("one piece more", _QWEN, "a piece stands at a free id", shipped(_one_more)),
+    _fault(
+        "one piece more", _QWEN, "a piece stands at a free id", shipped(_one_more), earlier=_COUNTED
+    ),
     _fault(
         "no byte fallback",
         _BYTES,
@@ -676,7 +679,9 @@ PLANTED: tuple[Fault, ...] = (
         _CONVERSION,
     ),
     _fault("flags lost", _BUILT, "listed tokens lose their flags", _flags_lost, _CONVERSION),
-    _fault("ordinary", _BUILT, "listed tokens are ordinary text", _all_ordinary, _CONVERSION),
+    _fault(
+        "ordinary", _BUILT, "listed tokens are ordinary text", _all_ordinary, _CONVERSION, _COUNTED
+    ),
     _fault(
         "composed",
         _LLAMA3,
