@@ -100,7 +100,7 @@ class LoopBench:
         capacity: int = CAPACITY,
     ) -> Iterator[ScriptedDecoder]:
         """Within it the model runs a fresh scripted decoder, which is given."""
-        real = self.model._answerer
+        real, loaded = self.model._answerer, self.model._decoder
         decoder: Any = ScriptedDecoder(
             self.table.vocab_size,
             self.table.hidden_size,
@@ -117,10 +117,12 @@ class LoopBench:
         self.model._answerer = real.over(
             decoder, self._embedder(cached), memory, prefix_reuse=prefix_reuse
         )
+        # Its capacity is the context then, however little was loaded.
+        self.model._decoder = decoder
         try:
             yield decoder
         finally:
-            self.model._answerer = real
+            self.model._answerer, self.model._decoder = real, loaded
 
     def request(
         self, prompt: str, images: Sequence[Any] = (), video: Any = None, grid: str | None = None

@@ -42,7 +42,7 @@ def _texts(bench: LoopBench) -> None:
     # Forwards and backwards, so that neither is a beginning of the other's answer.
     one, other = Expected(words[:4], "length"), Expected(words[::-1][:4], "length")
     start = bench.request(SENTENCE).ids
-    asked: tuple[tuple[str, Request, Expected], ...] = (
+    requests: tuple[tuple[str, Request, Expected], ...] = (
         ("first request", bench.of_ids(start), one),
         ("the same again", bench.of_ids(start), other),
         ("a longer one", bench.of_ids(start, words[:half]), one),
@@ -55,9 +55,9 @@ def _texts(bench: LoopBench) -> None:
         ("a prompt of one token", bench.of_ids(words[:1]), other),
         ("the first one after others", bench.of_ids(start), one),
     )
-    for name, request, expected in asked:
+    for name, request, expected in requests:
         bench.ask_ids(name, request, expected, max_new_tokens=4)
-    request = asked[0][1]
+    request = requests[0][1]
     for name, before in (
         ("after everything was forgotten", bench.model._answerer.forget),
         ("after given tokens", lambda: _forced(bench)),
@@ -207,7 +207,7 @@ def _compare_history(
 def _conversation_request(
     bench: LoopBench, said: Sequence[tuple[str, list[Any], str]], text: str, images: list[Any]
 ) -> Request:
-    """A turn's prompt, from what was said and not from the chat's own history."""
+    """A turn's prompt, from the turns so far and not from the chat's own history."""
     messages = []
     pictures = []
     for asked, shown, answer in (*said, (text, images, None)):
@@ -274,7 +274,9 @@ def check_drafts(bench: LoopBench) -> None:
             "no drafts after drafts", prompt, Expected(exact, "length"), max_new_tokens=12
         )
         if bench.decoder.drafted:
-            bench.faults.append(f"{bench.decoder.drafted} tokens were drafted unasked")
+            bench.faults.append(
+                f"{bench.decoder.drafted} tokens were drafted without prompt lookup"
+            )
     for room in (2, 5, 6):
         with bench.scripted(capacity=prompt.num_tokens + room):
             bench.ask_ids(

@@ -24,6 +24,7 @@ from llava_edge.runtime.golden_loop import (
 )
 from llava_edge.runtime.loop_check import check_loop
 from llava_edge.runtime.loop_choice import Rule, choice_margin, choose_plainly
+from llava_edge.runtime.loop_model import check_loop_on_model
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.sampling import SamplingOptions
 
@@ -158,6 +159,17 @@ def test_a_wrong_case_fails_its_row_and_says_which(model: LlavaEdge, loop: Golde
     # The one text case of this file is made up.
     assert rows["differing_answers"].detail.startswith("words: text ")
     assert {rows[f"differing_{name}"].verdict for name in ("reuse", "drafts")} == {"pass"}
+
+
+def test_a_small_context_is_enough_for_scripted_requests(
+    model: LlavaEdge, loop: GoldenLoop
+) -> None:
+    with LlavaEdge.load(model.artifact.folder, threads=1, context_tokens=24) as small:
+        rows = {row.metric: row for row in check_loop(small, loop)}
+
+        assert small.context_tokens == 24
+        assert {rows[f"differing_{name}"].verdict for name in ("reuse", "drafts")} == {"pass"}
+        assert check_loop_on_model(small, choose_plainly).left_out.endswith("loaded are 24")
 
 
 def test_a_model_is_as_before_after_the_check(model: LlavaEdge, loop: GoldenLoop) -> None:
