@@ -18,7 +18,7 @@ what the artifact's own loss is measured by.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -59,6 +59,7 @@ class SolvedLayers:
         self._checkpoint = checkpoint
         self._sketch = sketch
         self._form = QuantizedForm.of(artifact.manifest)
+        self._grids: dict[str, Grid] = {}
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -100,6 +101,7 @@ class SolvedLayers:
         """One layer's errors over those of rounding to nearest."""
         codes = self._codes(name)
         grid = self._form.grid(codes, name)
+        self._grids[name] = grid
         scale = self._weights.input_scale(name)
         inputs = self._sketch.load(name)
         if scale is not None:
@@ -108,11 +110,10 @@ class SolvedLayers:
 
     def rounded(self, name: str) -> NDArray[np.float32]:
         """A layer rounded to nearest by the verifier, float32 [N, K]."""
-        codes = self._codes(name)
-        grid = self._form.grid(codes, name)
+        grid = self._grids.get(name) or self._form.grid(self._codes(name), name)
         values = [
             rounded(self._original(name, rows), self._scales(name, rows, grid), grid)
-            for rows in _row_blocks(codes)
+            for rows in _row_blocks(self._checkpoint.tensors[f"{name}.weight"].shape)
         ]
         found: NDArray[np.float32] = torch.cat(values).numpy()
         return found
@@ -135,7 +136,7 @@ class SolvedLayers:
         return codes
 
     def _rows(self, name: str, codes: GraphCodes, grid: Grid) -> Iterator[WeightRows]:
-        for rows in _row_blocks(codes):
+        for rows in _row_blocks(codes.codes.shape):
             part = codes.cut(rows)
             # One scale for a whole row may be there several times.
             held = part.scales[:, : -(-codes.codes.shape[1] // grid.group)]
@@ -193,8 +194,8 @@ class RoundedWeights:
         return self._supply.input_scale(name)
 
 
-def _row_blocks(codes: GraphCodes) -> Iterator[slice]:
-    num_rows, num_columns = codes.codes.shape
+def _row_blocks(shape: Sequence[int]) -> Iterator[slice]:
+    num_rows, num_columns = shape
     step = max(1, _ELEMENTS_AT_A_TIME // num_columns)
     for first in range(0, num_rows, step):
         yield slice(first, min(first + step, num_rows))

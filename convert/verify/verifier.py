@@ -180,7 +180,8 @@ class Verifier:
         rows = solved.stage(self.bounds)
         assert self.reference.supply is not None
         weights = RoundedWeights(solved, self.reference.supply)
-        for probe in self.main:
+        # A pass of the decoder each: the shortest probe does where time counts.
+        for probe in self.main if self.options.mode == "full" else self.main[:1]:
             answer = self.reference.answer(probe)
             logits = self.reference.logits(answer, weights)
             answers.rounding[probe.name] = Losses.of(logits, answer.original, answer)
