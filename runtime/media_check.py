@@ -176,6 +176,8 @@ class MediaReader:
             return SeenChat(packing=packing)
         start = request.placed[-1].start if request.num_tokens > context_tokens else 0
         kept = chat.positions >= start
+        if not kept.any():
+            return SeenChat(packing=packing)
         found = rows(request.behind(start), chat.positions[kept] - start).astype(np.float32)
         spread = float(np.ptp(chat.rows))
         gap = float(np.abs(found - chat.rows[kept]).max())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -10,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from llava_edge.convert.verify.verifier import golden_probes
+from llava_edge.convert.verify.verifier import golden_probes, open_reference
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.certificate import overall
-from llava_edge.runtime.golden import GOLDEN_FILE, golden_bytes
+from llava_edge.runtime.golden import GOLDEN_FILE, golden_bytes, read_golden_media
 from llava_edge.runtime.on_device import check_on_device
 from llava_edge.runtime.sealed_json import seal
 from tests.convert.verify import faults_clips, faults_media
@@ -40,7 +41,8 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
     def load(name: str) -> LlavaEdge:
         made = models[name]
         artifact = open_artifact(made.artifact, verify_digests=False)
-        probes, reference = golden_probes(artifact, made.checkpoint)
+        reference = open_reference(artifact, made.checkpoint)
+        probes, _ = golden_probes(artifact, reference)
         data = golden_bytes(probes, artifact.manifest, media=reference.media.golden)
         _add(made.artifact, data)
         opened.append(LlavaEdge.load(made.artifact, device="cpu", threads=1, allow_slow=True))
@@ -94,3 +96,21 @@ def test_files_are_held_to_the_same_pixels_in_every_form(
             fault.plant(patch)
             rows = {row.name: row for row in check_on_device(model)}
         assert rows["preprocessing"].verdict == "fail"
+
+
+def test_where_nothing_is_kept_of_the_last_picture_no_gap_is_measured(
+    loaded: Callable[[str], LlavaEdge],
+) -> None:
+    model = loaded("qwen2")
+    manifest = model.artifact.manifest
+    media = read_golden_media(model.artifact.files[GOLDEN_FILE], manifest)
+    chat = next(chat for chat in media.chats if len(chat.positions))
+    chat = dataclasses.replace(chat, positions=chat.positions[:1], rows=chat.rows[:1])
+
+    with model.open_files() as reader:
+        whole = reader.look(chat, model.embed_rows, len(chat.ids))
+        seen = reader.look(chat, model.embed_rows, 1)
+
+    assert whole.gap is not None
+    assert seen.gap is None
+    assert (seen.ids, seen.pixels, seen.packing) == ("", "", "")
