@@ -27,7 +27,7 @@ value; ``holes`` spread, a quarter at minus infinity; ``steep`` spread eight tim
 
 _MOST_CASES = 64
 _MOST_IDS = 256
-_MOST_LOGITS = 65_536
+_MOST_LOGITS = 4096
 _AGAIN = "Copy or convert the artifact again."
 
 
@@ -158,8 +158,10 @@ def _faults(loop: GoldenLoop, manifest: Manifest) -> list[str]:
             faults.append(f"case {text.name}: {text.count} ids of {len(text.ids)} are no answer")
         elif not all(0 <= each < vocab for each in text.ids):
             faults.append(f"case {text.name}: an id lies outside 0 to {vocab - 1}")
-        elif text.max_new_tokens < 1:
-            faults.append(f"case {text.name}: max_new_tokens is {text.max_new_tokens}")
+        elif not 1 <= text.max_new_tokens <= _MOST_IDS:
+            faults.append(
+                f"case {text.name}: max_new_tokens is {text.max_new_tokens}, not 1 to {_MOST_IDS}"
+            )
     return faults
 
 

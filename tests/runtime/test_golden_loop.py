@@ -74,7 +74,7 @@ def text(**changes: Any) -> Callable[[GoldenLoop], GoldenLoop]:
     [
         (draw(temperature=-1.0), "temperature -1.0 must be 0"),
         (draw(top_p=0.0), "top_p 0.0 must lie"),
-        (draw(vocab_size=1 << 30), "vocab_size is 1073741824"),
+        (draw(vocab_size=4097), "vocab_size is 4097"),
         (draw(num_text_tokens=65), "num_text_tokens is 65"),
         (draw(ids=(64,)), "ids is 64"),
         (draw(prompt=(-1,)), "prompt is -1"),
@@ -87,6 +87,7 @@ def text(**changes: Any) -> Callable[[GoldenLoop], GoldenLoop]:
         (text(count=4), "are no answer"),
         (text(least=(1,)), "are no answer"),
         (text(max_new_tokens=0), "max_new_tokens is 0"),
+        (text(max_new_tokens=257), "max_new_tokens is 257, not 1 to 256"),
         (text(finish_reason="whim"), "allowed are"),
         (lambda loop: dataclasses.replace(loop, texts=()), "1 to 64 cases"),
         (lambda loop: dataclasses.replace(loop, draws=loop.draws * 9), "1 to 64 cases"),
