@@ -103,6 +103,15 @@ class Bounds:
             gap += self.value(CACHE_LOSS, GAP)
         return gap
 
+    def path_gap(self) -> float:
+        """Bound on the gap between two paths of one model.
+
+        With an int8 cache a sum that differs in its last digit may be rounded to the next code, as
+        activations are in int8 kernels.
+        """
+        gap = self.value("loop", GAP)
+        return max(gap, bound_value("loop", GAP, "cpu-int8")) if self.int8_cache else gap
+
 
 def bounds_for(flavour: Flavour, precision: Precision, *, int8_cache: bool = False) -> Bounds:
     """The bounds of artifacts like this one; of answers with an int8 cache where that is asked."""

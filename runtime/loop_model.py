@@ -82,7 +82,7 @@ class LoopOnModel:
             chosen = replace(chosen, verdict="inconclusive", detail=detail)
         return [
             chosen,
-            bounded(STAGE, GAP, self.logits[0], bounds.value(STAGE, GAP), detail=self.logits[1]),
+            bounded(STAGE, GAP, self.logits[0], bounds.path_gap(), detail=self.logits[1]),
             bounded(
                 STAGE,
                 CACHE_GAP,
@@ -248,6 +248,8 @@ class _Plain:
         )
         self._logits = rows
         self._cache = _first_layer(model._decoder.cache)
+        # Codes of an int8 cache: a value at the edge of two may become either.
+        self._step = 1.0 if model.cache == "int8" else 0.0
 
     def compare(self, decoder: ForcedDecoder, found: LoopOnModel, name: str) -> None:
         """Note the largest gaps."""
@@ -265,7 +267,9 @@ class _Plain:
                     f"{name}: the cache has {held.shape[1]} positions, not {wanted.shape[1]}"
                 )
                 return
-            gaps = np.abs(held - wanted).max(axis=(0, 2)) / max(float(np.ptp(wanted)), 1e-30)
+            # NaN stays NaN.
+            gaps = np.maximum(np.abs(held - wanted).max(axis=(0, 2)) - self._step, 0.0)
+            gaps /= max(float(np.ptp(wanted)), 1e-30)
             at = int(gaps.argmax())
             found.cache = _worse(found.cache, float(gaps[at]), f"{name}, {part} of position {at}")
 

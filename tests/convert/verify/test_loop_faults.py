@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
 from llava_edge.convert.verify.loop_stage import golden_loop, loop_stage
 from llava_edge.convert.verify.reference_answer import Reference
 from llava_edge.convert.verify.reference_sampling import choose_by_reference
-from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime import LlavaEdge, loop_model
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.bounds import Bounds, bounds_for
 from llava_edge.runtime.certificate import StageResult
@@ -95,6 +96,33 @@ def test_a_sound_model_passes(name: str, ready: Callable[[str], Ready]) -> None:
     rows = [*sound.rows(), *loop_stage(sound.artifact, sound.reference)]
 
     assert [row for row in rows if row.verdict != "pass"] == []
+
+
+@pytest.mark.parametrize(("codes", "verdict"), [(1, "pass"), (40, "fail")])
+def test_one_code_of_an_int8_cache_may_differ_between_two_paths(
+    ready: Callable[[str], Ready], monkeypatch: pytest.MonkeyPatch, codes: int, verdict: str
+) -> None:
+    artifact = ready("int8 cache cuda").artifact
+    read, plain = loop_model._first_layer, []
+
+    def read_other(cache: Any) -> dict[str, Any]:
+        found = read(cache)
+        # The plain run is the first to be looked at.
+        if plain:
+            found["key"][0, 5, 0] += codes
+        plain.append(True)
+        return found
+
+    monkeypatch.setattr(loop_model, "_first_layer", read_other)
+    with LlavaEdge.over(
+        artifact, "cpu", threads=1, allow_slow=True, context_tokens=256, cache="int8"
+    ) as model:
+        found = check_loop_on_model(model, choose_plainly)
+
+    bounds = bounds_for(artifact.manifest.flavour, artifact.manifest.precision, int8_cache=True)
+    rows = {row.metric: row for row in found.rows(bounds)}
+    assert rows[loop_model.CACHE_GAP].verdict == verdict, rows
+    assert rows["max_gap_of_range"].bound == bounds.path_gap() > 0.1
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
