@@ -100,13 +100,18 @@ class InputSketch:
         found: list[KindInputs] = []
         for index in (0, 1):
             files = [self._file(place, index, watched) for place in range(len(self._probes))]
-            loaded = [np.load(path) for path in files if path.is_file()]
+            loaded = [_loaded(path) for path in files if path.is_file()]
             if loaded:
                 share = len(loaded) ** -0.5
-                sums = [torch.from_numpy(each["sums"]) * share for each in loaded]
-                squares = torch.stack([torch.from_numpy(each["squares"]) for each in loaded])
+                sums = [each * share for each, _ in loaded]
+                squares = torch.stack([each for _, each in loaded])
                 found.append(KindInputs(torch.cat(sums), squares.mean(0)))
         return found
 
     def _file(self, place: int, kind: int, name: str) -> Path:
         return self.path / f"{place}-{kind}-{name}.npz"
+
+
+def _loaded(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    with np.load(path) as stored:
+        return torch.from_numpy(stored["sums"]), torch.from_numpy(stored["squares"])

@@ -62,7 +62,7 @@ from llava_edge.runtime.versions import tool_versions
 Report = Callable[[str, int, int], None]
 """``report(stage, done, total)`` in stages."""
 
-_MOST_STAGES = 13
+_MOST_STAGES = 16
 """Of a full run that looks for a deviation."""
 QUICK_BYTES = 640 << 20
 """Weights of the decoder in memory at once while ``quick`` runs it."""
