@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from tokenizers import Tokenizer as Backend
 
 from llava_edge.convert.verify.reference_answer import Reference
-from llava_edge.convert.verify.reference_tokenizer import TransformersTokenizer
+from llava_edge.convert.verify.reference_tokenizer import SentencePieceTokenizer
+from llava_edge.convert.verify.tokenizer_stage import control_ids
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.generate import FinishReason
 from llava_edge.runtime.golden_loop import TextCase
+from llava_edge.runtime.tokenizer import Tokenizer
 
 _TEXTS = {
     "words": "The answer is 42, I think.",
@@ -50,13 +50,13 @@ class _Texts:
         self._tokens = manifest.tokens
         self._vocab_size = manifest.model.text.vocab_size
         self._stops = tuple(i for i in self._tokens.stop if i < self._vocab_size)
-        data = artifact.files[manifest.tokenizer].read(1 << 30)
-        self._backend = Backend.from_buffer(data)
-        self._specials = self._special_ids()
         tokens = self._tokens
+        opened = Tokenizer.open(artifact.files[manifest.tokenizer], tokens, manifest.prompt)
+        self._backend = opened.backend
+        self._theirs = reference.processor.tokenizer
         self._places = {i for i in (tokens.image, tokens.video) if i is not None}
-        self._silent = {*self._specials, *tokens.stop, *self._places}
-        self._decode = self._decoder()
+        self._silent = control_ids(manifest, self._theirs) | self._places
+        self._specials = self._silent - self._places
         parts = json.loads(self._backend.to_str())["decoder"] or {}
         kinds = {part["type"] for part in parts.get("decoders", [parts] if parts else [])}
         self._settles = kinds <= _SETTLED
@@ -87,6 +87,9 @@ class _Texts:
                 yield self._case(name, mixed, len(mixed), "length")
         random = np.random.default_rng(_SEED)
         count = min(self._tokens.num_text_tokens, self._vocab_size)
+        if isinstance(self._theirs, SentencePieceTokenizer):
+            # It decodes what its model file holds; ids beyond that stand alone.
+            count = min(count, len(self._theirs.pieces))
         ordinary = np.setdiff1d(np.arange(count), sorted(self._silent))
         for number in range(2):
             ids = [int(i) for i in random.choice(ordinary, _DRAWN)]
@@ -133,18 +136,6 @@ class _Texts:
     def _ids(self, text: str) -> list[int]:
         return [i for i in self._reference.answer_ids(text) if i not in self._silent]
 
-    def _special_ids(self) -> set[int]:
-        tokenizer: Any = self._reference.processor.tokenizer
-        if isinstance(tokenizer, TransformersTokenizer):
-            return {int(i) for i in tokenizer._loaded.all_special_ids}
-        added = self._backend.get_added_tokens_decoder()
-        return {i for i, token in added.items() if token.special}
-
-    def _decoder(self) -> Callable[[Sequence[int]], str]:
-        """Ids without control tokens to text, by the checkpoint's own tokenizer where it loads."""
-        tokenizer: Any = self._reference.processor.tokenizer
-        if isinstance(tokenizer, TransformersTokenizer):
-            return lambda ids: str(
-                tokenizer._loaded.decode(list(ids), clean_up_tokenization_spaces=False)
-            )
-        return lambda ids: self._backend.decode(list(ids), skip_special_tokens=False)
+    def _decode(self, ids: Sequence[int]) -> str:
+        """Ids without control tokens to text, by the reference."""
+        return self._theirs.texts_of_ids([list(ids)])[0]

@@ -47,7 +47,7 @@ from llava_edge.convert.verify.tokenizer_definition import (
 )
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.certificate import StageResult, exact
-from llava_edge.runtime.manifest import PromptFormat
+from llava_edge.runtime.manifest import Manifest, PromptFormat
 from llava_edge.runtime.tokenizer import Tokenizer
 
 _NAME = "tokenizer"
@@ -66,7 +66,7 @@ def tokenizer_stage(
     manifest = artifact.manifest
     tokenizer = Tokenizer.open(artifact.files[manifest.tokenizer], manifest.tokens, manifest.prompt)
     theirs = reference.tokenizer
-    control = _control_ids(artifact, theirs)
+    control = control_ids(manifest, theirs)
     written = tokenizer.backend.to_str()
     ours = Definition.parse(written)
     faults: list[str] = []
@@ -98,10 +98,10 @@ def tokenizer_stage(
     ]
 
 
-def _control_ids(artifact: Artifact, theirs: ReferenceTokenizer) -> frozenset[int]:
+def control_ids(manifest: Manifest, theirs: ReferenceTokenizer) -> frozenset[int]:
     """Ids that are no text: of special tokens, of the manifest, and those of the prompt format."""
-    tokens = artifact.manifest.tokens
-    written = "\n".join(_segments(artifact.manifest.prompt))
+    tokens = manifest.tokens
+    written = "\n".join(_segments(manifest.prompt))
     known = {**theirs.symbols, **theirs.added}
     return frozenset(
         {

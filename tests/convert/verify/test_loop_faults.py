@@ -23,6 +23,7 @@ from llava_edge.runtime.loop_model import check_loop_on_model
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.fault_models import FaultModels
 from tests.convert.verify.faults import LOOP_FAULTS as FAULTS
+from tests.convert.verify.tokenizer_checkpoints import TOKENIZERS
 
 MODELS = ("qwen2", "int8", "int4")
 _FIRST = {"sampling": "draws", "streaming": "answers", "reuse": "reuse", "drafts": "model"}
@@ -89,7 +90,7 @@ def test_faults_are_many_of_every_part_and_precision() -> None:
         assert {model for name, model in parts if name == part} >= set(MODELS)
 
 
-@pytest.mark.parametrize("name", [*MODELS, "int8 cache cuda"])
+@pytest.mark.parametrize("name", [*MODELS, "int8 cache cuda", *TOKENIZERS])
 def test_a_sound_model_passes(name: str, ready: Callable[[str], Ready]) -> None:
     sound = ready(name)
 
