@@ -198,7 +198,7 @@ class GraphWalk:
             return self._integer(node, bias, 1)
         if node.op_type == "ReduceSum":
             self.expect_numbers(node, 1, "axes", [0])
-            self.expect(node, "keepdims", attribute(node, "keepdims", 1), 1)
+            self.expect(node, "keepdims", self.attribute(node, "keepdims"), 1)
             return self._integer(self.made_by(node.input[0], "Mul"), bias, 2)
         weight = self.stored(node.input[1])
         if weight is not None:
@@ -311,7 +311,7 @@ class GraphWalk:
     def _two_terms(self, product: Any) -> Any:
         """The node that makes the first of two terms of activations; the second is checked."""
         both = self.made_by(product.input[0], "Concat")
-        self.expect(both, "axis", attribute(both, "axis"), 0)
+        self.expect(both, "axis", self.attribute(both, "axis"), 0)
         self.expect(both, "number of terms", len(both.input), 2)
         first, second = (self.made_by(value, "QuantizeLinear") for value in both.input[:2])
         rest = self.made_by(second.input[0], "Sub")

@@ -69,6 +69,7 @@ _INPUTS: Mapping[str, tuple[tuple[int, ...], ...]] = {
     "QuantizeLinear": ((0, 1, 2),),
     "ReduceMax": ((0, 1),),
     "ReduceMean": ((0, 1),),
+    "ReduceSum": ((0, 1),),
     "SimplifiedLayerNormalization": ((0, 1),),
     "SkipSimplifiedLayerNormalization": ((0, 1, 2),),
     "Slice": ((0, 1, 2, 3), (0, 1, 2, 3, 4)),
