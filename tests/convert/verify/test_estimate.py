@@ -111,6 +111,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
         ("int8", None, "quick"),
         ("int8", 1, "quick"),
         ("int8 cache", None, "quick"),
+        ("int4 gptq", None, "quick"),
+        ("int4 gptq", None, "full"),
         ("video", None, "full"),
     ],
 )
