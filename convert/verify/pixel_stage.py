@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
+from llava_edge.convert.verify.memory_pictures import memory_faults
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
 from llava_edge.profiles.anyres import AnyRes
 from llava_edge.runtime.artifact import Artifact
@@ -36,7 +37,9 @@ def pixel_stage(artifact: Artifact, reference: ReferenceProcessor) -> StageResul
             gap = np.abs(np.asarray(ours.pixel_values) - theirs)
             tile = int(gap.reshape(len(gap), -1).max(1).argmax())
             faults.append(f"{what} differs by up to {float(gap.max()):.3g}, most in tile {tile}")
-    looked = f"{count} images"
+    opened, differing = memory_faults()
+    faults += differing
+    looked = f"{count} images, {opened} kinds of pictures in memory"
     video = artifact.manifest.video_processing
     if video is not None:
         sizes = list(frame_sizes(video.frame_size))

@@ -284,6 +284,16 @@ def _rest_with_first_picture(patch: _Patch) -> None:
     patch.setattr(Request, "behind", behind)
 
 
+def _array_alpha_dropped(patch: _Patch) -> None:
+    """Of an array with four channels the last is ignored."""
+    real = images._from_array
+
+    def opened(array: Array, *rest: Any) -> Any:
+        return real(array[..., :3].copy() if array.shape[2:] == (4,) else array, *rest)
+
+    patch.setattr(images, "_from_array", opened)
+
+
 def _picture(
     id_: str,
     wrong: str,
@@ -380,4 +390,5 @@ FAULTS: tuple[Fault, ...] = (
         _rest_with_first_picture,
         stage="packing",
     ),
+    _picture("alpha of arrays", "clear parts of an array are opaque", _array_alpha_dropped),
 )
