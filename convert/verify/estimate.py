@@ -27,8 +27,10 @@ from llava_edge.runtime.certificate import Mode
 from llava_edge.runtime.loop_bench import SENTENCE
 from llava_edge.runtime.process import configure_process
 
-_FIXED_SECONDS = 1.0
-"""Text, pixels and packing: the same for a model of any size."""
+_FIXED_SECONDS = 3.5
+"""Text, pixels, packing, files and the scripted loop: the same for a model of any size."""
+_VOCABULARY_SECONDS = 3e-5
+"""For each entry of the vocabulary, in the tokenizer's stage and in logits of scripted answers."""
 _PROCESS_SECONDS = 2.0
 """A fresh process, until it loads the artifact."""
 _WEIGHT_PASSES = 1.0
@@ -87,6 +89,7 @@ class _Estimate:
     ) -> None:
         manifest, text = subject.artifact.manifest, subject.dims.text
         self._layers = text.num_hidden_layers
+        self._vocabulary = text.vocab_size
         self._has_codes = manifest.decoder_int8_cache is not None
         self._has_process = mode == "full" and manifest.flavour == "cpu"
         self._is_half = subject.dtype is np.float16
@@ -167,7 +170,8 @@ class _Estimate:
     def seconds(self) -> float:
         """Of all stages."""
         reading = sum(line.begin for line in self._reads)
-        seconds = _FIXED_SECONDS + _WEIGHT_PASSES * self._layers * reading
+        seconds = _FIXED_SECONDS + _VOCABULARY_SECONDS * self._vocabulary
+        seconds += _WEIGHT_PASSES * self._layers * reading
         if self._has_process:
             seconds += _PROCESS_SECONDS + max(map(self._run_seconds, self._probes))
         seconds += self._layers * (self._search + _WEIGHT_PASSES * self._rounding.begin)
