@@ -185,10 +185,11 @@ def convert_checkpoint(request: ConvertRequest, report: Report, say: Say) -> Con
         ) as writer,
         torch_threads(writer.threads),
     ):
-        check_free_space(writer.folder, max(0, needed - writer.finished_bytes))
+        place = writer.work / QUALITY
+        done = writer.finished_bytes + _bytes_below(place)
+        check_free_space(writer.folder, max(0, needed - done))
         quality = None
         if request.quality is not None:
-            place = writer.work / QUALITY
             quality = QualityCheck(request.quality, place, report, say)
             if reference is not None:
                 fp16 = partial(_write_fp16, reference, place / "fp16", writer.threads, report)
@@ -197,7 +198,7 @@ def convert_checkpoint(request: ConvertRequest, report: Report, say: Say) -> Con
         manifest = written.manifest
         verification = Verification(request.verify, checkpoint, report, say)
         verification.add_golden(manifest, writer)
-        size = sum(path.stat().st_size for path in writer.folder.rglob("*") if path.is_file())
+        size = _bytes_below(writer.folder)
         record = replace(
             writer.record, quantization=written.measured, board=seen_of_board(written.plan)
         )
@@ -205,6 +206,11 @@ def convert_checkpoint(request: ConvertRequest, report: Report, say: Say) -> Con
         certificate = verification.certify(prepared, size, writer, quality)
         folder = writer.publish()
     return Conversion(folder, manifest, written.plan, size, certificate)
+
+
+def _bytes_below(folder: Path) -> int:
+    """Bytes of all files in a folder; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _fp16_of(job: _Job) -> _Job | None:

@@ -46,7 +46,7 @@ class QualityCheck:
         self, request: QualityRequest, work: Path, report: Report, say: Callable[[str], None]
     ) -> None:
         self._request = request
-        self._kept = work / f"answers-{request.digest[:16]}-{request.max_new_tokens}.jsonl"
+        self._kept = work / f"answers-{request.key[:16]}-{request.max_new_tokens}.jsonl"
         self._report = report
         self._say = say
         self._before: QualityResult | None = None

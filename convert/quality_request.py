@@ -15,6 +15,8 @@ from llava_edge.runtime.quality_questions import (
     require_media,
 )
 
+_BLOCK = 1 << 20
+
 
 @dataclass(frozen=True)
 class QualityRequest:
@@ -32,7 +34,8 @@ class QualityRequest:
 
     Attributes:
         questions: of the file.
-        digest: SHA-256 of the file and of the sizes and times of what it shows.
+        digest: SHA-256 of the file.
+        key: SHA-256 of that and of the sizes and times of what the file shows.
     """
 
     file: Path
@@ -41,6 +44,7 @@ class QualityRequest:
     max_new_tokens: int = 64
     questions: tuple[QualityQuestion, ...] = field(init=False, repr=False)
     digest: str = field(init=False, repr=False)
+    key: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Written so that NaN is refused.
@@ -52,7 +56,8 @@ class QualityRequest:
         questions = read_quality_questions(self.file)
         require_media(self.file, questions, limits=self.limits)
         object.__setattr__(self, "questions", questions)
-        object.__setattr__(self, "digest", _digest(self.file, questions))
+        object.__setattr__(self, "digest", _digest(self.file))
+        object.__setattr__(self, "key", _key(self.digest, questions))
 
     def require_model(self, *, takes_video: bool, has_template: bool) -> None:
         """Make sure that a model can be asked.
@@ -69,8 +74,16 @@ class QualityRequest:
             require_media(self.file, self.questions, takes_video=False, limits=self.limits)
 
 
-def _digest(file: Path, questions: Sequence[QualityQuestion]) -> str:
-    whole = hashlib.sha256(file.read_bytes())
+def _digest(file: Path) -> str:
+    whole = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(_BLOCK):
+            whole.update(block)
+    return whole.hexdigest()
+
+
+def _key(digest: str, questions: Sequence[QualityQuestion]) -> str:
+    whole = hashlib.sha256(digest.encode())
     for question in questions:
         for path in (*question.images, *([question.video] if question.video else [])):
             status = path.stat()

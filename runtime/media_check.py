@@ -266,8 +266,15 @@ def first_difference(ours: Array, theirs: Array) -> str:
     return f"{len(ours)} ids for {len(theirs)}"
 
 
-def missing_here(sources: Iterable[bytes | GoldenClip]) -> str:
-    """What this machine lacks to read some files, a user's as well; empty for nothing."""
+def missing_here(
+    sources: Iterable[bytes | GoldenClip], formats: Sequence[str] = READABLE_FORMATS
+) -> str:
+    """What this machine lacks to read some files, a user's as well; empty for nothing.
+
+    Args:
+        sources: the files.
+        formats: of pictures; others are not to be opened.
+    """
     for source in sources:
         if isinstance(source, GoldenClip):
             if importlib.util.find_spec("av") is None:
@@ -275,6 +282,8 @@ def missing_here(sources: Iterable[bytes | GoldenClip]) -> str:
             continue
         kind = recognise(source)
         name = "" if kind is None or kind.format is None else kind.format
+        if name and name not in formats:
+            return f"{name} is not among the formats that are read"
         if name in ("WEBP", "AVIF") and not features.check(name.lower()):
             return f"this Pillow does not read {name}"
     return ""

@@ -25,6 +25,7 @@ from llava_edge.runtime.golden import (
 )
 from llava_edge.runtime.golden_loop import parse_loop
 from llava_edge.runtime.golden_media import GoldenChat
+from llava_edge.runtime.image_formats import READABLE_FORMATS
 from llava_edge.runtime.loop_check import check_loop
 from llava_edge.runtime.loop_choice import choose_plainly
 from llava_edge.runtime.loop_model import check_loop_on_model
@@ -50,12 +51,17 @@ def has_golden(artifact: Artifact) -> bool:
     return GOLDEN_FILE in artifact.manifest.files
 
 
-def check_on_device(model: LlavaEdge, progress: ReportProgress = no_progress) -> list[StageResult]:
+def check_on_device(
+    model: LlavaEdge,
+    progress: ReportProgress = no_progress,
+    formats: Sequence[str] = READABLE_FORMATS,
+) -> list[StageResult]:
     """Run every golden prompt, open every file, and compare with what the reference said.
 
     Args:
         model: loaded where it is to run.
         progress: told about prompts.
+        formats: picture files of others are left out.
 
     Returns:
         Rows for prompt, preprocessing, tile_features, prefill_logits, decode_logits and greedy. A
@@ -83,10 +89,12 @@ def check_on_device(model: LlavaEdge, progress: ReportProgress = no_progress) ->
     progress("golden prompts", len(probes), len(probes))
     media = read_golden_media(artifact.files[GOLDEN_FILE], manifest)
     with model.open_files() as reader:
-        files = [file for file in media.files if not missing_here([file.source])]
+        files = [file for file in media.files if not missing_here([file.source], formats)]
         faults = reader.faults(files)
         seen += (
-            _look_at_chat(model, reader, c) for c in media.chats if not missing_here(c.sources)
+            _look_at_chat(model, reader, chat)
+            for chat in media.chats
+            if not missing_here(chat.sources, formats)
         )
     return [*_rows(seen, _FileFaults(len(files), faults), bounds), *_loop_rows(model, bounds)]
 

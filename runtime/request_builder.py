@@ -60,6 +60,11 @@ class RequestBuilder:
         self._limits = limits
 
     @property
+    def limits(self) -> Limits:
+        """Bounds on what is accepted."""
+        return self._limits
+
+    @property
     def max_tiles(self) -> int:
         """Most tiles of one image on the artifact's own grid, thumbnail included."""
         return self.processor().anyres.max_tiles

@@ -82,7 +82,8 @@ def _uses_int8(manifest: Manifest, here: Host) -> bool:
 
 def _run_once(model: LlavaEdge, here: Host, message: str) -> str:
     """Run the golden prompts; what is to be said of them."""
-    stages = tuple(check_on_device(model))
+    # Nobody asked for this check, so it opens what the caller lets be opened and nothing else.
+    stages = tuple(check_on_device(model, formats=model._requests.limits.image_formats))
     failed = [stage for stage in stages if stage.verdict == "fail"]
     complete = all(stage.verdict == "pass" for stage in stages if stage.name == "prompt")
     # A context too small for a prompt says nothing of the machine: not to be remembered.

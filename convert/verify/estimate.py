@@ -17,22 +17,28 @@ import numpy as np
 import torch
 
 from llava_edge.convert.torch_threads import allowed_torch_threads
-from llava_edge.convert.verify.probes import NUM_STEPS, Probe, asked_again
+from llava_edge.convert.verify.probes import NUM_STEPS, Probe, asked_again, rounded_again
+from llava_edge.convert.verify.quantized_layers import RoundedWeights, SolvedLayers
 from llava_edge.convert.verify.reference_answer import Positions, Reference
 from llava_edge.convert.verify.streamed_model import StreamedModel
 from llava_edge.convert.verify.subject import Subject
 from llava_edge.runtime.bounds import bounds_for
 from llava_edge.runtime.certificate import Mode
+from llava_edge.runtime.loop_bench import SENTENCE
 from llava_edge.runtime.process import configure_process
 
-_FIXED_SECONDS = 1.0
-"""Text, pixels and packing: the same for a model of any size."""
+_FIXED_SECONDS = 3.5
+"""Text, pixels, packing, files and the scripted loop: the same for a model of any size."""
+_VOCABULARY_SECONDS = 3e-5
+"""For each entry of the vocabulary, in the tokenizer's stage and in logits of scripted answers."""
 _PROCESS_SECONDS = 2.0
 """A fresh process, until it loads the artifact."""
 _WEIGHT_PASSES = 1.0
 """The stage of weights, over one reading of all weights by the reference."""
 _CACHE_RUNS = 5
 """Runs of the decoder in the stage of an int8 cache: three layer by layer, two as a whole."""
+_PATH_PROMPTS, _PATH_STEPS = 11.5, 62
+"""Sentences and single tokens that the paths of the loop compute on the model (``loop_model``)."""
 _LOOP_RUNS = 2
 """Runs of the decoder in the loop: an answer, and the same answer forced."""
 _FEW, _MANY, _STEPS = 32, 256, 8
@@ -67,16 +73,23 @@ class _Probe:
     tiles: int
     is_remembered: bool
     is_asked_again: bool
+    is_rounded_again: bool
 
 
 class _Estimate:
     """One artifact; measures when it is made."""
 
     def __init__(
-        self, subject: Subject, reference: Reference, probes: Sequence[Probe], mode: Mode
+        self,
+        subject: Subject,
+        reference: Reference,
+        solved: SolvedLayers,
+        probes: Sequence[Probe],
+        mode: Mode,
     ) -> None:
         manifest, text = subject.artifact.manifest, subject.dims.text
         self._layers = text.num_hidden_layers
+        self._vocabulary = text.vocab_size
         self._has_codes = manifest.decoder_int8_cache is not None
         self._has_process = mode == "full" and manifest.flavour == "cpu"
         self._is_half = subject.dtype is np.float16
@@ -88,18 +101,32 @@ class _Estimate:
         )
         # The head is a linear layer too, and read as those of the layers are.
         self._head = text.vocab_size * text.hidden_size / layer
+        self._path = _PATH_PROMPTS * len(reference.answer_ids(SENTENCE))
         self._probes = []
         again = asked_again(probes)
+        rounded = rounded_again(again, mode) if solved.names else ()
         for probe in probes:
             inputs = reference.inputs(probe)
             frames = 0 if inputs.frame_pixels is None else len(inputs.frame_pixels)
             tiles = sum(len(each) for each in inputs.pixel_values) + frames
             self._probes.append(
-                _Probe(len(inputs.ids), tiles, reference.remembers(probe), probe in again)
+                _Probe(
+                    len(inputs.ids),
+                    tiles,
+                    reference.remembers(probe),
+                    probe in again,
+                    probe in rounded,
+                )
             )
-        self._measure(subject, reference, probes)
+        self._measure(subject, reference, solved, probes)
 
-    def _measure(self, subject: Subject, reference: Reference, probes: Sequence[Probe]) -> None:
+    def _measure(
+        self,
+        subject: Subject,
+        reference: Reference,
+        solved: SolvedLayers,
+        probes: Sequence[Probe],
+    ) -> None:
         hidden = subject.dims.text.hidden_size
         rows = np.random.default_rng(0).normal(0, 1, (_MANY + _STEPS, hidden)).astype(np.float32)
         given = torch.from_numpy(rows)
@@ -119,6 +146,16 @@ class _Estimate:
             begin = _seconds(partial(_first_layer, other, given, _FEW)) - self._reads[0].each * _FEW
             self._reads.append(replace(self._reads[0], begin=max(0.0, begin)))
             self._towers *= 2
+        self._rounding, self._search = _Line(), 0.0
+        if solved.names:
+            assert supply is not None
+            model.use(RoundedWeights(solved, supply))
+            # The first run searches for scales, which are kept.
+            searched, found = (_once(partial(_first_layer, model, given, _FEW)) for _ in range(2))
+            begin = max(0.0, found - self._reads[0].each * _FEW)
+            self._rounding = replace(self._reads[0], begin=begin)
+            self._search = max(0.0, searched - found)
+            model.use(supply)
 
         def run(prompt: int, steps: int = 0) -> object:
             positions = Positions(prompt, steps, prompt, 0)
@@ -133,9 +170,12 @@ class _Estimate:
     def seconds(self) -> float:
         """Of all stages."""
         reading = sum(line.begin for line in self._reads)
-        seconds = _FIXED_SECONDS + _WEIGHT_PASSES * self._layers * reading
+        seconds = _FIXED_SECONDS + _VOCABULARY_SECONDS * self._vocabulary
+        seconds += _WEIGHT_PASSES * self._layers * reading
         if self._has_process:
             seconds += _PROCESS_SECONDS + max(map(self._run_seconds, self._probes))
+        seconds += self._layers * (self._search + _WEIGHT_PASSES * self._rounding.begin)
+        seconds += self._cut * (self._run.each * self._path + self._step * _PATH_STEPS)
         return seconds + sum(map(self._of_probe, self._probes))
 
     def _of_probe(self, probe: _Probe) -> float:
@@ -149,6 +189,8 @@ class _Estimate:
             return seconds
         if self._by_layer:
             seconds += reads[0] + run
+        if probe.is_rounded_again:
+            seconds += self._read(self._rounding, probe.tokens)
         if self._has_codes:
             seconds += _CACHE_RUNS * run
         part = (self._cut + self._head) / (self._layers + self._head)
@@ -169,13 +211,18 @@ class _Estimate:
 
 @allowed_torch_threads()
 def estimate_seconds(
-    subject: Subject, reference: Reference, probes: Sequence[Probe], mode: Mode
+    subject: Subject,
+    reference: Reference,
+    solved: SolvedLayers,
+    probes: Sequence[Probe],
+    mode: Mode,
 ) -> float | None:
     """Seconds of verifying, the reference's answers included as far as it does not remember them.
 
     Args:
         subject: the artifact, in the memory that it will be run in.
         reference: of the artifact.
+        solved: its layers that are held against rounding to nearest.
         probes: all that will be asked.
         mode: ``full`` has a fresh process answer as well.
 
@@ -184,7 +231,9 @@ def estimate_seconds(
     """
     configure_process()
     try:
-        return _Estimate(subject, reference, probes, mode).seconds()
+        # Together, since each call of its own starts a child process.
+        reference.render_ahead(probes)
+        return _Estimate(subject, reference, solved, probes, mode).seconds()
     except Exception:
         return None
 
@@ -204,7 +253,11 @@ def _seconds(run: Callable[[], object]) -> float:
     """Of one run: the middle of several, where they are short and the first warms caches."""
     found: list[float] = []
     while len(found) < _REPEATS and sum(found) < _ENOUGH_SECONDS:
-        started = time.perf_counter()
-        run()
-        found.append(time.perf_counter() - started)
+        found.append(_once(run))
     return sorted(found)[len(found) // 2]
+
+
+def _once(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started

@@ -88,6 +88,14 @@ def asked_again(probes: Sequence[Probe]) -> tuple[Probe, ...]:
     return (*probes[:2], *(probe for probe in probes[2:] if probe.name == VIDEO))
 
 
+def rounded_again(main: Sequence[Probe], mode: Mode) -> Sequence[Probe]:
+    """Those of ``asked_again`` for which it is computed what rounding to nearest costs.
+
+    A pass of the decoder each: the shortest probe does where time counts.
+    """
+    return main if mode == "full" else main[:1]
+
+
 def draw_probes(
     anyres: AnyRes, mode: Mode, context_tokens: int, max_frames: int = 0
 ) -> tuple[Probe, ...]:

@@ -121,6 +121,7 @@ class Reference:
         supply: the artifact's quantised weights; None at fp16.
 
     Attributes:
+        checkpoint: as given.
         sketch: of what the checkpoint's own layers read on the answers that are remembered.
     """
 
@@ -133,6 +134,7 @@ class Reference:
         mark = manifest.tokens.image if checkpoint.layout == "original" else None
         self.processor = ReferenceProcessor(checkpoint, pinpoints, mark)
         self.model = StreamedModel(checkpoint, pinpoints, image_token_id=mark)
+        self.checkpoint = checkpoint
         self.supply = supply
         self._original: StreamedModel | None = None
         self._own = None if checkpoint.gptq is None else StoredLinears(checkpoint)

@@ -187,7 +187,9 @@ class _Decoder:
         group = self._manifest.conversion.get("group_size")
         if bits != 16 and names != ["lm_head"] and group not in (None, -1):
             largest = largest_block(precision.language_model, self._manifest.flavour)
-            self._states(have.node, "block_size", have.block_size, min(group, largest))
+            # Up to version 3 a block was a group, however large.
+            block = min(group, largest) if self._manifest.schema_version > 3 else group
+            self._states(have.node, "block_size", have.block_size, block)
 
     def _says(self, node: str, what: str, have: object, want: object) -> None:
         says(self._walk, node, what, have, want)

@@ -29,7 +29,7 @@ from llava_edge.convert.verify.media_stage import media_stage
 from llava_edge.convert.verify.memory_stage import memory_stage
 from llava_edge.convert.verify.packing_stage import packing_stage
 from llava_edge.convert.verify.pixel_stage import pixel_stage
-from llava_edge.convert.verify.probes import Probe, asked_again, probes_for
+from llava_edge.convert.verify.probes import Probe, asked_again, probes_for, rounded_again
 from llava_edge.convert.verify.prompt_stage import prompt_stage
 from llava_edge.convert.verify.quantized_layers import RoundedWeights, SolvedLayers
 from llava_edge.convert.verify.reference_answer import Reference
@@ -180,8 +180,7 @@ class Verifier:
         rows = solved.stage(self.bounds)
         assert self.reference.supply is not None
         weights = RoundedWeights(solved, self.reference.supply)
-        # A pass of the decoder each: the shortest probe does where time counts.
-        for probe in self.main if self.options.mode == "full" else self.main[:1]:
+        for probe in rounded_again(self.main, self.options.mode):
             answer = self.reference.answer(probe)
             logits = self.reference.logits(answer, weights)
             answers.rounding[probe.name] = Losses.of(logits, answer.original, answer)
@@ -327,7 +326,8 @@ def verification_seconds(
     budget = None if options.mode == "full" else options.memory_bytes
     with Subject(artifact, budget, options.threads) as subject:
         probes = probes_for(artifact.manifest, options.mode)
-        return estimate_seconds(subject, reference, probes, options.mode)
+        solved = SolvedLayers(artifact, reference.checkpoint, reference.sketch)
+        return estimate_seconds(subject, reference, solved, probes, options.mode)
 
 
 @allowed_torch_threads()

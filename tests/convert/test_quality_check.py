@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -89,6 +90,7 @@ def test_right_answers_before_and_after_stand_in_certificate_card_and_output(
         ]
     right = sum(text == entry["answer"] for text, entry in zip(said, entries, strict=True))
     assert found.questions == COUNT
+    assert found.questions_sha256 == hashlib.sha256(pages.read_bytes()).hexdigest()
     assert found.right_before == COUNT, "the model was trained on such pages"
     assert found.right_after == right
     assert (found.lost, found.gained) == (COUNT - right, 0)

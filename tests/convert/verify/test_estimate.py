@@ -32,8 +32,8 @@ class Clock:
         self._cost = cost
         patch.setattr(estimate, "time", self)
         # Of nothing that is run here.
-        for name in ("_FIXED_SECONDS", "_WEIGHT_PASSES", "_PROCESS_SECONDS"):
-            patch.setattr(estimate, name, 0.0)
+        for name in ("FIXED_SECONDS", "VOCABULARY_SECONDS", "WEIGHT_PASSES", "PROCESS_SECONDS"):
+            patch.setattr(estimate, f"_{name}", 0.0)
         self._after(patch, StreamedModel, "hidden", self._hidden)
         self._after(patch, StreamedModel, "head", self._head)
         self._after(patch, StreamedModel, "embed", self._embed)
@@ -111,6 +111,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
         ("int8", None, "quick"),
         ("int8", 1, "quick"),
         ("int8 cache", None, "quick"),
+        ("int4 gptq", None, "quick"),
+        ("int4 gptq", None, "full"),
         ("video", None, "full"),
     ],
 )

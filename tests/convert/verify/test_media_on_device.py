@@ -8,16 +8,18 @@ import json
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llava_edge.convert.verify.verifier import golden_probes, open_reference
-from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime import LlavaEdge, images, verified_here
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.certificate import overall
 from llava_edge.runtime.golden import GOLDEN_FILE, golden_bytes, read_golden_media
 from llava_edge.runtime.on_device import check_on_device
 from llava_edge.runtime.sealed_json import seal
+from llava_edge.runtime.this_machine import describe_host
 from tests.convert.verify import faults_clips, faults_media
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.fault_models import MODELS, FaultModels, Model
@@ -114,3 +116,26 @@ def test_where_nothing_is_kept_of_the_last_picture_no_gap_is_measured(
     assert whole.gap is not None
     assert seen.gap is None
     assert (seen.ids, seen.pixels, seen.packing) == ("", "", "")
+
+
+def test_at_load_no_format_is_opened_that_the_caller_leaves_out(
+    loaded: Callable[[str], LlavaEdge], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded("qwen2")
+    here = describe_host("cpu")
+    opened: set[str] = set()
+    real = images.recognise
+
+    def note(data: bytes) -> Any:
+        kind = real(data)
+        opened.add("" if kind is None else str(kind.format))
+        return kind
+
+    monkeypatch.setattr(images, "recognise", note)
+    monkeypatch.setattr(verified_here, "keep_result", lambda *result: None)
+    verified_here._run_once(model, here, "elsewhere")
+    assert opened
+    assert "TIFF" not in opened
+
+    check_on_device(model)
+    assert "TIFF" in opened
