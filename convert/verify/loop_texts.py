@@ -134,9 +134,12 @@ class _Texts:
         return [i for i in self._reference.answer_ids(text) if i not in self._silent]
 
     def _special_ids(self) -> set[int]:
+        """Those that the checkpoint names for a purpose, and those that it only marks as special."""
         tokenizer: Any = self._reference.processor.tokenizer
         if isinstance(tokenizer, TransformersTokenizer):
-            return {int(i) for i in tokenizer._loaded.all_special_ids}
+            loaded = tokenizer._loaded
+            marked = {int(i) for i, token in loaded.added_tokens_decoder.items() if token.special}
+            return marked | {int(i) for i in loaded.all_special_ids}
         added = self._backend.get_added_tokens_decoder()
         return {i for i, token in added.items() if token.special}
 

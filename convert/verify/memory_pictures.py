@@ -34,7 +34,8 @@ def memory_faults() -> tuple[int, list[str]]:
         except Exception as error:
             faults.append(f"{name}: {type(error).__name__}: {error}"[:300])
             continue
-        if not np.array_equal(ours, convert_to_rgb(shown, return_numpy=True)):
+        theirs: Pixels = np.asarray(convert_to_rgb(shown, return_numpy=True))
+        if not np.array_equal(ours, theirs):
             faults.append(f"{name} has other pixels")
     return count, faults
 

@@ -10,12 +10,14 @@ from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.prompt_family import detect_family, stop_tokens
 from llava_edge.convert.template_checks import check_conversations
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
+from llava_edge.profiles.errors import PromptError
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.certificate import StageResult, exact
 from llava_edge.runtime.manifest import PromptFormat
 from llava_edge.runtime.prompt import (
     MARKS,
     Message,
+    Piece,
     Text,
     compose,
     raw_pieces,
@@ -70,6 +72,7 @@ def prompt_stage(
         )
         if tokenizer.encode_pieces(pieces) != reference.ids(prompt):
             faults.append(f"the finished prompt {prompt!r:.60} has other ids")
+    faults += _control_faults(tokenizer, reference)
     faults += _stop_faults(artifact, checkpoint, reference, tokenizer)
     looked = f"{count} prompts, stop ids {list(manifest.tokens.stop)}"
     looked += f"; reference of the ids: {reference.tokenizer.name}"
@@ -167,6 +170,27 @@ def _apart(ours: str, theirs: str) -> str:
         f"the prompt reads {ours[start : place + 24]!r}, the reference's "
         f"{theirs[start : place + 24]!r} from character {start}"
     )
+
+
+def _control_faults(tokenizer: Tokenizer, reference: ReferenceProcessor) -> Iterator[str]:
+    """Whether a person's text that names a control token becomes that token; it never may."""
+    backend = tokenizer.backend
+    for token in sorted(reference.control_tokens):
+        number = backend.token_to_id(token)
+        if number not in tokenizer.control_ids:
+            # An added word, which people may write as well.
+            continue
+        for text in (token, f"Say {token} now", f"a{token}{token}b"):
+            pieces = (Piece("text", text),)
+            try:
+                ids = tokenizer.encode_pieces(pieces)
+            except PromptError:
+                # A refusal lets nothing through either.
+                continue
+            # The first may be the bos that every prompt has.
+            if number in ids[int(tokenizer.bos_id is not None and ids[:1] == [tokenizer.bos_id]) :]:
+                yield f"{token!r} in a person's text becomes the control token"
+                break
 
 
 def _stop_faults(
