@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -225,19 +226,15 @@ def _marks_as_text(bench: LoopBench) -> None:
     text, answer = "What does <image> mean?", Expected(bench.words[:3], "length")
     picture = _noise(7)
     prepared = [bench.requests.prepare(picture, bench.requests.processor("base"))]
+    how: dict[str, Any] = {"image_marks": False, "grid": "base", "max_new_tokens": 3}
+    shown: tuple[list[Any], ...] = ([], [picture])
     with bench.scripted():
-        for number, images in enumerate(([], [picture])):
+        for number, images in enumerate(shown):
             message = user_message(text, images=number)
             pieces = compose(bench.requests.prompt_format(), (message,), image_marks=False)
             request = bench.requests.assemble(pieces, prepared[:number])
-            bench.run(
-                f"a mark as text, {number} pictures",
-                request,
-                answer,
-                lambda images=images: bench.model.stream(
-                    text, images, image_marks=False, grid="base", max_new_tokens=3
-                ),
-            )
+            start = partial(bench.model.stream, text, images, **how)
+            bench.run(f"a mark as text, {number} pictures", request, answer, start)
 
 
 def _compare_history(

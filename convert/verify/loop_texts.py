@@ -134,7 +134,7 @@ class _Texts:
         return [i for i in self._reference.answer_ids(text) if i not in self._silent]
 
     def _special_ids(self) -> set[int]:
-        """Those that the checkpoint names for a purpose, and those that it only marks as special."""
+        """What the checkpoint names for a purpose, and what it marks as special without one."""
         tokenizer: Any = self._reference.processor.tokenizer
         if isinstance(tokenizer, TransformersTokenizer):
             loaded = tokenizer._loaded

@@ -28,6 +28,7 @@ from llava_edge.runtime.prompt_date import COMPARED_NOW
 from llava_edge.runtime.tokenizer import Tokenizer
 
 _RULE = "Answer in one word."
+_MOST_STOPS = 6
 _RAW = (
     "<image>\nWhat is shown in this image?",
     "A chat. USER: <image>\nWhat is the total? ASSISTANT:",
@@ -173,24 +174,30 @@ def _apart(ours: str, theirs: str) -> str:
 
 
 def _control_faults(tokenizer: Tokenizer, reference: ReferenceProcessor) -> Iterator[str]:
-    """Whether a person's text that names a control token becomes that token; it never may."""
+    """Whether a person's text that names control tokens becomes one; it never may.
+
+    All of them stand in one text, since text with control tokens takes long to encode; the stop
+    tokens stand alone as well, so that a refusal of the others hides nothing.
+    """
     backend = tokenizer.backend
-    for token in sorted(reference.control_tokens):
-        number = backend.token_to_id(token)
-        if number not in tokenizer.control_ids:
-            # An added word, which people may write as well.
+    named = {token: backend.token_to_id(token) for token in sorted(reference.control_tokens)}
+    # Added words are not among them: people may write those.
+    control = {token: i for token, i in named.items() if i in tokenizer.control_ids}
+    alone = [token for token, i in control.items() if i in tokenizer.stop_ids][:_MOST_STOPS]
+    for text in (" ".join(control), "".join(control), *alone, *(f"a{each}b" for each in alone)):
+        if not text:
             continue
-        for text in (token, f"Say {token} now", f"a{token}{token}b"):
-            pieces = (Piece("text", text),)
-            try:
-                ids = tokenizer.encode_pieces(pieces)
-            except PromptError:
-                # A refusal lets nothing through either.
-                continue
-            # The first may be the bos that every prompt has.
-            if number in ids[int(tokenizer.bos_id is not None and ids[:1] == [tokenizer.bos_id]) :]:
-                yield f"{token!r} in a person's text becomes the control token"
-                break
+        try:
+            ids = tokenizer.encode_pieces((Piece("text", text),))
+        except PromptError:
+            # A refusal lets nothing through either.
+            continue
+        # The first may be the bos that every prompt has.
+        ids = ids[int(ids[:1] == [tokenizer.bos_id]) :]
+        found = [token for token, i in control.items() if i in ids]
+        if found:
+            yield f"{', '.join(found)[:80]} in a person's text become control tokens"
+            return
 
 
 def _stop_faults(

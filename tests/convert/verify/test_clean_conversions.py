@@ -60,7 +60,7 @@ def test_a_sound_conversion_passes_in_full(name: str, models: FaultModels) -> No
 def test_special_tokens_need_no_purpose_of_their_own(
     name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """``<|header|>`` of these is special and neither bos, end nor padding, as headers of Llama 3."""
+    """Their ``<|header|>`` is special and neither bos, end nor padding, as in Llama 3."""
     made = FaultModels(tmp_path_factory.mktemp("words"))[name]
 
     certificate = made.verify(made.artifact)
