@@ -17,11 +17,13 @@ from llava_edge.runtime.scripted_decoder import one_best
 from llava_edge.runtime.session import Array
 from llava_edge.runtime.time_budget import TimeBudget
 
+_LONG = 300
+"""Tokens of an answer that is longer than what is usually left to the option."""
 _SAMPLED = 12
 """Tokens of each sampled answer."""
 _SAMPLING: tuple[dict[str, Any], ...] = (
     {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 11},
-    {"temperature": 1.2, "top_k": 6, "seed": 12},
+    {"temperature": 1.2, "top_k": 6, "seed": (1 << 40) + 12},
     {"temperature": 0.0, "repetition_penalty": 1.6},
 )
 _FAR = -1e4
@@ -48,6 +50,9 @@ def check_endings(bench: LoopBench) -> None:
     words = bench.words
     base = bench.request(SENTENCE)
     script = (*words[::-1][:6], words[2], words[0])
+    long = (words * (_LONG // len(words) + 1))[:_LONG]
+    with bench.scripted():
+        bench.ask("a long answer", SENTENCE, Expected(long, "length"), max_new_tokens=_LONG)
     with bench.scripted(capacity=base.num_tokens + 3):
         bench.ask("full context", SENTENCE, Expected(script[:4], "context"), max_new_tokens=8)
     with bench.scripted() as decoder:
@@ -116,6 +121,12 @@ def check_sampled_answers(bench: LoopBench, choose: Choose) -> None:
             bench.ask(f"{name} with drafts", SENTENCE, expected, prompt_lookup_num_tokens=5, **more)
         with bench.scripted(picks_best=True):
             bench.ask(f"{name} of the best logits", SENTENCE, expected, **more)
+        with bench.scripted():
+            bench.count += 1
+            bench.prepare(base, expected)
+            whole = bench.model.generate(SENTENCE, raw=True, **more)
+            if whole.token_ids != ids:
+                bench.faults.append(f"{name} by generate(): tokens {whole.token_ids} for {ids}")
 
 
 def _sampled(

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 CAPACITY = 8192
 _CHUNK = 16
 """Positions: so few that every prompt has several chunks, and pictures lie across them."""
-_CACHE_BYTES = 256 << 20
 _ALWAYS_COMPUTED = 2
 SENTENCE = "The quick brown fox jumps over the lazy dog; 12 pictures, 3 words."
 
@@ -96,10 +95,17 @@ class LoopBench:
         *,
         prefix_reuse: bool = True,
         picks_best: bool = False,
-        vision_cache: bool = False,
+        vision_cache: int = 0,
         capacity: int = CAPACITY,
     ) -> Iterator[ScriptedDecoder]:
-        """Within it the model runs a fresh scripted decoder, which is given."""
+        """Within it the model runs a fresh scripted decoder, which is given.
+
+        Args:
+            prefix_reuse: as for ``Answerer``.
+            picks_best: the decoder gives its best logits alone.
+            vision_cache: tiles whose features are kept.
+            capacity: positions of the context.
+        """
         real, loaded = self.model._answerer, self.model._decoder
         decoder: Any = ScriptedDecoder(
             self.table.vocab_size,
@@ -112,7 +118,10 @@ class LoopBench:
         self.decoder: ScriptedDecoder = decoder
         self.encoder, self._reuses = DigestEncoder(), prefix_reuse
         encoder = self.encoder
-        cached = CachedEncoder(encoder, FeatureCache(_CACHE_BYTES)) if vision_cache else encoder
+        dims = self.manifest.model
+        tile_bytes = dims.vision.num_patches * dims.text.hidden_size * np.dtype(self.dtype).itemsize
+        features = FeatureCache(vision_cache * tile_bytes)
+        cached = CachedEncoder(encoder, features) if vision_cache else encoder
         memory: Any = _NoMemory()
         self.model._answerer = real.over(
             decoder, self._embedder(cached), memory, prefix_reuse=prefix_reuse

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ from llava_edge.runtime.session import Array
 from llava_edge.runtime.stream import AnswerStream
 
 _LOOKUP = 6
+_TILES = 64
+"""Whose features are kept: more than are shown."""
+_RULE = "Answer in one word."
 _SIDES = (42, 30)
 """Height and width of the pictures; AnyRes enlarges them."""
 
@@ -34,6 +38,7 @@ def check_reuse(bench: LoopBench) -> None:
     _kept_features(bench)
     if bench.manifest.prompt is not None:
         _conversation(bench)
+        _marks_as_text(bench)
 
 
 def _texts(bench: LoopBench) -> None:
@@ -145,7 +150,7 @@ def _kept_features(bench: LoopBench) -> None:
     """Features of tiles that were seen before come from the vision cache, and no others."""
     first, second = _noise(1), _noise(2)
     answer = Expected(bench.words[:2], "length")
-    with bench.scripted(vision_cache=True):
+    with bench.scripted(vision_cache=_TILES):
         for name, image, text, encoded in (
             ("kept features: first", first, "A", 1),
             ("kept features: another", second, "B", 1),
@@ -161,6 +166,21 @@ def _kept_features(bench: LoopBench) -> None:
                 bench.faults.append(
                     f"{name}: {bench.encoder.tiles - before} tiles were encoded, not {encoded}"
                 )
+        if bench.requests.max_tiles > 1:
+            # Its thumbnail is known, its other tiles are not; then all are.
+            for text in ("F", "G"):
+                prompt = f"{text} {SENTENCE} <image>"
+                bench.ask(
+                    f"kept features: several tiles, {text}",
+                    prompt,
+                    answer,
+                    [first],
+                    max_new_tokens=2,
+                )
+    with bench.scripted(vision_cache=1):
+        for text, image in zip("ABCD", (first, second, second, first), strict=True):
+            name, prompt = f"room for one tile, {text}", f"{text} {SENTENCE} <image>"
+            bench.ask(name, prompt, answer, [image], grid="base", max_new_tokens=2)
 
 
 def _conversation(bench: LoopBench) -> None:
@@ -169,9 +189,10 @@ def _conversation(bench: LoopBench) -> None:
     with bench.scripted():
         chat = bench.model.chat(grid="base")
         said: list[tuple[str, list[Any], str]] = []
+        rule = ""
 
         def turn(name: str, text: str, ids: Sequence[int], images: Sequence[Any] = ()) -> None:
-            request = _conversation_request(bench, said, text, list(images))
+            request = _conversation_request(bench, said, text, list(images), rule)
             # The template's own end of an answer is a stop token that the model says.
             ended = (*ids, *bench.stops[:1])
             expected = Expected(ended, "stop" if bench.stops else "length")
@@ -193,6 +214,27 @@ def _conversation(bench: LoopBench) -> None:
         chat.reset()
         said.clear()
         turn("a conversation begun anew", "What is this?", words[:2])
+        if bench.requests.prompt_format().system is not None:
+            said.clear()
+            chat, rule = bench.model.chat(system=_RULE, grid="base"), _RULE
+            turn("a system turn", "What is this?", words[:3])
+            turn("behind a system turn", "Why?", words[2:5])
+
+
+def _marks_as_text(bench: LoopBench) -> None:
+    """A mark that is to be read as text, with a picture and without."""
+    text, answer = "What does <image> mean?", Expected(bench.words[:3], "length")
+    picture = _noise(7)
+    prepared = [bench.requests.prepare(picture, bench.requests.processor("base"))]
+    how: dict[str, Any] = {"image_marks": False, "grid": "base", "max_new_tokens": 3}
+    shown: tuple[list[Any], ...] = ([], [picture])
+    with bench.scripted():
+        for number, images in enumerate(shown):
+            message = user_message(text, images=number)
+            pieces = compose(bench.requests.prompt_format(), (message,), image_marks=False)
+            request = bench.requests.assemble(pieces, prepared[:number])
+            start = partial(bench.model.stream, text, images, **how)
+            bench.run(f"a mark as text, {number} pictures", request, answer, start)
 
 
 def _compare_history(
@@ -205,10 +247,14 @@ def _compare_history(
 
 
 def _conversation_request(
-    bench: LoopBench, said: Sequence[tuple[str, list[Any], str]], text: str, images: list[Any]
+    bench: LoopBench,
+    said: Sequence[tuple[str, list[Any], str]],
+    text: str,
+    images: list[Any],
+    rule: str,
 ) -> Request:
     """A turn's prompt, from the turns so far and not from the chat's own history."""
-    messages = []
+    messages = [Message("system", (Text(rule),))] if rule else []
     pictures = []
     for asked, shown, answer in (*said, (text, images, None)):
         messages.append(user_message(asked, images=len(shown)))

@@ -10,12 +10,14 @@ from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.prompt_family import detect_family, stop_tokens
 from llava_edge.convert.template_checks import check_conversations
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
+from llava_edge.profiles.errors import PromptError
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.certificate import StageResult, exact
 from llava_edge.runtime.manifest import PromptFormat
 from llava_edge.runtime.prompt import (
     MARKS,
     Message,
+    Piece,
     Text,
     compose,
     raw_pieces,
@@ -26,6 +28,7 @@ from llava_edge.runtime.prompt_date import COMPARED_NOW
 from llava_edge.runtime.tokenizer import Tokenizer
 
 _RULE = "Answer in one word."
+_MOST_STOPS = 6
 _RAW = (
     "<image>\nWhat is shown in this image?",
     "A chat. USER: <image>\nWhat is the total? ASSISTANT:",
@@ -70,6 +73,7 @@ def prompt_stage(
         )
         if tokenizer.encode_pieces(pieces) != reference.ids(prompt):
             faults.append(f"the finished prompt {prompt!r:.60} has other ids")
+    faults += _control_faults(tokenizer, reference)
     faults += _stop_faults(artifact, checkpoint, reference, tokenizer)
     looked = f"{count} prompts, stop ids {list(manifest.tokens.stop)}"
     looked += f"; reference of the ids: {reference.tokenizer.name}"
@@ -167,6 +171,33 @@ def _apart(ours: str, theirs: str) -> str:
         f"the prompt reads {ours[start : place + 24]!r}, the reference's "
         f"{theirs[start : place + 24]!r} from character {start}"
     )
+
+
+def _control_faults(tokenizer: Tokenizer, reference: ReferenceProcessor) -> Iterator[str]:
+    """Whether a person's text that names control tokens becomes one; it never may.
+
+    All of them stand in one text, since text with control tokens takes long to encode; the stop
+    tokens stand alone as well, so that a refusal of the others hides nothing.
+    """
+    backend = tokenizer.backend
+    named = {token: backend.token_to_id(token) for token in sorted(reference.control_tokens)}
+    # Added words are not among them: people may write those.
+    control = {token: i for token, i in named.items() if i in tokenizer.control_ids}
+    alone = [token for token, i in control.items() if i in tokenizer.stop_ids][:_MOST_STOPS]
+    for text in (" ".join(control), "".join(control), *alone, *(f"a{each}b" for each in alone)):
+        if not text:
+            continue
+        try:
+            ids = tokenizer.encode_pieces((Piece("text", text),))
+        except PromptError:
+            # A refusal lets nothing through either.
+            continue
+        # The first may be the bos that every prompt has.
+        ids = ids[int(ids[:1] == [tokenizer.bos_id]) :]
+        found = [token for token, i in control.items() if i in ids]
+        if found:
+            yield f"{', '.join(found)[:80]} in a person's text become control tokens"
+            return
 
 
 def _stop_faults(

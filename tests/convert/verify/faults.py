@@ -14,6 +14,7 @@ from tests.convert.verify import (
     faults_decoder,
     faults_images,
     faults_media,
+    faults_options,
     faults_quantized,
     faults_quantizer,
     faults_reuse,
@@ -47,6 +48,7 @@ LOOP_FAULTS: tuple[Fault, ...] = (
     *faults_sampling.FAULTS,
     *faults_streaming.FAULTS,
     *faults_reuse.FAULTS,
+    *faults_options.FAULTS,
 )
 """Those that the stage ``loop`` finds; the tests run that stage alone."""
 

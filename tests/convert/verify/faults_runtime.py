@@ -11,6 +11,7 @@ import pytest
 from llava_edge.runtime import answerer
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
+from llava_edge.runtime.prompt import Piece
 from llava_edge.runtime.prompt_embedder import PromptEmbedder
 from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
 from llava_edge.runtime.session import Array, Buffer
@@ -153,6 +154,18 @@ def _bos_twice(patch: _Patch) -> None:
     patch.setattr(Tokenizer, "encode_pieces", encode)
 
 
+def _text_is_control(patch: _Patch) -> None:
+    """What people write may become control tokens."""
+    real = Tokenizer.encode_pieces
+
+    def encode(self: Tokenizer, pieces: Any) -> list[int]:
+        return real(
+            self, [Piece("template" if p.kind == "text" else p.kind, p.text) for p in pieces]
+        )
+
+    patch.setattr(Tokenizer, "encode_pieces", encode)
+
+
 def _token_of_before(patch: _Patch) -> None:
     """The loop feeds the token before the one that was chosen."""
     real = answerer.generate_tokens
@@ -239,6 +252,7 @@ FAULTS = (
         earlier="structure reads the ids of manifest.json as well",
     ),
     _fault("bos twice", "the prompt begins with two bos", _bos_twice, "prompt", model="llama"),
+    _fault("text is control", "text of people becomes control tokens", _text_is_control, "prompt"),
     _fault("token before", "the loop feeds the token before", _token_of_before, "greedy"),
     *(
         # Rounding hides the loop from a comparison with the reference: these were missed once.

@@ -56,5 +56,17 @@ def test_a_sound_conversion_passes_in_full(name: str, models: FaultModels) -> No
     assert certificate.verdict == "pass", not_passed(certificate)
 
 
+@pytest.mark.parametrize("name", ["llama3", "qwen2 tokenizer"])
+def test_special_tokens_need_no_purpose_of_their_own(
+    name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Their ``<|header|>`` is special and neither bos, end nor padding, as in Llama 3."""
+    made = FaultModels(tmp_path_factory.mktemp("words"))[name]
+
+    certificate = made.verify(made.artifact)
+
+    assert certificate.verdict == "pass", not_passed(certificate)
+
+
 def not_passed(certificate: Certificate) -> list[object]:
     return [stage for stage in certificate.stages if stage.verdict != "pass"]
