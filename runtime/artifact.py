@@ -213,14 +213,19 @@ def _reader(document: Any, path: Path) -> Callable[[Any], Manifest]:
 
 def _without(document: Any, *later: str) -> Manifest:
     """A manifest up to version 3, before some fields were there: those have today's default."""
-    if unknown := sorted(set(document) & {*later, *SINCE_4}):
-        raise ArtifactError(f"{MANIFEST} has fields of a later schema_version: {unknown}")
+    _refuse_later(document, later)
     return from_json(Manifest, document, MANIFEST)
 
 
 def _before_3(document: Any, *later: str) -> Manifest:
     """A manifest up to version 2, with another prompt format."""
+    _refuse_later(document, later)
     return _without(with_prompt_of_2(document), *later)
+
+
+def _refuse_later(document: Any, later: tuple[str, ...]) -> None:
+    if unknown := sorted(set(document) & {*later, *SINCE_4}):
+        raise ArtifactError(f"{MANIFEST} has fields of a later schema_version: {unknown}")
 
 
 def check_listing(root: Path, manifest: Manifest) -> None:

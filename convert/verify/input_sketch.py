@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -41,13 +41,20 @@ class InputSketch:
 
     def __init__(self) -> None:
         self._probes: list[str] = []
+        self._remove: Callable[[], object] = lambda: None
 
     @cached_property
     def path(self) -> Path:
-        """The folder, which goes with this object."""
+        """The folder, which goes with this object, or when it is closed."""
         folder = tempfile.mkdtemp(prefix="llava-edge-inputs-")
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return Path(folder)
+
+    def close(self) -> None:
+        """Remove what was kept; probes may be watched anew."""
+        self._remove()
+        self._probes.clear()
+        self.__dict__.pop("path", None)
 
     @contextmanager
     def watching(

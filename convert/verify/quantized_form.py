@@ -82,6 +82,14 @@ class QuantizedForm:
         return Grid(codes.bits - reduced, group)
 
 
+def held_scales(codes: GraphCodes, grid: Grid) -> Array:
+    """Scales [N, groups] of a layer, one for each group where blocks repeat it."""
+    num_columns = codes.codes.shape[1]
+    if grid.group >= num_columns:
+        return codes.scales[:, :1]
+    return codes.scales[:, :: max(1, grid.group // codes.block_size)]
+
+
 def _repeats(scales: Array, count: int) -> bool:
     """Whether scales [N, blocks] are the same in each run of some neighbouring blocks."""
     if count < 2 or scales.shape[1] % count:

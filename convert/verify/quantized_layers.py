@@ -29,7 +29,7 @@ from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.verify.graph_weights import GraphCodes, GraphWeights
 from llava_edge.convert.verify.input_sketch import InputSketch
 from llava_edge.convert.verify.output_error import OutputError, WeightRows, output_error
-from llava_edge.convert.verify.quantized_form import QuantizedForm
+from llava_edge.convert.verify.quantized_form import QuantizedForm, held_scales
 from llava_edge.convert.verify.reference_rounding import Grid, nearest_scales, rounded
 from llava_edge.convert.verify.streamed_model import LinearSupply
 from llava_edge.convert.verify.tensor_mapping import linear_layers
@@ -138,13 +138,11 @@ class SolvedLayers:
     def _rows(self, name: str, codes: GraphCodes, grid: Grid) -> Iterator[WeightRows]:
         for rows in _row_blocks(codes.codes.shape):
             part = codes.cut(rows)
-            # One scale for a whole row may be there several times.
-            held = part.scales[:, : -(-codes.codes.shape[1] // grid.group)]
             yield WeightRows(
                 self._original(name, rows),
                 torch.from_numpy(part.dequantize()),
                 self._scales(name, rows, grid),
-                torch.from_numpy(held.astype(np.float32)),
+                torch.from_numpy(held_scales(part, grid).astype(np.float32)),
             )
 
     def _original(self, name: str, rows: slice) -> torch.Tensor:

@@ -121,6 +121,12 @@ class Verifier:
 
     def run(self) -> Certificate:
         """Run every stage; a stage that cannot run at all fails with its reason."""
+        try:
+            return self._run()
+        finally:
+            self.reference.sketch.close()
+
+    def _run(self) -> Certificate:
         started = time.perf_counter()
         # What a session or a layer gives back shall leave the process, not wait for the next.
         configure_process()

@@ -27,7 +27,7 @@ from llava_edge.convert.verify.digested_source import weight_digest
 from llava_edge.convert.verify.gptq_values import GptqValues
 from llava_edge.convert.verify.graph_file import GraphFile
 from llava_edge.convert.verify.graph_weights import GraphCodes, GraphWeights
-from llava_edge.convert.verify.quantized_form import QuantizedForm
+from llava_edge.convert.verify.quantized_form import QuantizedForm, held_scales
 from llava_edge.convert.verify.reference_rounding import Disagreement, Grid, disagreement
 from llava_edge.convert.verify.tensor_mapping import (
     GPTQ_ENDS,
@@ -216,7 +216,6 @@ class _Comparison:
         # The tower has one scale an output, and its float form holds fp16 numbers.
         in_tower = label == "vision"
         grid = Grid(codes.bits, num_columns) if in_tower else self._form.grid(codes, name)
-        groups = slice(None) if grid.group < num_columns else slice(0, 1)
         for rows in _row_blocks(*codes.codes.shape):
             original = self._checkpoint.read(f"{name}.weight", rows)
             original = as_half(original) if in_tower else original
@@ -227,7 +226,7 @@ class _Comparison:
             total += disagreement(
                 torch.from_numpy(original),
                 torch.from_numpy(part.codes.astype(np.int16) - (1 << (codes.bits - 1))),
-                torch.from_numpy(part.scales[:, groups].astype(np.float32)),
+                torch.from_numpy(held_scales(part, grid).astype(np.float32)),
                 grid,
             )
         if total.codes or total.scales:

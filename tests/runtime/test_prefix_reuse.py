@@ -40,6 +40,8 @@ FORMS: dict[str, tuple[str, Literal["int8"] | None]] = {
 NUM_TOKENS = 6
 GAP = 1e-5
 """Of the range of the logits: float32 sums in another order."""
+STEP_GAP = 3e-4
+"""The same where such a sum may come to lie on the other side of a code's step."""
 
 
 def noise(seed: int, width: int = 90, height: int = 60) -> Image.Image:
@@ -165,7 +167,9 @@ def test_a_prompt_that_goes_on_behind_an_answer_reuses_it(pair: Pair) -> None:
     (reused, ours), (none, theirs) = logits
     # The last token of an answer is chosen and never run.
     assert (reused, none) == (said.prompt_tokens + NUM_TOKENS - 1, 0)
-    assert np.abs(ours - theirs).max() <= GAP * np.ptp(theirs)
+    precision = pair.plain.artifact.manifest.precision.language_model
+    bound = STEP_GAP if precision == "int8" else GAP
+    assert np.abs(ours - theirs).max() <= bound * np.ptp(theirs)
 
 
 def _value(pieces: Pieces) -> Answer:

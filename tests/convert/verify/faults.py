@@ -39,6 +39,7 @@ FAULTS: tuple[Fault, ...] = (
     *faults_video.FAULTS,
     *faults_cache.FAULTS,
     *faults_media.FAULTS,
+    *faults_media.AT_VERIFICATION,
     *faults_tokenizer.FAULTS,
     *faults_clips.FAULTS,
     *faults_clips.AT_VERIFICATION,

@@ -390,5 +390,9 @@ FAULTS: tuple[Fault, ...] = (
         _rest_with_first_picture,
         stage="packing",
     ),
+)
+
+AT_VERIFICATION: tuple[Fault, ...] = (
     _picture("alpha of arrays", "clear parts of an array are opaque", _array_alpha_dropped),
 )
+"""Pictures in memory are compared at verification alone."""

@@ -441,8 +441,8 @@ def zero_points(copy: Tampered) -> None:
 
 def other_row_size(copy: Tampered) -> None:
     """The product is multiplied by the size of another row."""
-    products = [n for n in copy.nodes("decoder", "Mul") if n.input[1].startswith("Max_")]
-    products[3].input[1] = products[0].input[1]
+    sizes = [n for n in copy.nodes("decoder", "Mul") if n.input[0].startswith("Max_")]
+    sizes[3].input[0] = sizes[0].input[0]
 
 
 QUANTIZED: dict[str, tuple[str, Fault, str]] = {
