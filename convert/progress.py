@@ -7,7 +7,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+_MINUTES_FROM = 90
+"""Seconds from which on a time is shown in minutes."""
 _STEPS = ("quantise", "engine", "quality")
+
+
+def spoken_seconds(seconds: float) -> str:
+    """``83 s``, ``12 min``."""
+    return f"{seconds:.0f} s" if seconds < _MINUTES_FROM else f"{seconds / 60:.0f} min"
 
 
 class StageBars:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from llava_edge.convert.progress import spoken_seconds
 from llava_edge.convert.quality_request import QualityRequest
 from llava_edge.profiles.errors import ArtifactError, RequestError
 from llava_edge.runtime.artifact import open_artifact
@@ -24,9 +25,6 @@ from llava_edge.runtime.quality_run import Given, QualityResult, measure_quality
 from llava_edge.runtime.records import from_json, to_json
 
 Report = Callable[[str, int, int], None]
-
-_LONG = 90
-"""Seconds from which on a time is said in minutes."""
 
 _TIMED = 3
 """Questions after which the time for all of them is estimated."""
@@ -125,7 +123,7 @@ class QualityCheck:
             asked = done - len(known)
             if asked == _TIMED and total - done > _TIMED:
                 left = (time.monotonic() - started) / asked * (total - done)
-                shown = f"{left:.0f} s" if left < _LONG else f"{left / 60:.0f} min"
+                shown = spoken_seconds(left)
                 self._say(f"quality: {name}, about {shown} for {total - done} more questions")
 
         artifact = open_artifact(folder, read_certificate_too=False)

@@ -14,6 +14,7 @@ from pathlib import Path
 from llava_edge.convert.card import write_card
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.disk import write_atomic
+from llava_edge.convert.progress import spoken_seconds
 from llava_edge.convert.quality_check import QualityCheck
 from llava_edge.convert.verify.estimate import spoken
 from llava_edge.convert.verify.reference_answer import Reference
@@ -68,25 +69,25 @@ class Verification:
             listed = replace(manifest, files=dict(writer.files))
             artifact = Artifact(folder, listed, "", None, False, OpenedFiles(folder, listed.files))
             try:
-                self._announce(artifact)
-                assert self._reference is not None
-                probes, loop = golden_probes(artifact, self._reference)
+                reference = self._announce(artifact)
+                probes, loop = golden_probes(artifact, reference)
             except (LlavaEdgeError, ValueError, RuntimeError) as error:
                 # Verifying will meet the same, and says at which stage.
                 self._say(f"note: no golden prompts were made: {error}")
                 return
-            media = self._reference.media.golden
+            media = reference.media.golden
             (folder / GOLDEN_FILE).write_bytes(golden_bytes(probes, listed, loop.to_json(), media))
 
         writer.part("golden", build)
 
-    def _announce(self, artifact: Artifact) -> None:
-        """Open the reference, and say how long it will take."""
+    def _announce(self, artifact: Artifact) -> Reference:
+        """Open the reference, and say how long verification will take."""
         self._started = time.perf_counter()
-        self._reference = open_reference(artifact, self._checkpoint)
+        self._reference = reference = open_reference(artifact, self._checkpoint)
         options = VerifyOptions(self._mode, QUICK_BYTES)
-        seconds = verification_seconds(artifact, self._reference, options)
+        seconds = verification_seconds(artifact, reference, options)
         self._say(f"verifying ({self._mode}): {spoken(seconds)}")
+        return reference
 
     def certify(
         self,
@@ -115,12 +116,11 @@ class Verification:
             certificate = unverified(artifact)
         else:
             options = VerifyOptions(self._mode, QUICK_BYTES)
-            if self._reference is None:
-                self._announce(artifact)
+            reference = self._reference or self._announce(artifact)
             certificate = verify_artifact(
-                artifact, self._checkpoint, options, self._report, self._reference
+                artifact, self._checkpoint, options, self._report, reference
             )
-            took = spoken(time.perf_counter() - self._started).removeprefix("about ")
+            took = spoken_seconds(time.perf_counter() - self._started)
             verdict = verdict_line(certificate.stages)
             self._say(f"verified ({self._mode}) in {took}: {verdict}")
         what = f"the artifact does not do what {self._checkpoint.source_id} does"

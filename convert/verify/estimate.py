@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from llava_edge.convert.progress import spoken_seconds
 from llava_edge.convert.torch_threads import allowed_torch_threads
 from llava_edge.convert.verify.probes import NUM_STEPS, Probe, asked_again, rounded_again
 from llava_edge.convert.verify.quantized_layers import RoundedWeights, SolvedLayers
@@ -239,10 +240,10 @@ def estimate_seconds(
 
 
 def spoken(seconds: float | None) -> str:
-    """``83 s``, ``12 min``, or that it is not known."""
+    """``about 83 s``, ``about 12 min``, or that it is not known."""
     if seconds is None:
         return "for how long cannot be told"
-    return f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.0f} min"
+    return f"about {spoken_seconds(seconds)}"
 
 
 def _first_layer(model: StreamedModel, rows: torch.Tensor, count: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ Source: the operators' contracts of ONNX Runtime 1.32 and ONNX opset 21.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,13 @@ _INTEGER_ACCURACY = 4
 # What ONNX Runtime makes of DequantizeLinear with one scale a column when it fuses it.
 _FUSED_BLOCK = 32
 _ELEMENTS_AT_A_TIME = 1 << 22
+
+
+def row_blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
+    """Rows of a matrix [rows, columns], as many at a time as are looked at together."""
+    step = max(1, _ELEMENTS_AT_A_TIME // max(1, num_columns))
+    for first in range(0, num_rows, step):
+        yield slice(first, min(first + step, num_rows))
 
 
 @dataclass(frozen=True)
@@ -67,10 +75,8 @@ class GraphCodes:
         """Values float32 [N, K]."""
         num_rows, num_columns = self.codes.shape
         values = np.empty((num_rows, num_columns), np.float32)
-        step = max(1, _ELEMENTS_AT_A_TIME // max(1, num_columns))
-        for first in range(0, num_rows, step):
-            part = self.cut(slice(first, first + step))
-            out = values[first : first + step]
+        for rows in row_blocks(num_rows, num_columns):
+            part, out = self.cut(rows), values[rows]
             out[...] = part.codes
             if isinstance(part.zeros, int):
                 out -= np.float32(part.zeros)
@@ -280,11 +286,7 @@ class GraphWeights:
         if columns is None:
             return self.graph.read(weight)
         num_rows, width = self.graph.shape(weight)
-        step = max(1, _ELEMENTS_AT_A_TIME // width)
-        blocks = (
-            self.graph.read(weight, slice(first, min(first + step, num_rows)))[:, columns]
-            for first in range(0, num_rows, step)
-        )
+        blocks = (self.graph.read(weight, rows)[:, columns] for rows in row_blocks(num_rows, width))
         return np.concatenate([np.ascontiguousarray(block) for block in blocks])
 
 

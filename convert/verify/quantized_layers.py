@@ -18,7 +18,7 @@ what the artifact's own loss is measured by.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import numpy as np
@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from llava_edge.convert.checkpoint import Checkpoint
-from llava_edge.convert.verify.graph_weights import GraphCodes, GraphWeights
+from llava_edge.convert.verify.graph_weights import GraphCodes, GraphWeights, row_blocks
 from llava_edge.convert.verify.input_sketch import InputSketch
 from llava_edge.convert.verify.output_error import OutputError, WeightRows, output_error
 from llava_edge.convert.verify.quantized_form import QuantizedForm, held_scales
@@ -41,7 +41,6 @@ from llava_edge.runtime.certificate import StageResult, bounded
 STAGE = "quantized_layers"
 _SMALL = 0.05
 """Median error over that of rounding, below which layers are not told apart."""
-_ELEMENTS_AT_A_TIME = 1 << 22
 
 
 class SolvedLayers:
@@ -113,7 +112,7 @@ class SolvedLayers:
         grid = self._grids.get(name) or self._form.grid(self._codes(name), name)
         values = [
             rounded(self._original(name, rows), self._scales(name, rows, grid), grid)
-            for rows in _row_blocks(self._checkpoint.tensors[f"{name}.weight"].shape)
+            for rows in row_blocks(*self._checkpoint.tensors[f"{name}.weight"].shape)
         ]
         found: NDArray[np.float32] = torch.cat(values).numpy()
         return found
@@ -136,7 +135,7 @@ class SolvedLayers:
         return codes
 
     def _rows(self, name: str, codes: GraphCodes, grid: Grid) -> Iterator[WeightRows]:
-        for rows in _row_blocks(codes.codes.shape):
+        for rows in row_blocks(*codes.codes.shape):
             part = codes.cut(rows)
             yield WeightRows(
                 self._original(name, rows),
@@ -190,10 +189,3 @@ class RoundedWeights:
     def input_scale(self, name: str) -> NDArray[np.float32] | None:
         """See ``LinearSupply.input_scale``."""
         return self._supply.input_scale(name)
-
-
-def _row_blocks(shape: Sequence[int]) -> Iterator[slice]:
-    num_rows, num_columns = shape
-    step = max(1, _ELEMENTS_AT_A_TIME // num_columns)
-    for first in range(0, num_rows, step):
-        yield slice(first, min(first + step, num_rows))

@@ -9,9 +9,9 @@ sequences, whole and streamed, by the runtime's own tokenizer against the refere
 
 Where a checkpoint in the original layout brings a ``tokenizer.json``, and transformers' class reads
 it otherwise than it stands, the file decides. Where references differ among themselves, these rules
-hold: blanks are not cleaned up after
-decoding; control tokens are no part of an answer's text; a run of byte pieces that is no UTF-8
-becomes one placeholder a byte; one blank comes off the start of an answer, not several.
+hold: blanks are not cleaned up after decoding; control tokens are no part of an answer's text; a
+run of byte pieces that is no UTF-8 becomes one placeholder a byte; one blank comes off the start of
+an answer, not several.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from llava_edge.convert.safetensors_file import read_header, read_tensor
 from llava_edge.convert.verify.digested_source import weight_digest
 from llava_edge.convert.verify.gptq_values import GptqValues
 from llava_edge.convert.verify.graph_file import GraphFile
-from llava_edge.convert.verify.graph_weights import GraphCodes, GraphWeights
+from llava_edge.convert.verify.graph_weights import GraphCodes, GraphWeights, row_blocks
 from llava_edge.convert.verify.quantized_form import QuantizedForm, held_scales
 from llava_edge.convert.verify.reference_rounding import Disagreement, Grid, disagreement
 from llava_edge.convert.verify.tensor_mapping import (
@@ -53,7 +53,6 @@ DIGESTS = "weights_sha256"
 Array = NDArray[Any]
 Progress = Callable[[int, int], None]
 
-_ELEMENTS_AT_A_TIME = 1 << 22
 _SMALL = 64
 """Constants of this many elements or fewer are settings, which the structure stage looks at."""
 _ATTENTION = "GroupQueryAttention"
@@ -216,7 +215,7 @@ class _Comparison:
         # The tower has one scale an output, and its float form holds fp16 numbers.
         in_tower = label == "vision"
         grid = Grid(codes.bits, num_columns) if in_tower else self._form.grid(codes, name)
-        for rows in _row_blocks(*codes.codes.shape):
+        for rows in row_blocks(*codes.codes.shape):
             original = self._checkpoint.read(f"{name}.weight", rows)
             original = as_half(original) if in_tower else original
             original = original.astype(np.float32)
@@ -237,7 +236,7 @@ class _Comparison:
 
     def _solved(self, name: str, codes: GraphCodes, scale: Array | None) -> None:
         vanished = VanishedColumns(codes)
-        for rows in _row_blocks(*codes.codes.shape):
+        for rows in row_blocks(*codes.codes.shape):
             original = self._checkpoint.read(f"{name}.weight", rows).astype(np.float32)
             vanished.add(rows, original if scale is None else original * scale)
         num_dead = self._form.dead_columns.get(name, 0)
@@ -255,7 +254,7 @@ class _Comparison:
             )
             return
         differing = 0
-        for rows in _row_blocks(*codes.codes.shape):
+        for rows in row_blocks(*codes.codes.shape):
             theirs = values.rows(rows.start, rows.stop)
             differing += int(np.count_nonzero(codes.cut(rows).dequantize() != theirs))
         if differing:
@@ -301,7 +300,7 @@ class _Comparison:
         ref = self._checkpoint.tensors[part]
         inner = math.prod(ref.shape[1:])
         differing, first = 0, ""
-        for rows in _row_blocks(ref.shape[0], inner):
+        for rows in row_blocks(ref.shape[0], inner):
             original = self._checkpoint.read(part, rows)
             wanted = as_half(original).reshape(-1, inner)
             have = held[:, rows] if is_turned else held[rows]
@@ -341,7 +340,7 @@ class _Comparison:
                 )
                 continue
             differing: list[int] = []
-            for rows in _row_blocks(ref.shape[0], math.prod(ref.shape[1:])):
+            for rows in row_blocks(ref.shape[0], math.prod(ref.shape[1:])):
                 have = read_tensor(held, rows)
                 wanted_half = as_half(self._checkpoint.read(part, rows)).astype(have.dtype)
                 other = (_bits(have) != _bits(wanted_half)).reshape(len(have), -1).any(axis=1)
@@ -388,12 +387,6 @@ def _merged(scales: Array) -> Iterator[Array]:
             grouped = scales.reshape(len(scales), -1, count)
             if bool((grouped == grouped[:, :, :1]).all()):
                 yield grouped[:, :, 0]
-
-
-def _row_blocks(num_rows: int, inner: int) -> Iterator[slice]:
-    step = max(1, _ELEMENTS_AT_A_TIME // max(1, inner))
-    for first in range(0, num_rows, step):
-        yield slice(first, min(first + step, num_rows))
 
 
 def _bits(values: Array) -> Array:

@@ -28,7 +28,8 @@ _MOST_LOSS = {"fp16": 1e-6, "int8": 0.02, "int4": 0.6}
 """Nats a position against the checkpoint's own weights."""
 _MOST_NATS = 0.006
 _MOST_OTHER_CHOICES = 0.05
-"""At int8, on 420 tokens of English; weights rounded in groups of 64 alone change up to 3 %."""
+"""At int8, on 420 tokens of English: what is reached. Wanted are 3 %."""
+_WANTED_OTHER_CHOICES = 0.03
 
 ArtifactOf = Callable[[str], Path]
 
@@ -84,6 +85,14 @@ def test_int8_loses_little_on_english(
 
     assert loss.nats <= _MOST_NATS, loss
     assert loss.other_choices <= _MOST_OTHER_CHOICES, loss
+
+
+@pytest.mark.xfail(reason="one scale a row of weights changes more; see DECISIONS", strict=True)
+@pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.stem)
+def test_int8_changes_few_choices(artifact_of: ArtifactOf, checkpoint: Path, text: Path) -> None:
+    loss = Reference(checkpoint, text.read_text(encoding="utf-8")).artifact(artifact_of("int8"))
+
+    assert loss.other_choices <= _WANTED_OTHER_CHOICES, loss
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.stem)

@@ -57,6 +57,10 @@ def solved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Solved]:
     return make
 
 
+OF_GROUPS = ("one scale a row", "groups shifted")
+"""Need several scales a row, which int8 on a CPU has not."""
+
+
 def stage(solved: Solved) -> list[StageResult]:
     made, artifact, sketch = solved
     manifest = artifact.manifest
@@ -100,13 +104,18 @@ def spoiled(change: Change, only: str, codes: GraphCodes, name: str) -> GraphCod
     return replace(codes, codes=wrong.qweight, scales=same)
 
 
-@pytest.mark.parametrize("model", ["int4", "int8"])
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        (name, model)
+        for name in WEIGHTS
+        for model in ("int4", "int8")
+        if model == "int4" or name not in OF_GROUPS
+    ],
+)
 def test_spoiled_codes_are_found_by_what_they_do(
     solved: Callable[[str], Solved], monkeypatch: pytest.MonkeyPatch, name: str, model: str
 ) -> None:
-    if model == "int8" and name in ("one scale a row", "groups shifted"):
-        pytest.skip("a row of this form has one scale")
     _, change, only = WEIGHTS[name]
     made = solved(model)
     real = GraphWeights.codes
