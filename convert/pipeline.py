@@ -461,7 +461,7 @@ def _as_begun(
     if chosen != (found.variant, found.precision, found.vision_precision, found.grid):
         return planned
     say(
-        f"note: goes on with {begun} tokens of context, as it began; the memory that is free now "
+        f"note: keeps {begun} tokens of context, as it began; the memory that is free now "
         f"would give {plan.context_tokens} (--force begins again)"
     )
     return replace(again, plan=_as_seen(found, plan))

@@ -118,8 +118,8 @@ def golden_bytes(
     Args:
         probes: what the reference said.
         manifest: of the artifact that they are for; ``files`` is not looked at.
-        loop: a JSON value about the loop, of at most ``LOOP_LIMIT`` bytes; None for none. Whoever
-            reads it judges it.
+        loop: a JSON value about the loop, of at most ``LOOP_LIMIT`` bytes; None for none. The
+            reader judges it.
         media: picture and video files; None for none.
 
     Raises:

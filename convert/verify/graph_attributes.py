@@ -105,7 +105,7 @@ class GraphWalk:
     def attribute(self, node: Any, name: str) -> Any:
         """An attribute's value, the operator's default where the node lacks it; None for neither.
 
-        Whoever asks compares it: ``node_faults`` does not look at it again.
+        The caller compares it: ``node_faults`` does not look at it again.
         """
         self._compared.setdefault(id(node), set()).add(name)
         return attribute(node, name, default_of(node, name))

@@ -196,4 +196,4 @@ def test_a_resumed_conversion_keeps_its_context_where_other_memory_is_free(
     convert_checkpoint(replace(begun, profile=later), no_progress, said.append)
 
     assert contents(tmp_path / "b") == contents(tmp_path / "a")
-    assert any(f"goes on with {manifest.context_tokens} tokens of context" in s for s in said)
+    assert any(f"keeps {manifest.context_tokens} tokens of context" in s for s in said)
