@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import datetime, timezone
 
 from llava_edge.convert.chat_template import compile_chat_template
@@ -29,6 +30,7 @@ from llava_edge.runtime.tokenizer import Tokenizer
 
 _RULE = "Answer in one word."
 _MOST_STOPS = 6
+_UNKNOWN_CHARACTER = "\U0010fffd"
 _RAW = (
     "<image>\nWhat is shown in this image?",
     "A chat. USER: <image>\nWhat is the total? ASSISTANT:",
@@ -196,8 +198,22 @@ def _control_faults(tokenizer: Tokenizer, reference: ReferenceProcessor) -> Iter
         ids = ids[int(ids[:1] == [tokenizer.bos_id]) :]
         found = [token for token, i in control.items() if i in ids]
         if found:
+            # A character that no piece spells is <unk> in any text.
+            unknown = _unknown(tokenizer, reference, text)
+            found = [token for token in found if control[token] not in unknown]
+        if found:
             yield f"{', '.join(found)[:80]} in a person's text become control tokens"
             return
+
+
+def _unknown(tokenizer: Tokenizer, reference: ReferenceProcessor, text: str) -> set[int]:
+    """The reference's id of unknown characters, where single characters of the text give it."""
+    unk = set(reference.ids(_UNKNOWN_CHARACTER)[-1:])
+    found: set[int] = set()
+    for character in set(text):
+        with suppress(PromptError):
+            found.update(tokenizer.encode_pieces((Piece("text", character),)))
+    return found & unk
 
 
 def _stop_faults(
