@@ -24,7 +24,7 @@ SECONDS ?=
 RELEASES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo convert test test-cuda stand-in test-gpu gpu-suite gpu-check gpu-measure test-slow test-nightly real-model faults fuzz soak test-interop test-layouts bench bench-convert bench-pages lint typecheck format clean
+.PHONY: help install demo convert test test-cuda stand-in test-gpu gpu-suite gpu-check gpu-measure test-slow test-nightly real-model faults fuzz soak test-interop test-layouts bench bench-convert bench-pages docs lint typecheck format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -125,6 +125,14 @@ lint: $(READY) build/typing ## ruff (style, docstrings, formatting) and the impo
 
 typecheck: $(READY) build/typing ## mypy --strict over the packages
 	$(BIN)/mypy
+
+build/docs-ready: $(READY) constraints.txt
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+docs: build/docs-ready build/typing ## the guides, decisions and API reference as a site in build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/docs/index.html"
 
 format: $(READY) ## rewrite the sources the way lint wants them
 	$(BIN)/ruff check --fix .
