@@ -37,9 +37,10 @@ from llava_edge.runtime.decode_steps import DraftedSteps, PlainSteps
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.generate import LoopResult, generate_tokens
+from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.instructions import needs_wide_sums
 from llava_edge.runtime.prompt_lookup import PromptLookup
-from llava_edge.runtime.sampling import Sampler, SamplingOptions
+from llava_edge.runtime.sampling import Sampler
 from llava_edge.runtime.session import Array, Session, SessionOptions
 
 _SMALL: Mapping[str, object] = {"layers": 2, "hidden_size": 256, "intermediate_size": 512}
@@ -166,7 +167,7 @@ class _Forced(Sampler):
     """Chooses as every sampler does, and then says what it was told to."""
 
     def __init__(self, vocab_size: int, answer: Sequence[int]) -> None:
-        super().__init__(SamplingOptions(), vocab_size, vocab_size)
+        super().__init__(GenerationConfig(), vocab_size, vocab_size)
         self._answer = iter(answer)
 
     def choose(self, logits: Array | BestLogits) -> int:

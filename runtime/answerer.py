@@ -19,12 +19,12 @@ from llava_edge.profiles.errors import OutOfMemoryError
 from llava_edge.profiles.nvml import process_bytes
 from llava_edge.runtime.allocation import allocate, require_free
 from llava_edge.runtime.answer import Answer, PeakMemory, Timings
-from llava_edge.runtime.answer_options import AnswerOptions
 from llava_edge.runtime.cache_contents import CacheContents
 from llava_edge.runtime.decode_steps import BestSteps, DraftedSteps, PlainSteps
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.generate import LoopResult, generate_tokens
+from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.host_memory import peak_host_bytes
 from llava_edge.runtime.lowering import Lowering
 from llava_edge.runtime.manifest import TokenIds
@@ -132,19 +132,21 @@ class Answerer:
         self,
         lowering: Lowering,
         preprocess_seconds: float,
-        options: AnswerOptions,
+        config: GenerationConfig,
         is_cancelled: Callable[[], bool],
         budget: TimeBudget,
+        progress: ReportProgress = no_progress,
     ) -> Pieces:
         """Answer.
 
         Args:
             lowering: the request, with pixels, and what it may give up; it fits the context.
             preprocess_seconds: what the request took to be made ready, from the call on.
-            options: how tokens are chosen and how many, and what is told about progress.
+            config: how tokens are chosen and how many.
             is_cancelled: asked at each tile, chunk and token; the answer then ends without an
                 ``Answer``.
             budget: time for all of it.
+            progress: told about tiles and prompt chunks.
 
         Returns:
             A generator of text whose value is the answer.
@@ -157,12 +159,12 @@ class Answerer:
         while True:
             try:
                 self._decoder.restore()
-                begun = self._begin(lowering, options.progress, is_cancelled, budget)
+                begun = self._begin(lowering, progress, is_cancelled, budget)
                 break
             except CancelledError:
                 return None
             except (TooSlowError, OutOfMemoryError, MemoryError) as error:
-                room = self._shorter_context(lowering.request.num_tokens + options.max_new_tokens)
+                room = self._shorter_context(lowering.request.num_tokens + config.max_new_tokens)
                 may_shorten = not isinstance(error, TooSlowError) and room is not None
                 if not lowering.can_lower and not may_shorten:
                     raise
@@ -180,20 +182,20 @@ class Answerer:
         lowering.settle()
         request, logits, reused = lowering.request, begun.logits, begun.reused
         sampler = Sampler(
-            options.sampling,
+            config,
             self._table.vocab_size,
             self._tokens.num_text_tokens,
             request.ids,
             self._places,
         )
-        steps = self._steps(request, options.prompt_lookup_num_tokens, sampler.needs_few)
+        steps = self._steps(request, config.prompt_lookup_num_tokens, sampler.needs_few)
         stop_ids = frozenset(self._tokens.stop)
         result = LoopResult()
         decoder = self._tokenizer.stream()
         token_ids: list[int] = []
         text: list[str] = []
         for token in generate_tokens(
-            steps, logits, sampler, stop_ids, options.max_new_tokens, result, lambda: budget.is_over
+            steps, logits, sampler, stop_ids, config.max_new_tokens, result, lambda: budget.is_over
         ):
             if is_cancelled():
                 return None

@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, NoReturn, get_args
+from typing import NoReturn, get_args
 
 from llava_edge.profiles.errors import PromptError, RequestError
 from llava_edge.runtime.answer import Answer
-from llava_edge.runtime.answer_options import AnswerOptions
 from llava_edge.runtime.arguments import (
     refuse_unknown,
+    require_callable,
     require_count,
     require_counts,
     require_flag,
@@ -28,10 +28,12 @@ from llava_edge.runtime.arguments import (
 )
 from llava_edge.runtime.finished_prompt import warn_if_finished
 from llava_edge.runtime.frame_choice import FrameChoice
+from llava_edge.runtime.generation_config import OPTION_NAMES, GenerationConfig
 from llava_edge.runtime.images import ImageSource
 from llava_edge.runtime.lowering import Lowering, Step
 from llava_edge.runtime.prepared_image import PreparedImage
 from llava_edge.runtime.prepared_video import PreparedVideo
+from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.prompt import Message, Piece, Role, Text, compose, user_message
 from llava_edge.runtime.request import Request, VideoInput
 from llava_edge.runtime.request_builder import RequestBuilder
@@ -49,10 +51,15 @@ ChatImage = ImageSource | PreparedImage
 ChatVideo = VideoSource | PreparedVideo
 """A video, or one that ``Chat.prepare_video`` of this very conversation has cut."""
 
-StartAnswer = Callable[[Lowering, AnswerOptions, TimeBudget, WithinTurn], AnswerStream]
+StartAnswer = Callable[
+    [Lowering, GenerationConfig, TimeBudget, WithinTurn, ReportProgress], AnswerStream
+]
 """``LlavaEdge``'s way to begin an answer."""
 
-_STREAM_OPTIONS = ("num_frames", "frame_choice", "max_image_tokens", "deadline_seconds")
+_STREAM_OPTIONS = (
+    *("video", "generation_config", "num_frames", "frame_choice"),
+    *("max_image_tokens", "deadline_seconds", "progress"),
+)
 
 
 @dataclass(frozen=True)
@@ -176,10 +183,42 @@ class Chat:
         text: str,
         images: Iterable[ChatImage] | None = (),
         video: ChatVideo | None = None,
-        **options: Any,
+        generation_config: GenerationConfig | None = None,
+        *,
+        num_frames: int | None = None,
+        frame_choice: FrameChoice = "reference",
+        max_image_tokens: int | None = None,
+        deadline_seconds: float | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        prompt_lookup_num_tokens: int | None = None,
+        progress: ReportProgress = no_progress,
+        **unknown: NoReturn,
     ) -> Answer:
-        """Say something and wait for the whole answer; see ``stream``."""
-        with self.stream(text, images, video, **options) as stream:
+        """Say something and wait for the whole answer. Arguments and errors: see ``stream``."""
+        with self.stream(
+            text,
+            images,
+            video,
+            generation_config,
+            num_frames=num_frames,
+            frame_choice=frame_choice,
+            max_image_tokens=max_image_tokens,
+            deadline_seconds=deadline_seconds,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+            progress=progress,
+            **unknown,
+        ) as stream:
             for _ in stream:
                 pass
             return stream.answer
@@ -216,12 +255,21 @@ class Chat:
         text: str,
         images: Iterable[ChatImage] | None = (),
         video: ChatVideo | None = None,
+        generation_config: GenerationConfig | None = None,
         *,
         num_frames: int | None = None,
         frame_choice: FrameChoice = "reference",
         max_image_tokens: int | None = None,
         deadline_seconds: float | None = None,
-        **options: Any,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        prompt_lookup_num_tokens: int | None = None,
+        progress: ReportProgress = no_progress,
+        **unknown: NoReturn,
     ) -> AnswerStream:
         """Say something and have the answer piece by piece.
 
@@ -233,13 +281,23 @@ class Chat:
             text: as the prompt of ``LlavaEdge.stream``.
             images: shown with this message.
             video: shown with this message.
+            generation_config: as in ``LlavaEdge.stream``.
             num_frames: as in ``LlavaEdge.stream``; of a video that is cut already, not asked.
             frame_choice: as ``num_frames``.
             max_image_tokens: as in ``LlavaEdge.stream``, for the images of this message; of those
                 that ``prepare`` has cut, thumbnails are all that is left below.
             deadline_seconds: as in ``LlavaEdge.stream``. Where time or memory does not suffice,
                 all images of the conversation are seen as thumbnails for this answer.
-            options: those of ``LlavaEdge.stream`` but ``raw``, ``image_marks`` and ``grid``.
+            max_new_tokens: see ``GenerationConfig``, as the six below. One that is given wins over
+                ``generation_config``.
+            temperature: 0 is greedy.
+            top_k: tokens to choose from.
+            top_p: probability to choose from.
+            repetition_penalty: of tokens that occurred.
+            seed: of sampling.
+            prompt_lookup_num_tokens: drafts from the prompt.
+            progress: told about tiles and prompt chunks.
+            unknown: none; a misspelt option is named.
 
         Raises:
             ImageError: an image is refused.
@@ -253,7 +311,18 @@ class Chat:
         """
         self._require_open()
         budget = TimeBudget(deadline_seconds)
-        answer_options = AnswerOptions.of("Chat.stream()", _STREAM_OPTIONS, **options)
+        refuse_unknown("Chat.stream()", unknown, (*_STREAM_OPTIONS, *OPTION_NAMES))
+        config = GenerationConfig.merged(
+            generation_config,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+        )
+        require_callable("progress", progress)
         before = _checked(self.messages)
         images, capped = self._check_message(text, images, before), ""
         VideoInput.given(None, num_frames, frame_choice)
@@ -276,7 +345,7 @@ class Chat:
                 self.messages += [message, said]
             return answer
 
-        return self._start(lowering, answer_options, budget, within_turn)
+        return self._start(lowering, config, budget, within_turn, progress)
 
     def count_tokens(
         self,

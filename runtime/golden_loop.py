@@ -16,9 +16,9 @@ import numpy as np
 from llava_edge.profiles.errors import ArtifactError, RequestError
 from llava_edge.runtime.arguments import require_count
 from llava_edge.runtime.generate import FinishReason
+from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.records import from_json, to_json
-from llava_edge.runtime.sampling import SamplingOptions
 from llava_edge.runtime.session import Array
 
 LogitKind = Literal["spread", "peaked", "tied", "equal", "holes", "steep"]
@@ -37,7 +37,7 @@ class DrawCase:
 
     Attributes:
         name: for reports.
-        temperature: of ``SamplingOptions``, as the next three and ``seed``.
+        temperature: of ``GenerationConfig``, as the next three and ``seed``.
         top_k: see there.
         top_p: see there.
         repetition_penalty: see there.
@@ -70,14 +70,18 @@ class DrawCase:
     ids: tuple[int, ...] = ()
 
     @property
-    def options(self) -> SamplingOptions:
+    def options(self) -> GenerationConfig:
         """As the runtime takes them.
 
         Raises:
             RequestError: one is out of range.
         """
-        return SamplingOptions(
-            self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed
+        return GenerationConfig(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
         )
 
     def row(self, number: int) -> Array:

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge.runtime.answer_options import AnswerOptions
+from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.golden_loop import TextCase, drawn_logits
 from llava_edge.runtime.loop_bench import SENTENCE, Expected, LoopBench
 from llava_edge.runtime.loop_choice import Choose, Rule
 from llava_edge.runtime.request import Request
-from llava_edge.runtime.sampling import SamplingOptions
 from llava_edge.runtime.scripted_decoder import one_best
 from llava_edge.runtime.session import Array
 from llava_edge.runtime.time_budget import TimeBudget
@@ -57,7 +56,7 @@ def check_endings(bench: LoopBench) -> None:
         bench.ask("full context", SENTENCE, Expected(script[:4], "context"), max_new_tokens=8)
     with bench.scripted() as decoder:
         expected = Expected(script[:4], "deadline")
-        options = AnswerOptions(max_new_tokens=8)
+        options = GenerationConfig(max_new_tokens=8)
         budget = _Budget(lambda: decoder.length >= base.num_tokens + 3)
         bench.run("deadline", base, expected, lambda: bench.started(base, options, budget))
         whole = Expected(script, "length")
@@ -67,7 +66,7 @@ def check_endings(bench: LoopBench) -> None:
         decoder.fails_at = 4
         bench.prepare(base, whole)
         try:
-            stream = bench.started(base, AnswerOptions(max_new_tokens=len(script)))
+            stream = bench.started(base, GenerationConfig(max_new_tokens=len(script)))
             for _ in stream:
                 pass
             bench.faults.append("failing run: the stream goes on")
@@ -80,7 +79,7 @@ def check_endings(bench: LoopBench) -> None:
 def _closed(bench: LoopBench, base: Request, script: Sequence[int]) -> None:
     """A stream that is closed after its first pieces: no run after it, and no answer."""
     bench.prepare(base, Expected(tuple(script), "length"))
-    stream = bench.started(base, AnswerOptions(max_new_tokens=len(script)))
+    stream = bench.started(base, GenerationConfig(max_new_tokens=len(script)))
     for _ in range(2):
         next(stream, None)
     runs = bench.decoder.runs
@@ -137,7 +136,7 @@ def _sampled(
     Logits of the prompt's own words and of some others are drawn, so that drafts are made and
     penalties count; the rest is far below.
     """
-    rule = Rule(SamplingOptions(**options), bench.tokens.num_text_tokens, bench.places)
+    rule = Rule(GenerationConfig(**options), bench.tokens.num_text_tokens, bench.places)
     uniform = np.random.Generator(np.random.PCG64(options.get("seed", 0)))
     seen, rows, ids = base.ids.tolist(), [], []
     own = np.array([*bench.words, *bench.unsaid])

@@ -15,11 +15,12 @@ import numpy as np
 
 from llava_edge.profiles.errors import EngineError
 from llava_edge.runtime.answer import Answer
-from llava_edge.runtime.answer_options import AnswerOptions
 from llava_edge.runtime.cached_encoder import CachedEncoder
 from llava_edge.runtime.feature_cache import FeatureCache
 from llava_edge.runtime.generate import FinishReason
+from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.lowering import Lowering
+from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.prompt_embedder import PromptEmbedder
 from llava_edge.runtime.request import PromptOptions, Request, VideoInput
 from llava_edge.runtime.scripted_decoder import DigestEncoder, ScriptedDecoder, one_best
@@ -171,14 +172,20 @@ class LoopBench:
 
     def ask_ids(self, name: str, request: Request, expected: Expected, **options: Any) -> None:
         """Ask with a prompt by its ids; see ``run``."""
-        chosen = AnswerOptions.of("stream()", **options)
+        chosen = GenerationConfig.merged(None, **options)
         self.run(name, request, expected, lambda: self.started(request, chosen))
 
     def started(
-        self, request: Request, options: AnswerOptions, budget: TimeBudget | None = None
+        self,
+        request: Request,
+        config: GenerationConfig,
+        budget: TimeBudget | None = None,
+        progress: ReportProgress = no_progress,
     ) -> AnswerStream:
         """The stream of a request that is ready."""
-        return self.model._start(Lowering(lambda: request), options, budget or TimeBudget())
+        return self.model._start(
+            Lowering(lambda: request), config, budget or TimeBudget(), progress=progress
+        )
 
     def run(
         self,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_edge.runtime.sampling import SamplingOptions
+from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.session import Array
 
 
@@ -25,7 +25,7 @@ class Rule:
         places: ids that are never sampled.
     """
 
-    options: SamplingOptions
+    options: GenerationConfig
     num_text_tokens: int
     places: tuple[int, ...] = ()
 

@@ -10,8 +10,9 @@ import numpy as np
 from llava_edge.profiles.buffers import BEST_TOKENS
 from llava_edge.profiles.errors import EngineError
 from llava_edge.runtime.best_logits import BestLogits
+from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.golden_loop import DrawCase, drawn_logits
-from llava_edge.runtime.sampling import Sampler, SamplingOptions
+from llava_edge.runtime.sampling import Sampler
 from llava_edge.runtime.session import Array
 
 _UNSEEDED = 24
@@ -79,7 +80,7 @@ def _seed_faults() -> Iterable[str]:
     row = drawn_logits("equal", 0, 4096)
     found = []
     for _ in range(2):
-        sampler = Sampler(SamplingOptions(temperature=1.0), row.size, row.size)
+        sampler = Sampler(GenerationConfig(temperature=1.0), row.size, row.size)
         found.append([sampler.choose(row) for _ in range(_UNSEEDED)])
     if found[0] == found[1]:
         yield "two samplers without a seed draw the same tokens"
@@ -92,7 +93,9 @@ def _overflow_faults() -> Iterable[str]:
             row = drawn_logits("spread", 1, 64).copy()
             row[5] = value
             try:
-                token = Sampler(SamplingOptions(temperature), row.size, row.size).choose(row)
+                token = Sampler(
+                    GenerationConfig(temperature=temperature), row.size, row.size
+                ).choose(row)
             except EngineError:
                 continue
             yield f"token {token} was drawn from logits that hold {value}"

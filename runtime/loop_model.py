@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llava_edge.runtime.answer_options import AnswerOptions
 from llava_edge.runtime.bounds import GAP, Bounds
 from llava_edge.runtime.certificate import StageResult, bounded, exact
 from llava_edge.runtime.forced_decoder import ForcedDecoder
+from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.loop_bench import SENTENCE
 from llava_edge.runtime.loop_choice import Choose, Rule, choice_margin
 from llava_edge.runtime.lowering import Lowering
@@ -155,7 +155,7 @@ class _Paths:
     def recompute(self, options: dict[str, Any], count: int, choose: Choose) -> None:
         """Tokens that the model chooses, by the logits that follow them."""
         model = self.model
-        chosen = AnswerOptions.of("stream()", max_new_tokens=count, **options)
+        chosen = GenerationConfig.merged(None, max_new_tokens=count, **options)
         with self._answering(model._answerer.over(model._decoder, prefix_reuse=False, stops=False)):
             answer = self._asked(self.base, chosen)
         rows: list[Array] = []
@@ -167,7 +167,7 @@ class _Paths:
             PromptOptions(raw=True),
         )
         tokens = model.artifact.manifest.tokens
-        rule = Rule(chosen.sampling, tokens.num_text_tokens, self.places)
+        rule = Rule(chosen, tokens.num_text_tokens, self.places)
         uniform = np.random.Generator(np.random.PCG64(options.get("seed", 0)))
         seen = self.base.ids.tolist()
         noise = _NOISE["cpu" if model.device == "cpu" else "cuda"]
@@ -201,14 +201,14 @@ class _Paths:
         answerer: Any = None,
         lookup: int = 0,
     ) -> Answer:
-        options = AnswerOptions(max_new_tokens=count, prompt_lookup_num_tokens=lookup)
+        options = GenerationConfig(max_new_tokens=count, prompt_lookup_num_tokens=lookup)
         with self._answering(answerer or self._over(decoder, prefix_reuse=False)):
             answer = self._asked(request, options)
         if answer.token_ids != decoder._ids:
             self.found.faults.append(f"{name}: tokens {answer.token_ids}, not {decoder._ids}")
         return answer
 
-    def _asked(self, request: Request, options: AnswerOptions) -> Answer:
+    def _asked(self, request: Request, options: GenerationConfig) -> Answer:
         with self.model._start(Lowering(lambda: request), options, TimeBudget()) as stream:
             for _ in stream:
                 pass

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge.runtime.answer_options import AnswerOptions
 from llava_edge.runtime.chat import Chat
+from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.loop_bench import SENTENCE, Expected, LoopBench
 from llava_edge.runtime.prompt import Message, Text, compose, user_message
 from llava_edge.runtime.request import PromptOptions, Request
@@ -72,7 +72,7 @@ def _texts(bench: LoopBench) -> None:
             name,
             request,
             one,
-            lambda: bench.started(request, AnswerOptions(max_new_tokens=4)),
+            lambda: bench.started(request, GenerationConfig(max_new_tokens=4)),
             fresh=True,
         )
     _closed_early(bench, bench.of_ids(words[::-1], words[::-1]))
@@ -95,7 +95,7 @@ def _closed_early(bench: LoopBench, request: Request) -> None:
             streams[0].close()
 
     bench.prepare(request, Expected(bench.words[:2], "length"))
-    streams.append(bench.started(request, AnswerOptions(max_new_tokens=2, progress=close)))
+    streams.append(bench.started(request, GenerationConfig(max_new_tokens=2), progress=close))
     for _ in streams[0]:
         bench.faults.append("closed in the prompt: the stream goes on")
     bench.refuses_answer("closed in the prompt", streams[0])

@@ -28,7 +28,6 @@ from llava_edge.profiles.engines import EngineName
 from llava_edge.profiles.errors import EngineError, PromptError, RequestError
 from llava_edge.runtime.allocation import allocate, refusals
 from llava_edge.runtime.answer import Answer
-from llava_edge.runtime.answer_options import AnswerOptions
 from llava_edge.runtime.arguments import (
     refuse_unknown,
     require_callable,
@@ -40,6 +39,7 @@ from llava_edge.runtime.chat import Chat, WithinTurn
 from llava_edge.runtime.cuda_options import CudaOptions
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.frame_choice import FrameChoice
+from llava_edge.runtime.generation_config import OPTION_NAMES, GenerationConfig
 from llava_edge.runtime.images import ImageSource
 from llava_edge.runtime.interface_check import check_interfaces
 from llava_edge.runtime.limits import Limits
@@ -63,7 +63,7 @@ from llava_edge.runtime.video_reader import VideoSource
 
 _STREAM_OPTIONS = (
     *("video", "num_frames", "frame_choice", "raw", "image_marks", "grid"),
-    *("max_image_tokens", "deadline_seconds"),
+    *("max_image_tokens", "deadline_seconds", "generation_config", "progress"),
 )
 
 
@@ -250,22 +250,10 @@ class LlavaEdge:
         return model
 
     def generate(
-        self, prompt: str, images: Iterable[ImageSource] | None = (), **options: Any
-    ) -> Answer:
-        """Answer a question; takes the options of ``stream``.
-
-        Returns:
-            The whole answer.
-        """
-        with self.stream(prompt, images, **options) as stream:
-            for _ in stream:
-                pass
-            return stream.answer
-
-    def stream(
         self,
         prompt: str,
         images: Iterable[ImageSource] | None = (),
+        generation_config: GenerationConfig | None = None,
         *,
         video: VideoSource | None = None,
         num_frames: int | None = None,
@@ -274,14 +262,69 @@ class LlavaEdge:
         image_marks: bool = True,
         grid: str | None = None,
         max_image_tokens: int | None = None,
-        max_new_tokens: int = 256,
         deadline_seconds: float | None = None,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
         seed: int | None = None,
-        prompt_lookup_num_tokens: int = 0,
+        prompt_lookup_num_tokens: int | None = None,
+        progress: ReportProgress = no_progress,
+        **unknown: NoReturn,
+    ) -> Answer:
+        """Answer a question. Arguments and errors are those of ``stream``.
+
+        Returns:
+            The whole answer.
+        """
+        with self.stream(
+            prompt,
+            images,
+            generation_config,
+            video=video,
+            num_frames=num_frames,
+            frame_choice=frame_choice,
+            raw=raw,
+            image_marks=image_marks,
+            grid=grid,
+            max_image_tokens=max_image_tokens,
+            deadline_seconds=deadline_seconds,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+            progress=progress,
+            **unknown,
+        ) as stream:
+            for _ in stream:
+                pass
+            return stream.answer
+
+    def stream(
+        self,
+        prompt: str,
+        images: Iterable[ImageSource] | None = (),
+        generation_config: GenerationConfig | None = None,
+        *,
+        video: VideoSource | None = None,
+        num_frames: int | None = None,
+        frame_choice: FrameChoice = "reference",
+        raw: bool = False,
+        image_marks: bool = True,
+        grid: str | None = None,
+        max_image_tokens: int | None = None,
+        deadline_seconds: float | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        prompt_lookup_num_tokens: int | None = None,
         progress: ReportProgress = no_progress,
         **unknown: NoReturn,
     ) -> AnswerStream:
@@ -291,6 +334,7 @@ class LlavaEdge:
             prompt: the question. ``<image>`` marks where each image goes; without marks they go
                 where the model's template puts them, first.
             images: paths, bytes, PIL images or uint8 arrays; None for none.
+            generation_config: how tokens are chosen and how many; None for the defaults.
             video: path or bytes of a video file, or frames (a list of images, or a uint8 array
                 (frames, height, width, 3)); ``<video>`` marks where it goes.
             num_frames: frames of it to look at; as many as the artifact was planned for, or as
@@ -301,20 +345,18 @@ class LlavaEdge:
             image_marks: whether ``<image>`` in the prompt is a mark or plain text.
             grid: lower the AnyRes grid, for instance ``base`` or ``1x2``.
             max_image_tokens: lower the grid until all images together take no more.
-            max_new_tokens: at most so many tokens.
             deadline_seconds: time for the answer, from this call on, waiting for other requests
                 included. Where it will not do, judged by how long earlier requests took, the grid
                 is lowered first; when it is over, the answer ends (``finish_reason``
                 ``deadline``).
-            temperature: 0 is greedy; see ``SamplingOptions`` for the rest.
-            top_k: see ``SamplingOptions``.
-            top_p: see ``SamplingOptions``.
-            repetition_penalty: see ``SamplingOptions``.
-            seed: see ``SamplingOptions``.
-            prompt_lookup_num_tokens: the most tokens to look up in prompt and answer and to check
-                in one run; 0 is plain decoding. Answers that copy come faster. Tokens are chosen
-                from the model's own logits either way, whose last bits differ between a run of one
-                position and of several: where two tokens are as good as equal, another may come.
+            max_new_tokens: see ``GenerationConfig``, as the six below. One that is given wins over
+                ``generation_config``.
+            temperature: 0 is greedy.
+            top_k: tokens to choose from.
+            top_p: probability to choose from.
+            repetition_penalty: of tokens that occurred.
+            seed: of sampling.
+            prompt_lookup_num_tokens: drafts from the prompt.
             progress: told about tiles and prompt chunks.
             unknown: none; a misspelt option is named.
 
@@ -337,9 +379,9 @@ class LlavaEdge:
         """
         self._queue.require_open()
         budget = TimeBudget(deadline_seconds)
-        answer_options = AnswerOptions.of(
-            "stream()",
-            _STREAM_OPTIONS,
+        refuse_unknown("stream()", unknown, (*_STREAM_OPTIONS, *OPTION_NAMES))
+        config = GenerationConfig.merged(
+            generation_config,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -347,9 +389,8 @@ class LlavaEdge:
             repetition_penalty=repetition_penalty,
             seed=seed,
             prompt_lookup_num_tokens=prompt_lookup_num_tokens,
-            progress=progress,
-            **unknown,
         )
+        require_callable("progress", progress)
         requests, capped = self._requests, ""
         options = PromptOptions(raw=raw, image_marks=image_marks, grid=grid)
         clip = VideoInput.given(video, num_frames, frame_choice)
@@ -365,7 +406,7 @@ class LlavaEdge:
             capped,
         )
         self._check_length(lowering.request)
-        return self._start(lowering, answer_options, budget)
+        return self._start(lowering, config, budget, progress=progress)
 
     def chat(
         self,
@@ -595,9 +636,10 @@ class LlavaEdge:
     def _start(
         self,
         lowering: Lowering,
-        options: AnswerOptions,
+        config: GenerationConfig,
         time: TimeBudget,
         within_turn: WithinTurn | None = None,
+        progress: ReportProgress = no_progress,
     ) -> AnswerStream:
         prepared = time.elapsed
 
@@ -609,9 +651,10 @@ class LlavaEdge:
                     self._answerer.pieces(
                         lowering,
                         prepared,
-                        options,
+                        config,
                         handle.is_cancelled,
                         time,
+                        progress,
                     )
                 )
                 with refusals("in the middle of a request"):

@@ -16,6 +16,7 @@ from llava_edge.runtime.engine_arguments import (
     asked_cache,
 )
 from llava_edge.runtime.frame_choice import FrameChoice
+from llava_edge.runtime.generation_arguments import add_generation_arguments, asked_generation
 from llava_edge.runtime.limit_arguments import add_limit_arguments, asked_limits
 from llava_edge.runtime.pipeline import LlavaEdge
 from llava_edge.runtime.png_file import PngFile
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     _check_usage(parser, options)
+    config = asked_generation(options)
     drawing = None
     if options.show_tiles is not None:
         drawing = PngFile(options.show_tiles, force=options.force)
@@ -51,13 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     # With --json the answer stands in the object; the live text then goes where progress goes.
     live = sys.stderr if options.json else sys.stdout
     sampling = {
-        "max_new_tokens": options.max_new_tokens,
-        "temperature": options.temperature,
-        "top_k": options.top_k,
-        "top_p": options.top_p,
-        "repetition_penalty": options.repetition_penalty,
-        "seed": options.seed,
-        "prompt_lookup_num_tokens": options.prompt_lookup,
+        "generation_config": config,
         "max_image_tokens": options.max_image_tokens,
         "deadline_seconds": options.deadline,
     }
@@ -200,19 +196,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="time for an answer; lowers the grid where it will not do, then ends the answer",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--repetition-penalty", type=float, default=1.0)
-    parser.add_argument("--seed", type=int)
-    parser.add_argument(
-        "--prompt-lookup",
-        type=int,
-        default=0,
-        metavar="N",
-        help="draft up to N tokens from prompt and answer, faster where it copies; 0 is off",
-    )
+    add_generation_arguments(parser)
     parser.add_argument("--device", type=device_argument, metavar=DEVICE_METAVAR, default="auto")
     parser.add_argument("--context", type=int, help="positions of the cache; default: the plan's")
     add_cache_argument(parser)

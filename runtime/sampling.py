@@ -10,69 +10,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from llava_edge.profiles.buffers import BEST_TOKENS
-from llava_edge.profiles.errors import EngineError, RequestError
-from llava_edge.runtime.arguments import require_count, require_number, settle
+from llava_edge.profiles.errors import EngineError
 from llava_edge.runtime.best_logits import BestLogits
+from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.session import Array
-
-MAX_PENALTY = 1000.0
-"""Beyond it float32 logits overflow; a penalty of 2 is strong already."""
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """What to do with the logits; the defaults are greedy.
-
-    Attributes:
-        temperature: 0 takes the largest logit; larger values flatten the distribution.
-        top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the smallest set of tokens whose probability reaches top_p; 1 keeps all.
-        repetition_penalty: divides positive logits (multiplies negative ones) of tokens that
-            occur in prompt or answer; 1 changes nothing.
-        seed: makes sampling repeatable; None draws one.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "repetition_penalty"):
-            settle(self, **{name: require_number(name, getattr(self, name))})
-        settle(self, top_k=require_count("top_k", self.top_k, 0))
-        if self.seed is not None:
-            settle(self, seed=require_count("seed", self.seed, 0))
-        faults = []
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            faults.append(f"temperature {self.temperature} must be 0 (greedy) or larger")
-        if not 0 < self.top_p <= 1:
-            faults.append(f"top_p {self.top_p} must lie in (0, 1]")
-        if not 1 / MAX_PENALTY <= self.repetition_penalty <= MAX_PENALTY:
-            faults.append(
-                f"repetition_penalty {self.repetition_penalty} must lie between "
-                f"{1 / MAX_PENALTY} and {MAX_PENALTY}"
-            )
-        if faults:
-            raise RequestError("sampling options cannot be used: " + "; ".join(faults))
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the answer does not depend on a seed."""
-        return self.temperature == 0.0 or self.top_k == 1
 
 
 class Sampler:
     """Chooses tokens and remembers which have occurred.
 
     Args:
-        options: validated options.
+        options: temperature, top-k, top-p, penalty and seed of it.
         vocab_size: length of the logits.
         num_text_tokens: rows at or above are padding of the table; they are never drawn.
         seen: int64 (tokens,) ids of the prompt, for the repetition penalty.
@@ -82,7 +34,7 @@ class Sampler:
 
     def __init__(
         self,
-        options: SamplingOptions,
+        options: GenerationConfig,
         vocab_size: int,
         num_text_tokens: int,
         seen: Array | None = None,

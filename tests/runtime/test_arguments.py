@@ -17,12 +17,12 @@ from llava_edge.profiles.errors import PromptError, RequestError
 from llava_edge.runtime.arguments import require_count, require_flag, require_number
 from llava_edge.runtime.chat import ChatMessage
 from llava_edge.runtime.cuda_options import CudaOptions
+from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.load_options import LoadOptions
 from llava_edge.runtime.pipeline import LlavaEdge
 from llava_edge.runtime.records import to_json
 from llava_edge.runtime.request import PromptOptions, VideoInput
-from llava_edge.runtime.sampling import SamplingOptions
 from llava_edge.runtime.time_budget import TimeBudget
 
 
@@ -102,7 +102,7 @@ def test_a_value_that_cannot_be_shown_hides_no_message() -> None:
 
 def test_options_hold_plain_values_whatever_they_were_given_as() -> None:
     options: dict[str, Any] = {"seed": np.int64(3), "top_p": np.float32(0.5), "top_k": np.int8(4)}
-    assert json.dumps(SamplingOptions(**options).__dict__)
+    assert json.dumps(GenerationConfig(**options).__dict__)
     loading = LoadOptions(threads=np.int32(2), context_tokens=np.uint16(9), allow_slow=np.bool_(1))  # type: ignore[arg-type]
     assert [type(each) for each in (loading.threads, loading.context_tokens)] == [int, int]
     assert loading.allow_slow is True

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from llava_edge.runtime.decode_steps import DraftedSteps, PlainSteps
 from llava_edge.runtime.generate import LoopResult, generate_tokens
+from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.prompt_lookup import PromptLookup
-from llava_edge.runtime.sampling import Sampler, SamplingOptions
+from llava_edge.runtime.sampling import Sampler
 
 WORDS, PLACE = 7, 6
 Array = NDArray[np.float32]
@@ -71,7 +72,7 @@ def answer(
     prompt: Sequence[int],
     capacity: int,
     most: int,
-    options: SamplingOptions,
+    options: GenerationConfig,
     stop_ids: Sequence[int],
     max_new_tokens: int,
     consume: int | None = None,
@@ -90,7 +91,7 @@ def answer(
 
 _prompts = st.lists(st.integers(0, WORDS - 1), min_size=1, max_size=30)
 _options = st.builds(
-    SamplingOptions,
+    GenerationConfig,
     temperature=st.sampled_from([0.0, 0.0, 0.3, 1.0]),
     top_k=st.sampled_from([0, 3]),
     repetition_penalty=st.sampled_from([1.0, 1.0, 1.3]),
@@ -111,7 +112,7 @@ def test_drafts_change_nothing_but_the_number_of_runs(
     prompt: list[int],
     room: int,
     most: int,
-    options: SamplingOptions,
+    options: GenerationConfig,
     stop_ids: list[int],
     max_new_tokens: int,
 ) -> None:
@@ -135,9 +136,9 @@ def test_drafts_change_nothing_but_the_number_of_runs(
 def test_an_answer_that_is_left_holds_what_was_fed_and_no_more(
     prompt: list[int], most: int, consume: int
 ) -> None:
-    plain, *_ = answer(prompt, 200, 0, SamplingOptions(), (), 60)
+    plain, *_ = answer(prompt, 200, 0, GenerationConfig(), (), 60)
 
-    found, _, decoder, _ = answer(prompt, 200, most, SamplingOptions(), (), 60, consume)
+    found, _, decoder, _ = answer(prompt, 200, most, GenerationConfig(), (), 60, consume)
 
     assert found == plain[:consume]
     # The loop stands behind the token it yielded last, which was not fed yet.
@@ -148,8 +149,8 @@ def test_an_answer_that_is_left_holds_what_was_fed_and_no_more(
 def test_text_that_repeats_takes_fewer_runs() -> None:
     prompt = [1, 2, 3]
 
-    plain, _, plain_decoder, _ = answer(prompt, 300, 0, SamplingOptions(), (), 200)
-    drafted, _, decoder, steps = answer(prompt, 300, 10, SamplingOptions(), (), 200)
+    plain, _, plain_decoder, _ = answer(prompt, 300, 0, GenerationConfig(), (), 200)
+    drafted, _, decoder, steps = answer(prompt, 300, 10, GenerationConfig(), (), 200)
 
     # A greedy walk over pairs of seven words must return; from then on every draft holds.
     assert drafted == plain

@@ -15,6 +15,7 @@ from llava_edge.convert.verify.reference_sampling import choose_by_reference, dr
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact import open_artifact
+from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.golden_loop import (
     DrawCase,
     GoldenLoop,
@@ -26,7 +27,6 @@ from llava_edge.runtime.loop_check import check_loop
 from llava_edge.runtime.loop_choice import Rule, choice_margin, choose_plainly
 from llava_edge.runtime.loop_model import check_loop_on_model
 from llava_edge.runtime.manifest import Manifest
-from llava_edge.runtime.sampling import SamplingOptions
 
 
 @pytest.fixture(scope="module")
@@ -137,13 +137,13 @@ def test_both_ways_to_choose_agree_with_what_travels(case: DrawCase) -> None:
 def test_a_choice_beside_an_edge_is_not_sure() -> None:
     logits = np.array([2.0, 1.0, 0.0, -9.0], np.float32)
     first = float(np.exp(2.0) / np.exp(logits.astype(np.float64)).sum())
-    rule = Rule(SamplingOptions(temperature=1.0), 4)
+    rule = Rule(GenerationConfig(temperature=1.0), 4)
 
     assert choice_margin(logits, rule, (), first + 1e-7) < 1e-6
     assert choice_margin(logits, rule, (), first / 2) > 0.1
     close = np.array([2.0, 2.0 + 1e-6, 0.0], np.float32)
-    assert choice_margin(close, Rule(SamplingOptions(), 3), (), 0.0) < 1e-6
-    cut = Rule(SamplingOptions(temperature=1.0, top_p=first + 1e-7), 4)
+    assert choice_margin(close, Rule(GenerationConfig(), 3), (), 0.0) < 1e-6
+    cut = Rule(GenerationConfig(temperature=1.0, top_p=first + 1e-7), 4)
     assert choice_margin(logits, cut, (), first / 2) < 1e-6
 
 

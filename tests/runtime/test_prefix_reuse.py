@@ -21,7 +21,7 @@ from llava_edge.profiles.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge, answerer
 from llava_edge.runtime.answer import Answer
-from llava_edge.runtime.answer_options import AnswerOptions
+from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.lowering import Lowering
 from llava_edge.runtime.placement import AskedCache
 from llava_edge.runtime.progress import no_progress
@@ -157,7 +157,7 @@ def test_a_prompt_that_goes_on_behind_an_answer_reuses_it(pair: Pair) -> None:
             pieces = model._answerer.pieces(
                 Lowering(lambda: longer),
                 0.0,
-                AnswerOptions(max_new_tokens=NUM_TOKENS),
+                GenerationConfig(max_new_tokens=NUM_TOKENS),
                 lambda: False,
                 TimeBudget(),
             )

@@ -21,8 +21,8 @@ from PIL import Image
 
 from llava_edge.profiles.errors import EngineError
 from llava_edge.runtime import LlavaEdge, answerer
-from llava_edge.runtime.answer_options import AnswerOptions
 from llava_edge.runtime.decoder import Decoder
+from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.lowering import Lowering
 from llava_edge.runtime.placement import AskedCache
 from llava_edge.runtime.prompt_lookup import PromptLookup
@@ -113,7 +113,7 @@ class Pair:
 
     def check(self, asked: Asked, request: Request) -> tuple[int, ...]:
         """Answer, compare, and return the tokens of the model with neither."""
-        plainly = AnswerOptions(max_new_tokens=NUM_TOKENS)
+        plainly = GenerationConfig(max_new_tokens=NUM_TOKENS)
         with self.plain._start(Lowering(lambda: request), plainly, TimeBudget()) as stream:
             list(stream)
         expected = stream.answer.token_ids

@@ -17,7 +17,8 @@ from transformers import (
 
 from llava_edge.profiles.errors import EngineError, RequestError
 from llava_edge.runtime.best_logits import BestLogits
-from llava_edge.runtime.sampling import Sampler, SamplingOptions
+from llava_edge.runtime.generation_config import GenerationConfig
+from llava_edge.runtime.sampling import Sampler
 
 VOCAB = 50
 
@@ -27,19 +28,19 @@ def logits(seed: int) -> np.ndarray:
 
 
 def test_the_default_takes_the_largest_logit() -> None:
-    sampler = Sampler(SamplingOptions(), 4, 4)
+    sampler = Sampler(GenerationConfig(), 4, 4)
 
     assert sampler.choose(np.array([0.0, 3.0, 2.0, 3.0], np.float32)) == 1
 
 
 def test_greedy_takes_a_padding_row_as_the_reference_does() -> None:
-    sampler = Sampler(SamplingOptions(), 4, 3)
+    sampler = Sampler(GenerationConfig(), 4, 3)
 
     assert sampler.choose(np.array([0.0, 1.0, 2.0, 3.0], np.float32)) == 3
 
 
 def test_sampling_never_draws_a_padding_row() -> None:
-    sampler = Sampler(SamplingOptions(temperature=1.0, seed=0), 4, 3)
+    sampler = Sampler(GenerationConfig(temperature=1.0, seed=0), 4, 3)
     row = np.array([0.0, 0.0, 0.0, 50.0], np.float32)
 
     assert {sampler.choose(row) for _ in range(50)} == {0, 1, 2}
@@ -47,7 +48,7 @@ def test_sampling_never_draws_a_padding_row() -> None:
 
 @pytest.mark.parametrize("top_k", [0, 2])
 def test_sampling_never_draws_the_place_of_an_image(top_k: int) -> None:
-    sampler = Sampler(SamplingOptions(temperature=1.0, top_k=top_k, seed=0), 4, 4, never=[1, 9])
+    sampler = Sampler(GenerationConfig(temperature=1.0, top_k=top_k, seed=0), 4, 4, never=[1, 9])
     row = np.array([1.0, 50.0, 1.0, 0.5], np.float32)
 
     drawn = {sampler.choose(row) for _ in range(80)}
@@ -58,7 +59,7 @@ def test_sampling_never_draws_the_place_of_an_image(top_k: int) -> None:
 @pytest.mark.parametrize("temperature", [1e-308, 5e-324, 1e-30])
 def test_a_vanishing_temperature_is_greedy(temperature: float) -> None:
     for seed in range(20):
-        sampler = Sampler(SamplingOptions(temperature=temperature, seed=seed), VOCAB, VOCAB)
+        sampler = Sampler(GenerationConfig(temperature=temperature, seed=seed), VOCAB, VOCAB)
 
         assert sampler.choose(logits(seed)) == int(np.argmax(logits(seed)))
 
@@ -70,25 +71,25 @@ def test_logits_that_are_no_numbers_are_an_error(temperature: float, value: floa
     row[7] = value
 
     with pytest.raises(EngineError, match="not finite"):
-        Sampler(SamplingOptions(temperature=temperature, seed=0), VOCAB, VOCAB).choose(row)
+        Sampler(GenerationConfig(temperature=temperature, seed=0), VOCAB, VOCAB).choose(row)
 
 
 @pytest.mark.parametrize("penalty", [1e-300, 1e300, 0.0])
 def test_a_penalty_that_would_overflow_is_refused(penalty: float) -> None:
     with pytest.raises(RequestError, match="repetition_penalty"):
-        SamplingOptions(repetition_penalty=penalty)
+        GenerationConfig(repetition_penalty=penalty)
 
 
 @pytest.mark.parametrize("option", ["top_k", "seed"])
 @pytest.mark.parametrize("value", [-1, 2.5, True, "3"])
 def test_counts_must_be_whole_numbers(option: str, value: object) -> None:
     with pytest.raises(RequestError, match=option):
-        SamplingOptions(**{option: value})  # type: ignore[arg-type]
+        GenerationConfig(**{option: value})  # type: ignore[arg-type]
 
 
 def test_equal_seeds_draw_equal_tokens() -> None:
     rows = [logits(seed) for seed in range(20)]
-    options = SamplingOptions(temperature=1.0, seed=7)
+    options = GenerationConfig(temperature=1.0, seed=7)
     first, second = (Sampler(options, VOCAB, VOCAB) for _ in range(2))
 
     assert [first.choose(row) for row in rows] == [second.choose(row) for row in rows]
@@ -111,7 +112,9 @@ def test_probabilities_equal_those_of_the_reference(
         reference = torch.softmax(warpers(None, torch.tensor(row)[None]), -1)[0].numpy()
 
         ids, weights = Sampler(
-            SamplingOptions(temperature, top_k, top_p, seed=0), VOCAB, VOCAB
+            GenerationConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=0),
+            VOCAB,
+            VOCAB,
         ).probabilities(row)
 
         ours = np.zeros(VOCAB)
@@ -121,7 +124,7 @@ def test_probabilities_equal_those_of_the_reference(
 
 
 def test_repetition_penalty_equals_the_reference_over_prompt_and_answer() -> None:
-    options = SamplingOptions(repetition_penalty=1.7)
+    options = GenerationConfig(repetition_penalty=1.7)
     prompt = np.array([3, 9, 9, 41])
     sampler = Sampler(options, VOCAB, VOCAB, prompt)
     processor = RepetitionPenaltyLogitsProcessor(1.7)
@@ -137,7 +140,7 @@ def test_repetition_penalty_equals_the_reference_over_prompt_and_answer() -> Non
 
 
 def test_drawn_frequencies_follow_the_probabilities() -> None:
-    sampler = Sampler(SamplingOptions(temperature=1.0, seed=3), 3, 3)
+    sampler = Sampler(GenerationConfig(temperature=1.0, seed=3), 3, 3)
     row = np.log(np.array([0.2, 0.3, 0.5], np.float32))
 
     counts = np.bincount([sampler.choose(row) for _ in range(4000)], minlength=3)
@@ -148,7 +151,7 @@ def test_drawn_frequencies_follow_the_probabilities() -> None:
 
 def test_all_wrong_options_are_named_together() -> None:
     with pytest.raises(RequestError) as caught:
-        SamplingOptions(temperature=-1, top_p=0, repetition_penalty=float("nan"))
+        GenerationConfig(temperature=-1, top_p=0, repetition_penalty=float("nan"))
 
     for name in ("temperature -1", "top_p 0", "repetition_penalty nan"):
         assert name in str(caught.value)
@@ -181,7 +184,7 @@ def test_the_best_logits_give_the_token_that_all_of_them_give(
     # Halves, so that ties come often; the last tokens are padding and one is an image's place.
     row = np.array(values, np.float32) / 2
     of_all, of_best = (
-        Sampler(SamplingOptions(**asked, seed=3), 12, 10, np.array([1]), never=[2])
+        Sampler(GenerationConfig(**asked, seed=3), 12, 10, np.array([1]), never=[2])
         for _ in range(2)
     )
 
@@ -191,7 +194,7 @@ def test_the_best_logits_give_the_token_that_all_of_them_give(
 
 @pytest.mark.parametrize("asked", [{}, {"temperature": 1.0, "top_k": 3}])
 def test_all_logits_are_not_read_where_the_best_decide(asked: dict[str, Any]) -> None:
-    sampler = Sampler(SamplingOptions(**asked, seed=1), VOCAB, VOCAB)
+    sampler = Sampler(GenerationConfig(**asked, seed=1), VOCAB, VOCAB)
 
     def read_all() -> np.ndarray:
         raise AssertionError("all logits were read")
@@ -208,4 +211,4 @@ def test_best_logits_that_are_not_finite_are_an_error(value: float) -> None:
     best = BestLogits(row[:2], np.arange(2), lambda: row)
 
     with pytest.raises(EngineError, match="not finite"):
-        Sampler(SamplingOptions(), 3, 3).choose(best)
+        Sampler(GenerationConfig(), 3, 3).choose(best)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from llava_edge.runtime import request_builder
-from llava_edge.runtime.answer_options import AnswerOptions
 from llava_edge.runtime.cached_encoder import CachedEncoder
 from llava_edge.runtime.chat import Chat
 from llava_edge.runtime.feature_cache import FeatureCache
+from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.pipeline import LlavaEdge
 from llava_edge.runtime.sampling import Sampler
 from llava_edge.runtime.session import Array
@@ -31,13 +31,13 @@ def _generate_draws_not(patch: _Patch) -> None:
 
 
 def _short_answers(patch: _Patch) -> None:
-    real = AnswerOptions.__post_init__
+    real = GenerationConfig.__post_init__
 
-    def settle(self: AnswerOptions) -> None:
+    def settle(self: GenerationConfig) -> None:
         real(self)
         object.__setattr__(self, "max_new_tokens", min(64, self.max_new_tokens))
 
-    patch.setattr(AnswerOptions, "__post_init__", settle)
+    patch.setattr(GenerationConfig, "__post_init__", settle)
 
 
 def _seed_cut(patch: _Patch) -> None:
