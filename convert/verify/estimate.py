@@ -28,11 +28,11 @@ from llava_edge.runtime.certificate import Mode
 from llava_edge.runtime.loop_bench import SENTENCE
 from llava_edge.runtime.process import configure_process
 
-_FIXED_SECONDS = 3.5
+_FIXED_SECONDS = 2.5
 """Text, pixels, packing, files and the scripted loop: the same for a model of any size."""
-_VOCABULARY_SECONDS = 3e-5
+_VOCABULARY_SECONDS = 4e-5
 """For each entry of the vocabulary, in the tokenizer's stage and in logits of scripted answers."""
-_PROCESS_SECONDS = 2.0
+_PROCESS_SECONDS = 0.4
 """A fresh process, until it loads the artifact."""
 _WEIGHT_PASSES = 1.0
 """The stage of weights, over one reading of all weights by the reference."""
