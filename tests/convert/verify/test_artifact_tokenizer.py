@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -27,8 +26,3 @@ def test_other_ids_of_the_manifest_are_judged_by_themselves(models: FaultModels)
     tokens = replace(manifest.tokens, image=manifest.tokens.num_text_tokens + 1000)
     with pytest.raises(ArtifactError, match="image id"):
         artifact_tokenizer(replace(artifact, manifest=replace(manifest, tokens=tokens)))
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
-    return FaultModels(Path(tmp_path_factory.mktemp("tokenizers")))

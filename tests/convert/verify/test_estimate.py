@@ -105,11 +105,6 @@ READING, COMPUTING, SEEING = (
 """Where weights are most of the time, where products are, and where towers are."""
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
-    return FaultModels(tmp_path_factory.mktemp("estimate"))
-
-
 @pytest.mark.parametrize(
     ("name", "memory_bytes", "mode", "cost"),
     [
