@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,8 +84,10 @@ class LoopBench:
         control = self.tokenizer.control_ids
         self.words = tuple(i for i in dict.fromkeys(ids) if i not in control)
         last = min(self.tokens.num_text_tokens, self.table.vocab_size)
-        others = [i for i in range(last - 1, -1, -1) if i not in {*control, *self.words}]
-        self.wrong, self.unsaid = others[0], tuple(others[1:13])
+        taken = {*control, *self.words}
+        others = (i for i in range(last - 1, -1, -1) if i not in taken)
+        self.wrong, *unsaid = islice(others, 13)
+        self.unsaid = tuple(unsaid)
         self.stops = tuple(i for i in self.tokens.stop if i < self.table.vocab_size)
         self._reuses = True
         self.encoder = DigestEncoder()

@@ -18,12 +18,12 @@ while codes that are wrong are wrong for both.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from llava_edge.convert.verify.reference_rounding import Grid, rounded, spread
+from llava_edge.convert.verify.reference_rounding import Grid, cache_blocks, grouped, rounded
 
 
 @dataclass(frozen=True)
@@ -98,16 +98,17 @@ def output_error(
     worst, place, first = -1.0, 0, 0
     steps: list[torch.Tensor] = []
     shift, count = 0.0, 0
-    for part in parts:
+    for part in (piece for each in parts for piece in _pieces(each)):
         fair = torch.empty(len(inputs), len(part.original), dtype=torch.float64)
         lost_by_rounding = rounded(part.original, part.scales, grid).sub_(part.original)
         # A step's error is uniform where nothing is known of it: a twelfth of its square.
-        step = spread(part.scales, grid.group, part.original.shape[1])
-        expected = torch.maximum(lost_by_rounding.square(), step.square() / 12)
+        squares = grouped(lost_by_rounding.square(), part.scales, grid)
+        expected = torch.maximum(squares, (part.scales.square() / 12)[..., None])
+        expected = expected.flatten(1)[:, : part.original.shape[1]]
         lost = part.shipped - part.original
         steps.append((part.shipped_scales / part.scales).flatten())
-        over = spread(part.shipped_scales, grid.group, part.original.shape[1])
-        shift += float((lost / over).sum(dtype=torch.float64))
+        by_group = grouped(lost, part.shipped_scales, grid).sum(2, dtype=torch.float64)
+        shift += float((by_group / part.shipped_scales).sum())
         count += lost.numel()
         for kind, given in enumerate(inputs):
             shipped = _squares(lost, given)
@@ -124,6 +125,13 @@ def output_error(
     layer = _over(sums[:, 0], torch.maximum(sums[:, 1], sums[:, 2])).amin()
     median = float(torch.cat(steps).median())
     return OutputError(float(layer), worst, place, median, abs(shift) / max(1, count))
+
+
+def _pieces(part: WeightRows) -> Iterator[WeightRows]:
+    for rows in cache_blocks(part.original):
+        yield WeightRows(
+            part.original[rows], part.shipped[rows], part.scales[rows], part.shipped_scales[rows]
+        )
 
 
 def _squares(lost: torch.Tensor, given: KindInputs) -> torch.Tensor:

@@ -10,6 +10,7 @@ from llava_edge.convert.chat_template import compile_chat_template
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.prompt_family import detect_family, stop_tokens
 from llava_edge.convert.template_checks import check_conversations
+from llava_edge.convert.verify.artifact_tokenizer import artifact_tokenizer
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
 from llava_edge.profiles.errors import PromptError
 from llava_edge.runtime.artifact import Artifact
@@ -52,7 +53,7 @@ def prompt_stage(
     becomes one, which is where it leaves the reference.
     """
     manifest = artifact.manifest
-    tokenizer = Tokenizer.open(artifact.files[manifest.tokenizer], manifest.tokens, manifest.prompt)
+    tokenizer = artifact_tokenizer(artifact)
     faults: list[str] = []
     count = 0
     left_out = manifest.conversion.get("template_left_out", manifest.prompt is None)

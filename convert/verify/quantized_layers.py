@@ -111,7 +111,7 @@ class SolvedLayers:
         """A layer rounded to nearest by the verifier, float32 [N, K]."""
         grid = self._grids.get(name) or self._form.grid(self._codes(name), name)
         values = [
-            rounded(self._original(name, rows), self._scales(name, rows, grid), grid)
+            self._nearest(name, rows, grid)
             for rows in row_blocks(*self._checkpoint.tensors[f"{name}.weight"].shape)
         ]
         found: NDArray[np.float32] = torch.cat(values).numpy()
@@ -136,11 +136,11 @@ class SolvedLayers:
 
     def _rows(self, name: str, codes: GraphCodes, grid: Grid) -> Iterator[WeightRows]:
         for rows in row_blocks(*codes.codes.shape):
-            part = codes.cut(rows)
+            part, original = codes.cut(rows), self._original(name, rows)
             yield WeightRows(
-                self._original(name, rows),
+                original,
                 torch.from_numpy(part.dequantize()),
-                self._scales(name, rows, grid),
+                self._scales(name, rows, original, grid),
                 torch.from_numpy(held_scales(part, grid).astype(np.float32)),
             )
 
@@ -150,11 +150,15 @@ class SolvedLayers:
         scale = self._weights.input_scale(name)
         return torch.from_numpy(weight if scale is None else weight * scale)
 
-    def _scales(self, name: str, rows: slice, grid: Grid) -> torch.Tensor:
+    def _nearest(self, name: str, rows: slice, grid: Grid) -> torch.Tensor:
+        original = self._original(name, rows)
+        return rounded(original, self._scales(name, rows, original, grid), grid)
+
+    def _scales(self, name: str, rows: slice, original: torch.Tensor, grid: Grid) -> torch.Tensor:
         path = self._sketch.path / f"scales-{name}-{rows.start}.npy"
         if path.is_file():
             return torch.from_numpy(np.load(path)).float()
-        scales = nearest_scales(self._original(name, rows), grid)
+        scales = nearest_scales(original, grid)
         np.save(path, scales.half().numpy())
         return scales
 

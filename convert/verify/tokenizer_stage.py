@@ -23,6 +23,7 @@ from pathlib import Path
 
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.text_files import read_object, read_text
+from llava_edge.convert.verify.artifact_tokenizer import artifact_tokenizer
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
 from llava_edge.convert.verify.reference_tokenizer import (
     FileTokenizer,
@@ -64,7 +65,7 @@ def tokenizer_stage(
         reference: its processor; its tokenizer decides.
     """
     manifest = artifact.manifest
-    tokenizer = Tokenizer.open(artifact.files[manifest.tokenizer], manifest.tokens, manifest.prompt)
+    tokenizer = artifact_tokenizer(artifact)
     theirs = reference.tokenizer
     control = control_ids(manifest, theirs)
     written = tokenizer.backend.to_str()

@@ -32,11 +32,6 @@ WHOLE = [fault for fault in FAULTS if fault not in TOKENIZER_FAULTS]
 """Those that need whole verification; ``test_tokenizer_faults`` runs its stage alone."""
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
-    return FaultModels(tmp_path_factory.mktemp("faults"))
-
-
 def test_faults_are_many_and_of_every_part() -> None:
     assert len({fault.id for fault in FAULTS}) == len(FAULTS) >= 40
     assert {part: n for part, n in Counter(f.part for f in FAULTS).items() if n < PARTS[part]} == {}

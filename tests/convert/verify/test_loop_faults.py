@@ -54,8 +54,7 @@ class Ready:
 
 
 @pytest.fixture(scope="session")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ready]:
-    models = FaultModels(tmp_path_factory.mktemp("loop"))
+def ready(models: FaultModels) -> Callable[[str], Ready]:
     made: dict[str, Ready] = {}
 
     def get(name: str) -> Ready:
