@@ -200,11 +200,14 @@ class GraphWeights:
 
         Returns:
             Columns that share a scale; ``WHOLE_ROW`` or ``TWO_TERMS`` for a whole row; None where
-            it computes with the activations as they are.
+            it computes with the activations as they are, or with 16 bits of each block.
         """
         node, _ = self._find(name)
         if node.op_type == "MatMulNBits":
             level = attribute(node, "accuracy_level", 0)
+            maker = self.graph.producer(node.input[0])
+            if maker is not None and maker.op_type == "Concat":
+                return None
             return attribute(node, "block_size") if level == _INTEGER_ACCURACY else None
         if node.op_type == "MatMulIntegerToFloat":
             maker = self.graph.producer(node.input[0])
