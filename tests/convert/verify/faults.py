@@ -13,6 +13,7 @@ from tests.convert.verify import (
     faults_clips,
     faults_decoder,
     faults_images,
+    faults_limits,
     faults_media,
     faults_options,
     faults_quantized,
@@ -50,6 +51,7 @@ LOOP_FAULTS: tuple[Fault, ...] = (
     *faults_streaming.FAULTS,
     *faults_reuse.FAULTS,
     *faults_options.FAULTS,
+    *faults_limits.FAULTS,
 )
 """Those that the stage ``loop`` finds; the tests run that stage alone."""
 
