@@ -24,6 +24,10 @@ from dataclasses import dataclass
 import torch
 
 from llava_edge.convert.verify.reference_rounding import Grid, rounded, spread
+from llava_edge.convert.verify.solver_traces import SolverTraces, Traces
+
+_TRACED = 1 << 20
+"""Weights of a layer in which a solver's traces are looked for."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class OutputError:
         worst: which one that is.
         step: median over all groups of the scale that ships over that of rounding.
         shift: mean of (Ŵ - W) / s over the layer, as a magnitude: rounding moves weights both ways.
+        traces: what a solver leaves in the errors.
+        unmoved: share of codes that are the nearest, of rows that are not recorded as kept so.
     """
 
     layer: float
@@ -60,6 +66,8 @@ class OutputError:
     worst: int
     step: float
     shift: float
+    traces: Traces
+    unmoved: float = 0.0
 
     @property
     def step_ratio(self) -> float:
@@ -94,6 +102,7 @@ def output_error(
         grid: of the codes.
         inputs: by kind of token; at least one.
     """
+    traces = Traces(1.0, 0.0, 0.0, 0.0)
     sums = torch.zeros(len(inputs), 3, dtype=torch.float64)
     worst, place, first = -1.0, 0, 0
     steps: list[torch.Tensor] = []
@@ -109,6 +118,12 @@ def output_error(
         over = spread(part.shipped_scales, grid.group, part.original.shape[1])
         shift += float((lost / over).sum(dtype=torch.float64))
         count += lost.numel()
+        if not first:
+            # Of so many outputs they are known well enough.
+            some = slice(None, None, max(1, lost.numel() // _TRACED))
+            seen = SolverTraces(grid, [given.squares for given in inputs], len(lost[some]))
+            seen.add(*(each[some] for each in (part.shipped, lost, lost_by_rounding, over, step)))
+            traces = seen.result()
         for kind, given in enumerate(inputs):
             shipped = _squares(lost, given)
             by_rounding = _squares(lost_by_rounding, given)
@@ -123,7 +138,8 @@ def output_error(
         first += len(part.original)
     layer = _over(sums[:, 0], torch.maximum(sums[:, 1], sums[:, 2])).amin()
     median = float(torch.cat(steps).median())
-    return OutputError(float(layer), worst, place, median, abs(shift) / max(1, count))
+    mean_shift = abs(shift) / max(1, count)
+    return OutputError(float(layer), worst, place, median, mean_shift, traces)
 
 
 def _squares(lost: torch.Tensor, given: KindInputs) -> torch.Tensor:
