@@ -32,6 +32,7 @@ class QuantizedForm:
         reduces_range: 8-bit codes keep to 7 bits.
         rounded: layers that the solver had no memory for and rounded to nearest.
         dead_columns: inputs that calibration never met and that were set to zero, by layer.
+        kept_rows: outputs that the solver kept as rounding to nearest has them, by layer.
     """
 
     quantizer: str
@@ -40,6 +41,7 @@ class QuantizedForm:
     reduces_range: bool
     rounded: frozenset[str]
     dead_columns: dict[str, int]
+    kept_rows: dict[str, int]
 
     @classmethod
     def of(cls, manifest: Manifest) -> QuantizedForm:
@@ -48,10 +50,13 @@ class QuantizedForm:
         settings = facts.get("settings")
         rounded: set[str] = set()
         dead: dict[str, int] = {}
+        kept: dict[str, int] = {}
         for name, record in _linears(facts):
             report = record.get("report")
-            count = report.get("dead_columns", 0) if isinstance(report, dict) else 0
-            dead[name] = count if isinstance(count, int) else 0
+            report = report if isinstance(report, dict) else {}
+            for counts, key in ((dead, "dead_columns"), (kept, "rows_rounded")):
+                count = report.get(key, 0)
+                counts[name] = count if isinstance(count, int) else 0
             if record.get("quantizer") == "rtn":
                 rounded.add(name)
         sizes = [facts.get(key) for key in ("group_size", "head_group_size")]
@@ -63,6 +68,7 @@ class QuantizedForm:
             reduces_range=isinstance(settings, dict) and settings.get("reduce_range") is True,
             rounded=frozenset(rounded),
             dead_columns=dead,
+            kept_rows=kept,
         )
 
     def is_rounded(self, name: str) -> bool:

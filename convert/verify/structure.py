@@ -22,6 +22,7 @@ from llava_edge.convert.verify.decoder_attributes import (
 from llava_edge.convert.verify.graph_attributes import GraphWalk, LinearAttributes
 from llava_edge.convert.verify.graph_comparison import compare_linear, compare_norm, says
 from llava_edge.convert.verify.graph_file import GraphFile
+from llava_edge.convert.verify.manifest_record import manifest_record_faults
 from llava_edge.convert.verify.manifest_settings import manifest_settings_faults
 from llava_edge.convert.verify.node_faults import node_faults
 from llava_edge.convert.verify.reference_structure import ReferenceStructure
@@ -55,6 +56,7 @@ def structure_stage(artifact: Artifact, checkpoint: Checkpoint) -> StageResult:
     reference = ReferenceStructure.of(checkpoint)
     manifest = artifact.manifest
     faults = manifest_settings_faults(artifact, checkpoint, reference)
+    faults += manifest_record_faults(artifact, checkpoint)
     looked_at = []
     for label, spec, find in (
         ("vision", manifest.vision, vision_faults),
