@@ -33,7 +33,9 @@ def traces(
     step: int = 160,
 ) -> Traces:
     found = SolverTraces(GRID, [squares], len(weight))
-    ours, theirs = (each.repeat_interleave(32, 1) for each in (scales, nearest_scales(weight, GRID)))
+    ours, theirs = (
+        each.repeat_interleave(32, 1) for each in (scales, nearest_scales(weight, GRID))
+    )
     by_rounding = rounded(weight, nearest_scales(weight, GRID), GRID) - weight
     for rows in torch.arange(len(weight)).split(step):
         shipped = codes[rows] * ours[rows]
