@@ -27,9 +27,9 @@ _CAPITAL = "What is the capital of France?"
 _MOST_LOSS = {"fp16": 1e-6, "int8": 0.02, "int4": 0.6}
 """Nats a position against the checkpoint's own weights."""
 _MOST_NATS = 0.006
-_MOST_OTHER_CHOICES = {"rtn": 0.03, "gptq": 0.04}
-"""At int8, on 420 tokens of English; 3 % are wanted. Solved weights change 2.2 and 3.3 %, rounded
-ones 2.4 and 2.9 %: a choice is a quarter of a percent."""
+_MOST_OTHER_CHOICES = 0.03
+"""At int8, of 833 positions of English in two texts. Of one text 3 % are 12 positions, and chance
+moves that number by three."""
 
 ArtifactOf = Callable[..., Path]
 
@@ -78,16 +78,19 @@ def test_it_is_converted_verified_and_answers(artifact_of: ArtifactOf, precision
 
 
 @pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
-@pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.stem)
 def test_int8_loses_little_and_changes_few_choices_on_english(
-    artifact_of: ArtifactOf, checkpoint: Path, text: Path, quantizer: Quantizer
+    artifact_of: ArtifactOf, checkpoint: Path, quantizer: Quantizer
 ) -> None:
-    reference = Reference(checkpoint, text.read_text(encoding="utf-8"))
+    losses = [
+        Reference(checkpoint, text.read_text(encoding="utf-8")).artifact(
+            artifact_of("int8", quantizer)
+        )
+        for text in TEXTS
+    ]
 
-    loss = reference.artifact(artifact_of("int8", quantizer))
-
-    assert loss.nats <= _MOST_NATS, loss
-    assert loss.other_choices <= _MOST_OTHER_CHOICES[quantizer], loss
+    assert max(loss.nats for loss in losses) <= _MOST_NATS, losses
+    others = sum(loss.other_choices for loss in losses) / len(losses)
+    assert others <= _MOST_OTHER_CHOICES, losses
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.stem)
