@@ -8,7 +8,7 @@ import numpy as np
 
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.packing import GptqTensors, from_gptq, gptq_faults
-from llava_edge.convert.quantized_source import LINEARS, linear_name, quantize_head
+from llava_edge.convert.quantized_source import LINEARS, linear_name
 from llava_edge.convert.rounding import PER_CHANNEL, QuantizedWeight
 from llava_edge.convert.weights import Array
 from llava_edge.profiles.errors import CheckpointError, RequestError
@@ -44,10 +44,6 @@ class GptqSource:
         """
         tensors = self._tensors(name, self.checkpoint.read(f"{name}.qweight"))
         return from_gptq(tensors, bits=self.bits, group_size=self.group_size, name=name)
-
-    def head(self, group_size: int | None = None) -> QuantizedWeight:
-        """The fp16 head, rounded to nearest at 8 bits; see ``quantize_head``."""
-        return quantize_head(self.checkpoint, group_size=group_size)
 
     def faults(self) -> list[str]:
         """Why the checkpoint cannot be kept faithfully, layer by layer; codes are not read."""

@@ -6,7 +6,9 @@
       integer             row over its largest → QuantizeLinear → MatMulIntegerToFloat → times the
                           largest: signed 8 bits, one scale a column, batch-invariant
       two-term            the same with two rows of codes for each: 7 bits of the row, and 7 bits of
-                          what those leave over; one product over both, and the sum of the two
+                          what those leave over; one product over both, and the sum of the two. A
+                          head in groups is matmul_nbits over two rows likewise: 8 bits of each
+                          block, and 8 bits of what those leave over
       portable            standard DequantizeLinear → MatMul, which ONNX Runtime fuses by itself
 
 Layers that read the same activations are emitted together, so that they share the normalisation.
@@ -188,7 +190,10 @@ class QuantizedLinear:
         weight = _Weight(HEAD, in_size, out_size, HEAD_BITS, group, self._weights.head)
         if self._is_integer(group):
             return _matmul_integer(g, self._rows(g, hidden), weight)
-        return self._product(g, hidden, weight)
+        if self._weights.int8_route != "two-term" or self._weights.portable:
+            return self._product(g, hidden, weight)
+        rows = _block_terms(g, hidden, matmul_block(in_size, group, self._weights.largest_block))
+        return g.op("ReduceSum", self._product(g, rows, weight), g.integers(0), keepdims=1)
 
     def _is_integer(self, group: int) -> bool:
         route = self._weights.int8_route
@@ -299,6 +304,22 @@ def _two_terms(g: GraphBuilder, hidden: ir.Value) -> _IntegerRows:
         zero,
         2,
     )
+
+
+def _block_terms(g: GraphBuilder, hidden: ir.Value, block: int) -> ir.Value:
+    """Rows [1, T, K] as [2, T, K]: what MatMulNBits keeps of them, and the rest.
+
+    MatMulNBits rounds each block to 127 steps each way. Of the first row, which is rounded so
+    already, it changes nothing; of the second it loses a step in 127 of half a step.
+    """
+    blocks = g.op("Reshape", hidden, g.integers(0, 0, -1, block))
+    shares, size = _over_largest(g, blocks)
+    scale = g.constant("activation_block_scale", np.array(1.0 / _LARGEST_CODE, np.float32))
+    zero = g.constant("activation_block_zero", np.array(_ACTIVATION_ZERO, np.uint8))
+    codes = g.op("QuantizeLinear", shares, scale, zero)
+    values = g.op("Mul", g.op("DequantizeLinear", codes, scale, zero), size)
+    first = g.op("Reshape", values, g.integers(0, 0, -1))
+    return g.op("Concat", first, g.op("Sub", hidden, first), axis=0)
 
 
 def _over_largest(g: GraphBuilder, hidden: ir.Value) -> tuple[ir.Value, ir.Value]:

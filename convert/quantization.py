@@ -19,7 +19,13 @@ from llava_edge.convert.quantize_llm import LayerProgress, quantize_language_mod
 from llava_edge.convert.quantize_settings import QuantizeSettings
 from llava_edge.convert.quantized_source import QuantizedSource, RtnSource, quantize_head
 from llava_edge.profiles.anyres import AnyRes
-from llava_edge.profiles.formats import Int8Route, group_size, int8_route, largest_block
+from llava_edge.profiles.formats import (
+    Int8Route,
+    group_size,
+    head_group_size,
+    int8_route,
+    largest_block,
+)
 from llava_edge.profiles.hardware import HardwareProfile
 from llava_edge.runtime.arguments import require_count
 from llava_edge.runtime.limits import Limits
@@ -123,10 +129,16 @@ def quantize(
         RequestError: no sample can be used.
         CheckpointError: a weight is not finite.
     """
-    facts: dict[str, Any] = {"bits": body.bits, "group_size": body.group_size}
+    precision = _PRECISIONS[body.bits]
+    head_group = head_group_size(checkpoint.dims.text, precision, profile.flavour)
+    facts: dict[str, Any] = {
+        "bits": body.bits,
+        "group_size": body.group_size,
+        "head_group_size": head_group,
+    }
     source: QuantizedSource
     if checkpoint.gptq is not None:
-        source = open_gptq(checkpoint, _PRECISIONS[body.bits])
+        source = open_gptq(checkpoint, precision)
         facts |= {"quantizer": "as stored (GPTQ checkpoint)", "calibration": None}
     elif request.quantizer == "rtn":
         source = RtnSource(checkpoint, body.bits, body.group_size)
@@ -139,13 +151,12 @@ def quantize(
             )
         source = store
         facts |= {"quantizer": "gptq", **store.report}
-    per_channel = body.int8_route != "nbits"
     layers = QuantizedLayers(
         source=source,
-        head=lambda: quantize_head(checkpoint, group_size=-1 if per_channel else None),
-        head_group_size=-1 if per_channel else None,
+        head=lambda: quantize_head(checkpoint, group_size=head_group),
+        head_group_size=head_group,
         int8_route=body.int8_route,
-        largest_block=largest_block(_PRECISIONS[body.bits], profile.flavour),
+        largest_block=largest_block(precision, profile.flavour),
     )
     return layers, facts
 

@@ -16,7 +16,6 @@ import torch
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.packing import choose_group_size
 from llava_edge.convert.rounding import (
-    PER_CHANNEL,
     QuantizationReport,
     QuantizedWeight,
     ScaleRule,
@@ -96,16 +95,6 @@ class RtnSource:
             scale=self.scale,
         )
 
-    def head(self, name: str = HEAD) -> QuantizedWeight:
-        """The head at 8 bits, whatever ``bits`` says; see ``quantize_head``."""
-        per_channel = self.bits == 8 and self.group_size == PER_CHANNEL
-        return quantize_head(
-            self.checkpoint,
-            group_size=PER_CHANNEL if per_channel else None,
-            reduce_range=self.reduce_range,
-            name=name,
-        )
-
 
 def linear_name(layer: int, linear: str) -> str:
     """Canonical prefix of one of ``LINEARS`` in one layer."""
@@ -117,31 +106,16 @@ def body_group_size(text: TextDims) -> int:
     return choose_group_size([text.hidden_size, text.query_size, text.intermediate_size])
 
 
-def quantize_head(
-    checkpoint: Checkpoint,
-    *,
-    group_size: int | None = None,
-    reduce_range: bool = False,
-    name: str = HEAD,
-) -> QuantizedWeight:
+def quantize_head(checkpoint: Checkpoint, *, group_size: int | None = None) -> QuantizedWeight:
     """The language model's head, rounded to nearest at 8 bits.
 
     Args:
         checkpoint: where it is read from; a shared embedding table is the head where it is tied.
-        group_size: None for the largest of 128, 64, 32, -1 that divides its inputs; -1 for the
-            route with one scale a row.
-        reduce_range: see ``round_to_nearest``.
-        name: canonical prefix of the head.
+        group_size: None for the largest of 128, 64, 32, -1 that divides its inputs.
     """
     if group_size is None:
         group_size = choose_group_size([checkpoint.dims.text.hidden_size])
-    return round_tensor(
-        checkpoint,
-        f"{name}.weight",
-        bits=HEAD_BITS,
-        group_size=group_size,
-        reduce_range=reduce_range,
-    )
+    return round_tensor(checkpoint, f"{HEAD}.weight", bits=HEAD_BITS, group_size=group_size)
 
 
 def round_tensor(

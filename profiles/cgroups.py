@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 UNIFIED = ""
@@ -32,8 +33,19 @@ def group_folders(controller: str, cgroup: Path, proc: Path) -> Iterator[Path]:
         cgroup: where groups are mounted, ``/sys/fs/cgroup``.
         proc: ``/proc``; says which group is ours and what is mounted where.
     """
-    names = list(_own_groups(controller, proc))
-    for top, shown in _mounts(controller, proc).items():
+    own, mounts = (read_text(proc / "self" / name) for name in ("cgroup", "mountinfo"))
+    return iter(_folders(controller, cgroup, own, mounts))
+
+
+@lru_cache(maxsize=16)
+def _folders(controller: str, cgroup: Path, own: str, mounts: str) -> tuple[Path, ...]:
+    """What the two files of ``/proc`` say; they are read anew and parsed when they change."""
+    return tuple(_found(controller, cgroup, own, mounts))
+
+
+def _found(controller: str, cgroup: Path, own: str, mounts: str) -> Iterator[Path]:
+    names = list(_own_groups(controller, own))
+    for top, shown in _mounts(controller, mounts).items():
         folder = cgroup / top
         yield folder
         for name in names:
@@ -57,8 +69,8 @@ def read_number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
 
 
-def _own_groups(controller: str, proc: Path) -> Iterator[PurePosixPath]:
-    for line in read_text(proc / "self" / "cgroup").splitlines():
+def _own_groups(controller: str, text: str) -> Iterator[PurePosixPath]:
+    for line in text.splitlines():
         _, controllers, name = f"{line}::".split(":", 2)
         name = name.removesuffix("::")
         if controller in controllers.split(","):
@@ -66,11 +78,11 @@ def _own_groups(controller: str, proc: Path) -> Iterator[PurePosixPath]:
             yield PurePosixPath(posixpath.normpath(f"/{name.lstrip('/')}"))
 
 
-def _mounts(controller: str, proc: Path) -> dict[str, PurePosixPath]:
+def _mounts(controller: str, text: str) -> dict[str, PurePosixPath]:
     """Folders below the mount point, and which group each of them shows at its top."""
     usual = _USUAL_V2 if controller == UNIFIED else _USUAL_V1.get(controller, (controller,))
     found = {place: PurePosixPath("/") for place in usual}
-    for line in read_text(proc / "self" / "mountinfo").splitlines():
+    for line in text.splitlines():
         mount, _, system = line.partition(" - ")
         fields, kind = mount.split(" "), system.split(" ")
         if len(fields) < 5 or len(kind) < 3:

@@ -34,11 +34,13 @@ from llava_edge.profiles.constants import Constants, memory_constants
 from llava_edge.profiles.device_pages import unused_cache_bytes, unused_weight_bytes
 from llava_edge.profiles.device_runs import DecoderRuns, cublas_bytes, tower_bytes
 from llava_edge.profiles.formats import (
+    PER_CHANNEL,
     VisionFormat,
     WeightBytes,
     activation_bytes,
     body_route,
     default_vision,
+    head_group_size,
     head_matrix,
     weight_bytes,
 )
@@ -501,12 +503,15 @@ def _activation_terms(text: TextDims, precision: str, int8_isa: Int8Isa) -> int:
     return 2 if body_route(text, precision, "cpu", int8_isa) == "two-term" else 1
 
 
-def _product_parts(terms: int) -> int:
+def _product_parts(terms: int, group: int = PER_CHANNEL) -> int:
     """Floats for each output of a linear layer while it is computed.
 
-    With two terms: both products, both once more times the size of their row, and the sum.
+    With two terms: both products, both once more times the size of their row, and the sum. Blocks
+    of a head in groups have their sizes within the product.
     """
-    return 5 if terms == 2 else 1
+    if terms != 2:
+        return 1
+    return 5 if group == PER_CHANNEL else 3
 
 
 def _decoder_activations(text: TextDims, tokens: int, kept: int, terms: int, factor: float) -> int:
@@ -529,5 +534,6 @@ def _decoder_activations(text: TextDims, tokens: int, kept: int, terms: int, fac
         mlp = 2 * text.hidden_size + (1 + _product_parts(terms)) * text.intermediate_size
         extra = text.hidden_size * size
     layer = tokens * (max(attention, mlp) * size + extra)
-    head = kept * (_product_parts(terms) - 1) * text.vocab_size * size
+    head_parts = _product_parts(terms, head_group_size(text, "int8", "cpu"))
+    head = kept * (head_parts - 1) * text.vocab_size * size
     return int(max(layer, head) * factor)

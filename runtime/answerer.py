@@ -264,7 +264,7 @@ class Answerer:
         return Replay(request, embeddings.features[:-1])
 
     def embed_rows(self, request: Request, positions: Array) -> Array:
-        """What the decoder reads at some positions of a prompt; see ``LlavaEdge.embed_rows``."""
+        """What the decoder reads at some positions of a prompt; see ``LlavaEdge._embed_rows``."""
         return self._embedder.embed(request, no_progress).at(positions, self._dtype)
 
     def forget(self) -> None:

@@ -16,6 +16,7 @@ import sys
 from importlib.metadata import EntryPoint, entry_points, version
 
 from llava_edge.profiles.errors import DependencyError, LlavaEdgeError, OutputError
+from llava_edge.runtime.settled_imports import settled_imports
 from llava_edge.runtime.standard_streams import ReaderGoneError, standard_streams
 
 GROUP = "llava_edge.commands"
@@ -88,7 +89,8 @@ def _run(arguments: list[str]) -> int:
 
 def _load(entry: EntryPoint):  # type: ignore[no-untyped-def]  # whatever the entry point names
     try:
-        return entry.load()
+        with settled_imports():
+            return entry.load()
     except ImportError as error:
         extra = _EXTRAS.get(entry.name, "cpu")
         raise DependencyError(

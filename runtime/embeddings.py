@@ -28,7 +28,7 @@ IMAGE_NEWLINE = "image_newline"
 
 _HALF = np.dtype("<f2")
 _HEADER_LIMIT = 64 << 10
-_BLOCK_ROWS = 2048
+BLOCK_ROWS = 2048
 
 
 class EmbeddingTable:
@@ -108,8 +108,8 @@ class EmbeddingTable:
             # A decode step: sorting out neighbours would cost more than the read.
             out[0] = self._run(int(ids[0]), 1)[0]
             return out
-        for start in range(0, ids.size, _BLOCK_ROWS):
-            block = slice(start, start + _BLOCK_ROWS)
+        for start in range(0, ids.size, BLOCK_ROWS):
+            block = slice(start, start + BLOCK_ROWS)
             distinct, places = np.unique(ids[block], return_inverse=True)
             out[block] = self._distinct_rows(distinct)[places.reshape(-1)]
         return out

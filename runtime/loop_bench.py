@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +38,9 @@ _CHUNK = 16
 _ALWAYS_COMPUTED = 2
 SENTENCE = "The quick brown fox jumps over the lazy dog; 12 pictures, 3 words."
 
+SIDES = (42, 30)
+"""Height and width of the pictures; AnyRes enlarges them."""
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -49,6 +53,7 @@ class Expected:
         least: characters that must have come out with each id; empty for no matter.
         accepted: drafted tokens that must have become part of the answer, at least.
         logits: of each token of the answer; None for one that is far above all others.
+        lowered: what the request itself gave up, in number.
     """
 
     ids: tuple[int, ...]
@@ -57,6 +62,7 @@ class Expected:
     least: tuple[int, ...] = ()
     accepted: int = 0
     logits: Callable[[int], Array] | None = None
+    lowered: int = 0
 
 
 class LoopBench:
@@ -84,8 +90,10 @@ class LoopBench:
         control = self.tokenizer.control_ids
         self.words = tuple(i for i in dict.fromkeys(ids) if i not in control)
         last = min(self.tokens.num_text_tokens, self.table.vocab_size)
-        others = [i for i in range(last - 1, -1, -1) if i not in {*control, *self.words}]
-        self.wrong, self.unsaid = others[0], tuple(others[1:13])
+        taken = {*control, *self.words}
+        others = (i for i in range(last - 1, -1, -1) if i not in taken)
+        self.wrong, *unsaid = islice(others, 13)
+        self.unsaid = tuple(unsaid)
         self.stops = tuple(i for i in self.tokens.stop if i < self.table.vocab_size)
         self._reuses = True
         self.encoder = DigestEncoder()
@@ -298,6 +306,7 @@ class LoopBench:
         if answer.token_ids != ids:
             yield f"tokens {_short(answer.token_ids)} for {_short(ids)}"
             return
+        given_up = self.model.degraded
         facts: dict[str, tuple[Any, Any]] = {
             "text": (answer.text, wanted),
             "pieces joined": (text, answer.text),
@@ -308,7 +317,8 @@ class LoopBench:
             "reused_tokens": (answer.reused_tokens, reused),
             "draft_tokens": (answer.draft_tokens, self.decoder.drafted),
             "accepted_tokens": (answer.accepted_tokens, self.decoder.confirmed),
-            "degraded": (answer.degraded, self.model.degraded),
+            "degraded": (answer.degraded[: len(given_up)], given_up),
+            "notes of what was lowered": (len(answer.degraded) - len(given_up), expected.lowered),
         }
         for name, (found, right) in facts.items():
             if found != right:
@@ -345,3 +355,10 @@ class _NoMemory:
 def _short(ids: Sequence[int]) -> str:
     shown = ", ".join(map(str, ids[:12]))
     return f"[{shown}{', …' * (len(ids) > 12)}] ({len(ids)})"
+
+
+def noise(seed: int) -> Array:
+    """A picture, uint8 (height, width, 3)."""
+    random = np.random.Generator(np.random.PCG64(seed))
+    found: Array = random.integers(0, 256, (*SIDES, 3), np.uint8)
+    return found

@@ -12,6 +12,7 @@ from llava_edge.runtime.loop_answers import check_answers
 from llava_edge.runtime.loop_bench import LoopBench
 from llava_edge.runtime.loop_choice import Choose, choose_plainly
 from llava_edge.runtime.loop_draws import draw_faults
+from llava_edge.runtime.loop_limits import check_limits
 from llava_edge.runtime.loop_model import STAGE
 from llava_edge.runtime.loop_reuse import check_drafts, check_reuse
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 def check_loop(
     model: LlavaEdge, loop: GoldenLoop, choose: Choose = choose_plainly
 ) -> list[StageResult]:
-    """Rows for drawing, for answers and their text, for reuse and for drafts.
+    """Rows for drawing, for answers and their text, for reuse, for drafts and for bounds.
 
     Nothing here runs a graph: decoder and tower are scripted.
 
@@ -47,6 +48,7 @@ def loop_rows(
         "answers": lambda bench: check_answers(bench, loop.texts, choose),
         "reuse": check_reuse,
         "drafts": check_drafts,
+        "limits": check_limits,
     }
     return {
         "draws": draws,

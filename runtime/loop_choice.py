@@ -90,7 +90,7 @@ def _distribution(scores: Array, rule: Rule, *, cuts: bool = True) -> tuple[Arra
     options = rule.options
     words = np.arange(min(rule.num_text_tokens, scores.size))
     words = words[~np.isin(words, rule.places) & (scores[words] > -np.inf)]
-    ids = words[np.lexsort((words, -scores[words]))]
+    ids = words[np.argsort(-scores[words], kind="stable")]
     values = scores[ids] / options.temperature
     if cuts and 0 < options.top_k < len(ids):
         # As many as reach the k-th value, equal ones included.

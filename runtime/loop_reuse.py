@@ -10,7 +10,7 @@ import numpy as np
 
 from llava_edge.runtime.chat import Chat
 from llava_edge.runtime.generation_config import GenerationConfig
-from llava_edge.runtime.loop_bench import SENTENCE, Expected, LoopBench
+from llava_edge.runtime.loop_bench import SENTENCE, Expected, LoopBench, noise
 from llava_edge.runtime.prompt import Message, Text, compose, user_message
 from llava_edge.runtime.request import PromptOptions, Request
 from llava_edge.runtime.session import Array
@@ -20,8 +20,6 @@ _LOOKUP = 6
 _TILES = 64
 """Whose features are kept: more than are shown."""
 _RULE = "Answer in one word."
-_SIDES = (42, 30)
-"""Height and width of the pictures; AnyRes enlarges them."""
 
 
 def check_reuse(bench: LoopBench) -> None:
@@ -108,7 +106,7 @@ def _changed(ids: Sequence[int]) -> list[int]:
 
 
 def _pictures(bench: LoopBench) -> None:
-    first, second, third = (_noise(seed) for seed in (1, 2, 3))
+    first, second, third = (noise(seed) for seed in (1, 2, 3))
     answer = Expected(bench.words[:3], "length")
     one, two = f"<image> {SENTENCE}", f"<image> and <image> {SENTENCE}"
     lower: list[str | None] = ["base"]
@@ -134,7 +132,7 @@ def _pictures(bench: LoopBench) -> None:
 
 
 def _videos(bench: LoopBench) -> None:
-    frames = [_noise(seed) for seed in (4, 5)]
+    frames = [noise(seed) for seed in (4, 5)]
     answer = Expected(bench.words[:3], "length")
     prompt = f"<video> {SENTENCE}"
     for name, video in (
@@ -148,7 +146,7 @@ def _videos(bench: LoopBench) -> None:
 
 def _kept_features(bench: LoopBench) -> None:
     """Features of tiles that were seen before come from the vision cache, and no others."""
-    first, second = _noise(1), _noise(2)
+    first, second = noise(1), noise(2)
     answer = Expected(bench.words[:2], "length")
     with bench.scripted(vision_cache=_TILES):
         for name, image, text, encoded in (
@@ -185,7 +183,7 @@ def _kept_features(bench: LoopBench) -> None:
 
 def _conversation(bench: LoopBench) -> None:
     """Three turns with a picture, one taken back, and one after an edit of the history."""
-    words, picture = bench.words, _noise(6)
+    words, picture = bench.words, noise(6)
     with bench.scripted():
         chat = bench.model.chat(grid="base")
         said: list[tuple[str, list[Any], str]] = []
@@ -224,7 +222,7 @@ def _conversation(bench: LoopBench) -> None:
 def _marks_as_text(bench: LoopBench) -> None:
     """A mark that is to be read as text, with a picture and without."""
     text, answer = "What does <image> mean?", Expected(bench.words[:3], "length")
-    picture = _noise(7)
+    picture = noise(7)
     prepared = [bench.requests.prepare(picture, bench.requests.processor("base"))]
     how: dict[str, Any] = {"image_marks": False, "grid": "base", "max_new_tokens": 3}
     shown: tuple[list[Any], ...] = ([], [picture])
@@ -332,13 +330,6 @@ def check_drafts(bench: LoopBench) -> None:
                 max_new_tokens=12,
                 prompt_lookup_num_tokens=_LOOKUP,
             )
-
-
-def _noise(seed: int) -> Array:
-    """uint8 (height, width, 3)."""
-    random = np.random.Generator(np.random.PCG64(seed))
-    found: Array = random.integers(0, 256, (*_SIDES, 3), np.uint8)
-    return found
 
 
 def _touched(image: Array) -> Array:

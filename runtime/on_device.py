@@ -88,7 +88,7 @@ def check_on_device(
         seen.append(_look(model, probe, bounds))
     progress("golden prompts", len(probes), len(probes))
     media = read_golden_media(artifact.files[GOLDEN_FILE], manifest)
-    with model.open_files() as reader:
+    with model._open_files() as reader:
         files = [file for file in media.files if not missing_here([file.source], formats)]
         faults = reader.faults(files)
         seen += (
@@ -182,7 +182,7 @@ def _look(model: LlavaEdge, probe: GoldenProbe, bounds: Bounds) -> _Seen:
 
 
 def _look_at_chat(model: LlavaEdge, reader: MediaReader, chat: GoldenChat) -> _Seen:
-    seen = reader.look(chat, model.embed_rows, model.context_tokens)
+    seen = reader.look(chat, model._embed_rows, model.context_tokens)
     gap = None if seen.gap is None else _Gap(seen.gap, f"{chat.name}, its last tiles")
     pixels = None if seen.ids else seen.pixels
     return _Seen(prompt=seen.ids or seen.packing, pixels=pixels, features=gap)

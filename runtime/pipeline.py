@@ -552,11 +552,11 @@ class LlavaEdge:
         with self._queue.turn(), self._unchanged():
             return self._answerer.replay(request, token_ids, on_logits)
 
-    def open_files(self) -> MediaReader:
+    def _open_files(self) -> MediaReader:
         """What opens the files that travel in the artifact, as it opens a user's."""
         return MediaReader(self.artifact.manifest, self._tokenizer)
 
-    def embed_rows(self, request: Request, positions: Array) -> Array:
+    def _embed_rows(self, request: Request, positions: Array) -> Array:
         """What the decoder reads at some positions of a prompt, without running it.
 
         Args:

@@ -76,13 +76,17 @@ def _byte_alphabet() -> dict[str, int]:
     return alphabet | {chr(0x100 + index): byte for index, byte in enumerate(others)}
 
 
-_ALPHABET = _byte_alphabet()
+_NO_BYTE = "\N{REPLACEMENT CHARACTER}"
+_ALPHABET = {number: _NO_BYTE for number in range(256)} | {
+    ord(character): chr(byte) for character, byte in _byte_alphabet().items()
+}
+"""For ``str.translate``: to characters of Latin-1, and to none of them what is no byte."""
 
 
 def _token_bytes(token: str) -> bytes:
     try:
-        return bytes(_ALPHABET[character] for character in token)
-    except KeyError:
+        return token.translate(_ALPHABET).encode("latin-1")
+    except UnicodeEncodeError:
         return token.encode("utf-8")
 
 

@@ -9,7 +9,11 @@ Layer by layer, each on what the layer before hands on with a float cache:
 - how well the scales fit, worst layer: values that are cut off (``clipped_share``), the largest
   code of the median channel over the largest code there is (``range_used``: the room that
   calibration left shows there), and the error of what is read over the size of what was there
-  (``relative_error``).
+  (``relative_error``);
+- each scale against the one that the rule of calibration gives for all probes, which have fewer
+  tokens, and others: how many times too narrow the narrowest channel is (``scale_too_narrow``), how
+  many times too wide the median of all channels (``median_scale_too_wide``), and how many times as
+  wide as that the widest one (``scale_too_wide``).
 
 Then the whole decoder: its logits with an int8 cache beside those with a float one, which is what
 choosing the cache at load costs (``int8_cache_loss``). All else in the graph is the float graph's,
@@ -45,6 +49,9 @@ _METRICS = (
     "relative_error",
 )
 _LEAST_CODE = -128
+_ROOM, _QUIET = 2.0, 2.0
+"""The rule: a channel has room for so many times its largest value, and that counts as so many
+times the largest value of its head's median channel, at least."""
 
 
 @dataclass
@@ -60,6 +67,9 @@ class CacheStage:
     bounds: Bounds
     worst: dict[str, tuple[float, str]] = field(default_factory=dict)
     losses: list[Losses] = field(default_factory=list)
+    reached: dict[tuple[int, int], Array] = field(default_factory=dict)
+    """Largest magnitude of each channel, by layer and part, float32 [kv_heads, head_dim]."""
+    scales: Sequence[Array] = ()
     logits: tuple[float, str] = (0.0, "")
 
     def measure(self, subject: Subject, answer: ReferenceAnswer) -> None:
@@ -70,7 +80,7 @@ class CacheStage:
         graph = GraphFile(subject.artifact.path(spec.file), "decoder with int8 cache")
         text = subject.dims.text
         scales = read_scales(graph, text.num_hidden_layers)
-        rows = given
+        rows, self.scales = given, scales
         for layer in range(text.num_hidden_layers):
             where = f"layer {layer}, {name}"
             rows = self._layer(subject, layer, rows, positions, [s[layer] for s in scales], where)
@@ -86,9 +96,37 @@ class CacheStage:
             for metric in _METRICS
             for value, where in [self.worst.get(metric, (0.0, ""))]
         ]
+        for metric, (value, where) in self._widths().items():
+            bound = self.bounds.value(STAGE, metric)
+            found.append(bounded(STAGE, metric, value, bound, detail=where))
         value, where = self.logits
         found.append(bounded(LOSS, GAP, value, self.bounds.value(LOSS, GAP), "loss", where))
         return [*found, *Losses.rows(self.losses, LOSS, self.bounds)]
+
+    def _widths(self) -> dict[str, tuple[float, str]]:
+        """Scales over those that the rule gives for the probes: the outermost, and the median."""
+        widths: dict[str, Array] = {}
+        for (layer, part), reached in self.reached.items():
+            floor = np.float32(_QUIET) * np.median(reached, axis=-1, keepdims=True)
+            reach = np.maximum(reached, floor) * np.float32(_ROOM) / LARGEST_CODE
+            where = f"{('keys', 'values')[part]} of layer {layer}"
+            least = np.finfo(np.float32).tiny
+            widths[where] = self.scales[part][layer] / np.maximum(reach, least)
+        every = np.concatenate([each.ravel() for each in widths.values()])
+        middle = float(np.median(every))
+        wide, narrow = (0.0, ""), (0.0, "")
+        for where, each in widths.items():
+            head, channel = np.unravel_index(int(each.argmax()), each.shape)
+            place = f"{where}, head {head}, channel {channel}"
+            wide = _larger(wide, float(each.max()) / max(1.0, middle), place)
+            head, channel = np.unravel_index(int(each.argmin()), each.shape)
+            place = f"{where}, head {head}, channel {channel}"
+            narrow = _larger(narrow, 1 / float(each.min()), place)
+        return {
+            "scale_too_wide": wide,
+            "scale_too_narrow": narrow,
+            "median_scale_too_wide": (middle, f"of {every.size} channels"),
+        }
 
     def _layer(
         self,
@@ -105,7 +143,10 @@ class CacheStage:
         plain = [part.astype(np.float32) for part in plain]
         _, *codes = subject.layer_and_cache(layer, rows, positions, int8_cache=True)
         read = []
-        for part, have, scale in zip(plain, codes, scales, strict=True):
+        for index, (part, have, scale) in enumerate(zip(plain, codes, scales, strict=True)):
+            largest = np.abs(part).max(axis=1)
+            known = self.reached.get((layer, index), largest)
+            self.reached[layer, index] = np.maximum(known, largest)
             steps = np.rint(part / scale[:, None])
             wanted = np.clip(steps, _LEAST_CODE, LARGEST_CODE)
             self._note("largest_code_gap", float(np.abs(wanted - have).max()), where)

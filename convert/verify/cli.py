@@ -25,6 +25,7 @@ from llava_edge.runtime.on_device import check_on_device
 from llava_edge.runtime.pipeline import LlavaEdge
 from llava_edge.runtime.progress import ProgressLine
 from llava_edge.runtime.records import to_json
+from llava_edge.runtime.settled_imports import settled_imports
 from llava_edge.runtime.stage_table import stage_table, verdict_line, verification_json
 from llava_edge.runtime.this_machine import describe_host
 from llava_edge.runtime.verified_here import result_key
@@ -79,7 +80,8 @@ def _on_device(options: argparse.Namespace, artifact: Artifact) -> int:
 def _against(options: argparse.Namespace, artifact: Artifact) -> int:
     options.mode = options.mode or "quick"
     try:
-        command = importlib.import_module(_AGAINST)
+        with settled_imports():
+            command = importlib.import_module(_AGAINST)
     except ImportError as error:
         raise DependencyError(
             f"llava-edge verify --against needs the package {error.name or error}, which is not "

@@ -7,7 +7,7 @@ Names of nodes are used in messages only: which layer computes what is decided b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -199,7 +199,10 @@ class GraphWalk:
         if node.op_type == "ReduceSum":
             self.expect_numbers(node, 1, "axes", [0])
             self.expect(node, "keepdims", self.attribute(node, "keepdims"), 1)
-            return self._integer(self.made_by(node.input[0], "Mul"), bias, 2)
+            both = self.made_by(node.input[0], "Mul", "MatMulNBits")
+            if both.op_type == "MatMulNBits":
+                return self._block_terms(self._nbits(both, bias))
+            return self._integer(both, bias, 2)
         weight = self.stored(node.input[1])
         if weight is not None:
             in_size, out_size = self._matrix(node, weight)
@@ -253,6 +256,26 @@ class GraphWalk:
             node.name, node.op_type, node.input[0], weight, bias, in_size, out_size, bits, block
         )
 
+    def _block_terms(self, layer: LinearAttributes) -> LinearAttributes:
+        """A layer of MatMulNBits over two rows: each block over its largest, rounded; the rest."""
+        both = self.made_by(layer.hidden, "Concat")
+        self.expect(both, "axis", self.attribute(both, "axis"), 0)
+        self.expect(both, "number of terms", len(both.input), 2)
+        rest = self.made_by(both.input[1], "Sub")
+        hidden = str(rest.input[0])
+        self.expect(rest, "what it takes off", rest.input[1], both.input[0])
+        flat = self.made_by(both.input[0], "Reshape")
+        self.expect_numbers(flat, 1, "shape", [0, 0, -1])
+        values = self.made_by(flat.input[0], "Mul")
+        back = self.made_by(values.input[0], "DequantizeLinear")
+        quantize = self.made_by(back.input[0], "QuantizeLinear")
+        self._codes((quantize, back), (1 / 127, 1 / 127), 128)
+        blocks = self._over_largest(quantize, values, values.input[1])
+        shaped = self.made_by(blocks, "Reshape")
+        self.expect_numbers(shaped, 1, "shape", [0, 0, -1, layer.block_size or 0])
+        self.expect(shaped, "the rows that it rounds", shaped.input[0], hidden)
+        return replace(layer, hidden=hidden, terms=2)
+
     def _integer(self, scaled: Any, bias: str | None, terms: int) -> LinearAttributes:
         """Row over its largest → QuantizeLinear → MatMulIntegerToFloat → times the largest.
 
@@ -277,17 +300,7 @@ class GraphWalk:
             shares = [1.0, float(np.float32(1 / 126))]
             self.expect_numbers(by_term, 1, "what each term counts", shares)
             multiplied = by_term.input[0]
-        divide = self.made_by(quantize.input[0], "Div")
-        hidden, size = divide.input
-        self.expect(scaled, "what the product is multiplied by", multiplied, size)
-        largest = self.made_by(size, "Max")
-        tiny = float(np.finfo(np.float32).tiny)
-        self.expect_numbers(largest, 1, "smallest row size", [tiny])
-        reduce = self.made_by(largest.input[0], "ReduceMax")
-        self.expect_numbers(reduce, 1, "axes", [-1])
-        self.expect(reduce, "keepdims", self.attribute(reduce, "keepdims"), 1)
-        magnitude = self.made_by(reduce.input[0], "Abs")
-        self.expect(magnitude, "the row whose size it takes", magnitude.input[0], hidden)
+        hidden = self._over_largest(quantize, scaled, multiplied)
         factor = None
         multiply = self.graph.producer(hidden)
         if multiply is not None and multiply.op_type == "Mul":
@@ -307,6 +320,21 @@ class GraphWalk:
             input_factor=factor,
             terms=terms,
         )
+
+    def _over_largest(self, quantize: Any, scaled: Any, multiplied: str) -> str:
+        """The rows that are quantised over their largest, by which ``scaled`` multiplies again."""
+        divide = self.made_by(quantize.input[0], "Div")
+        hidden, size = divide.input
+        self.expect(scaled, "what the product is multiplied by", multiplied, size)
+        largest = self.made_by(size, "Max")
+        tiny = float(np.finfo(np.float32).tiny)
+        self.expect_numbers(largest, 1, "smallest row size", [tiny])
+        reduce = self.made_by(largest.input[0], "ReduceMax")
+        self.expect_numbers(reduce, 1, "axes", [-1])
+        self.expect(reduce, "keepdims", self.attribute(reduce, "keepdims"), 1)
+        magnitude = self.made_by(reduce.input[0], "Abs")
+        self.expect(magnitude, "the row whose size it takes", magnitude.input[0], hidden)
+        return str(hidden)
 
     def _two_terms(self, product: Any) -> Any:
         """The node that makes the first of two terms of activations; the second is checked."""

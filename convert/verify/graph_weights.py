@@ -37,11 +37,15 @@ _INTEGER_ACCURACY = 4
 # What ONNX Runtime makes of DequantizeLinear with one scale a column when it fuses it.
 _FUSED_BLOCK = 32
 _ELEMENTS_AT_A_TIME = 1 << 22
+_CACHED_ELEMENTS = 1 << 17
+"""Float32 numbers that stay in a processor's cache from one operation to the next."""
 
 
-def row_blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
+def row_blocks(
+    num_rows: int, num_columns: int, elements: int = _ELEMENTS_AT_A_TIME
+) -> Iterator[slice]:
     """Rows of a matrix [rows, columns], as many at a time as are looked at together."""
-    step = max(1, _ELEMENTS_AT_A_TIME // max(1, num_columns))
+    step = max(1, elements // max(1, num_columns))
     for first in range(0, num_rows, step):
         yield slice(first, min(first + step, num_rows))
 
@@ -75,7 +79,7 @@ class GraphCodes:
         """Values float32 [N, K]."""
         num_rows, num_columns = self.codes.shape
         values = np.empty((num_rows, num_columns), np.float32)
-        for rows in row_blocks(num_rows, num_columns):
+        for rows in row_blocks(num_rows, num_columns, _CACHED_ELEMENTS):
             part, out = self.cut(rows), values[rows]
             out[...] = part.codes
             if isinstance(part.zeros, int):
@@ -196,11 +200,14 @@ class GraphWeights:
 
         Returns:
             Columns that share a scale; ``WHOLE_ROW`` or ``TWO_TERMS`` for a whole row; None where
-            it computes with the activations as they are.
+            it computes with the activations as they are, or with 16 bits of each block.
         """
         node, _ = self._find(name)
         if node.op_type == "MatMulNBits":
             level = attribute(node, "accuracy_level", 0)
+            maker = self.graph.producer(node.input[0])
+            if maker is not None and maker.op_type == "Concat":
+                return None
             return attribute(node, "block_size") if level == _INTEGER_ACCURACY else None
         if node.op_type == "MatMulIntegerToFloat":
             maker = self.graph.producer(node.input[0])

@@ -81,7 +81,7 @@ class InputSketch:
                 if not len(kind):
                     continue
                 rows = first[0][kind]
-                squares = rows.double().square().mean(0)
+                squares = rows.square().mean(0, dtype=torch.float64)
                 # As many tokens as sums, or fewer, stand for themselves.
                 sums = rows if len(rows) <= _SUMS else (2.0 * drawn - 1.0) @ rows * _SUMS**-0.5
                 sums = sums * len(rows) ** -0.5

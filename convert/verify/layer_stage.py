@@ -7,10 +7,15 @@ are not: rows are equal to the last digits until one holds a step. Rows of a pla
 near copies and may all hold it, so a tight bound holds for the row that one in ten is below, and
 that of some steps for the worst row; tokens are compared behind the head on the reference's own
 last state. A fault of the layer is in all rows, or is larger than steps are.
+
+How many steps a row holds grows with the inputs that are rounded, and what one of them moves
+shrinks with the inputs of a product. So rows of wide layers all hold some, which together stay as
+small as they are in any wider layer, and a wide head is held more tightly.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +26,7 @@ from llava_edge.convert.verify.gaps import row_gaps
 from llava_edge.convert.verify.layer_inputs import LayerInputs
 from llava_edge.convert.verify.reference_answer import Reference, ReferenceAnswer
 from llava_edge.convert.verify.subject import Subject
+from llava_edge.profiles.model_dims import TextDims
 from llava_edge.runtime.bounds import Bounds
 from llava_edge.runtime.certificate import StageResult, bounded
 from llava_edge.runtime.session import Array
@@ -28,6 +34,11 @@ from llava_edge.runtime.token_comparison import TokenComparison
 
 _STAGE = "layers"
 _QUANTILE = 0.1
+_WIDE = 16_384
+"""Inputs of a layer's products, from which on rows without a step become rare."""
+_NARROW_HEAD = 128
+"""Inputs of the head that the table's bound was set for."""
+_LEAST_HEAD_GAP = 5e-4
 
 
 @dataclass
@@ -36,6 +47,7 @@ class LayerStage:
 
     Attributes:
         bounds: of the artifact's form.
+        text: dimensions of the language model.
         tenth: largest of all layers' 10 % quantile of rows, and where.
         worst: worst row of any layer, and where.
         head: largest gap of the head's logits over their range.
@@ -43,6 +55,7 @@ class LayerStage:
     """
 
     bounds: Bounds
+    text: TextDims
     tenth: tuple[float, str] = (0.0, "")
     worst: tuple[float, str] = (0.0, "")
     head: tuple[float, str] = (0.0, "")
@@ -64,20 +77,40 @@ class LayerStage:
             logits = subject.head(inputs.load(count)[kept])
         gap = float(row_gaps(logits, answer.export).max())
         self.head = _larger(self.head, gap, name)
+        self.tokens += compare_choices(logits.argmax(-1), answer.export, self.head_bound, name)
+
+    @property
+    def tenth_bound(self) -> float:
+        """Bound on the row that one in ten is below."""
+        wide = self.bounds.rounds_activations and _num_inputs(self.text) > _WIDE
+        return self.bounds.value(_STAGE, "tenth_row_gap_of_wide" if wide else "tenth_row_gap")
+
+    @property
+    def head_bound(self) -> float:
+        """Bound on the gap of the head's logits over their range."""
         bound = self.bounds.value(_STAGE, "head_gap_of_range")
-        self.tokens += compare_choices(logits.argmax(-1), answer.export, bound, name)
+        if not self.bounds.rounds_activations:
+            return bound
+        narrower = math.sqrt(min(1.0, _NARROW_HEAD / self.text.hidden_size))
+        return min(bound, max(_LEAST_HEAD_GAP, bound * narrower))
 
     def rows(self) -> list[StageResult]:
         """The row that one in ten is below, worst row, logits behind the head."""
         found = {
-            "tenth_row_gap": self.tenth,
-            "worst_row_gap": self.worst,
-            "head_gap_of_range": self.head,
+            "tenth_row_gap": (self.tenth, self.tenth_bound),
+            "worst_row_gap": (self.worst, self.bounds.value(_STAGE, "worst_row_gap")),
+            "head_gap_of_range": (self.head, self.head_bound),
         }
         return [
-            bounded(_STAGE, metric, value, self.bounds.value(_STAGE, metric), detail=where)
-            for metric, (value, where) in found.items()
+            bounded(_STAGE, metric, value, bound, detail=where)
+            for metric, ((value, where), bound) in found.items()
         ]
+
+
+def _num_inputs(text: TextDims) -> int:
+    """Inputs that the products of one layer round for one row, each product's counted."""
+    attention = text.num_attention_heads * text.head_dim
+    return 5 * text.hidden_size + attention + text.intermediate_size
 
 
 def _contribution_gaps(ours: Array, theirs: Array, given: Array) -> Array:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from llava_edge.convert.verify.artifact_tokenizer import artifact_tokenizer
 from llava_edge.convert.verify.loop_texts import text_cases
 from llava_edge.convert.verify.reference_answer import Reference
 from llava_edge.convert.verify.reference_sampling import choose_by_reference, draw_cases
@@ -38,7 +39,6 @@ from llava_edge.runtime.prompt_date import COMPARED_NOW
 from llava_edge.runtime.prompt_embedder import PromptEmbedder
 from llava_edge.runtime.request_builder import RequestBuilder
 from llava_edge.runtime.scripted_decoder import DigestEncoder, ScriptedDecoder
-from llava_edge.runtime.tokenizer import Tokenizer
 from llava_edge.runtime.tower import Tower
 
 
@@ -96,7 +96,7 @@ def open_without_graphs(artifact: Artifact) -> Iterator[LlavaEdge]:
     dtype: type[np.float32] | type[np.float16]
     dtype = np.float32 if manifest.flavour == "cpu" else np.float16
     with ExitStack() as opened:
-        tokenizer = Tokenizer.open(artifact.files[manifest.tokenizer], tokens, manifest.prompt)
+        tokenizer = artifact_tokenizer(artifact)
         table = EmbeddingTable(artifact.files[manifest.embeddings], dims)
         opened.callback(table.close)
         tower = Tower(DigestEncoder(), "ort")

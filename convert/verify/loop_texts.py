@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from llava_edge.convert.verify.artifact_tokenizer import artifact_tokenizer
 from llava_edge.convert.verify.reference_answer import Reference
 from llava_edge.convert.verify.reference_tokenizer import SentencePieceTokenizer
 from llava_edge.convert.verify.tokenizer_stage import control_ids
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.generate import FinishReason
 from llava_edge.runtime.golden_loop import TextCase
-from llava_edge.runtime.tokenizer import Tokenizer
 
 _TEXTS = {
     "words": "The answer is 42, I think.",
@@ -51,8 +51,7 @@ class _Texts:
         self._vocab_size = manifest.model.text.vocab_size
         self._stops = tuple(i for i in self._tokens.stop if i < self._vocab_size)
         tokens = self._tokens
-        opened = Tokenizer.open(artifact.files[manifest.tokenizer], tokens, manifest.prompt)
-        self._backend = opened.backend
+        self._backend = artifact_tokenizer(artifact).backend
         self._theirs = reference.processor.tokenizer
         self._places = {i for i in (tokens.image, tokens.video) if i is not None}
         self._silent = control_ids(manifest, self._theirs) | self._places

@@ -139,6 +139,27 @@ class MediaReference:
         kept = (file for file in self.files if file.name.removesuffix(", clipped") in portable)
         return GoldenMedia(tuple(kept), self.chats)
 
+    @property
+    def num_tiles(self) -> tuple[int, int]:
+        """Tiles that the reference's tower runs on for ``chats``, and those of the artifact's."""
+        asked = [self.inputs[probe.name] for probe in self._probes if probe.features]
+        ours = (
+            sum(map(len, inputs.pixel_values))
+            if self._fits(inputs)
+            else len(inputs.pixel_values[-1])
+            for inputs in asked
+        )
+        return sum(len(self._chosen(inputs)) for inputs in asked), sum(ours)
+
+    def _fits(self, inputs: ReferenceInputs) -> bool:
+        return len(inputs.ids) <= self._manifest.context_tokens
+
+    def _chosen(self, inputs: ReferenceInputs) -> list[int]:
+        """Tiles of a conversation that are looked at, counted over all of its pictures."""
+        last = (np.cumsum([len(each) for each in inputs.pixel_values]) - 1).tolist()
+        # Where the context holds not all of it, the last picture is embedded alone.
+        return sorted({*last, min(_ANY_TILE, last[-1])}) if self._fits(inputs) else last[-1:]
+
     def _inputs(self, probe: MediaProbe) -> ReferenceInputs:
         pictures = [self._picture(data) for turn in probe.turns for data in turn.pictures]
         frames = [
@@ -195,10 +216,7 @@ class MediaReference:
         model.use(self._reference.supply)
         pixels = torch.cat(inputs.pixel_values)
         counts = [len(each) for each in inputs.pixel_values]
-        last = (np.cumsum(counts) - 1).tolist()
-        # Where the context holds not all of it, the last picture is embedded alone.
-        fits = len(inputs.ids) <= self._manifest.context_tokens
-        chosen = sorted({*last, min(_ANY_TILE, len(pixels) - 1)}) if fits else last[-1:]
+        chosen = self._chosen(inputs)
         features = model.tile_features(pixels[chosen]).numpy()
         # Packed in place of features: their numbers, which say what stands where.
         numbers = torch.arange(len(pixels) * patches, dtype=torch.float64)

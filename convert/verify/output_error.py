@@ -18,12 +18,16 @@ while codes that are wrong are wrong for both.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from llava_edge.convert.verify.reference_rounding import Grid, rounded, spread
+from llava_edge.convert.verify.reference_rounding import Grid, cache_blocks, grouped, rounded
+from llava_edge.convert.verify.solver_traces import SolverTraces, Traces
+
+_TRACED = 1 << 20
+"""Weights of a layer in which a solver's traces are looked for."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class OutputError:
         worst: which one that is.
         step: median over all groups of the scale that ships over that of rounding.
         shift: mean of (Ŵ - W) / s over the layer, as a magnitude: rounding moves weights both ways.
+        traces: what a solver leaves in the errors.
+        unmoved: share of codes that are the nearest, of rows that are not recorded as kept so.
     """
 
     layer: float
@@ -60,6 +66,8 @@ class OutputError:
     worst: int
     step: float
     shift: float
+    traces: Traces
+    unmoved: float = 0.0
 
     @property
     def step_ratio(self) -> float:
@@ -94,20 +102,24 @@ def output_error(
         grid: of the codes.
         inputs: by kind of token; at least one.
     """
+    traces: Traces | None = None
     sums = torch.zeros(len(inputs), 3, dtype=torch.float64)
     worst, place, first = -1.0, 0, 0
     steps: list[torch.Tensor] = []
     shift, count = 0.0, 0
-    for part in parts:
+    for part, whole in ((piece, each) for each in parts for piece in _pieces(each)):
+        # Outputs that come first tell enough.
+        traces = traces or _traces(whole, grid, inputs)
         fair = torch.empty(len(inputs), len(part.original), dtype=torch.float64)
         lost_by_rounding = rounded(part.original, part.scales, grid).sub_(part.original)
         # A step's error is uniform where nothing is known of it: a twelfth of its square.
-        step = spread(part.scales, grid.group, part.original.shape[1])
-        expected = torch.maximum(lost_by_rounding.square(), step.square() / 12)
+        squares = grouped(lost_by_rounding.square(), part.scales, grid)
+        expected = torch.maximum(squares, (part.scales.square() / 12)[..., None])
+        expected = expected.flatten(1)[:, : part.original.shape[1]]
         lost = part.shipped - part.original
         steps.append((part.shipped_scales / part.scales).flatten())
-        over = spread(part.shipped_scales, grid.group, part.original.shape[1])
-        shift += float((lost / over).sum(dtype=torch.float64))
+        by_group = grouped(lost, part.shipped_scales, grid).sum(2, dtype=torch.float64)
+        shift += float((by_group / part.shipped_scales).sum())
         count += lost.numel()
         for kind, given in enumerate(inputs):
             shipped = _squares(lost, given)
@@ -123,7 +135,39 @@ def output_error(
         first += len(part.original)
     layer = _over(sums[:, 0], torch.maximum(sums[:, 1], sums[:, 2])).amin()
     median = float(torch.cat(steps).median())
-    return OutputError(float(layer), worst, place, median, abs(shift) / max(1, count))
+    mean_shift = abs(shift) / max(1, count)
+    traces = traces or Traces(1.0, 0.0, 0.0, 0.0)
+    return OutputError(float(layer), worst, place, median, mean_shift, traces)
+
+
+def _pieces(part: WeightRows) -> Iterator[WeightRows]:
+    for rows in cache_blocks(part.original):
+        yield WeightRows(
+            part.original[rows], part.shipped[rows], part.scales[rows], part.shipped_scales[rows]
+        )
+
+
+def _traces(part: WeightRows, grid: Grid, inputs: Sequence[KindInputs]) -> Traces:
+    some = slice(None, None, max(1, part.original.numel() // _TRACED))
+    original, shipped, scales, shipped_scales = (
+        each[some] for each in (part.original, part.shipped, part.scales, part.shipped_scales)
+    )
+    seen = SolverTraces(grid, [given.squares for given in inputs], len(original))
+    seen.add(
+        shipped,
+        shipped - original,
+        rounded(original, scales, grid).sub_(original),
+        _by_column(shipped_scales, grid, original.shape[1]),
+        _by_column(scales, grid, original.shape[1]),
+    )
+    return seen.result()
+
+
+def _by_column(scales: torch.Tensor, grid: Grid, columns: int) -> torch.Tensor:
+    """Scales [rows, groups] as [rows, columns]; one scale a row stays [rows, 1]."""
+    if scales.shape[1] == 1:
+        return scales
+    return scales.repeat_interleave(grid.group, 1)[:, :columns]
 
 
 def _squares(lost: torch.Tensor, given: KindInputs) -> torch.Tensor:

@@ -10,11 +10,12 @@ from llava_edge.convert.chat_template import compile_chat_template
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.prompt_family import detect_family, stop_tokens
 from llava_edge.convert.template_checks import check_conversations
+from llava_edge.convert.verify.artifact_tokenizer import artifact_tokenizer
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
 from llava_edge.profiles.errors import PromptError
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.certificate import StageResult, exact
-from llava_edge.runtime.manifest import PromptFormat
+from llava_edge.runtime.manifest import Manifest, PromptFormat
 from llava_edge.runtime.prompt import (
     MARKS,
     Message,
@@ -52,12 +53,12 @@ def prompt_stage(
     becomes one, which is where it leaves the reference.
     """
     manifest = artifact.manifest
-    tokenizer = Tokenizer.open(artifact.files[manifest.tokenizer], manifest.tokens, manifest.prompt)
+    tokenizer = artifact_tokenizer(artifact)
     faults: list[str] = []
     count = 0
     left_out = manifest.conversion.get("template_left_out", manifest.prompt is None)
     if not left_out:
-        faults += _format_faults(manifest.prompt, checkpoint)
+        faults += _format_faults(manifest, checkpoint)
     if not _bos_fits(artifact, reference):
         faults.append(
             f"bos is {manifest.tokens.bos}; the checkpoint's tokenizer has {reference.bos_id}"
@@ -86,11 +87,12 @@ def prompt_stage(
     return exact("prompt", "differing_prompts", faults, looked)
 
 
-def _format_faults(prompt: PromptFormat | None, checkpoint: Checkpoint) -> Iterator[str]:
+def _format_faults(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
     """Whether the prompt format writes what the checkpoint's template compiles to.
 
     An older tool may have drawn the lines between segments elsewhere, which is no fault.
     """
+    prompt = manifest.prompt
     compiled = compile_chat_template(
         checkpoint.folder, checkpoint.config, source_id=checkpoint.source_id
     )
@@ -100,6 +102,14 @@ def _format_faults(prompt: PromptFormat | None, checkpoint: Checkpoint) -> Itera
     if prompt is None or (prompt.system is None) != (compiled.system is None):
         yield wrong
         return
+    # What no rendered prompt shows; an older tool may have kept other tokens.
+    labels = ["source", "special_tokens", "dates"] * (manifest.schema_version > 3)
+    # A hub's name may say of which family a model is.
+    labels += ["family"] * (checkpoint.source_id == manifest.source.id)
+    for name in labels:
+        have, want = getattr(prompt, name), getattr(compiled, name)
+        if have != want:
+            yield f"prompt.{name}: it is {have!r:.80}; the template gives {want!r:.80}"
     for conversation in check_conversations(
         system=prompt.system is not None, placed=False, video=checkpoint.dims.takes_video
     ):

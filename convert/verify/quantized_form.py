@@ -28,16 +28,20 @@ class QuantizedForm:
     Attributes:
         quantizer: ``rtn``, ``gptq`` or another; empty where it is not recorded.
         group_size: columns that share a scale; -1 for one scale a row.
+        head_group_size: the same of the head; 0 where it is not recorded.
         reduces_range: 8-bit codes keep to 7 bits.
         rounded: layers that the solver had no memory for and rounded to nearest.
         dead_columns: inputs that calibration never met and that were set to zero, by layer.
+        kept_rows: outputs that the solver kept as rounding to nearest has them, by layer.
     """
 
     quantizer: str
     group_size: int
+    head_group_size: int
     reduces_range: bool
     rounded: frozenset[str]
     dead_columns: dict[str, int]
+    kept_rows: dict[str, int]
 
     @classmethod
     def of(cls, manifest: Manifest) -> QuantizedForm:
@@ -46,19 +50,25 @@ class QuantizedForm:
         settings = facts.get("settings")
         rounded: set[str] = set()
         dead: dict[str, int] = {}
+        kept: dict[str, int] = {}
         for name, record in _linears(facts):
             report = record.get("report")
-            count = report.get("dead_columns", 0) if isinstance(report, dict) else 0
-            dead[name] = count if isinstance(count, int) else 0
+            report = report if isinstance(report, dict) else {}
+            for counts, key in ((dead, "dead_columns"), (kept, "rows_rounded")):
+                count = report.get(key, 0)
+                counts[name] = count if isinstance(count, int) else 0
             if record.get("quantizer") == "rtn":
                 rounded.add(name)
-        group_size = facts.get("group_size")
+        sizes = [facts.get(key) for key in ("group_size", "head_group_size")]
+        group_size, head_group_size = (size if isinstance(size, int) else 0 for size in sizes)
         return cls(
             quantizer=str(facts.get("quantizer", "")),
-            group_size=group_size if isinstance(group_size, int) else 0,
+            group_size=group_size,
+            head_group_size=head_group_size,
             reduces_range=isinstance(settings, dict) and settings.get("reduce_range") is True,
             rounded=frozenset(rounded),
             dead_columns=dead,
+            kept_rows=kept,
         )
 
     def is_rounded(self, name: str) -> bool:
@@ -69,12 +79,14 @@ class QuantizedForm:
         """What the codes of a layer may be.
 
         An operator with smaller blocks holds the scale of a group or a row repeated, so that only
-        the record tells it from groups. The head has one scale a row where the body has, or the
-        largest group that divides its inputs.
+        the record tells it from groups. Without a record of its own, the head has one scale a row
+        where the body has, or the largest group that divides its inputs.
         """
         num_columns, block = codes.codes.shape[1], codes.block_size
-        groups = [num_columns if self.group_size == _PER_CHANNEL else self.group_size]
-        if name == _HEAD:
+        recorded = self.head_group_size if name == _HEAD else 0
+        size = recorded or self.group_size
+        groups = [num_columns if size == _PER_CHANNEL else size]
+        if name == _HEAD and not recorded:
             groups += [size for size in _HEAD_GROUPS if num_columns % size == 0][:1]
         repeated = (size for size in groups if _repeats(codes.scales, -(-size // block)))
         group = next(repeated, min(block, num_columns))

@@ -7,6 +7,11 @@
                            that is not used; worst layer
     step_ratio_of_median   the same of the median layer: groups that are not there
     mean_shift_steps       codes that count from another zero, or are cut off
+    unmoved_codes          share of codes that are the nearest to their weights, less rows that are
+                           recorded as kept so: nothing made up for anything; worst layer
+    unexplained_error_of_median    errors that no other column explains, over those of rounding;
+                           median layer
+    scale_shift_of_median  scales that were changed once codes were found, as a share; median layer
 
 All against the checkpoint's weights, on what the reference's own layers read (``input_sketch``),
 by the verifier's own rounding (``reference_rounding``). Layers that must be exactly rounding to
@@ -19,6 +24,7 @@ what the artifact's own loss is measured by.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -74,6 +80,8 @@ class SolvedLayers:
         found = {name: self.error(name) for name in self.names}
         median = float(np.median([error.layer for error in found.values()]))
         steps = float(np.median([error.step_ratio for error in found.values()]))
+        unexplained = float(np.median([error.traces.unexplained for error in found.values()]))
+        shift = abs(float(np.median([error.traces.center for error in found.values()])))
         measured: dict[str, Callable[[OutputError], float]] = {
             "output_error": lambda error: error.layer,
             "output_error_of_row": lambda error: error.output,
@@ -81,6 +89,9 @@ class SolvedLayers:
             "step_ratio": lambda error: error.step_ratio,
             "step_ratio_of_median": lambda _: steps,
             "mean_shift_steps": lambda error: error.shift,
+            "unmoved_codes": lambda error: error.unmoved,
+            "unexplained_error_of_median": lambda _: unexplained,
+            "scale_shift_of_median": lambda _: shift,
         }
         rows: list[StageResult] = []
         for metric, of in measured.items():
@@ -105,13 +116,16 @@ class SolvedLayers:
         inputs = self._sketch.load(name)
         if scale is not None:
             inputs = [each.divided(torch.from_numpy(scale)) for each in inputs]
-        return output_error(self._rows(name, codes, grid), grid, inputs)
+        found = output_error(self._rows(name, codes, grid), grid, inputs)
+        kept = min(1.0, self._form.kept_rows.get(name, 0) / len(codes.codes))
+        unmoved = (found.traces.unmoved - kept) / (1 - kept) if kept < 1 else 0.0
+        return replace(found, unmoved=unmoved)
 
     def rounded(self, name: str) -> NDArray[np.float32]:
         """A layer rounded to nearest by the verifier, float32 [N, K]."""
         grid = self._grids.get(name) or self._form.grid(self._codes(name), name)
         values = [
-            rounded(self._original(name, rows), self._scales(name, rows, grid), grid)
+            self._nearest(name, rows, grid)
             for rows in row_blocks(*self._checkpoint.tensors[f"{name}.weight"].shape)
         ]
         found: NDArray[np.float32] = torch.cat(values).numpy()
@@ -136,11 +150,11 @@ class SolvedLayers:
 
     def _rows(self, name: str, codes: GraphCodes, grid: Grid) -> Iterator[WeightRows]:
         for rows in row_blocks(*codes.codes.shape):
-            part = codes.cut(rows)
+            part, original = codes.cut(rows), self._original(name, rows)
             yield WeightRows(
-                self._original(name, rows),
+                original,
                 torch.from_numpy(part.dequantize()),
-                self._scales(name, rows, grid),
+                self._scales(name, rows, original, grid),
                 torch.from_numpy(held_scales(part, grid).astype(np.float32)),
             )
 
@@ -150,11 +164,15 @@ class SolvedLayers:
         scale = self._weights.input_scale(name)
         return torch.from_numpy(weight if scale is None else weight * scale)
 
-    def _scales(self, name: str, rows: slice, grid: Grid) -> torch.Tensor:
+    def _nearest(self, name: str, rows: slice, grid: Grid) -> torch.Tensor:
+        original = self._original(name, rows)
+        return rounded(original, self._scales(name, rows, original, grid), grid)
+
+    def _scales(self, name: str, rows: slice, original: torch.Tensor, grid: Grid) -> torch.Tensor:
         path = self._sketch.path / f"scales-{name}-{rows.start}.npy"
         if path.is_file():
             return torch.from_numpy(np.load(path)).float()
-        scales = nearest_scales(self._original(name, rows), grid)
+        scales = nearest_scales(original, grid)
         np.save(path, scales.half().numpy())
         return scales
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from llava_edge.convert.checkpoint import Checkpoint
+from llava_edge.convert.verify.artifact_tokenizer import artifact_tokenizer
 from llava_edge.convert.verify.input_sketch import InputSketch
 from llava_edge.convert.verify.media_reference import MediaReference
 from llava_edge.convert.verify.probes import NUM_STEPS, Probe
@@ -29,7 +30,6 @@ from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.prompt import Message, Piece, compose, rendered, user_message
 from llava_edge.runtime.prompt_date import COMPARED_NOW
 from llava_edge.runtime.session import Array
-from llava_edge.runtime.tokenizer import Tokenizer
 
 _MOST_KEPT = 64
 """Prompt positions, the last ones, whose logits are looked at."""
@@ -143,9 +143,7 @@ class Reference:
                 checkpoint, pinpoints, as_stored=False, image_token_id=mark
             )
         self._manifest = manifest
-        self._tokenizer = Tokenizer.open(
-            artifact.files[manifest.tokenizer], manifest.tokens, manifest.prompt
-        )
+        self._tokenizer = artifact_tokenizer(artifact)
         self._answers: dict[str, ReferenceAnswer] = {}
         self.sketch = InputSketch()
 

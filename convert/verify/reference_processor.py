@@ -80,10 +80,11 @@ class ReferenceProcessor:
         marks = {MARKS["image"]: self._image_id}
         if self._video_id is not None:
             marks[MARKS["video"]] = self._video_id
-        self.tokenizer = reference_tokenizer(folder, config, marks)
+        is_original = checkpoint.layout == "original"
+        self.tokenizer = reference_tokenizer(folder, config, marks, is_original=is_original)
         self._processor: Any = None
         self._rendered: dict[tuple[Message, ...], Rendering] = {}
-        if checkpoint.layout != "original":
+        if not is_original:
             # Where sentencepiece is the reference, this one serves templates alone.
             own = not reads_sentencepiece(folder, marks)
             stand_in = None if own else build_tokenizer_json(folder, config)

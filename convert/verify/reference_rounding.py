@@ -30,7 +30,9 @@ T = TypeVar("T")
 _LEAST = 2.0**-14
 _MOST = 65504.0
 _SHRUNK = tuple(1.0 - 0.08 * step for step in range(8))
-_ELEMENTS_AT_A_TIME = 1 << 18
+_ELEMENTS_AT_A_TIME = 1 << 17
+"""Half a MiB of float32: larger blocks would be mapped anew for every operation, which takes longer
+than the operation (``configure_process``)."""
 _EQUAL = 1e-9
 """Errors of two scales that differ by less, relatively, are equal but for the order of sums."""
 _MOST_DOUBTED = 1 << 22
@@ -79,7 +81,15 @@ def nearest_scales(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 def rounded(weight: torch.Tensor, scales: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Values [N, K] of the nearest codes, by scales [N, groups] of the weight's float type."""
-    return _nearest(weight, scales, grid).mul_(spread(scales, grid.group, weight.shape[1]))
+    values = torch.empty_like(weight)
+
+    def fill(rows: slice) -> None:
+        part, over = weight[rows], scales[rows]
+        found = grouped(_nearest(part, over, grid), over, grid).mul_(over[..., None])
+        values[rows] = found.flatten(1)[:, : part.shape[1]]
+
+    _by_rows(weight, fill)
+    return values
 
 
 def disagreement(
@@ -122,10 +132,15 @@ def disagreement(
     return Disagreement(sum(count for count, _ in examined), len(doubts) - chosen)
 
 
+def cache_blocks(weight: torch.Tensor) -> list[slice]:
+    """Rows of a weight [N, K] that together fit a processor's cache."""
+    step = max(1, _ELEMENTS_AT_A_TIME // max(1, weight.shape[1]))
+    return [slice(first, first + step) for first in range(0, len(weight), step)]
+
+
 def _by_rows(weight: torch.Tensor, work: Callable[[slice], T]) -> list[T]:
     """Call ``work`` on rows that together fit a processor's cache, on all threads."""
-    step = max(1, _ELEMENTS_AT_A_TIME // weight.shape[1])
-    parts = [slice(first, first + step) for first in range(0, len(weight), step)]
+    parts = cache_blocks(weight)
     workers = min(torch.get_num_threads(), len(parts))
     # Threads of torch's own would wait for each other at every one of many short operations.
     with torch_threads(1):
@@ -141,8 +156,9 @@ def _row_scales(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def _nearest(weight: torch.Tensor, scales: torch.Tensor, grid: Grid) -> torch.Tensor:
-    over = spread(scales, grid.group, weight.shape[1])
-    return torch.div(weight, over).round_().clamp_(-grid.half, grid.half - 1)
+    codes = torch.div(grouped(weight, scales, grid), scales[..., None])
+    codes = codes.round_().clamp_(-grid.half, grid.half - 1)
+    return codes.flatten(1)[:, : weight.shape[1]]
 
 
 def _searched(groups: torch.Tensor, half: int) -> torch.Tensor:
@@ -218,8 +234,6 @@ def _in_groups(weight: torch.Tensor, group: int) -> torch.Tensor:
     return weight.reshape(len(weight), -1, group)
 
 
-def spread(scales: torch.Tensor, group: int, num_columns: int) -> torch.Tensor:
-    """Scales [N, groups] for each column, [N, K] or [N, 1]."""
-    if scales.shape[1] == 1:
-        return scales
-    return scales.repeat_interleave(group, dim=1)[:, :num_columns]
+def grouped(values: torch.Tensor, scales: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Values [N, K] as [N, groups, width] beside their scales [N, groups, 1]; zeros fill it up."""
+    return values[:, None] if scales.shape[1] == 1 else _in_groups(values, grid.group)

@@ -79,7 +79,7 @@ def _lowest_of_equal(before: Any, after: Any) -> Array:
 def _edges(scores: Array) -> tuple[Array, Array]:
     """Ids by falling score, equal ones by id, and the cumulated probability up to each."""
     kept = np.flatnonzero(scores > -np.inf)
-    order = kept[np.lexsort((kept, -scores[kept]))]
+    order = kept[np.argsort(-scores[kept], kind="stable")]
     weights = np.exp(scores[order] - scores[order[0]])
     return order, np.cumsum(weights / weights.sum())
 

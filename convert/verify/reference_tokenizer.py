@@ -35,7 +35,7 @@ from llava_edge.convert.tokenizer_settings import (
 )
 from llava_edge.convert.tokenizer_source import library_errors
 from llava_edge.convert.transformers_loader import load_tokenizer
-from llava_edge.convert.verify.tokenizer_definition import FLAGS, AddedEntry
+from llava_edge.convert.verify.tokenizer_definition import FLAGS, AddedEntry, Definition
 from llava_edge.runtime.prompt import MARKS
 
 _BLANK = "▁"
@@ -336,16 +336,33 @@ class SentencePieceTokenizer:
 
 
 def reference_tokenizer(
-    folder: Path, config: Mapping[str, Any], marks: Mapping[str, int]
+    folder: Path,
+    config: Mapping[str, Any],
+    marks: Mapping[str, int],
+    *,
+    is_original: bool = False,
 ) -> ReferenceTokenizer:
-    """The reference for a checkpoint's files; arguments are those of ``SentencePieceTokenizer``.
+    """The reference for a checkpoint's files.
+
+    Args:
+        folder: see ``SentencePieceTokenizer``.
+        config: see there.
+        marks: see there.
+        is_original: the checkpoint is no model of transformers: a ``tokenizer.json`` that its
+            class reads otherwise than it stands decides itself.
 
     Raises:
         CheckpointError: there is none.
     """
     if reads_sentencepiece(folder, marks):
         return SentencePieceTokenizer(folder, config, marks)
-    return TransformersTokenizer(load_tokenizer(folder))
+    found = TransformersTokenizer(load_tokenizer(folder))
+    if is_original and (folder / "tokenizer.json").is_file():
+        own = FileTokenizer(folder, found)
+        stands, read = (Definition.parse(each.definition()) for each in (own, found))
+        if (stands.settings, stands.steps) != (read.settings, read.steps):
+            return own
+    return found
 
 
 def reads_sentencepiece(folder: Path, marks: Mapping[str, int]) -> bool:

@@ -22,6 +22,7 @@ from llava_edge.convert.verify.decoder_attributes import (
 from llava_edge.convert.verify.graph_attributes import GraphWalk, LinearAttributes
 from llava_edge.convert.verify.graph_comparison import compare_linear, compare_norm, says
 from llava_edge.convert.verify.graph_file import GraphFile
+from llava_edge.convert.verify.manifest_record import manifest_record_faults
 from llava_edge.convert.verify.manifest_settings import manifest_settings_faults
 from llava_edge.convert.verify.node_faults import node_faults
 from llava_edge.convert.verify.reference_structure import ReferenceStructure
@@ -55,6 +56,7 @@ def structure_stage(artifact: Artifact, checkpoint: Checkpoint) -> StageResult:
     reference = ReferenceStructure.of(checkpoint)
     manifest = artifact.manifest
     faults = manifest_settings_faults(artifact, checkpoint, reference)
+    faults += manifest_record_faults(artifact, checkpoint)
     looked_at = []
     for label, spec, find in (
         ("vision", manifest.vision, vision_faults),
@@ -173,19 +175,25 @@ class _Decoder:
     ) -> None:
         compare_linear(self._walk, have, names, modules)
         precision = self._manifest.precision
+        is_head = names == ["lm_head"]
+        # A head has groups of its own, whatever the layers have; where they are not recorded it
+        # has the operator of the layers, or groups of any size.
+        group = self._manifest.conversion.get("head_group_size" if is_head else "group_size")
         form = "MatMul"
         if bits != 16:
             form = _FORMS.get((f"int{bits}", precision.int8_route), "MatMulNBits")
+            if is_head and group not in (None, -1):
+                form = "MatMulNBits"
             # The standard operator is another spelling of the same numbers.
             form = have.op_type if have.op_type == "DequantizeLinear" else form
         self._states(have.node, "operator", have.op_type, form)
         self._states(have.node, "bits", have.bits, bits)
         self._states(have.node, "factor in front of it", have.input_factor, None)
-        integer = have.op_type == "MatMulIntegerToFloat"
-        terms = 2 if integer and precision.int8_route == "two-term" else 1
+        rounds = is_head or have.op_type == "MatMulIntegerToFloat"
+        rounds = rounds and bits == 8 and have.op_type != "DequantizeLinear"
+        terms = 2 if rounds and precision.int8_route == "two-term" else 1
         self._states(have.node, "number of codes of an activation", have.terms, terms)
-        group = self._manifest.conversion.get("group_size")
-        if bits != 16 and names != ["lm_head"] and group not in (None, -1):
+        if bits != 16 and group not in (None, -1):
             largest = largest_block(precision.language_model, self._manifest.flavour)
             # Up to version 3 a block was a group, however large.
             block = min(group, largest) if self._manifest.schema_version > 3 else group

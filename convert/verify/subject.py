@@ -9,6 +9,7 @@ from types import TracebackType
 
 import numpy as np
 
+from llava_edge.convert.verify.artifact_tokenizer import artifact_tokenizer
 from llava_edge.convert.verify.decoder_slice import DecoderGraph, DecoderSlice
 from llava_edge.convert.verify.probes import Probe
 from llava_edge.convert.verify.reference_answer import Positions
@@ -29,7 +30,6 @@ from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
 from llava_edge.runtime.request import PromptOptions, Request, VideoInput
 from llava_edge.runtime.request_builder import RequestBuilder
 from llava_edge.runtime.session import Array, Session, SessionOptions
-from llava_edge.runtime.tokenizer import Tokenizer
 from llava_edge.runtime.vision import VisionEncoder
 
 
@@ -52,9 +52,7 @@ class Subject:
         )
         wide_sums = needs_wide_sums(manifest.precision)
         self.options = SessionOptions(device="cpu", threads=threads, wide_sums=wide_sums)
-        self.tokenizer = Tokenizer.open(
-            artifact.files[manifest.tokenizer], manifest.tokens, manifest.prompt
-        )
+        self.tokenizer = artifact_tokenizer(artifact)
         self._requests = RequestBuilder(manifest, self.tokenizer, Limits())
         self.table = EmbeddingTable(artifact.files[manifest.embeddings], self.dims)
         self._memory_bytes = memory_bytes

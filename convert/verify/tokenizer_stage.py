@@ -23,6 +23,7 @@ from pathlib import Path
 
 from llava_edge.convert.checkpoint import Checkpoint
 from llava_edge.convert.text_files import read_object, read_text
+from llava_edge.convert.verify.artifact_tokenizer import artifact_tokenizer
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
 from llava_edge.convert.verify.reference_tokenizer import (
     FileTokenizer,
@@ -64,7 +65,7 @@ def tokenizer_stage(
         reference: its processor; its tokenizer decides.
     """
     manifest = artifact.manifest
-    tokenizer = Tokenizer.open(artifact.files[manifest.tokenizer], manifest.tokens, manifest.prompt)
+    tokenizer = artifact_tokenizer(artifact)
     theirs = reference.tokenizer
     control = control_ids(manifest, theirs)
     written = tokenizer.backend.to_str()
@@ -75,13 +76,10 @@ def tokenizer_stage(
         pieces = theirs.pieces
         looked = "pieces, merges, scores and added tokens of tokenizer.model"
     else:
-        assert isinstance(theirs, TransformersTokenizer)
+        assert isinstance(theirs, (TransformersTokenizer, FileTokenizer))
         text = theirs.definition()
         # Equal texts are read once.
         want = ours if text == written else Definition.parse(text)
-        if checkpoint.layout == "original" and not _is_same_model(ours, want):
-            theirs = FileTokenizer(checkpoint.folder, theirs)
-            want = Definition.parse(theirs.definition())
         more, looked = _definition_faults(ours, want, artifact, checkpoint, theirs.name)
         faults += more
         pieces = want.pieces
@@ -169,10 +167,6 @@ def _definition_faults(
     size = max(want.ids, default=-1) + 1
     faults += added_faults(less_fillers(ours.added, wanted, size), wanted, whose)
     return faults, looked
-
-
-def _is_same_model(ours: Definition, want: Definition) -> bool:
-    return ours.settings == want.settings and ours.steps == want.steps
 
 
 def _marks(artifact: Artifact, checkpoint: Checkpoint, want: Definition) -> dict[int, AddedEntry]:

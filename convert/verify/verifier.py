@@ -144,7 +144,7 @@ class Verifier:
             solved = SolvedLayers(artifact, checkpoint, reference.sketch)
             quantized = artifact.manifest.precision.language_model != "fp16"
             answers = AnswerStages(self.bounds, quantized=quantized, solved=bool(solved.names))
-            layers = LayerStage(self.bounds)
+            layers = LayerStage(self.bounds, artifact.manifest.model.text)
             self._stage("files", lambda: self._files(subject))
             self._stage("tile_features", lambda: self._answers(subject, answers))
             if solved.names:

@@ -112,7 +112,7 @@ def test_a_loss_that_was_not_measured_is_not_claimed(
 @pytest.mark.parametrize(
     ("precision", "route", "told"),
     [
-        ("int8", "two-term", "activations in two 8-bit codes each, one scale a row"),
+        ("int8", "two-term", "activations of the layers in two 8-bit codes each, one scale a row"),
         ("int8", "integer", "coarse where a row has outliers"),
         ("int8", "nbits", "one scale a block of columns"),
         ("int4", "nbits", "one scale a block of columns"),

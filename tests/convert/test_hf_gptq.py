@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,12 @@ from llava_edge.convert.decoder_graph import build_decoder_graph
 from llava_edge.convert.gptq_checkpoint import GptqSource, open_gptq
 from llava_edge.convert.hf_gptq import check_emit_hf, write_hf_gptq
 from llava_edge.convert.linear_ops import QuantizedLayers
-from llava_edge.convert.quantized_source import LINEARS, RtnSource, linear_name
+from llava_edge.convert.quantized_source import (
+    LINEARS,
+    RtnSource,
+    linear_name,
+    quantize_head,
+)
 from llava_edge.convert.safetensors_file import write_safetensors
 from llava_edge.profiles.errors import CheckpointError, RequestError
 
@@ -415,7 +421,8 @@ def test_a_decoder_graph_from_the_checkpoint_is_the_graph_from_its_source(
     for source in (emitted.source, again):
         folder = tmp_path / type(source).__name__
         folder.mkdir()
-        checkpoint, weights = source.checkpoint, QuantizedLayers(source, source.head)
+        checkpoint = source.checkpoint
+        weights = QuantizedLayers(source, partial(quantize_head, checkpoint))
         text = checkpoint.dims.text
         build_decoder_graph(text, checkpoint, np.float32, 32, weights=weights).save(folder)
         written.append([(folder / n).read_bytes() for n in ("model.onnx", "weights.bin")])
@@ -428,7 +435,7 @@ def test_the_head_of_a_gptq_checkpoint_is_rounded_as_any_other(
 ) -> None:
     emitted = emit()
 
-    head = GptqSource(open_checkpoint(emitted.folder)).head()
+    head = quantize_head(open_checkpoint(emitted.folder))
 
     assert (head.bits, head.group_size) == (8, 128)
-    np.testing.assert_array_equal(head.qweight, emitted.source.head().qweight)
+    np.testing.assert_array_equal(head.qweight, quantize_head(emitted.source.checkpoint).qweight)

@@ -371,7 +371,7 @@ def test_the_plan_counts_the_bytes_that_are_written(
     checkpoint = open_checkpoint(make_checkpoint("odd", **changes))
     dims = checkpoint.dims
     bits, group = int(precision[3:]), group_size(dims.text, precision, flavour, isa)
-    head_group = head_group_size(dims.text, precision, flavour, isa)
+    head_group = head_group_size(dims.text, precision, flavour)
     weights = QuantizedLayers(
         RtnSource(checkpoint, bits, group),
         lambda: quantize_head(checkpoint, group_size=head_group),
@@ -386,7 +386,7 @@ def test_the_plan_counts_the_bytes_that_are_written(
     planned = weight_bytes(dims, precision, flavour, isa, resident=False)
     tables = rope_table_bytes(dims.text, CONTEXT, flavour)
     # What is left: a handful of numbers that no weight stands for.
-    assert 0 <= graph.nbytes - planned.decoder - planned.lm_head - tables <= 64
+    assert 0 <= graph.nbytes - planned.decoder - planned.lm_head - tables <= 128
 
 
 @pytest.mark.parametrize(

@@ -151,3 +151,47 @@ def test_layers_on_the_same_rows_share_their_codes_and_read_weights_once(tmp_pat
     assert used.count("MatMulIntegerToFloat") == 2
     assert used.count("QuantizeLinear") == 2
     assert used.count("ReduceMax") == 1
+
+
+def opened_head(folder: Path, group: int, route: Int8Route = "two-term") -> ort.InferenceSession:
+    """A head in groups over rows [1, tokens, 128]."""
+    body = Source(8, PER_CHANNEL if route == "two-term" else 32, 128)
+    weight = Source(8, group, 128).linear("head")
+    layers = QuantizedLayers(
+        body, lambda: weight, head_group_size=group, int8_route=route, largest_block=32
+    )
+    g = GraphBuilder("head", np.float32)
+    x = g.input("x", "float32", [1, "tokens", 128])
+    y = QuantizedLinear(Biases(), layers).head(g, x, 128, OUTPUTS)
+    g.output(y, "y", "float32", [1, "tokens", OUTPUTS])
+    folder.mkdir(exist_ok=True)
+    g.save(folder)
+    return session_of(onnx.load(folder / "model.onnx"))
+
+
+def head_error(session: ort.InferenceSession, rows: Rows, group: int) -> float:
+    """Largest gap from the exact product over the largest output."""
+    weight = Source(8, group, 128).linear("head").dequantize().astype(np.float64)
+    wanted = rows.astype(np.float64) @ weight.T
+    return float(np.abs(session.run(None, {"x": rows})[0] - wanted).max() / np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_a_head_in_groups_is_close_to_float_as_well(tmp_path: Path, group: int) -> None:
+    rows = np.random.default_rng(1).normal(size=(1, 9, 128)).astype(np.float32)
+
+    assert head_error(opened_head(tmp_path / "one", group, "nbits"), rows, group) > 5e-4
+    two = opened_head(tmp_path / "two", group)
+    assert head_error(two, rows, group) < 1e-4
+    assert head_error(two, rows[:, :1], group) < 1e-4
+
+
+def test_a_head_in_groups_leaves_rows_of_zeros_and_tiny_rows_finite(tmp_path: Path) -> None:
+    rows = np.random.default_rng(1).normal(size=(1, 3, 128)).astype(np.float32)
+    rows[0, 1] = 0
+    rows[0, 2] = 1e-42
+
+    (y,) = opened_head(tmp_path, 32).run(None, {"x": rows})
+
+    assert np.isfinite(y).all()
+    np.testing.assert_array_equal(y[0, 1], 0.0)

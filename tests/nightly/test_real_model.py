@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llava_edge.convert.pipeline import convert_checkpoint
-from llava_edge.convert.quantization import QuantizationRequest
+from llava_edge.convert.quantization import QuantizationRequest, Quantizer
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge
@@ -27,11 +27,11 @@ _CAPITAL = "What is the capital of France?"
 _MOST_LOSS = {"fp16": 1e-6, "int8": 0.02, "int4": 0.6}
 """Nats a position against the checkpoint's own weights."""
 _MOST_NATS = 0.006
-_MOST_OTHER_CHOICES = 0.05
-"""At int8, on 420 tokens of English: what is reached. Wanted are 3 %."""
-_WANTED_OTHER_CHOICES = 0.03
+_MOST_OTHER_CHOICES = 0.03
+"""At int8, of 833 positions of English in two texts. Of one text 3 % are 12 positions, and chance
+moves that number by three."""
 
-ArtifactOf = Callable[[str], Path]
+ArtifactOf = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +42,15 @@ def checkpoint() -> Path:
 
 @pytest.fixture(scope="module")
 def artifact_of(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> ArtifactOf:
-    """``artifact_of(precision)``: converted once and verified (quick)."""
+    """``artifact_of(precision, quantizer)``: converted once and verified (quick)."""
 
     @cache
-    def make(precision: str) -> Path:
+    def make(precision: str, quantizer: Quantizer = "gptq") -> Path:
         request = ConvertRequest(
             checkpoint=str(checkpoint),
-            out=tmp_path_factory.mktemp("real") / precision,
+            out=tmp_path_factory.mktemp("real") / f"{precision}-{quantizer}",
             wishes=PlanRequest(precision=precision, context_tokens=2048),
-            quantization=QuantizationRequest(num_samples=4),
+            quantization=QuantizationRequest(quantizer, num_samples=4),
         )
         return convert_checkpoint(request, no_progress, print).folder
 
@@ -77,22 +77,20 @@ def test_it_is_converted_verified_and_answers(artifact_of: ArtifactOf, precision
     assert "Paris" in second.text or precision == "int4"
 
 
-@pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.stem)
-def test_int8_loses_little_on_english(
-    artifact_of: ArtifactOf, checkpoint: Path, text: Path
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+def test_int8_loses_little_and_changes_few_choices_on_english(
+    artifact_of: ArtifactOf, checkpoint: Path, quantizer: Quantizer
 ) -> None:
-    loss = Reference(checkpoint, text.read_text(encoding="utf-8")).artifact(artifact_of("int8"))
+    losses = [
+        Reference(checkpoint, text.read_text(encoding="utf-8")).artifact(
+            artifact_of("int8", quantizer)
+        )
+        for text in TEXTS
+    ]
 
-    assert loss.nats <= _MOST_NATS, loss
-    assert loss.other_choices <= _MOST_OTHER_CHOICES, loss
-
-
-@pytest.mark.xfail(reason="one scale a row of weights changes more; see DECISIONS", strict=True)
-@pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.stem)
-def test_int8_changes_few_choices(artifact_of: ArtifactOf, checkpoint: Path, text: Path) -> None:
-    loss = Reference(checkpoint, text.read_text(encoding="utf-8")).artifact(artifact_of("int8"))
-
-    assert loss.other_choices <= _WANTED_OTHER_CHOICES, loss
+    assert max(loss.nats for loss in losses) <= _MOST_NATS, losses
+    others = sum(loss.other_choices for loss in losses) / len(losses)
+    assert others <= _MOST_OTHER_CHOICES, losses
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.stem)

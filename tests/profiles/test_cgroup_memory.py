@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from llava_edge.profiles import cgroups
 from llava_edge.profiles.cgroup_memory import CgroupMemory, read_cgroup_memory
 
 
@@ -71,3 +74,24 @@ def test_a_group_outside_our_view_is_not_followed(tmp_path: Path) -> None:
     group(root, 90_000, 1000)
     group(tmp_path / "elsewhere", 5000, 1000)
     assert free_in_cgroups(root, proc) == 89_000
+
+
+def test_what_is_mounted_is_parsed_anew_only_where_it_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proc, root, parsed = tmp_path / "proc", tmp_path / "cgroup", []
+    (proc / "self").mkdir(parents=True)
+    (proc / "self" / "cgroup").write_text("0::/first\n")
+    group(root / "first", 90_000, 1000)
+    group(root / "second", 50_000, 1000)
+    real = cgroups._mounts
+    monkeypatch.setattr(cgroups, "_mounts", lambda *given: parsed.append(given) or real(*given))
+    assert [free_in_cgroups(root, proc) for _ in range(3)] == [89_000] * 3
+    assert len(parsed) == 2  # of both versions
+    (proc / "self" / "cgroup").write_text("0::/second\n")
+    assert free_in_cgroups(root, proc) == 49_000
+    (proc / "self" / "mountinfo").write_text(
+        "30 24 0:26 /second /sys/fs/cgroup/unified rw - cgroup2 none rw\n"
+    )
+    group(root / "unified", 20_000, 1000)
+    assert free_in_cgroups(root, proc) == 19_000

@@ -7,6 +7,7 @@ from llava_edge.profiles.formats import (
     PER_CHANNEL,
     WeightFormat,
     group_size,
+    head_group_size,
     part_precisions,
     weight_bytes,
 )
@@ -63,6 +64,25 @@ def test_int8_on_a_cpu_is_per_channel_unless_it_lacks_the_instructions(text: Tex
     assert group_size(text, "int8", "cpu", "none") == 128
     assert group_size(text, "int8", "cuda") == 128
     assert group_size(text, "int4", "cpu") == 128
+
+
+def test_the_head_has_groups_no_larger_than_a_block_whatever_the_layers_have(
+    text: TextDims,
+) -> None:
+    assert head_group_size(text, "int8", "cpu") == 32
+    assert head_group_size(text, "int4", "cpu") == head_group_size(text, "int8", "cuda") == 128
+    assert head_group_size(replace(text, hidden_size=80), "int8", "cpu") == PER_CHANNEL
+
+
+def test_the_scales_of_the_head_are_counted() -> None:
+    dims = find_variant("llava-v1.6-mistral-7b").dims
+    weights = 32064 * 4096
+
+    written = weight_bytes(dims, "int8", "cpu", "vnni", resident=False)
+    resident = weight_bytes(dims, "int8", "cpu", "vnni", resident=True)
+
+    assert written.lm_head == weights + weights // 32 * 4
+    assert resident.lm_head == weights + weights // 32 * 12
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,9 @@ def test_decoding_counts_the_logits_and_activations_of_the_longest_draft(dims: M
     assert cpu["decode"].prefill_activations == pytest.approx(chunk * share, abs=1)
 
 
-def test_two_codes_an_activation_are_counted_in_layers_and_in_the_head(dims: ModelDims) -> None:
+def test_two_codes_an_activation_are_counted_in_layers_and_in_the_head(
+    dims: ModelDims,
+) -> None:
     two = estimate_memory(dims, "int8", Workload(3440), CPU).host
     one = estimate_memory(dims, "int8", Workload(3440), replace(CPU, int8_isa="none")).host
     factor = memory_constants()["cpu"]["prefill_factor"]
@@ -140,8 +142,11 @@ def test_two_codes_an_activation_are_counted_in_layers_and_in_the_head(dims: Mod
     # Both products of up, both scaled, and up, beside the gate.
     assert two["prefill"].prefill_activations >= 512 * 4 * 6 * text.intermediate_size * factor
     rows = 1 + MAX_DRAFT_TOKENS
-    head = rows * 4 * text.vocab_size * 4 * factor
-    assert two["decode"].prefill_activations >= int(head)
+    head = int(rows * 2 * text.vocab_size * 4 * factor)
+    assert head <= two["decode"].prefill_activations < 2 * head
+    whole_rows = replace(dims, text=replace(text, hidden_size=text.hidden_size + 8))
+    two = estimate_memory(whole_rows, "int8", Workload(3440), CPU).host
+    assert two["decode"].prefill_activations >= 2 * head
 
 
 def test_images_are_decoded_before_tiles_are_encoded(dims: ModelDims) -> None:

@@ -40,8 +40,9 @@ FORMS: dict[str, tuple[str, Literal["int8"] | None]] = {
 NUM_TOKENS = 6
 GAP = 1e-5
 """Of the range of the logits: float32 sums in another order."""
-STEP_GAP = 3e-4
-"""The same where such a sum may come to lie on the other side of a code's step."""
+STEP_GAP = 1e-3
+"""The same where such a sum may come to lie on the other side of a code's step: up to 2e-4 was seen
+of an answer; rows of another request's cache are hundreds of times that."""
 
 
 def noise(seed: int, width: int = 90, height: int = 60) -> Image.Image:
@@ -167,9 +168,13 @@ def test_a_prompt_that_goes_on_behind_an_answer_reuses_it(pair: Pair) -> None:
     (reused, ours), (none, theirs) = logits
     # The last token of an answer is chosen and never run.
     assert (reused, none) == (said.prompt_tokens + NUM_TOKENS - 1, 0)
+    assert np.abs(ours - theirs).max() <= bound(pair) * np.ptp(theirs)
+
+
+def bound(pair: Pair) -> float:
+    """Largest gap of logits, of their range."""
     precision = pair.plain.artifact.manifest.precision.language_model
-    bound = STEP_GAP if precision == "int8" else GAP
-    assert np.abs(ours - theirs).max() <= bound * np.ptp(theirs)
+    return STEP_GAP if precision == "int8" else GAP
 
 
 def _value(pieces: Pieces) -> Answer:
@@ -301,4 +306,4 @@ def test_after_any_history_an_answer_is_that_of_a_fresh_model(
                 agreed = index + 1
                 break
         gap = np.abs(logits[:agreed] - expected[:agreed]).max()
-        assert gap <= GAP * np.ptp(expected)
+        assert gap <= bound(pair) * np.ptp(expected)

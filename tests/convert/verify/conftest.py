@@ -20,6 +20,7 @@ from llava_edge.profiles.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.progress import no_progress
+from tests.convert.verify.fault_models import FaultModels
 
 FORMS = {
     "fp16": ("cpu-16gb", "fp16", None),
@@ -57,6 +58,12 @@ def renderings_are_kept() -> Iterator[None]:
         patch.setattr(template_sandbox, "run_bounded", run)
         patch.setattr(prompt_stage, "current_time", lambda: now)
         yield
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
+    """What faults are planted in; each is written and converted once, for all modules."""
+    return FaultModels(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture(scope="session")

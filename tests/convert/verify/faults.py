@@ -13,6 +13,7 @@ from tests.convert.verify import (
     faults_clips,
     faults_decoder,
     faults_images,
+    faults_limits,
     faults_media,
     faults_options,
     faults_quantized,
@@ -20,6 +21,7 @@ from tests.convert.verify import (
     faults_reuse,
     faults_runtime,
     faults_sampling,
+    faults_solver,
     faults_streaming,
     faults_tokenizer,
     faults_video,
@@ -35,6 +37,7 @@ FAULTS: tuple[Fault, ...] = (
     *faults_decoder.FAULTS,
     *faults_quantized.FAULTS,
     *faults_quantizer.FAULTS,
+    *faults_solver.FAULTS,
     *faults_runtime.FAULTS,
     *faults_video.FAULTS,
     *faults_cache.FAULTS,
@@ -50,6 +53,7 @@ LOOP_FAULTS: tuple[Fault, ...] = (
     *faults_streaming.FAULTS,
     *faults_reuse.FAULTS,
     *faults_options.FAULTS,
+    *faults_limits.FAULTS,
 )
 """Those that the stage ``loop`` finds; the tests run that stage alone."""
 

@@ -39,6 +39,29 @@ def _wide(largest: Array) -> Array:
     return np.full_like(largest, 16 * largest.max())
 
 
+def _stored(change: Callable[[Array], Array]) -> Callable[[_Patch], None]:
+    """What becomes of the scales once calibration has chosen them, float32 [2, ..., head_dim]."""
+
+    def plant(patch: _Patch) -> None:
+        real = cache_scales._steps
+        patch.setattr(cache_scales, "_steps", lambda largest: change(real(largest)))
+
+    return plant
+
+
+def _head_wide(steps: Array) -> Array:
+    steps[1, 0, 1] *= 6
+    return steps
+
+
+def _channel(part: int, factor: float) -> Callable[[Array], Array]:
+    def change(steps: Array) -> Array:
+        steps[part, -1, 0, 3] *= factor
+        return steps
+
+    return change
+
+
 def _rewired(copy: Tampered) -> None:
     node = "language_model.layers.1.self_attn.attention"
     copy.swap_inputs(_PART, (node, 12), (node, 13))
@@ -100,6 +123,31 @@ FAULTS = (
         "halved scales", "the scales of layer 1 are half of what they must be", _largest(_halved)
     ),
     _fault("scales too wide", "all scales are 16 times the largest", _largest(_wide)),
+    _fault(
+        "one channel of keys too wide",
+        "the scale of one channel of one layer's keys is six times as wide",
+        _stored(_channel(0, 6)),
+    ),
+    _fault(
+        "one channel of values too wide",
+        "the scale of one channel of one layer's values is six times as wide",
+        _stored(_channel(1, 6)),
+    ),
+    _fault(
+        "one channel too narrow",
+        "the scale of one channel of one layer's keys is a quarter of what it must be",
+        _stored(_channel(0, 0.25)),
+    ),
+    _fault(
+        "one head too wide", "the scales of one head are six times as wide", _stored(_head_wide)
+    ),
+    _fault("twice as wide", "all scales are twice as wide", _stored(lambda steps: 2 * steps)),
+    _fault(
+        "cuda: twice as wide",
+        "all scales are twice as wide",
+        _stored(lambda steps: 2 * steps),
+        model="int8 cache cuda",
+    ),
     _fault(
         "scale inputs swapped",
         "attention of layer 1 takes the scales of values for keys",

@@ -26,7 +26,7 @@ Change = Callable[[QuantizedWeight, np.random.Generator], QuantizedWeight]
 _ONE = "mlp.up_proj"
 
 
-def _spoiled(change: Change, only: str = "") -> Callable[[_Patch], None]:
+def spoiled(change: Change, only: str = "") -> Callable[[_Patch], None]:
     """What the quantiser hands on is changed, in all layers or those whose name has ``only``."""
 
     def plant(patch: _Patch) -> None:
@@ -80,7 +80,7 @@ def _columns_exchanged(weight: QuantizedWeight, _: np.random.Generator) -> Quant
     return replace(weight, qweight=codes)
 
 
-def _scaled(factor: float, rows: slice = slice(None)) -> Change:
+def scaled(factor: float, rows: slice = slice(None)) -> Change:
     def change(weight: QuantizedWeight, _: np.random.Generator) -> QuantizedWeight:
         scales = weight.scales.copy()
         scales[rows] = scales[rows] * np.float16(factor)
@@ -278,12 +278,12 @@ WEIGHTS: Mapping[str, tuple[str, Change, str]] = {
     "few random codes": ("1 % of all codes are random", _random_codes(0.01), ""),
     "rows exchanged": ("two rows of every layer change places", _rows_exchanged, ""),
     "columns exchanged": ("two columns of every layer change places", _columns_exchanged, ""),
-    "scales x 1.5": ("all scales are half as large again", _scaled(1.5), ""),
-    "scales x 1.2": ("all scales are a fifth larger", _scaled(1.2), ""),
+    "scales x 1.5": ("all scales are half as large again", scaled(1.5), ""),
+    "scales x 1.2": ("all scales are a fifth larger", scaled(1.2), ""),
     "noise": ("40 % noise on one layer", _noise(0.4), _ONE),
     "little noise": ("15 % noise on one layer", _noise(0.15), _ONE),
     "noisy row": ("40 % noise on one row of one layer", _noise(0.4, slice(4, 5)), _ONE),
-    "row scale": ("one row of one layer is half as large again", _scaled(1.5, slice(4, 5)), _ONE),
+    "row scale": ("one row of one layer is half as large again", scaled(1.5, slice(4, 5)), _ONE),
     "last columns zero": ("the last columns of a layer are zero", _last_columns_zero, _ONE),
     "last rows zero": ("the last two rows of a layer are zero", _last_rows_zero, _ONE),
     "row negated": ("one row of one layer has the other sign", _negated, _ONE),
@@ -309,12 +309,12 @@ _SOLVER: dict[str, tuple[str, Callable[[_Patch], None]]] = {
 _ROUNDED = {
     "head rows exchanged": ("two rows of the head change places", _head(_rows_exchanged)),
     "head low bit": ("the lowest bit of the head's codes is zero", _head(_low_bit_lost)),
-    "head scale": ("one row of the head is a fifth larger", _head(_scaled(1.2, slice(9, 10)))),
+    "head scale": ("one row of the head is a fifth larger", _head(scaled(1.2, slice(9, 10)))),
     # More of them, and calibration leaves the whole tower in float.
     "tower codes": ("one in 2,000 of the tower's codes is random", _tower(_random_codes(5e-4))),
     "tower scale": (
         "one channel of the tower has another scale",
-        _tower(_scaled(1.1, slice(2, 3))),
+        _tower(scaled(1.1, slice(2, 3))),
     ),
 }
 _UP = f"language_model.layers.0.{_ONE}.weight"
@@ -343,7 +343,7 @@ def _fault(id_: str, wrong: str, plant: Callable[[Any], None], model: str, stage
 
 def _faults() -> Iterator[Fault]:
     finished = {
-        id_: (wrong, _spoiled(change, only)) for id_, (wrong, change, only) in WEIGHTS.items()
+        id_: (wrong, spoiled(change, only)) for id_, (wrong, change, only) in WEIGHTS.items()
     }
     for model in ("int4 gptq", "int8 gptq", "int4", "int8"):
         solved = model.endswith("gptq")

@@ -23,7 +23,7 @@ IN_SHORT = "qwen2 fp16 336/14"
 
 
 @pytest.fixture
-def models(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
+def clean(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
     return FaultModels(tmp_path_factory.mktemp("clean"), MODELS)
 
 
@@ -36,8 +36,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
         for name in MODELS
     ],
 )
-def test_a_sound_conversion_passes(name: str, models: FaultModels) -> None:
-    made = models[name]
+def test_a_sound_conversion_passes(name: str, clean: FaultModels) -> None:
+    made = clean[name]
 
     certificate = made.verify(made.artifact)
 
@@ -48,8 +48,8 @@ def test_a_sound_conversion_passes(name: str, models: FaultModels) -> None:
 @pytest.mark.parametrize(
     "name", ["qwen2 fp16", pytest.param("mistral int4", marks=pytest.mark.slow)]
 )
-def test_a_sound_conversion_passes_in_full(name: str, models: FaultModels) -> None:
-    made = models[name]
+def test_a_sound_conversion_passes_in_full(name: str, clean: FaultModels) -> None:
+    made = clean[name]
 
     certificate = made.verify(made.artifact, "full")
 
@@ -57,11 +57,9 @@ def test_a_sound_conversion_passes_in_full(name: str, models: FaultModels) -> No
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen2 tokenizer"])
-def test_special_tokens_need_no_purpose_of_their_own(
-    name: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_special_tokens_need_no_purpose_of_their_own(name: str, models: FaultModels) -> None:
     """Their ``<|header|>`` is special and neither bos, end nor padding, as in Llama 3."""
-    made = FaultModels(tmp_path_factory.mktemp("words"))[name]
+    made = models[name]
 
     certificate = made.verify(made.artifact)
 

@@ -37,6 +37,7 @@ class Clock:
         self._after(patch, StreamedModel, "hidden", self._hidden)
         self._after(patch, StreamedModel, "head", self._head)
         self._after(patch, StreamedModel, "embed", self._embed)
+        self._after(patch, StreamedModel, "tile_features", self._tiles)
         self._after(patch, Decoder, "__init__", self._opened)
         self._after(patch, Decoder, "prefill", self._prefilled)
         self._after(patch, Decoder, "step", self._stepped)
@@ -64,6 +65,9 @@ class Clock:
         frames = 0 if inputs.frame_pixels is None else len(inputs.frame_pixels)
         return self._cost["tile"] * (tiles + frames)
 
+    def _tiles(self, _: Any, pixels: Any) -> float:
+        return self._cost["tile"] * len(pixels)
+
     def _opened(self, _: Any, session: Any, text: Any, *__: Any) -> float:
         # A slice without a head hands its hidden states out as logits.
         head = head_layers(text) if text.vocab_size != text.hidden_size else 0.0
@@ -90,30 +94,36 @@ def head_layers(text: TextDims) -> float:
 
 
 _PARTS = ("read", "row", "tile", "open", "prompt", "step", "own_tile")
-READING, COMPUTING = (
+READING, COMPUTING, SEEING = (
     dict(zip(_PARTS, costs, strict=True))
-    for costs in ((50.0, 0.01, 1.0, 20.0, 0.01, 0.1, 1.0), (1.0, 0.5, 30.0, 1.0, 0.4, 2.0, 20.0))
+    for costs in (
+        (50.0, 0.01, 1.0, 20.0, 0.01, 0.1, 1.0),
+        (1.0, 0.5, 30.0, 1.0, 0.4, 2.0, 20.0),
+        (1.0, 0.01, 300.0, 1.0, 0.01, 0.1, 300.0),
+    )
 )
-"""Where weights are most of the time, and where products are."""
+"""Where weights are most of the time, where products are, and where towers are."""
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
-    return FaultModels(tmp_path_factory.mktemp("estimate"))
-
-
-@pytest.mark.parametrize("cost", [READING, COMPUTING], ids=["reading", "computing"])
 @pytest.mark.parametrize(
-    ("name", "memory_bytes", "mode"),
+    ("name", "memory_bytes", "mode", "cost"),
     [
-        ("qwen2", None, "quick"),
-        ("qwen2", 1, "quick"),
-        ("int8", None, "quick"),
-        ("int8", 1, "quick"),
-        ("int8 cache", None, "quick"),
-        ("int4 gptq", None, "quick"),
-        ("int4 gptq", None, "full"),
-        ("video", None, "full"),
+        *(
+            (*made, cost)
+            for cost in (READING, COMPUTING)
+            for made in (
+                ("qwen2", None, "quick"),
+                ("qwen2", 1, "quick"),
+                ("int8", None, "quick"),
+                ("int8", 1, "quick"),
+                ("int8 cache", None, "quick"),
+                ("int4 gptq", None, "quick"),
+                ("int4 gptq", None, "full"),
+                ("video", None, "full"),
+            )
+        ),
+        ("int8", None, "quick", SEEING),
+        ("video", None, "full", SEEING),
     ],
 )
 def test_an_estimate_is_within_thirty_per_cent_whatever_parts_cost(

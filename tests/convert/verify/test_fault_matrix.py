@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from tests.convert.verify import faults_quantizer
+from tests.convert.verify import faults_quantizer, faults_solver
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.fault_models import FaultModels
 from tests.convert.verify.faults import EQUIVALENT, FAULTS
@@ -23,18 +23,14 @@ PARTS = {
     "quantiser": 20,
     "runtime": 6,
     "video": 7,
-    "int8 cache": 15,
+    "int8 cache": 21,
     "picture files": 20,
     "video files": 13,
     "tokenizer": 60,
 }
+SOLVER = (*faults_quantizer.FAULTS, *faults_solver.FAULTS)
 WHOLE = [fault for fault in FAULTS if fault not in TOKENIZER_FAULTS]
 """Those that need whole verification; ``test_tokenizer_faults`` runs its stage alone."""
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
-    return FaultModels(tmp_path_factory.mktemp("faults"))
 
 
 def test_faults_are_many_and_of_every_part() -> None:
@@ -46,7 +42,7 @@ def test_faults_are_many_and_of_every_part() -> None:
     "fault",
     [
         pytest.param(fault, marks=pytest.mark.slow)
-        if fault in faults_quantizer.FAULTS and fault.id not in faults_quantizer.NAMED
+        if fault in SOLVER and fault.id not in (*faults_quantizer.NAMED, *faults_solver.NAMED)
         else fault
         for fault in WHOLE
     ],

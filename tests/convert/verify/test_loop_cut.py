@@ -34,11 +34,6 @@ _BYTES = 1
 """Of memory: room for one layer at a time, which is the least that is taken."""
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
-    return FaultModels(tmp_path_factory.mktemp("cut"))
-
-
 def verified(made: Made, artifact: Path, memory_bytes: int | None = _BYTES) -> Certificate:
     opened = open_artifact(artifact, verify_digests=False)
     options = VerifyOptions("quick", memory_bytes, threads=1)

@@ -26,7 +26,13 @@ from tests.convert.verify.faults import LOOP_FAULTS as FAULTS
 from tests.convert.verify.tokenizer_checkpoints import TOKENIZERS
 
 MODELS = ("qwen2", "int8", "int4")
-_FIRST = {"sampling": "draws", "streaming": "answers", "reuse": "reuse", "drafts": "model"}
+_FIRST = {
+    "sampling": "draws",
+    "streaming": "answers",
+    "reuse": "reuse",
+    "drafts": "model",
+    "limits": "limits",
+}
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,7 @@ class Ready:
 
 
 @pytest.fixture(scope="session")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ready]:
-    models = FaultModels(tmp_path_factory.mktemp("loop"))
+def ready(models: FaultModels) -> Callable[[str], Ready]:
     made: dict[str, Ready] = {}
 
     def get(name: str) -> Ready:
@@ -85,7 +90,13 @@ def make(models: FaultModels, name: str) -> Ready:
 def test_faults_are_many_of_every_part_and_precision() -> None:
     assert len({fault.id for fault in FAULTS}) == len(FAULTS)
     parts = Counter((fault.part, fault.model) for fault in FAULTS)
-    for part, least in (("sampling", 40), ("streaming", 40), ("reuse", 30), ("drafts", 26)):
+    for part, least in (
+        ("sampling", 40),
+        ("streaming", 40),
+        ("reuse", 30),
+        ("drafts", 26),
+        ("limits", 15),
+    ):
         assert sum(count for (name, _), count in parts.items() if name == part) >= least
         assert {model for name, model in parts if name == part} >= set(MODELS)
 

@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 
 from llava_edge.convert.checkpoint import open_checkpoint
+from llava_edge.convert.verify.manifest_record import manifest_record_faults
+from llava_edge.convert.verify.prompt_stage import prompt_stage
+from llava_edge.convert.verify.structure import structure_stage
 from llava_edge.convert.verify.verifier import VerifyOptions, open_reference, verify_artifact
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.golden import GOLDEN_FILE, golden_bytes, read_golden
 from llava_edge.runtime.opened_file import OpenedFile
 from llava_edge.runtime.progress import no_progress
+from tests.convert.verify.fault_models import FaultModels
 from tests.convert.verify.tamper import Tampered
 
 
@@ -41,6 +45,99 @@ def _no_prompt(manifest: dict[str, Any]) -> None:
 
 def _no_bos(manifest: dict[str, Any]) -> None:
     manifest["tokens"]["bos"] = None
+
+
+def _no_special_tokens(manifest: dict[str, Any]) -> None:
+    manifest["prompt"]["special_tokens"] = manifest["prompt"]["special_tokens"][1:]
+
+
+def _other_prompt_source(manifest: dict[str, Any]) -> None:
+    manifest["prompt"]["source"] = "builtin"
+
+
+def _other_family(manifest: dict[str, Any]) -> None:
+    manifest["prompt"]["family"] = "chatml"
+
+
+def _smaller_chunk(manifest: dict[str, Any]) -> None:
+    manifest["prefill_chunk"] //= 2
+
+
+def _other_layout(manifest: dict[str, Any]) -> None:
+    manifest["source"]["layout"] = "original"
+
+
+def _other_variant(manifest: dict[str, Any]) -> None:
+    manifest["variant"] = "llava-v1.6-mistral-7b"
+
+
+def _planned_precision(manifest: dict[str, Any]) -> None:
+    manifest["plan"]["precision"] = "fp16"
+
+
+def _planned_vision(manifest: dict[str, Any]) -> None:
+    manifest["plan"]["vision_precision"] = "fp16"
+
+
+def _planned_context(manifest: dict[str, Any]) -> None:
+    manifest["plan"]["context_tokens"] *= 2
+
+
+def _planned_tiles(manifest: dict[str, Any]) -> None:
+    manifest["plan"]["max_tiles"] += 1
+
+
+def _planned_tokens(manifest: dict[str, Any]) -> None:
+    manifest["plan"]["max_image_tokens"] -= 1
+
+
+def _planned_memory(manifest: dict[str, Any]) -> None:
+    """By it the memory of a whole verification is judged."""
+    manifest["plan"]["memory"]["total_bytes"] *= 10
+
+
+def _misfit(manifest: dict[str, Any]) -> None:
+    manifest["plan"]["fits"] = False
+
+
+def _other_embeddings(manifest: dict[str, Any]) -> None:
+    manifest["precision"]["embeddings"] = "int8"
+
+
+def _trained_weights(manifest: dict[str, Any]) -> None:
+    manifest["conversion"]["random_weights"] = False
+
+
+def _untrained_grid(manifest: dict[str, Any]) -> None:
+    manifest["conversion"]["is_trained_grid"] = False
+
+
+def _no_digests(manifest: dict[str, Any]) -> None:
+    manifest["conversion"]["weights_sha256"] = {}
+
+
+def _other_bits(manifest: dict[str, Any]) -> None:
+    manifest["conversion"]["bits"] = 8
+
+
+def _unknown_quantizer(manifest: dict[str, Any]) -> None:
+    manifest["conversion"]["quantizer"] = "awq"
+
+
+def _said_to_be_solved(manifest: dict[str, Any]) -> None:
+    manifest["conversion"]["quantizer"] = "gptq"
+
+
+def _no_layers(manifest: dict[str, Any]) -> None:
+    manifest["conversion"]["layers"] = []
+
+
+def _one_layer_less(manifest: dict[str, Any]) -> None:
+    del manifest["conversion"]["layers"][-1]
+
+
+def _other_settings(manifest: dict[str, Any]) -> None:
+    manifest["conversion"]["settings"]["bits"] = 3
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +197,86 @@ def test_golden_prompts_that_say_something_else_are_found(
     path.write_bytes(golden_bytes(probes, manifest))
 
     assert failing(tampered.seal()) == ["golden"]
+
+
+LABELS: tuple[tuple[str, Callable[[dict[str, Any]], None], str], ...] = (
+    *(
+        ("int4", change, "structure")
+        for change in (
+            _smaller_chunk,
+            _other_layout,
+            _other_variant,
+            _planned_precision,
+            _planned_vision,
+            _planned_context,
+            _planned_tiles,
+            _planned_tokens,
+            _planned_memory,
+            _misfit,
+            _other_embeddings,
+            _trained_weights,
+            _untrained_grid,
+            _no_digests,
+            _other_bits,
+            _unknown_quantizer,
+            _said_to_be_solved,
+        )
+    ),
+    *(
+        ("int4", change, "prompt")
+        for change in (_no_special_tokens, _other_prompt_source, _other_family)
+    ),
+    *(
+        ("int4 gptq", change, "structure")
+        for change in (_no_layers, _one_layer_less, _other_settings)
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
+    return FaultModels(tmp_path_factory.mktemp("labels"))
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "stage"), LABELS, ids=lambda value: getattr(value, "__name__", value)
+)
+def test_a_label_that_nothing_is_computed_from_is_found(
+    models: FaultModels,
+    tmp_path: Path,
+    model: str,
+    change: Callable[[dict[str, Any]], None],
+    stage: str,
+) -> None:
+    made = models[model]
+    tampered = Tampered(made.artifact, tmp_path / "artifact")
+    change(tampered.manifest)
+    artifact = open_artifact(tampered.seal(), read_certificate_too=False)
+
+    if stage == "prompt":
+        processor = open_reference(artifact, made.checkpoint).processor
+        row = prompt_stage(artifact, made.checkpoint, processor)
+    else:
+        row = structure_stage(artifact, made.checkpoint)
+
+    assert row.verdict == "fail"
+    assert row.value, row.detail
+
+
+@pytest.mark.parametrize("model", ["int4", "int4 gptq", "video", "qwen2", "int8 cache"])
+def test_a_sound_manifest_has_no_fault(models: FaultModels, model: str) -> None:
+    made = models[model]
+    artifact = open_artifact(made.artifact)
+
+    assert manifest_record_faults(artifact, made.checkpoint) == []
+
+
+def test_a_board_of_ones_own_may_have_any_chunk(models: FaultModels, tmp_path: Path) -> None:
+    made = models["qwen2"]
+    tampered = Tampered(made.artifact, tmp_path / "artifact")
+    tampered.manifest["prefill_chunk"] = 96
+    tampered.manifest["plan"]["profile"] = "kitchen"
+
+    artifact = open_artifact(tampered.seal(), read_certificate_too=False)
+
+    assert manifest_record_faults(artifact, made.checkpoint) == []

@@ -109,9 +109,9 @@ def test_where_nothing_is_kept_of_the_last_picture_no_gap_is_measured(
     chat = next(chat for chat in media.chats if len(chat.positions))
     chat = dataclasses.replace(chat, positions=chat.positions[:1], rows=chat.rows[:1])
 
-    with model.open_files() as reader:
-        whole = reader.look(chat, model.embed_rows, len(chat.ids))
-        seen = reader.look(chat, model.embed_rows, 1)
+    with model._open_files() as reader:
+        whole = reader.look(chat, model._embed_rows, len(chat.ids))
+        seen = reader.look(chat, model._embed_rows, 1)
 
     assert whole.gap is not None
     assert seen.gap is None

@@ -82,11 +82,6 @@ SAYS = {
 """What the row says of each fault: the node, and what is wrong with it."""
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
-    return FaultModels(tmp_path_factory.mktemp("attributes"))
-
-
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
 def test_an_unexpected_property_of_a_node_is_found_without_running_it(
     fault: Fault, models: FaultModels, tmp_path: Path

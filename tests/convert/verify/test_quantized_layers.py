@@ -26,6 +26,7 @@ from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.bounds import bounds_for
 from llava_edge.runtime.certificate import StageResult
 from llava_edge.runtime.manifest import Precision
+from tests.convert.verify import faults_solver
 from tests.convert.verify.fault_models import Made, Model
 from tests.convert.verify.faults_quantizer import WEIGHTS, Change
 from tests.convert.verify.print_bounds import furthest, table
@@ -57,6 +58,11 @@ def solved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Solved]:
     return make
 
 
+SPOILED: Mapping[str, tuple[str, Change, str]] = {
+    **WEIGHTS,
+    **faults_solver.WEIGHTS,
+    **faults_solver.WEIGHTS_OF_INT8,
+}
 OF_GROUPS = ("one scale a row", "groups shifted")
 """Need several scales a row, which int8 on a CPU has not."""
 
@@ -108,15 +114,15 @@ def spoiled(change: Change, only: str, codes: GraphCodes, name: str) -> GraphCod
     ("name", "model"),
     [
         (name, model)
-        for name in WEIGHTS
+        for name in SPOILED
         for model in ("int4", "int8")
-        if model == "int4" or name not in OF_GROUPS
+        if name not in (OF_GROUPS if model == "int8" else faults_solver.WEIGHTS_OF_INT8)
     ],
 )
 def test_spoiled_codes_are_found_by_what_they_do(
     solved: Callable[[str], Solved], monkeypatch: pytest.MonkeyPatch, name: str, model: str
 ) -> None:
-    _, change, only = WEIGHTS[name]
+    _, change, only = SPOILED[name]
     made = solved(model)
     real = GraphWeights.codes
 
@@ -166,6 +172,7 @@ def test_records_that_are_missing_or_malformed_loosen_nothing(
     assert form.is_rounded("lm_head")
     assert not form.reduces_range
     assert not form.dead_columns
+    assert not form.kept_rows
 
 
 def drawn_layer(seed: int = 0) -> tuple[torch.Tensor, list[KindInputs]]:

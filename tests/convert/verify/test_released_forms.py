@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from llava_edge.convert import quantization
+from llava_edge.convert.rounding import PER_CHANNEL
+from llava_edge.convert.verify.graph_weights import TWO_TERMS, GraphWeights
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.certificate import StageResult
 from llava_edge.runtime.sealed_json import seal
@@ -33,6 +35,22 @@ def test_a_block_of_int8_was_a_group_up_to_version_3(
     assert open_artifact(made.artifact).manifest.schema_version == version
     assert {row.name for row in failing(certificate.stages)} <= {"structure"}
     assert certificate.verdict == verdict, failing(certificate.stages)
+
+
+@pytest.mark.parametrize(("group", "rounds"), [(32, None), (PER_CHANNEL, TWO_TERMS)])
+def test_a_head_with_one_scale_a_row_verifies_as_one_in_groups_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int, rounds: int | None
+) -> None:
+    if group == PER_CHANNEL:
+        monkeypatch.setattr(quantization, "head_group_size", lambda *_: group)
+    made = Made(tmp_path, Model("mistral", precision="int8", vision="fp16", changes=SIZES))
+
+    certificate = made.verify(made.artifact)
+
+    weights = GraphWeights.open(open_artifact(made.artifact))
+    assert weights.rounding("lm_head") == rounds
+    assert weights.rounding("language_model.layers.1.mlp.down_proj") == TWO_TERMS
+    assert certificate.verdict == "pass", failing(certificate.stages)
 
 
 def failing(rows: tuple[StageResult, ...]) -> list[StageResult]:

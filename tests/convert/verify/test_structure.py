@@ -265,6 +265,30 @@ def setting(*path: str, to: Any) -> Fault:
     return fault
 
 
+def _terms_of_the_head(copy: Tampered) -> Any:
+    head = copy.node("decoder", "lm_head")
+    (both,) = [n for n in copy.nodes("decoder", "Concat") if n.output[0] == head.input[0]]
+    return both
+
+
+def _rest_of_the_head(copy: Tampered) -> Any:
+    rest = _terms_of_the_head(copy).input[1]
+    return next(n for n in copy.nodes("decoder", "Sub") if n.output[0] == rest)
+
+
+def first_term_of_the_head_alone(copy: Tampered) -> None:
+    """The product of MatMulNBits as it rounds by itself."""
+    head, hidden = copy.node("decoder", "lm_head"), _rest_of_the_head(copy).input[0]
+    (both,) = [n for n in copy.nodes("decoder", "ReduceSum") if n.input[0] == head.output[0]]
+    head.input[0] = hidden
+    copy.bypass("decoder", both.name)
+
+
+def first_term_of_the_head_twice(copy: Tampered) -> None:
+    both = _terms_of_the_head(copy)
+    both.input[1] = both.input[0]
+
+
 ATTENTION = f"{LAYER}.1.self_attn.attention"
 FAULTS: dict[str, tuple[Fault, str]] = {
     "epsilon of a norm": (
@@ -490,6 +514,26 @@ QUANTIZED: dict[str, tuple[str, Fault, str]] = {
         "fp16 cuda",
         lambda copy: copy.rewire("decoder", "TopK_0", 0, "lm_head"),
         "node TopK_0: what it orders is lm_head, must be logits",
+    ),
+    "second term of the head left out": (
+        "int8 integer",
+        first_term_of_the_head_alone,
+        "node lm_head: number of codes of an activation is 1; manifest.json says 2",
+    ),
+    "first term of the head twice": (
+        "int8 integer",
+        first_term_of_the_head_twice,
+        "must be there",
+    ),
+    "rest of another row": (
+        "int8 integer",
+        lambda copy: _rest_of_the_head(copy).input.__setitem__(0, "inputs_embeds"),
+        "the rows that it rounds is ",
+    ),
+    "head of one scale a row": (
+        "int8 integer",
+        setting("conversion", "head_group_size", to=-1),
+        "node lm_head: operator is MatMulNBits; manifest.json says MatMulIntegerToFloat",
     ),
     "rope base in fp16": ("fp16 cuda", tables(theta=1e6), "differ from the rotary embedding"),
 }

@@ -11,7 +11,10 @@ import pytest
 from tokenizers import Tokenizer as Backend
 
 from llava_edge.convert.tokenizer_files import prepare_tokenizer
+from llava_edge.convert.transformers_loader import load_tokenizer
+from llava_edge.convert.verify.prompt_stage import prompt_stage
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
+from llava_edge.convert.verify.reference_tokenizer import TransformersTokenizer
 from llava_edge.convert.verify.tokenizer_stage import tokenizer_stage
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.certificate import StageResult
@@ -130,6 +133,9 @@ def test_in_the_original_layout_a_file_that_transformers_reads_otherwise_decides
     assert [row.verdict for row in rows] == ["pass"] * 3, rows
     assert "tokenizers" in rows[0].detail
     assert artifact.manifest.source.layout == "original"
-    # What transformers makes of it is another tokenizer.
+    # One reference serves all stages; what transformers makes of the file is another tokenizer.
     text = artifact.path(artifact.manifest.tokenizer).read_text("utf-8")
-    assert Backend.from_str(text).encode(" ").ids != reference.tokenizer.ids(" ")
+    assert Backend.from_str(text).encode(" ").ids == reference.tokenizer.ids(" ")
+    assert prompt_stage(artifact, made.checkpoint, reference).verdict == "pass"
+    theirs = TransformersTokenizer(load_tokenizer(made.checkpoint.folder))
+    assert theirs.ids(" ") != reference.tokenizer.ids(" ")

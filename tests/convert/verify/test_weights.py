@@ -23,6 +23,7 @@ from llava_edge.convert.rounding import PER_CHANNEL
 from llava_edge.convert.verify.digested_source import DigestedSource
 from llava_edge.convert.verify.tensor_mapping import linear_layers
 from llava_edge.convert.verify.weights import weights_stage
+from llava_edge.profiles.formats import head_group_size
 from llava_edge.profiles.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact import Artifact, open_artifact
@@ -408,7 +409,8 @@ def digests(checkpoint: Path, form: str) -> dict[str, str]:
     digested = DigestedSource(RtnSource(source, bits, PER_CHANNEL if per_channel else 128))
     for name in linear_layers(source)[:-1]:
         digested.linear(name)
-    digested.head(lambda: quantize_head(source, group_size=PER_CHANNEL if per_channel else None))()
+    group = head_group_size(source.dims.text, form[:4], "cuda" if "cuda" in form else "cpu")
+    digested.head(lambda: quantize_head(source, group_size=group))()
     return digested.digests
 
 
