@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from llava_edge.runtime.cached_encoder import CachedEncoder
 from llava_edge.runtime.feature_cache import FeatureCache
 from llava_edge.runtime.generate import FinishReason
 from llava_edge.runtime.generation_config import GenerationConfig
+from llava_edge.runtime.loaded_model import LoadedModel
 from llava_edge.runtime.lowering import Lowering
 from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.prompt_embedder import PromptEmbedder
@@ -28,9 +29,6 @@ from llava_edge.runtime.scripted_decoder import DigestEncoder, ScriptedDecoder, 
 from llava_edge.runtime.session import Array
 from llava_edge.runtime.stream import AnswerStream
 from llava_edge.runtime.time_budget import TimeBudget
-
-if TYPE_CHECKING:
-    from llava_edge.runtime.pipeline import LlavaEdge
 
 CAPACITY = 8192
 _CHUNK = 16
@@ -73,7 +71,7 @@ class LoopBench:
         faults: where sentences about what differs are put.
     """
 
-    def __init__(self, model: LlavaEdge, faults: list[str]) -> None:
+    def __init__(self, model: LoadedModel, faults: list[str]) -> None:
         self.model = model
         self.faults = faults
         self.count = 0
@@ -169,7 +167,7 @@ class LoopBench:
         grid: str | None = None,
         **options: Any,
     ) -> Answer | None:
-        """Ask with a finished prompt, by ``LlavaEdge.stream``; see ``run``."""
+        """Ask with a finished prompt, by ``LoadedModel.stream``; see ``run``."""
         request = self.request(prompt, images, video, grid)
         return self.run(
             name,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 from llava_edge.runtime.certificate import StageResult, exact
 from llava_edge.runtime.golden_loop import GoldenLoop
+from llava_edge.runtime.loaded_model import LoadedModel
 from llava_edge.runtime.loop_answers import check_answers
 from llava_edge.runtime.loop_bench import LoopBench
 from llava_edge.runtime.loop_choice import Choose, choose_plainly
@@ -16,12 +16,9 @@ from llava_edge.runtime.loop_limits import check_limits
 from llava_edge.runtime.loop_model import STAGE
 from llava_edge.runtime.loop_reuse import check_drafts, check_reuse
 
-if TYPE_CHECKING:
-    from llava_edge.runtime.pipeline import LlavaEdge
-
 
 def check_loop(
-    model: LlavaEdge, loop: GoldenLoop, choose: Choose = choose_plainly
+    model: LoadedModel, loop: GoldenLoop, choose: Choose = choose_plainly
 ) -> list[StageResult]:
     """Rows for drawing, for answers and their text, for reuse, for drafts and for bounds.
 
@@ -36,7 +33,7 @@ def check_loop(
 
 
 def loop_rows(
-    model: LlavaEdge, loop: GoldenLoop, choose: Choose
+    model: LoadedModel, loop: GoldenLoop, choose: Choose
 ) -> dict[str, Callable[[], StageResult]]:
     """What makes each row of ``check_loop``, by what it is about."""
 
@@ -58,7 +55,7 @@ def loop_rows(
     }
 
 
-def _row(metric: str, model: LlavaEdge, check: Callable[[LoopBench], None]) -> StageResult:
+def _row(metric: str, model: LoadedModel, check: Callable[[LoopBench], None]) -> StageResult:
     faults: list[str] = []
     looked = ""
     try:

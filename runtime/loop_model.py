@@ -11,24 +11,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.bounds import GAP, Bounds
 from llava_edge.runtime.certificate import StageResult, bounded, exact
 from llava_edge.runtime.forced_decoder import ForcedDecoder
 from llava_edge.runtime.generation_config import GenerationConfig
+from llava_edge.runtime.loaded_model import LoadedModel
 from llava_edge.runtime.loop_bench import SENTENCE
 from llava_edge.runtime.loop_choice import Choose, Rule, choice_margin
 from llava_edge.runtime.lowering import Lowering
 from llava_edge.runtime.request import PromptOptions, Request
 from llava_edge.runtime.session import Array
 from llava_edge.runtime.time_budget import TimeBudget
-
-if TYPE_CHECKING:
-    from llava_edge.runtime.answer import Answer
-    from llava_edge.runtime.pipeline import LlavaEdge
 
 STAGE = "loop"
 CACHE_GAP = "cache_gap_of_range"
@@ -93,7 +91,7 @@ class LoopOnModel:
         ]
 
 
-def check_loop_on_model(model: LlavaEdge, choose: Choose) -> LoopOnModel:
+def check_loop_on_model(model: LoadedModel, choose: Choose) -> LoopOnModel:
     """Run the paths; needs a prompt of some forty tokens and a dozen for answers.
 
     Args:
@@ -116,7 +114,7 @@ def check_loop_on_model(model: LlavaEdge, choose: Choose) -> LoopOnModel:
 
 
 class _Paths:
-    def __init__(self, model: LlavaEdge, found: LoopOnModel) -> None:
+    def __init__(self, model: LoadedModel, found: LoopOnModel) -> None:
         self.model, self.found = model, found
         tokens = model.artifact.manifest.tokens
         self.places = tuple(i for i in (tokens.image, tokens.video) if i is not None)
@@ -236,7 +234,7 @@ class _Paths:
 class _Plain:
     """Logits, keys and values of one chunk and single steps."""
 
-    def __init__(self, model: LlavaEdge, request: Request, ids: Sequence[int]) -> None:
+    def __init__(self, model: LoadedModel, request: Request, ids: Sequence[int]) -> None:
         self._num_prompt = request.num_tokens
         rows: list[Array] = []
         model.replay(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from llava_edge.runtime.golden import (
 from llava_edge.runtime.golden_loop import parse_loop
 from llava_edge.runtime.golden_media import GoldenChat
 from llava_edge.runtime.image_formats import READABLE_FORMATS
+from llava_edge.runtime.loaded_model import LoadedModel
 from llava_edge.runtime.loop_check import check_loop
 from llava_edge.runtime.loop_choice import choose_plainly
 from llava_edge.runtime.loop_model import check_loop_on_model
@@ -40,9 +41,6 @@ from llava_edge.runtime.prompt_date import COMPARED_NOW
 from llava_edge.runtime.request import PromptOptions, VideoInput
 from llava_edge.runtime.token_comparison import TokenComparison
 
-if TYPE_CHECKING:
-    from llava_edge.runtime.pipeline import LlavaEdge
-
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -52,7 +50,7 @@ def has_golden(artifact: Artifact) -> bool:
 
 
 def check_on_device(
-    model: LlavaEdge,
+    model: LoadedModel,
     progress: ReportProgress = no_progress,
     formats: Sequence[str] = READABLE_FORMATS,
 ) -> list[StageResult]:
@@ -99,7 +97,7 @@ def check_on_device(
     return [*_rows(seen, _FileFaults(len(files), faults), bounds), *_loop_rows(model, bounds)]
 
 
-def _loop_rows(model: LlavaEdge, bounds: Bounds) -> list[StageResult]:
+def _loop_rows(model: LoadedModel, bounds: Bounds) -> list[StageResult]:
     opened = model.artifact.files[GOLDEN_FILE]
     value = read_golden_loop(opened)
     if value is None:
@@ -137,7 +135,7 @@ class _Seen:
     tokens: TokenComparison | None = None
 
 
-def _look(model: LlavaEdge, probe: GoldenProbe, bounds: Bounds) -> _Seen:
+def _look(model: LoadedModel, probe: GoldenProbe, bounds: Bounds) -> _Seen:
     name, steps = probe.name, len(probe.forced)
     needed = len(probe.ids) + max(1, steps)
     if needed > model.context_tokens:
@@ -181,7 +179,7 @@ def _look(model: LlavaEdge, probe: GoldenProbe, bounds: Bounds) -> _Seen:
     )
 
 
-def _look_at_chat(model: LlavaEdge, reader: MediaReader, chat: GoldenChat) -> _Seen:
+def _look_at_chat(model: LoadedModel, reader: MediaReader, chat: GoldenChat) -> _Seen:
     seen = reader.look(chat, model._embed_rows, model.context_tokens)
     gap = None if seen.gap is None else _Gap(seen.gap, f"{chat.name}, its last tiles")
     pixels = None if seen.ids else seen.pixels

@@ -8,22 +8,19 @@ prompts once, and what they came to is remembered for this machine (``device_res
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 from llava_edge.profiles.errors import EngineError
 from llava_edge.runtime.certificate import Host, StageResult
 from llava_edge.runtime.device_results import keep_result, read_result
+from llava_edge.runtime.loaded_model import LoadedModel
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.on_device import check_on_device, has_golden
 from llava_edge.runtime.this_machine import describe_host
 
-if TYPE_CHECKING:
-    from llava_edge.runtime.pipeline import LlavaEdge
-
 _LOG = logging.getLogger(__name__)
 
 
-def check_verified_here(model: LlavaEdge) -> None:
+def check_verified_here(model: LoadedModel) -> None:
     """Say where provider or int8 instructions differ from those of the certificate; check these.
 
     Says nothing where the artifact is not verified (opening it has said so), or where its golden
@@ -68,7 +65,7 @@ def check_verified_here(model: LlavaEdge) -> None:
         _LOG.warning("%s. %s", message, _run_once(model, here, message))
 
 
-def result_key(model: LlavaEdge) -> str:
+def result_key(model: LoadedModel) -> str:
     """What a result speaks of: answers with an int8 cache are held to wider bounds."""
     digest = model.artifact.manifest_sha256
     return f"{digest} with int8 cache" if model.cache == "int8" else digest
@@ -80,7 +77,7 @@ def _uses_int8(manifest: Manifest, here: Host) -> bool:
     return on_cpu and manifest.flavour == "cpu" and manifest.precision.int8_route is not None
 
 
-def _run_once(model: LlavaEdge, here: Host, message: str) -> str:
+def _run_once(model: LoadedModel, here: Host, message: str) -> str:
     """Run the golden prompts; what is to be said of them."""
     # Nobody asked for this check, so it opens what the caller lets be opened and nothing else.
     stages = tuple(check_on_device(model, formats=model._requests.limits.image_formats))

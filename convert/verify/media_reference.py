@@ -16,7 +16,7 @@ import io
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +27,8 @@ from transformers.image_transforms import convert_to_rgb
 from llava_edge.convert.verify.clip_files import ClipFile, clip_files
 from llava_edge.convert.verify.media_probes import MediaProbe, MediaTurn, media_probes
 from llava_edge.convert.verify.picture_files import picture_files
-from llava_edge.convert.verify.streamed_model import ReferenceInputs
+from llava_edge.convert.verify.reference_processor import ReferenceProcessor
+from llava_edge.convert.verify.streamed_model import LinearSupply, ReferenceInputs, StreamedModel
 from llava_edge.profiles.anyres import AnyRes
 from llava_edge.profiles.buffers import video_tokens_per_frame
 from llava_edge.runtime.golden_media import (
@@ -43,14 +44,31 @@ from llava_edge.runtime.numbered_rows import NEWLINE_NUMBERS, tile_numbers
 from llava_edge.runtime.prompt import Message, Text, user_message
 from llava_edge.runtime.session import Array
 
-if TYPE_CHECKING:
-    from llava_edge.convert.verify.reference_answer import Reference
-
 _FEATURE_NUMBERS = 32768
 """Features kept of a conversation; 128 KiB."""
 _TURNED = frozenset(f"JPEG, EXIF orientation {number}" for number in (5, 6, 7, 8))
 _ANY_TILE = 4
 """A tile that is looked at whichever picture it belongs to: the fifth."""
+
+
+class PreparesPrompts(Protocol):
+    """What ``MediaReference`` uses of ``Reference``, which holds one."""
+
+    processor: ReferenceProcessor
+    model: StreamedModel
+    supply: LinearSupply | None
+
+    def rendered(self, messages: Sequence[Message]) -> str:
+        """A conversation by the chat template."""
+
+    def prepare(
+        self,
+        text: str,
+        tiles: Sequence[torch.Tensor],
+        sizes: Sequence[tuple[int, int]],
+        frames: torch.Tensor | None,
+    ) -> ReferenceInputs:
+        """Ids and pixels of a finished prompt."""
 
 
 class MediaReference:
@@ -62,7 +80,7 @@ class MediaReference:
         reference: of the artifact.
     """
 
-    def __init__(self, manifest: Manifest, anyres: AnyRes, reference: Reference) -> None:
+    def __init__(self, manifest: Manifest, anyres: AnyRes, reference: PreparesPrompts) -> None:
         self._manifest = manifest
         self._reference = reference
         video = manifest.video_processing
