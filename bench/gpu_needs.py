@@ -11,7 +11,8 @@ from importlib.metadata import requires, version
 from importlib.util import find_spec
 
 from llava_edge.profiles.nvml import read_gpus
-from llava_edge.runtime.session import ENGINE_VERSION, DeviceKind, available_devices
+from llava_edge.runtime.arrays import DeviceKind
+from llava_edge.runtime.session import ENGINE_VERSION, available_devices
 
 PACKAGES = (
     *("numpy", "PIL", "tokenizers"),

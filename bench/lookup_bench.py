@@ -31,6 +31,7 @@ from llava_edge.bench.pages.commands import PROFILE
 from llava_edge.bench.pages.sample import Sample, held_out_sample
 from llava_edge.bench.random_models import DECODER_1B, write_random
 from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.best_logits import BestLogits
 from llava_edge.runtime.decode_steps import DraftedSteps, PlainSteps
@@ -41,7 +42,7 @@ from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.instructions import needs_wide_sums
 from llava_edge.runtime.prompt_lookup import PromptLookup
 from llava_edge.runtime.sampling import Sampler
-from llava_edge.runtime.session import Array, Session, SessionOptions
+from llava_edge.runtime.session import Session, SessionOptions
 
 _SMALL: Mapping[str, object] = {"layers": 2, "hidden_size": 256, "intermediate_size": 512}
 _CONTEXT, _PASSAGE, _SEED = 4096, 48, 0

@@ -31,7 +31,7 @@ from llava_edge.profiles.formats import PRECISIONS, VisionFormat
 from llava_edge.profiles.hardware import Flavour
 from llava_edge.profiles.memory import Machine, MemoryEstimate, estimate_memory
 from llava_edge.profiles.parameters import total_parameters
-from llava_edge.runtime.session import DeviceKind
+from llava_edge.runtime.arrays import DeviceKind
 
 MIB = 1 << 20
 MARGIN = 16 * MIB

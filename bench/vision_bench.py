@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from llava_edge.bench.random_models import CLIP_L, write_random
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.instructions import needs_wide_sums
-from llava_edge.runtime.session import Array, Session, SessionOptions
+from llava_edge.runtime.session import Session, SessionOptions
 from llava_edge.runtime.tile_cosine import TileCosine
 from llava_edge.runtime.vision import VisionEncoder
 

@@ -27,6 +27,7 @@ from llava_edge.profiles.anyres import TileLayout
 from llava_edge.profiles.errors import ImageError, RequestError
 from llava_edge.profiles.model_dims import ModelDims
 from llava_edge.runtime.embeddings import EmbeddingTable
+from llava_edge.runtime.encoders import TileEncoder
 from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.images import open_image
 from llava_edge.runtime.instructions import sums_saturate
@@ -34,7 +35,7 @@ from llava_edge.runtime.manifest import Flavour, ImageProcessing, PromptFormat, 
 from llava_edge.runtime.opened_files import OpenedFiles
 from llava_edge.runtime.prompt import MARKS, Message, Piece, Text, compose, user_message
 from llava_edge.runtime.prompt_date import COMPARED_NOW
-from llava_edge.runtime.prompt_embedder import PromptEmbedder, TileEncoder
+from llava_edge.runtime.prompt_embedder import PromptEmbedder
 from llava_edge.runtime.request import Request
 from llava_edge.runtime.session import Session, SessionOptions
 from llava_edge.runtime.tokenizer import Tokenizer

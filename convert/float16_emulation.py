@@ -15,7 +15,8 @@ import onnx
 from onnx import TensorProto, helper, shape_inference
 
 from llava_edge.profiles.model_dims import ModelDims
-from llava_edge.runtime.session import Array, Session, SessionOptions
+from llava_edge.runtime.arrays import Array
+from llava_edge.runtime.session import Session, SessionOptions
 from llava_edge.runtime.vision import VisionEncoder
 
 _HALF, _FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from llava_edge.convert.weights import LazyWeight
 from llava_edge.runtime.manifest import GraphSpec, TensorSpec
 
 OPSET = 21
@@ -28,21 +28,6 @@ INLINE_BYTES = 1024
 Array = np.ndarray[Any, np.dtype[Any]]
 Progress = Callable[[str, int], None]
 """Called with a tensor's name and its bytes once it is written."""
-
-
-@dataclass(frozen=True)
-class LazyWeight:
-    """A tensor that is loaded when it is written. ``load`` returns ``shape`` in ``dtype``."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    load: Callable[[], Array]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the external data file."""
-        bits = ir.DataType.from_numpy(self.dtype).bitwidth
-        return -(-int(np.prod(self.shape, dtype=np.int64)) * bits // 8)
 
 
 class GraphBuilder:

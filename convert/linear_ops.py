@@ -29,7 +29,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from llava_edge.convert.graph import MICROSOFT, GraphBuilder, LazyWeight
+from llava_edge.convert.graph import MICROSOFT, GraphBuilder
 from llava_edge.convert.packing import (
     choose_group_size,
     to_dequantize_linear,
@@ -38,7 +38,7 @@ from llava_edge.convert.packing import (
 )
 from llava_edge.convert.quantized_source import HEAD, HEAD_BITS, QuantizedSource
 from llava_edge.convert.rounding import PER_CHANNEL, QuantizationReport, QuantizedWeight
-from llava_edge.convert.weights import Array, TensorSource, linear, vectors
+from llava_edge.convert.weights import Array, LazyWeight, TensorSource, linear, vectors
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.formats import Int8Route, matmul_block
 

@@ -31,9 +31,10 @@ from llava_edge.convert.vision_scales import AT_A_COST, FREE, ScaledLayer, scale
 from llava_edge.convert.vision_trace import Additions, Piece, VisionTrace
 from llava_edge.convert.weights import as_float16
 from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.bounds import VISION_INT8, bound_value
 from llava_edge.runtime.instructions import sums_saturate
-from llava_edge.runtime.session import Array, Session, SessionOptions
+from llava_edge.runtime.session import Session, SessionOptions
 from llava_edge.runtime.tile_cosine import TileCosine
 from llava_edge.runtime.vision import VisionEncoder
 

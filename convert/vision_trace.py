@@ -18,7 +18,8 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from llava_edge.convert.verify.graph_view import GraphView
-from llava_edge.runtime.session import Array, Session, SessionOptions
+from llava_edge.runtime.arrays import Array
+from llava_edge.runtime.session import Session, SessionOptions
 
 PIXELS, FEATURES = "pixel_values", "image_features"
 _BLOCK_BEGINS = ".layer_norm1"

@@ -6,17 +6,33 @@ A linear layer is [out, in] in a checkpoint and [K, N] = [in, out] in a MatMul.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import onnx_ir as ir
 import torch
 
-from llava_edge.convert.graph import LazyWeight
 from llava_edge.profiles.errors import CheckpointError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 FLOAT16 = np.dtype(np.float16)
 _FLOAT16_INFINITY = 0x7C00
+
+
+@dataclass(frozen=True)
+class LazyWeight:
+    """A tensor that is loaded when it is written. ``load`` returns ``shape`` in ``dtype``."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    load: Callable[[], Array]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the external data file."""
+        bits = ir.DataType.from_numpy(self.dtype).bitwidth
+        return -(-int(np.prod(self.shape, dtype=np.int64)) * bits // 8)
 
 
 class TensorSource(Protocol):

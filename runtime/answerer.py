@@ -19,6 +19,7 @@ from llava_edge.profiles.errors import OutOfMemoryError
 from llava_edge.profiles.nvml import process_bytes
 from llava_edge.runtime.allocation import allocate, require_free
 from llava_edge.runtime.answer import Answer, PeakMemory, Timings
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.cache_contents import CacheContents
 from llava_edge.runtime.decode_steps import BestSteps, DraftedSteps, PlainSteps
 from llava_edge.runtime.decoder import Decoder
@@ -36,7 +37,6 @@ from llava_edge.runtime.prompt_lookup import PromptLookup
 from llava_edge.runtime.replay import Replay
 from llava_edge.runtime.request import Request
 from llava_edge.runtime.sampling import Sampler
-from llava_edge.runtime.session import Array
 from llava_edge.runtime.stream import Pieces
 from llava_edge.runtime.time_budget import Pace, TimeBudget
 from llava_edge.runtime.tokenizer import Tokenizer

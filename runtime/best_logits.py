@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llava_edge.runtime.session import Array
+from llava_edge.runtime.arrays import Array
 
 
 @dataclass(frozen=True)

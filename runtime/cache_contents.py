@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.request import PlacedMedium, Request
-from llava_edge.runtime.session import Array
 
 _ALWAYS_COMPUTED = 2
 

@@ -13,9 +13,9 @@ import numpy as np
 from llava_edge.profiles.errors import EngineError, RequestError
 from llava_edge.profiles.model_dims import ModelDims
 from llava_edge.runtime.allocation import allocate
+from llava_edge.runtime.arrays import Array
+from llava_edge.runtime.encoders import DeviceEncoder, TileEncoder
 from llava_edge.runtime.feature_cache import FeatureCache, FeatureKey
-from llava_edge.runtime.prompt_embedder import DeviceEncoder, TileEncoder
-from llava_edge.runtime.session import Array
 from llava_edge.runtime.tile_pixels import digest_tiles
 
 

@@ -14,8 +14,8 @@ from contextlib import suppress
 from typing import Any
 
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.cuda_libraries import nvidia_folders
-from llava_edge.runtime.session import Array
 
 _NAMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so")
 _FOLDERS = ("cu13/lib", "cuda_runtime/lib")

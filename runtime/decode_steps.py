@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.best_logits import BestLogits
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.prompt_lookup import DraftPace, PromptLookup
-from llava_edge.runtime.session import Array
 
 EmbedTokens = Callable[[Sequence[int]], Array]
 """Token ids → embedding rows (n, hidden), valid until the next call."""

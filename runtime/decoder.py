@@ -16,10 +16,11 @@ from llava_edge.profiles.buffers import MAX_DRAFT_TOKENS
 from llava_edge.profiles.errors import PromptError
 from llava_edge.profiles.model_dims import TextDims
 from llava_edge.runtime.allocation import allocate
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.best_logits import BestLogits
 from llava_edge.runtime.kept_logits import kept_logits
 from llava_edge.runtime.kv_cache import KVCache
-from llava_edge.runtime.session import Array, Buffer, Session
+from llava_edge.runtime.session import Buffer, Session
 
 PlaceEmbeddings = Callable[[int, int, int], None]
 """``place(start, stop, address)`` writes what it has of positions start..stop on the device."""

@@ -9,9 +9,10 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.cuda_runtime import CudaRuntime
 from llava_edge.runtime.device_rows import DeviceRows
-from llava_edge.runtime.session import Array, Buffer, Place
+from llava_edge.runtime.session import Buffer, Place
 
 
 class DeviceBatches(ABC):

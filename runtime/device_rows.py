@@ -6,8 +6,8 @@ import weakref
 
 import numpy as np
 
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.cuda_runtime import CudaRuntime
-from llava_edge.runtime.session import Array
 
 
 class DeviceRows:

@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from llava_edge.profiles.errors import OutOfMemoryError
 from llava_edge.runtime.allocation import allocate
-from llava_edge.runtime.session import Array
+from llava_edge.runtime.arrays import Array
 
 FeatureKey = tuple[bytes, int]
 """Digest of a tile or frame, and rows of its features: those of a frame are pooled."""

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.scripted_decoder import one_best
-from llava_edge.runtime.session import Array
 
 
 class ForcedDecoder:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.best_logits import BestLogits
 from llava_edge.runtime.decode_steps import Steps
 from llava_edge.runtime.sampling import Sampler
-from llava_edge.runtime.session import Array
 
 FinishReason = Literal["stop", "length", "context", "deadline"]
 

@@ -15,11 +15,11 @@ import numpy as np
 
 from llava_edge.profiles.errors import ArtifactError, RequestError
 from llava_edge.runtime.arguments import require_count
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.generate import FinishReason
 from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.records import from_json, to_json
-from llava_edge.runtime.session import Array
 
 LogitKind = Literal["spread", "peaked", "tied", "equal", "holes", "steep"]
 """``spread`` evenly from -8 to 8; ``peaked`` few high ones; ``tied`` four values; ``equal`` one

@@ -13,10 +13,9 @@ from llava_edge.profiles.buffers import BEST_TOKENS, cache_scale_shape
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.profiles.model_dims import ModelDims, TextDims
 from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.kept_logits import LOGITS_START, LOGITS_TO_KEEP
+from llava_edge.runtime.graph_inputs import LOGITS_START, LOGITS_TO_KEEP, POOLING
 from llava_edge.runtime.manifest import Manifest, TensorSpec
 from llava_edge.runtime.onnx_header import ELEMENT_TYPES, OnnxHeader, read_onnx_header
-from llava_edge.runtime.pooling import POOLING
 
 Expected = dict[str, tuple[str, tuple[int | None, ...]]]
 """Element type and sizes by tensor name; None for a size that varies."""

@@ -13,13 +13,9 @@ from collections.abc import Collection
 import numpy as np
 
 from llava_edge.profiles.errors import EngineError
-from llava_edge.runtime.session import Array, Session
-
-LOGITS_TO_KEEP = "logits_to_keep"
-"""int64 scalar: so many of the last positions; 0 means all."""
-
-LOGITS_START = "logits_start"
-"""int64 [1]: ``-logits_to_keep``; 0 means all here too."""
+from llava_edge.runtime.arrays import Array
+from llava_edge.runtime.graph_inputs import LOGITS_START, LOGITS_TO_KEEP
+from llava_edge.runtime.session import Session
 
 
 def kept_logits(session: Session, count: int) -> dict[str, Array]:

@@ -16,13 +16,13 @@ from llava_edge.profiles.formats import int8_cache_obstacle
 from llava_edge.profiles.memory import MemoryTerms, Workload
 from llava_edge.profiles.nvml import Gpu, read_gpus
 from llava_edge.runtime.arguments import require_count
+from llava_edge.runtime.arrays import DeviceKind
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.host_memory import available_host_bytes
 from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.placement import AskedCache, check_host_memory, choose_cache
 from llava_edge.runtime.planned_memory import on_the_host, planned_memory
-from llava_edge.runtime.session import DeviceKind
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from llava_edge.profiles.buffers import CacheType
 from llava_edge.profiles.engines import EngineName
 from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.answerer import Answerer
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.chat import Chat
 from llava_edge.runtime.decoder import Decoder
@@ -21,7 +22,6 @@ from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.replay import Replay
 from llava_edge.runtime.request import PromptOptions, Request, VideoInput
 from llava_edge.runtime.request_builder import RequestBuilder
-from llava_edge.runtime.session import Array
 from llava_edge.runtime.stream import AnswerStream
 from llava_edge.runtime.time_budget import TimeBudget
 from llava_edge.runtime.tokenizer import Tokenizer

@@ -13,6 +13,7 @@ import numpy as np
 from llava_edge.profiles.buffers import prefill_chunk_tokens, tiles_per_batch
 from llava_edge.profiles.device_name import cuda_name
 from llava_edge.runtime.answerer import Answerer
+from llava_edge.runtime.arrays import DeviceKind
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.cached_encoder import CachedEncoder, cached_encoder
 from llava_edge.runtime.cuda_runtime import CudaRuntime
@@ -27,7 +28,7 @@ from llava_edge.runtime.planned_memory import RequestMemory
 from llava_edge.runtime.progress import ReportProgress
 from llava_edge.runtime.prompt_embedder import PromptEmbedder
 from llava_edge.runtime.request_builder import RequestBuilder
-from llava_edge.runtime.session import DeviceKind, Session, SessionOptions
+from llava_edge.runtime.session import Session, SessionOptions
 from llava_edge.runtime.tokenizer import Tokenizer
 from llava_edge.runtime.tower import Tower, open_tower
 from llava_edge.runtime.vision import VisionEncoder

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.golden_loop import TextCase, drawn_logits
 from llava_edge.runtime.loop_bench import SENTENCE, Expected, LoopBench
 from llava_edge.runtime.loop_choice import Choose, Rule
 from llava_edge.runtime.request import Request
 from llava_edge.runtime.scripted_decoder import one_best
-from llava_edge.runtime.session import Array
 from llava_edge.runtime.time_budget import TimeBudget
 
 _LONG = 300

@@ -16,6 +16,7 @@ import numpy as np
 
 from llava_edge.profiles.errors import EngineError
 from llava_edge.runtime.answer import Answer
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.cached_encoder import CachedEncoder
 from llava_edge.runtime.feature_cache import FeatureCache
 from llava_edge.runtime.generate import FinishReason
@@ -26,7 +27,6 @@ from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.prompt_embedder import PromptEmbedder
 from llava_edge.runtime.request import PromptOptions, Request, VideoInput
 from llava_edge.runtime.scripted_decoder import DigestEncoder, ScriptedDecoder, one_best
-from llava_edge.runtime.session import Array
 from llava_edge.runtime.stream import AnswerStream
 from llava_edge.runtime.time_budget import TimeBudget
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.generation_config import GenerationConfig
-from llava_edge.runtime.session import Array
 
 
 @dataclass(frozen=True)

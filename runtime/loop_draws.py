@@ -9,11 +9,11 @@ import numpy as np
 
 from llava_edge.profiles.buffers import BEST_TOKENS
 from llava_edge.profiles.errors import EngineError
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.best_logits import BestLogits
 from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.golden_loop import DrawCase, drawn_logits
 from llava_edge.runtime.sampling import Sampler
-from llava_edge.runtime.session import Array
 
 _UNSEEDED = 24
 """Tokens that two samplers without a seed draw from 4,096 equal logits; never the same ones."""

@@ -10,13 +10,13 @@ import numpy as np
 
 from llava_edge.profiles.anyres import GRID_NAMES, AnyRes
 from llava_edge.profiles.errors import PromptError, RequestError, VideoError
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.chat import Chat
 from llava_edge.runtime.embeddings import BLOCK_ROWS
 from llava_edge.runtime.frame_choice import FrameChoice, choose_frames
 from llava_edge.runtime.loop_bench import SENTENCE, Expected, LoopBench, noise
 from llava_edge.runtime.prompt import compose, user_message
 from llava_edge.runtime.request import PromptOptions
-from llava_edge.runtime.session import Array
 from llava_edge.runtime.stream import AnswerStream
 
 _FRAMES = 3

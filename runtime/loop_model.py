@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from llava_edge.runtime.answer import Answer
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.bounds import GAP, Bounds
 from llava_edge.runtime.certificate import StageResult, bounded, exact
 from llava_edge.runtime.forced_decoder import ForcedDecoder
@@ -25,7 +26,6 @@ from llava_edge.runtime.loop_bench import SENTENCE
 from llava_edge.runtime.loop_choice import Choose, Rule, choice_margin
 from llava_edge.runtime.lowering import Lowering
 from llava_edge.runtime.request import PromptOptions, Request
-from llava_edge.runtime.session import Array
 from llava_edge.runtime.time_budget import TimeBudget
 
 STAGE = "loop"

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.chat import Chat
 from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.loop_bench import SENTENCE, Expected, LoopBench, noise
 from llava_edge.runtime.prompt import Message, Text, compose, user_message
 from llava_edge.runtime.request import PromptOptions, Request
-from llava_edge.runtime.session import Array
 from llava_edge.runtime.stream import AnswerStream
 
 _LOOKUP = 6

@@ -34,6 +34,7 @@ from llava_edge.runtime.arguments import (
     require_counts,
     require_flag,
 )
+from llava_edge.runtime.arrays import Array, DeviceKind
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.chat import Chat, WithinTurn
 from llava_edge.runtime.cuda_options import CudaOptions
@@ -54,7 +55,6 @@ from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.replay import Replay
 from llava_edge.runtime.request import PromptOptions, Request, VideoInput
 from llava_edge.runtime.request_queue import CLOSED, RequestQueue
-from llava_edge.runtime.session import Array, DeviceKind
 from llava_edge.runtime.stream import AnswerStream, Pieces, StreamHandle
 from llava_edge.runtime.time_budget import TimeBudget
 from llava_edge.runtime.tower import AskedEngine

@@ -9,11 +9,12 @@ from llava_edge.profiles.device_name import parse_device
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError
 from llava_edge.profiles.memory import MemoryTerms
 from llava_edge.runtime.arguments import require_name
+from llava_edge.runtime.arrays import DeviceKind
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.host_memory import available_host_bytes
 from llava_edge.runtime.manifest import Flavour, Manifest
 from llava_edge.runtime.planned_memory import certain_phases
-from llava_edge.runtime.session import DeviceKind, available_devices
+from llava_edge.runtime.session import available_devices
 
 Device = str
 """``auto``, ``cpu``, ``cuda`` or, for another GPU than the first, ``cuda:1`` and so on."""

@@ -17,8 +17,8 @@ from llava_edge.profiles.memory import (
     Workload,
     estimate_memory,
 )
+from llava_edge.runtime.arrays import DeviceKind
 from llava_edge.runtime.manifest import Manifest
-from llava_edge.runtime.session import DeviceKind
 
 _OF_A_REQUEST = (
     "image_decoding",

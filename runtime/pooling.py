@@ -11,9 +11,6 @@ from numpy.typing import NDArray
 
 from llava_edge.profiles.model_dims import VisionDims
 
-POOLING = "pooling"
-"""Name of the vision graph's input: int64 [tokens, pooled], patches that each token averages."""
-
 STRIDE = 2
 
 

@@ -6,52 +6,21 @@ Tiles and frames go through tower and projector into one matrix of features, the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from llava_edge.profiles.buffers import image_feature_shape, video_tokens_per_frame
 from llava_edge.profiles.model_dims import ModelDims
 from llava_edge.runtime.allocation import allocate
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.device_rows import DeviceRows
 from llava_edge.runtime.embeddings import EmbeddingTable
+from llava_edge.runtime.encoders import DeviceEncoder, KnowingEncoder, TileEncoder
 from llava_edge.runtime.progress import ReportProgress, no_progress
 from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
 from llava_edge.runtime.request import Request
-from llava_edge.runtime.session import Array
 from llava_edge.runtime.tile_pixels import Pixels, digests_of
-
-
-class TileEncoder(Protocol):
-    """Tower and projector."""
-
-    def encode(self, pixel_values: Array, out: Array) -> None:
-        """Tiles float32 (n, 3, T, T) to features (n, patches, hidden), written into ``out``."""
-
-
-@runtime_checkable
-class DeviceEncoder(Protocol):
-    """Tower and projector whose features stay on the device."""
-
-    def new_rows(self, shape: tuple[int, int]) -> DeviceRows:
-        """A matrix (rows, hidden) for features."""
-
-    def encode_rows(self, pixel_values: Array, rows: DeviceRows, first_row: int) -> None:
-        """Tiles float32 (n, 3, T, T) to features, written from ``first_row`` on."""
-
-
-@runtime_checkable
-class KnowingEncoder(Protocol):
-    """Tower and projector that may have features already."""
-
-    def encode(
-        self, pixel_values: Array, out: Array, digests: Sequence[bytes] | None = None
-    ) -> None:
-        """As ``TileEncoder``, given the digest of each tile."""
-
-    def num_unknown(self, digests: Iterable[bytes], rows: int) -> int:
-        """How many of these tiles or frames, of so many rows each, are still to be encoded."""
 
 
 class PromptEmbedder:

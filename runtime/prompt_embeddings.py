@@ -14,9 +14,9 @@ import numpy as np
 
 from llava_edge.profiles.anyres import TileLayout
 from llava_edge.runtime.allocation import allocate
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.device_rows import DeviceRows
 from llava_edge.runtime.image_features import packing_index
-from llava_edge.runtime.session import Array
 
 
 class Rows(Protocol):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.request import Request
-from llava_edge.runtime.session import Array
 
 
 @dataclass(frozen=True)

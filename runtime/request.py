@@ -10,8 +10,8 @@ from datetime import datetime
 
 from llava_edge.profiles.anyres import TileLayout
 from llava_edge.runtime.arguments import require_count, require_flag, settle
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.frame_choice import FrameChoice, require_frame_choice
-from llava_edge.runtime.session import Array
 from llava_edge.runtime.tile_pixels import Pixels
 from llava_edge.runtime.video_reader import VideoSource
 

@@ -23,6 +23,7 @@ from llava_edge.profiles.anyres import GRID_NAMES, lower_pinpoints
 from llava_edge.profiles.buffers import video_tokens_per_frame
 from llava_edge.profiles.errors import PromptError, RequestError, VideoError
 from llava_edge.runtime.arguments import require_count
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.finished_prompt import warn_if_finished
 from llava_edge.runtime.frame_choice import choose_frames
 from llava_edge.runtime.image_processor import ImageProcessor
@@ -34,7 +35,6 @@ from llava_edge.runtime.prepared_image import PreparedImage
 from llava_edge.runtime.prepared_video import PreparedVideo
 from llava_edge.runtime.prompt import Piece, compose, raw_pieces, user_message
 from llava_edge.runtime.request import PlacedMedium, PromptOptions, Request, VideoInput
-from llava_edge.runtime.session import Array
 from llava_edge.runtime.tile_picture import draw_tiles, stacked
 from llava_edge.runtime.tile_pixels import digests_of
 from llava_edge.runtime.tokenizer import Tokenizer

@@ -15,9 +15,9 @@ import numpy as np
 
 from llava_edge.profiles.buffers import BEST_TOKENS
 from llava_edge.profiles.errors import EngineError
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.best_logits import BestLogits
 from llava_edge.runtime.generation_config import GenerationConfig
-from llava_edge.runtime.session import Array
 
 
 class Sampler:

@@ -14,9 +14,9 @@ from collections.abc import Callable
 import numpy as np
 
 from llava_edge.profiles.errors import EngineError
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.best_logits import BestLogits
 from llava_edge.runtime.decoder import FillEmbeddings, PlaceEmbeddings
-from llava_edge.runtime.session import Array
 
 _HIGH = 8.0
 _BEST = 64

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -23,14 +23,13 @@ import onnxruntime as ort
 from llava_edge.profiles.cpu_limit import read_cpu_limit
 from llava_edge.profiles.errors import EngineError, LlavaEdgeError, OutOfMemoryError
 from llava_edge.runtime.allocation import allocate
+from llava_edge.runtime.arrays import Array, DeviceKind
 from llava_edge.runtime.cuda_options import CAPTURE, NO_CAPTURE, CudaOptions
 from llava_edge.runtime.external_data import relocate
 from llava_edge.runtime.node_placement import nodes_that_compute, refusal
 from llava_edge.runtime.onnx_header import parse_onnx_header
 from llava_edge.runtime.opened_files import OpenedFiles
 
-Array = np.ndarray[Any, np.dtype[Any]]
-DeviceKind = Literal["cpu", "cuda"]
 Place = tuple[DeviceKind, int]
 """A device and, on ``cuda``, which GPU."""
 

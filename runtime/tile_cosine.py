@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_edge.runtime.session import Array
+from llava_edge.runtime.arrays import Array
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,12 @@ from typing import Literal, get_args
 from llava_edge.profiles.engines import LIBRARIES, EngineName, LibraryName
 from llava_edge.profiles.errors import EngineError, LlavaEdgeError
 from llava_edge.runtime.arguments import require_name
+from llava_edge.runtime.arrays import DeviceKind
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.cache_folder import cache_folder, keep_in_cache
 from llava_edge.runtime.cuda_runtime import CudaRuntime
 from llava_edge.runtime.device_vision import TensorRTEncoder
+from llava_edge.runtime.encoders import DeviceEncoder, TileEncoder
 from llava_edge.runtime.engine_files import (
     StoredEngine,
     Surroundings,
@@ -31,9 +33,8 @@ from llava_edge.runtime.engine_files import (
 )
 from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.ort_device_vision import OrtDeviceEncoder
-from llava_edge.runtime.prompt_embedder import DeviceEncoder, TileEncoder
 from llava_edge.runtime.safe_open import read_bounded
-from llava_edge.runtime.session import DeviceKind, Place
+from llava_edge.runtime.session import Place
 from llava_edge.runtime.tensorrt_engine import TensorRTEngine, open_library
 
 AskedEngine = Literal["auto", "tensorrt", "tensorrt-rtx", "ort"]

@@ -8,8 +8,10 @@ from __future__ import annotations
 import numpy as np
 
 from llava_edge.profiles.model_dims import ModelDims
-from llava_edge.runtime.pooling import POOLING, pooling_index
-from llava_edge.runtime.session import Array, Buffer, Session
+from llava_edge.runtime.arrays import Array
+from llava_edge.runtime.graph_inputs import POOLING
+from llava_edge.runtime.pooling import pooling_index
+from llava_edge.runtime.session import Buffer, Session
 
 
 class VisionEncoder:

@@ -15,10 +15,10 @@ import numpy as np
 from llava_edge.profiles.buffers import MAX_DRAFT_TOKENS, video_tokens_per_frame
 from llava_edge.profiles.errors import OutOfMemoryError
 from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.decoder import Decoder
+from llava_edge.runtime.encoders import DeviceEncoder, TileEncoder
 from llava_edge.runtime.ort_device_vision import OrtDeviceEncoder
-from llava_edge.runtime.prompt_embedder import DeviceEncoder, TileEncoder
-from llava_edge.runtime.session import Array
 from llava_edge.runtime.vision import VisionEncoder
 
 LEAST_CHUNK = 64

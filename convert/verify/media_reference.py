@@ -31,6 +31,7 @@ from llava_edge.convert.verify.reference_processor import ReferenceProcessor
 from llava_edge.convert.verify.streamed_model import LinearSupply, ReferenceInputs, StreamedModel
 from llava_edge.profiles.anyres import AnyRes
 from llava_edge.profiles.buffers import video_tokens_per_frame
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.golden_media import (
     GoldenChat,
     GoldenClip,
@@ -42,7 +43,6 @@ from llava_edge.runtime.manifest import Manifest
 from llava_edge.runtime.media_check import picture_digest, pixel_digest, raw_text
 from llava_edge.runtime.numbered_rows import NEWLINE_NUMBERS, tile_numbers
 from llava_edge.runtime.prompt import Message, Text, user_message
-from llava_edge.runtime.session import Array
 
 _FEATURE_NUMBERS = 32768
 """Features kept of a conversation; 128 KiB."""

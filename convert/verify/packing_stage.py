@@ -16,12 +16,12 @@ from llava_edge.convert.verify.streamed_model import StreamedModel
 from llava_edge.profiles.anyres import AnyRes, TileLayout
 from llava_edge.profiles.buffers import video_tokens_per_frame
 from llava_edge.profiles.model_dims import VisionDims
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.certificate import StageResult, exact
 from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.pooling import pooling_index
 from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
-from llava_edge.runtime.session import Array
 
 _TEXT_VALUE = -1.0
 _FRAMES = 3

@@ -22,7 +22,8 @@ from llava_edge.convert.vision_graph import build_vision_graph
 from llava_edge.convert.vision_trace import VisionTrace
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.model_dims import ModelDims
-from llava_edge.runtime.pooling import POOLING, pooling_index
+from llava_edge.runtime.graph_inputs import POOLING
+from llava_edge.runtime.pooling import pooling_index
 from llava_edge.runtime.session import Session, SessionOptions
 from tests.convert.test_vision_int8 import tiles_of
 from tests.convert.verify.checkpoint_changes import Tensors, rewrite

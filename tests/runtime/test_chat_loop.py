@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from llava_edge.runtime import LlavaEdge, cli
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.decoder import Decoder
-from llava_edge.runtime.session import Array
 
 PAGES = Path(__file__).parents[2] / "bench" / "pages" / "llava-next-pages"
 QUESTION = "Which line is SKY on?"

@@ -20,9 +20,10 @@ from PIL import Image
 from llava_edge.profiles.errors import DeadlineError, OutOfMemoryError, PromptError, RequestError
 from llava_edge.runtime import LlavaEdge, allocation
 from llava_edge.runtime.allocation import RESERVE_BYTES
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.load_fit import least_context
 from llava_edge.runtime.sampling import Sampler
-from llava_edge.runtime.session import Array, Binding, Session, _map_error
+from llava_edge.runtime.session import Binding, Session, _map_error
 from llava_edge.runtime.tokenizer import Tokenizer
 from llava_edge.runtime.vision import VisionEncoder
 

@@ -15,13 +15,9 @@ from onnx import TensorProto, helper
 from llava_edge.profiles.errors import ArtifactError, EngineError
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact import open_artifact
+from llava_edge.runtime.graph_inputs import LOGITS_START, LOGITS_TO_KEEP
 from llava_edge.runtime.interface_check import check_interfaces
-from llava_edge.runtime.kept_logits import (
-    LOGITS_START,
-    LOGITS_TO_KEEP,
-    check_recordable,
-    kept_logits,
-)
+from llava_edge.runtime.kept_logits import check_recordable, kept_logits
 from llava_edge.runtime.session import Session, SessionOptions
 from tests.runtime.test_artifact import edit_manifest, relist
 

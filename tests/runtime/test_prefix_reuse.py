@@ -21,12 +21,12 @@ from llava_edge.profiles.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge, answerer
 from llava_edge.runtime.answer import Answer
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.lowering import Lowering
 from llava_edge.runtime.placement import AskedCache
 from llava_edge.runtime.progress import no_progress
 from llava_edge.runtime.request import PromptOptions
-from llava_edge.runtime.session import Array
 from llava_edge.runtime.stream import Pieces
 from llava_edge.runtime.time_budget import TimeBudget
 

@@ -21,13 +21,13 @@ from PIL import Image
 
 from llava_edge.profiles.errors import EngineError
 from llava_edge.runtime import LlavaEdge, answerer
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.lowering import Lowering
 from llava_edge.runtime.placement import AskedCache
 from llava_edge.runtime.prompt_lookup import PromptLookup
 from llava_edge.runtime.request import PromptOptions, Request, VideoInput
-from llava_edge.runtime.session import Array
 from llava_edge.runtime.time_budget import TimeBudget
 
 NUM_TOKENS = 14

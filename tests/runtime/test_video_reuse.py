@@ -14,8 +14,8 @@ from PIL import Image
 
 from llava_edge.profiles.errors import PromptError, RequestError, VideoError
 from llava_edge.runtime import LlavaEdge, cli
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.request import PromptOptions, VideoInput
-from llava_edge.runtime.session import Array
 from llava_edge.runtime.video_processor import VideoProcessor
 from tests.videos import encoded, moving
 

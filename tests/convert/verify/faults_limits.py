@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from llava_edge.runtime import request_builder
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.chat import Chat
 from llava_edge.runtime.embeddings import BLOCK_ROWS, EmbeddingTable
 from llava_edge.runtime.pipeline import LlavaEdge
 from llava_edge.runtime.request import VideoInput
 from llava_edge.runtime.request_builder import RequestBuilder
-from llava_edge.runtime.session import Array
 from tests.convert.verify.fault import loop_faults
 
 _Patch = pytest.MonkeyPatch

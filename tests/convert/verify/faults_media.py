@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops
 
 from llava_edge.runtime import image_file, images, request_builder
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.chat import Chat
 from llava_edge.runtime.high_bit_depth import Scaling
 from llava_edge.runtime.image_processor import ImageProcessor, ImageTiles
 from llava_edge.runtime.prompt_embedder import PromptEmbedder
 from llava_edge.runtime.request import Request
 from llava_edge.runtime.request_builder import RequestBuilder
-from llava_edge.runtime.session import Array
 from llava_edge.runtime.vision import VisionEncoder
 from tests.convert.verify.fault import Fault
 

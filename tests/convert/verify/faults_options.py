@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from llava_edge.runtime import request_builder
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.cached_encoder import CachedEncoder
 from llava_edge.runtime.chat import Chat
 from llava_edge.runtime.feature_cache import FeatureCache
 from llava_edge.runtime.generation_config import GenerationConfig
 from llava_edge.runtime.pipeline import LlavaEdge
 from llava_edge.runtime.sampling import Sampler
-from llava_edge.runtime.session import Array
 from tests.convert.verify.fault import loop_faults
 
 _Patch = pytest.MonkeyPatch

@@ -12,6 +12,7 @@ import pytest
 
 from llava_edge.runtime import answerer, cache_contents, decode_steps
 from llava_edge.runtime.answerer import Answerer
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.cache_contents import CacheContents
 from llava_edge.runtime.cached_encoder import CachedEncoder
 from llava_edge.runtime.chat import Chat, ChatMessage
@@ -22,7 +23,6 @@ from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
 from llava_edge.runtime.prompt_lookup import PromptLookup
 from llava_edge.runtime.request import PlacedMedium, Request
 from llava_edge.runtime.request_builder import RequestBuilder
-from llava_edge.runtime.session import Array
 from tests.convert.verify.fault import loop_faults
 
 _Patch = pytest.MonkeyPatch

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from llava_edge.runtime import answerer
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.prompt import Piece
 from llava_edge.runtime.prompt_embedder import PromptEmbedder
 from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
-from llava_edge.runtime.session import Array, Buffer
+from llava_edge.runtime.session import Buffer
 from llava_edge.runtime.tokenizer import Tokenizer
 from llava_edge.runtime.vision import VisionEncoder
 from tests.convert.verify.fault import Fault

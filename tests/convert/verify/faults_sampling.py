@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from llava_edge.runtime import answerer, sampling
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.best_logits import BestLogits
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.sampling import Sampler
-from llava_edge.runtime.session import Array
 from tests.convert.verify.fault import loop_faults
 
 _Patch = pytest.MonkeyPatch

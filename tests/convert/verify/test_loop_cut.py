@@ -17,6 +17,7 @@ from llava_edge.convert.verify.subject import Subject
 from llava_edge.convert.verify.verifier import VerifyOptions, open_reference, verify_artifact
 from llava_edge.profiles.errors import OutOfMemoryError
 from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.bounds import bounds_for
 from llava_edge.runtime.certificate import Certificate, StageResult
@@ -24,7 +25,6 @@ from llava_edge.runtime.graph_check import graph_faults
 from llava_edge.runtime.interface_check import check_interfaces
 from llava_edge.runtime.onnx_header import read_onnx_header
 from llava_edge.runtime.progress import no_progress
-from llava_edge.runtime.session import Array
 from llava_edge.runtime.vision import VisionEncoder
 from tests.convert.verify.fault_models import FaultModels, Made
 from tests.convert.verify.faults_runtime import FAULTS
