@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_edge.profiles.parameters import total_parameters
+from llava_edge.profiles.models.parameters import total_parameters
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.certificate import Certificate
 from llava_edge.runtime.manifest import Manifest

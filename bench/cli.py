@@ -35,8 +35,8 @@ from llava_edge.bench.speed_cases import affordable_cases, speed_cases
 from llava_edge.bench.speed_rows import SpeedRow, predicted_seconds
 from llava_edge.bench.speed_run import FEWEST_ROUNDS, SpeedSettings, run_speed
 from llava_edge.bench.whole_file import check_writable, write_whole
-from llava_edge.profiles.detect import read_machine
-from llava_edge.profiles.device_name import DEVICE_METAVAR, device_argument
+from llava_edge.profiles.boards.detect import read_machine
+from llava_edge.profiles.boards.device_name import DEVICE_METAVAR, device_argument
 from llava_edge.profiles.errors import (
     LlavaEdgeError,
     OutputError,

@@ -28,7 +28,7 @@ from llava_edge.bench.convert_memory import (
 from llava_edge.bench.convert_peer import measure_peer
 from llava_edge.bench.convert_table import estimate_table, memory_table, peer_table
 from llava_edge.bench.ledger import RESULTS, Ledger
-from llava_edge.profiles.cpu_limit import read_cpu_limit
+from llava_edge.profiles.boards.cpu_limit import read_cpu_limit
 
 MEMORY_STEPS = {step.name: step for step in (RTN, GPTQ)}
 STEPS = (*MEMORY_STEPS, "peer")

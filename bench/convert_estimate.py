@@ -20,8 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llava_edge.profiles.model_dims import TextDims
-from llava_edge.profiles.variants import find_variant
+from llava_edge.profiles.models.model_dims import TextDims
+from llava_edge.profiles.models.variants import find_variant
 
 MEASURED = "llava-v1.6-mistral-7b"
 LARGER = ("llava-v1.6-34b", "llava-next-110b")

@@ -26,8 +26,8 @@ from llava_edge.bench.gpu_steps import CARD, GpuStep, gpu_steps
 from llava_edge.bench.gpu_table import gpu_tables
 from llava_edge.bench.ledger import RESULTS, Ledger
 from llava_edge.bench.machine_card import commit
+from llava_edge.profiles.boards.nvml import read_gpus
 from llava_edge.profiles.errors import LlavaEdgeError
-from llava_edge.profiles.nvml import read_gpus
 
 _DEFAULT = ("pages", "7b")
 _LEAST_SECONDS = 20.0

@@ -10,7 +10,7 @@ import sys
 from importlib.metadata import requires, version
 from importlib.util import find_spec
 
-from llava_edge.profiles.nvml import read_gpus
+from llava_edge.profiles.boards.nvml import read_gpus
 from llava_edge.runtime.arrays import DeviceKind
 from llava_edge.runtime.session import ENGINE_VERSION, available_devices
 

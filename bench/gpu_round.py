@@ -11,8 +11,8 @@ from llava_edge.bench.gpu_place import GpuPlace
 from llava_edge.bench.machine_card import Rates
 from llava_edge.bench.speed_rows import SpeedRow
 from llava_edge.bench.speed_run import SpeedRound, SpeedSettings, measure_round
-from llava_edge.profiles.buffers import CacheType
-from llava_edge.profiles.speed import streamed_bytes
+from llava_edge.profiles.memory.buffers import CacheType
+from llava_edge.profiles.memory.speed import streamed_bytes
 from llava_edge.runtime.artifact import Artifact, open_artifact
 
 ROUND_SECONDS = 300.0

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llava_edge.profiles.buffers import image_conversion_bytes, image_decoding_bytes
+from llava_edge.profiles.memory.buffers import image_conversion_bytes, image_decoding_bytes
 from llava_edge.runtime.image_formats import READABLE_FORMATS
 
 _MIB = 1 << 20

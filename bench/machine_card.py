@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from llava_edge.bench.ledger import machine
-from llava_edge.profiles.constants import speed_constants
-from llava_edge.profiles.cpu_limit import read_cpu_limit
-from llava_edge.profiles.detect import MachineFacts, detect_profile, read_machine
+from llava_edge.profiles.boards.cpu_limit import read_cpu_limit
+from llava_edge.profiles.boards.detect import MachineFacts, detect_profile, read_machine
+from llava_edge.profiles.boards.hardware import HardwareProfile
 from llava_edge.profiles.errors import ProfileError
-from llava_edge.profiles.hardware import HardwareProfile
+from llava_edge.profiles.memory.constants import speed_constants
 from llava_edge.runtime.session import ENGINE_VERSION, available_providers
 
 _READ_BYTES = 128 << 20

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llava_edge.bench.random_models import CLIP_L
-from llava_edge.profiles.anyres import AnyRes, grid_pinpoints
-from llava_edge.profiles.buffers import CacheType
-from llava_edge.profiles.memory import Workload
-from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.memory.buffers import CacheType
+from llava_edge.profiles.memory.estimate import Workload
+from llava_edge.profiles.models.anyres import AnyRes, grid_pinpoints
+from llava_edge.profiles.models.model_dims import ModelDims
 
 TEXT_TOKENS = 512
 """Room beside one full image that a conversion asks of a context."""

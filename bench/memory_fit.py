@@ -26,11 +26,11 @@ from typing import Any
 
 from llava_edge.bench.memory_cases import draw_cases, draw_wide_cases
 from llava_edge.bench.memory_measure import Measurement, MeasureSettings, measure_cases
-from llava_edge.profiles.constants import Constants, memory_constants
-from llava_edge.profiles.formats import PRECISIONS, VisionFormat
-from llava_edge.profiles.hardware import Flavour
-from llava_edge.profiles.memory import Machine, MemoryEstimate, estimate_memory
-from llava_edge.profiles.parameters import total_parameters
+from llava_edge.profiles.boards.hardware import Flavour
+from llava_edge.profiles.memory.constants import Constants, memory_constants
+from llava_edge.profiles.memory.estimate import Machine, MemoryEstimate, estimate_memory
+from llava_edge.profiles.memory.formats import PRECISIONS, VisionFormat
+from llava_edge.profiles.models.parameters import total_parameters
 from llava_edge.runtime.arrays import DeviceKind
 
 MIB = 1 << 20

@@ -23,8 +23,8 @@ from PIL import Image
 from llava_edge.bench.fresh_process import edge_command
 from llava_edge.bench.memory_cases import MemoryCase
 from llava_edge.bench.whole_file import write_whole
-from llava_edge.profiles.buffers import CACHE_FLAGS
-from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.memory.buffers import CACHE_FLAGS
+from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.runtime.arrays import DeviceKind
 
 Report = Callable[[str], None]

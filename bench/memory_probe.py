@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from llava_edge.profiles.boards.nvml import process_bytes, read_gpus
 from llava_edge.profiles.errors import EngineError
-from llava_edge.profiles.nvml import process_bytes, read_gpus
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.engine_arguments import add_cache_argument, asked_cache

@@ -12,10 +12,10 @@ import json
 import sys
 from dataclasses import asdict, dataclass, replace
 
-from llava_edge.profiles.hardware import HardwareProfile, load_profile
+from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
+from llava_edge.profiles.models.variants import find_variant
 from llava_edge.profiles.plan import DeploymentPlan
 from llava_edge.profiles.planner import PlanRequest, plan_deployment
-from llava_edge.profiles.variants import find_variant
 
 PRECISIONS = ("fp16", "int8", "int4")
 PUBLISHED = {

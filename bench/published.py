@@ -14,9 +14,9 @@ import sys
 from dataclasses import dataclass, replace
 
 from llava_edge.bench.plan_table import GIGABYTE, Row, rows
-from llava_edge.profiles.hardware import load_profile
-from llava_edge.profiles.speed import predict_speed
-from llava_edge.profiles.variants import find_variant
+from llava_edge.profiles.boards.hardware import load_profile
+from llava_edge.profiles.memory.speed import predict_speed
+from llava_edge.profiles.models.variants import find_variant
 
 LABEL = "published, not measured here"
 BENCHMARKS = ("MMMU", "MathVista", "AI2D", "ChartQA", "DocVQA", "TextVQA", "MMBench", "MM-Vet")

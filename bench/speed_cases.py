@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from llava_edge.profiles.anyres import AnyRes, grid_name, lower_pinpoints
 from llava_edge.profiles.errors import RequestError
-from llava_edge.profiles.speed import QUESTION_TOKENS
+from llava_edge.profiles.memory.speed import QUESTION_TOKENS
+from llava_edge.profiles.models.anyres import AnyRes, grid_name, lower_pinpoints
 from llava_edge.runtime.manifest import Manifest
 
 FULL = "1 image"

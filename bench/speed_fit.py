@@ -28,8 +28,8 @@ import numpy as np
 from llava_edge.bench.ledger import RESULTS, Ledger
 from llava_edge.bench.machine_card import INT8_OVER_FLOAT
 from llava_edge.bench.speed_rows import vision_format
-from llava_edge.profiles.constants import speed_constants
-from llava_edge.profiles.speed import (
+from llava_edge.profiles.memory.constants import speed_constants
+from llava_edge.profiles.memory.speed import (
     attention_operations,
     prefill_operations,
     streamed_bytes,

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from llava_edge.bench.speed_cases import SpeedCase, context_cases, draw_picture, speed_cases
-from llava_edge.profiles.device_name import DEVICE_METAVAR, device_argument
+from llava_edge.profiles.boards.device_name import DEVICE_METAVAR, device_argument
 from llava_edge.profiles.errors import LlavaEdgeError
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.answer import Answer

@@ -16,11 +16,11 @@ from llava_edge.bench.artifact_facts import artifact_facts
 from llava_edge.bench.machine_card import Rates, machine_profile
 from llava_edge.bench.speed_cases import FULL, SpeedCase, image_tokens
 from llava_edge.bench.speed_run import SpeedRound
-from llava_edge.profiles.buffers import CacheType
-from llava_edge.profiles.formats import PRECISIONS, VisionFormat
-from llava_edge.profiles.hardware import HardwareProfile
-from llava_edge.profiles.memory import Machine, MemoryEstimate, Workload, estimate_memory
-from llava_edge.profiles.speed import (
+from llava_edge.profiles.boards.hardware import HardwareProfile
+from llava_edge.profiles.memory.buffers import CacheType
+from llava_edge.profiles.memory.estimate import Machine, MemoryEstimate, Workload, estimate_memory
+from llava_edge.profiles.memory.formats import PRECISIONS, VisionFormat
+from llava_edge.profiles.memory.speed import (
     QUESTION_TOKENS,
     Prediction,
     predict_speed,

@@ -24,7 +24,7 @@ from llava_edge.convert.calibration import CalibrationSet
 from llava_edge.convert.int8_cache import LARGEST_CODE, CacheScales, scales_digest
 from llava_edge.convert.verify.decoder_slice import DecoderGraph
 from llava_edge.profiles.errors import CheckpointError
-from llava_edge.profiles.model_dims import ModelDims, TextDims
+from llava_edge.profiles.models.model_dims import ModelDims, TextDims
 from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.instructions import needs_wide_sums

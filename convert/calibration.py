@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from llava_edge.convert.conversation_entry import reason_of
 from llava_edge.convert.conversations import Conversation
 from llava_edge.convert.token_kinds import Kinds, count_kinds, token_kinds
-from llava_edge.profiles.anyres import TileLayout
 from llava_edge.profiles.errors import ImageError, RequestError
-from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.models.anyres import TileLayout
+from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.encoders import TileEncoder
 from llava_edge.runtime.image_processor import ImageProcessor

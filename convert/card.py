@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llava_edge.profiles.anyres import format_pinpoints
-from llava_edge.profiles.formats import rounded_activations
+from llava_edge.profiles.memory.formats import rounded_activations
+from llava_edge.profiles.models.anyres import format_pinpoints
 from llava_edge.runtime.certificate import QUALITY_STAGE, Certificate, StageResult
 from llava_edge.runtime.engine_files import ENGINES
 from llava_edge.runtime.manifest import Manifest

@@ -32,7 +32,7 @@ from llava_edge.convert.unmerged import (
     refuse_adapter,
 )
 from llava_edge.profiles.errors import CheckpointError, printable, shorten
-from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.runtime.manifest import FileEntry
 
 CONFIG_FILE = "config.json"

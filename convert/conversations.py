@@ -24,8 +24,8 @@ from llava_edge.convert.conversation_entry import (
     read_entry,
     reason_of,
 )
-from llava_edge.profiles.anyres import AnyRes
 from llava_edge.profiles.errors import RequestError, plain_reason, shorten
+from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.runtime.images import read_image_size
 from llava_edge.runtime.json_lines import NoEntriesError, read_entries
 from llava_edge.runtime.limits import Limits

@@ -30,7 +30,7 @@ from llava_edge.convert.linear_ops import (
     QuantizedLinear,
 )
 from llava_edge.convert.weights import Array, TensorSource, vectors
-from llava_edge.profiles.model_dims import TextDims
+from llava_edge.profiles.models.model_dims import TextDims
 from llava_edge.runtime.graph_inputs import LOGITS_START, LOGITS_TO_KEEP
 
 

@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from llava_edge.convert.decoder_graph import rope_tables
-from llava_edge.profiles.model_dims import TextDims
+from llava_edge.profiles.models.model_dims import TextDims
 
 _QUERIES_AT_A_TIME = 512
 

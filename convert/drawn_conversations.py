@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from llava_edge.convert.conversations import TEXT_SHARE, Conversation
-from llava_edge.profiles.anyres import AnyRes
+from llava_edge.profiles.models.anyres import AnyRes
 
 DEFAULT_SAMPLES = 32
 

@@ -18,9 +18,8 @@ from llava_edge.convert.vision_engine import (
     EngineTarget,
     write_vision_engine,
 )
-from llava_edge.profiles.buffers import tiles_per_batch
-from llava_edge.profiles.device_name import device_argument, parse_device
-from llava_edge.profiles.engines import LIBRARIES, LibraryName, rtx_target
+from llava_edge.profiles.boards.device_name import device_argument, parse_device
+from llava_edge.profiles.boards.engines import LIBRARIES, LibraryName, rtx_target
 from llava_edge.profiles.errors import (
     ArtifactError,
     DependencyError,
@@ -28,6 +27,7 @@ from llava_edge.profiles.errors import (
     LlavaEdgeError,
     RequestError,
 )
+from llava_edge.profiles.memory.buffers import tiles_per_batch
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.cache_folder import cache_folder
 from llava_edge.runtime.cuda_runtime import CudaRuntime

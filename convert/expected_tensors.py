@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llava_edge.convert.gptq_settings import GptqSettings
-from llava_edge.profiles.model_dims import ModelDims, TextDims, VisionDims
+from llava_edge.profiles.models.model_dims import ModelDims, TextDims, VisionDims
 
 Shape = tuple[int, ...]
 

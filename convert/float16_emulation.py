@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, shape_inference
 
-from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.session import Session, SessionOptions
 from llava_edge.runtime.vision import VisionEncoder

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_edge.profiles.errors import CheckpointError
-from llava_edge.profiles.model_dims import STOCK_PINPOINTS, ModelDims
+from llava_edge.profiles.models.model_dims import STOCK_PINPOINTS, ModelDims
 from llava_edge.runtime.manifest import ImageProcessing, Reference
 
 BICUBIC = 3

@@ -20,8 +20,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from llava_edge.profiles.buffers import cache_scale_shape
-from llava_edge.profiles.model_dims import TextDims
+from llava_edge.profiles.memory.buffers import cache_scale_shape
+from llava_edge.profiles.models.model_dims import TextDims
 from llava_edge.runtime.interface_check import scale_names
 from llava_edge.runtime.manifest import GraphSpec, TensorSpec
 

@@ -30,7 +30,7 @@ from llava_edge.convert.gptq_settings import GptqSettings
 from llava_edge.convert.quantized_formats import find_format
 from llava_edge.convert.safetensors_file import TensorRef
 from llava_edge.profiles.errors import CheckpointError, printable, shorten
-from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.models.model_dims import ModelDims
 
 WEIGHT_DTYPES = frozenset({"F16", "BF16", "F32"})
 """Types in which a weight may be stored."""

@@ -40,7 +40,7 @@ from llava_edge.convert.quantized_source import HEAD, HEAD_BITS, QuantizedSource
 from llava_edge.convert.rounding import PER_CHANNEL, QuantizationReport, QuantizedWeight
 from llava_edge.convert.weights import Array, LazyWeight, TensorSource, linear, vectors
 from llava_edge.profiles.errors import RequestError
-from llava_edge.profiles.formats import Int8Route, matmul_block
+from llava_edge.profiles.memory.formats import Int8Route, matmul_block
 
 _ACTIVATION_ZERO = 128
 _LARGEST_CODE = 127

@@ -14,8 +14,8 @@ import ast
 from collections.abc import Mapping
 from typing import Any
 
-from llava_edge.profiles.config_section import MAX_SIZE
 from llava_edge.profiles.errors import CheckpointError
+from llava_edge.profiles.models.config_section import MAX_SIZE
 
 _CLIP_LARGE = {
     "model_type": "clip_vision_model",

@@ -26,7 +26,7 @@ from llava_edge.convert.vision_tiles import CalibrationTiles
 from llava_edge.convert.vision_trace import VisionTrace
 from llava_edge.convert.weights import Array
 from llava_edge.convert.write_embeddings import write_embeddings
-from llava_edge.profiles.buffers import BEST_TOKENS
+from llava_edge.profiles.memory.buffers import BEST_TOKENS
 from llava_edge.runtime.graph_inputs import POOLING
 from llava_edge.runtime.manifest import Flavour, GraphSpec, Precision
 from llava_edge.runtime.pooling import pooling_index

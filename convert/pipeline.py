@@ -62,12 +62,12 @@ from llava_edge.convert.write_artifact import (
     refuse_existing,
     unfinished_request,
 )
-from llava_edge.profiles.detect import detect_profile
+from llava_edge.profiles.boards.detect import detect_profile
+from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.errors import BudgetError, RequestError
-from llava_edge.profiles.formats import VisionFormat, part_precisions, weight_bytes
-from llava_edge.profiles.hardware import load_profile
+from llava_edge.profiles.memory.formats import VisionFormat, part_precisions, weight_bytes
+from llava_edge.profiles.models.variants import find_variant, load_variants
 from llava_edge.profiles.plan import DeploymentPlan
-from llava_edge.profiles.variants import find_variant, load_variants
 from llava_edge.runtime.certificate import Certificate
 from llava_edge.runtime.engine_files import ENGINES, graph_digests
 from llava_edge.runtime.manifest import (

@@ -15,13 +15,13 @@ from llava_edge.convert.gptq_checkpoint import open_gptq
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.vision_engine import EngineTarget, plan_engine
 from llava_edge.profiles.errors import BudgetError, RequestError
-from llava_edge.profiles.grids import GridChoice, asked_grid, asked_pinpoints
-from llava_edge.profiles.model_dims import ModelDims
-from llava_edge.profiles.parameters import total_parameters
+from llava_edge.profiles.models.grids import GridChoice, asked_grid, asked_pinpoints
+from llava_edge.profiles.models.model_dims import ModelDims
+from llava_edge.profiles.models.parameters import total_parameters
+from llava_edge.profiles.models.variants import Variant, kind_of
 from llava_edge.profiles.plan import DeploymentPlan
 from llava_edge.profiles.planner import DEFAULT_FRAMES, PlanRequest, nearest_fit, plan_deployment
 from llava_edge.profiles.sizes import format_bytes
-from llava_edge.profiles.variants import Variant, kind_of
 from llava_edge.runtime.manifest import Reference
 
 

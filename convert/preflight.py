@@ -9,9 +9,9 @@ from pathlib import Path
 
 from llava_edge.convert.hub import DownloadPlan
 from llava_edge.profiles.errors import RequestError
-from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.models.model_dims import ModelDims
+from llava_edge.profiles.models.variants import Variant, candidates, load_variants
 from llava_edge.profiles.sizes import format_bytes
-from llava_edge.profiles.variants import Variant, candidates, load_variants
 from llava_edge.runtime.host_memory import available_host_bytes
 
 Say = Callable[[str], None]

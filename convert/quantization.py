@@ -18,15 +18,15 @@ from llava_edge.convert.linear_ops import QuantizedLayers
 from llava_edge.convert.quantize_llm import LayerProgress, quantize_language_model
 from llava_edge.convert.quantize_settings import QuantizeSettings
 from llava_edge.convert.quantized_source import QuantizedSource, RtnSource, quantize_head
-from llava_edge.profiles.anyres import AnyRes
-from llava_edge.profiles.formats import (
+from llava_edge.profiles.boards.hardware import HardwareProfile
+from llava_edge.profiles.memory.formats import (
     Int8Route,
     group_size,
     head_group_size,
     int8_route,
     largest_block,
 )
-from llava_edge.profiles.hardware import HardwareProfile
+from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.runtime.arguments import require_count
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.manifest import ImageProcessing, PromptFormat, TokenIds

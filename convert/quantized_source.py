@@ -23,7 +23,7 @@ from llava_edge.convert.rounding import (
     round_to_nearest,
 )
 from llava_edge.profiles.errors import CheckpointError
-from llava_edge.profiles.model_dims import TextDims
+from llava_edge.profiles.models.model_dims import TextDims
 
 HEAD = "lm_head"
 HEAD_BITS = 8

@@ -31,9 +31,9 @@ from llava_edge.convert.layouts import hub_name
 from llava_edge.convert.random_spec import RandomSpec
 from llava_edge.convert.random_tokenizer import FAMILIES, IMAGE_TOKEN, VIDEO_TOKEN, train_tokenizer
 from llava_edge.convert.safetensors_file import write_safetensors
-from llava_edge.profiles.cpu_limit import read_cpu_limit
+from llava_edge.profiles.boards.cpu_limit import read_cpu_limit
 from llava_edge.profiles.errors import ExportError, OutputExistsError
-from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.models.model_dims import ModelDims
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llava_edge.convert.random_tokenizer import Backbone
-from llava_edge.profiles.model_dims import ModelDims
-from llava_edge.profiles.variants import find_variant
+from llava_edge.profiles.models.model_dims import ModelDims
+from llava_edge.profiles.models.variants import find_variant
 
 _STOCK_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 _ARCHITECTURES: Mapping[str, str] = {

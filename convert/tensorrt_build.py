@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge.convert.disk import write_atomic
-from llava_edge.profiles.engines import RTX_CAPABILITIES, RTX_UNPROVEN, rtx_target
+from llava_edge.profiles.boards.engines import RTX_CAPABILITIES, RTX_UNPROVEN, rtx_target
 from llava_edge.profiles.errors import EngineError, RequestError
 from llava_edge.runtime.tensorrt_engine import PIXELS, TensorRTLibrary, one_line
 

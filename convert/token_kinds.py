@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llava_edge.profiles.anyres import TileLayout
 from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.models.anyres import TileLayout
 from llava_edge.runtime.image_features import packing_index
 
 KINDS = ("text", "base", "tile", "newline")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from llava_edge.profiles.cpu_limit import read_cpu_limit
+from llava_edge.profiles.boards.cpu_limit import read_cpu_limit
 
 
 @contextmanager

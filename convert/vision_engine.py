@@ -8,10 +8,10 @@ from pathlib import Path
 
 from llava_edge.convert.disk import write_atomic
 from llava_edge.convert.tensorrt_build import Report, build_vision_engine
-from llava_edge.profiles.buffers import tiles_per_batch
-from llava_edge.profiles.engines import LIBRARIES, LibraryName, rtx_target
+from llava_edge.profiles.boards.engines import LIBRARIES, LibraryName, rtx_target
+from llava_edge.profiles.boards.hardware import HardwareProfile
 from llava_edge.profiles.errors import DependencyError, EngineError, RequestError
-from llava_edge.profiles.hardware import HardwareProfile
+from llava_edge.profiles.memory.buffers import tiles_per_batch
 from llava_edge.profiles.plan import DeploymentPlan
 from llava_edge.profiles.planner import Engine
 from llava_edge.runtime.digests import hash_file

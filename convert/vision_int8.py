@@ -30,7 +30,7 @@ from llava_edge.convert.vision_graph import build_vision_graph
 from llava_edge.convert.vision_scales import AT_A_COST, FREE, ScaledLayer, scale_inputs
 from llava_edge.convert.vision_trace import Additions, Piece, VisionTrace
 from llava_edge.convert.weights import as_float16
-from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.bounds import VISION_INT8, bound_value
 from llava_edge.runtime.instructions import sums_saturate

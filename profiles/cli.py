@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TextIO, get_args
 
-from llava_edge.profiles.buffers import CACHE_FLAGS
-from llava_edge.profiles.detect import detect_profile
-from llava_edge.profiles.device_name import DEVICE_METAVAR, device_argument, parse_device
+from llava_edge.profiles.boards.detect import detect_profile
+from llava_edge.profiles.boards.device_name import DEVICE_METAVAR, device_argument, parse_device
+from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.errors import RequestError
-from llava_edge.profiles.formats import VISION_PRECISIONS
-from llava_edge.profiles.hardware import HardwareProfile, load_profile
+from llava_edge.profiles.memory.buffers import CACHE_FLAGS
+from llava_edge.profiles.memory.formats import VISION_PRECISIONS
+from llava_edge.profiles.memory.speed import ANSWER_TOKENS, QUESTION_TOKENS
+from llava_edge.profiles.models.variants import find_variant
 from llava_edge.profiles.plan import DeploymentPlan, RejectedCandidate
 from llava_edge.profiles.planner import (
     DEFAULT_FRAMES,
@@ -25,8 +27,6 @@ from llava_edge.profiles.planner import (
     plan_deployment,
 )
 from llava_edge.profiles.sizes import format_bytes, parse_bytes
-from llava_edge.profiles.speed import ANSWER_TOKENS, QUESTION_TOKENS
-from llava_edge.profiles.variants import find_variant
 
 
 def main(argv: list[str] | None = None) -> int:

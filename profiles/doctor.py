@@ -14,11 +14,16 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from llava_edge.profiles.cuda_devices import VISIBLE
-from llava_edge.profiles.detect import MachineFacts, detect_profile, known_board, read_machine
-from llava_edge.profiles.engines import INSTALL, LIBRARIES, RTX_CAPABILITIES, rtx_target
+from llava_edge.profiles.boards.cuda_devices import VISIBLE
+from llava_edge.profiles.boards.detect import (
+    MachineFacts,
+    detect_profile,
+    known_board,
+    read_machine,
+)
+from llava_edge.profiles.boards.engines import INSTALL, LIBRARIES, RTX_CAPABILITIES, rtx_target
+from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.errors import ProfileError
-from llava_edge.profiles.hardware import load_profile
 from llava_edge.profiles.sizes import format_bytes
 
 _PACKAGES = (

@@ -15,12 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from llava_edge.profiles.buffers import MIN_TEXT_TOKENS, CacheType, video_tokens_per_frame
-from llava_edge.profiles.constants import Constants, memory_constants, speed_constants
-from llava_edge.profiles.distributed import Parallelism, device_terms, parallelisms
-from llava_edge.profiles.engines import RTX_CAPABILITIES, RTX_UNPROVEN, rtx_target
+from llava_edge.profiles.boards.engines import RTX_CAPABILITIES, RTX_UNPROVEN, rtx_target
+from llava_edge.profiles.boards.hardware import HardwareProfile
 from llava_edge.profiles.errors import RequestError
-from llava_edge.profiles.formats import (
+from llava_edge.profiles.memory.buffers import MIN_TEXT_TOKENS, CacheType, video_tokens_per_frame
+from llava_edge.profiles.memory.constants import Constants, memory_constants, speed_constants
+from llava_edge.profiles.memory.distributed import Parallelism, device_terms, parallelisms
+from llava_edge.profiles.memory.estimate import Machine, MemoryTerms, Workload, estimate_memory
+from llava_edge.profiles.memory.formats import (
     PRECISIONS,
     VISION_PRECISIONS,
     PrecisionName,
@@ -31,9 +33,9 @@ from llava_edge.profiles.formats import (
     rounded_activations,
     vision_obstacle,
 )
-from llava_edge.profiles.grids import GridChoice, asked_grid, asked_pinpoints, stock_grids
-from llava_edge.profiles.hardware import HardwareProfile
-from llava_edge.profiles.memory import Machine, MemoryTerms, Workload, estimate_memory
+from llava_edge.profiles.memory.speed import Prediction, predict_speed, steps_read_codes
+from llava_edge.profiles.models.grids import GridChoice, asked_grid, asked_pinpoints, stock_grids
+from llava_edge.profiles.models.variants import Variant, candidates
 from llava_edge.profiles.plan import (
     DeploymentPlan,
     PlanMemory,
@@ -41,8 +43,6 @@ from llava_edge.profiles.plan import (
     RejectedCandidate,
 )
 from llava_edge.profiles.sizes import format_bytes
-from llava_edge.profiles.speed import Prediction, predict_speed, steps_read_codes
-from llava_edge.profiles.variants import Variant, candidates
 
 Prefer = Literal["largest", "quality", "speed"]
 Engine = Literal["auto", "ort", "tensorrt", "tensorrt-rtx"]

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from llava_edge.profiles.boards.nvml import process_bytes
 from llava_edge.profiles.errors import OutOfMemoryError
-from llava_edge.profiles.nvml import process_bytes
 from llava_edge.runtime.allocation import allocate, require_free
 from llava_edge.runtime.answer import Answer, PeakMemory, Timings
 from llava_edge.runtime.arrays import Array

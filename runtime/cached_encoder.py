@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from llava_edge.profiles.errors import EngineError, RequestError
-from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.encoders import DeviceEncoder, TileEncoder

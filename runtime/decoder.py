@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge.profiles.buffers import MAX_DRAFT_TOKENS
 from llava_edge.profiles.errors import PromptError
-from llava_edge.profiles.model_dims import TextDims
+from llava_edge.profiles.memory.buffers import MAX_DRAFT_TOKENS
+from llava_edge.profiles.models.model_dims import TextDims
 from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.best_logits import BestLogits

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llava_edge.profiles.errors import ArtifactError, PromptError, shorten
-from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.opened_file import OpenedFile
 from llava_edge.runtime.safe_open import read_at

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from llava_edge.profiles.buffers import CACHE_FLAGS
+from llava_edge.profiles.memory.buffers import CACHE_FLAGS
 from llava_edge.runtime.placement import AskedCache
 from llava_edge.runtime.tower import AskedEngine
 

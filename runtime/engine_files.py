@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
 
-from llava_edge.profiles.engines import LibraryName
+from llava_edge.profiles.boards.engines import LibraryName
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.cache_folder import cache_folder

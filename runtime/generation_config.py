@@ -12,8 +12,8 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from llava_edge.profiles.buffers import MAX_DRAFT_TOKENS
 from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.memory.buffers import MAX_DRAFT_TOKENS
 from llava_edge.runtime.arguments import NamedOptions, require_count, require_number, settle
 
 MAX_PENALTY = 1000.0

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge.profiles.buffers import video_tokens_per_frame
 from llava_edge.profiles.errors import ArtifactError, ExportError, ImageError
+from llava_edge.profiles.memory.buffers import video_tokens_per_frame
 from llava_edge.runtime.golden_media import (
     MEDIA_LIMIT,
     GoldenMedia,

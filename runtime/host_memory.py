@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-from llava_edge.profiles.cgroup_memory import read_cgroup_memory
+from llava_edge.profiles.boards.cgroup_memory import read_cgroup_memory
 
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from llava_edge.profiles.anyres import TileLayout
+from llava_edge.profiles.models.anyres import TileLayout
 
 
 def packing_index(layout: TileLayout, patches_per_side: int) -> NDArray[np.int64]:

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from llava_edge.profiles.anyres import AnyRes, TileLayout
 from llava_edge.profiles.errors import ImageError
+from llava_edge.profiles.models.anyres import AnyRes, TileLayout
 from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.images import convert_to_rgb
 from llava_edge.runtime.manifest import ImageProcessing

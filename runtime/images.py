@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from llava_edge.profiles.buffers import image_conversion_bytes, image_decoding_bytes
 from llava_edge.profiles.errors import ImageError, OutOfMemoryError, RequestError
+from llava_edge.profiles.memory.buffers import image_conversion_bytes, image_decoding_bytes
 from llava_edge.runtime.allocation import require_free
 from llava_edge.runtime.high_bit_depth import Scaling, choose_scaling
 from llava_edge.runtime.image_file import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
-from llava_edge.profiles.detect import read_int8_isa
+from llava_edge.profiles.boards.detect import read_int8_isa
 from llava_edge.profiles.errors import EngineError
 from llava_edge.runtime.manifest import Precision
 

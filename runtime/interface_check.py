@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 
-from llava_edge.profiles.buffers import BEST_TOKENS, cache_scale_shape
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.profiles.model_dims import ModelDims, TextDims
+from llava_edge.profiles.memory.buffers import BEST_TOKENS, cache_scale_shape
+from llava_edge.profiles.models.model_dims import ModelDims, TextDims
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.graph_inputs import LOGITS_START, LOGITS_TO_KEEP, POOLING
 from llava_edge.runtime.manifest import Manifest, TensorSpec

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from llava_edge.profiles.buffers import kv_cache_shape
 from llava_edge.profiles.errors import RequestError
-from llava_edge.profiles.model_dims import TextDims
+from llava_edge.profiles.memory.buffers import kv_cache_shape
+from llava_edge.profiles.models.model_dims import TextDims
 from llava_edge.runtime.arrays import Array, DeviceKind
 from llava_edge.runtime.session import Binding, Buffer
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from llava_edge.profiles.buffers import MIN_TEXT_TOKENS, CacheType, video_tokens_per_frame
+from llava_edge.profiles.boards.nvml import Gpu, read_gpus
 from llava_edge.profiles.errors import EngineError, RequestError
-from llava_edge.profiles.formats import int8_cache_obstacle
-from llava_edge.profiles.memory import MemoryTerms, Workload
-from llava_edge.profiles.nvml import Gpu, read_gpus
+from llava_edge.profiles.memory.buffers import MIN_TEXT_TOKENS, CacheType, video_tokens_per_frame
+from llava_edge.profiles.memory.estimate import MemoryTerms, Workload
+from llava_edge.profiles.memory.formats import int8_cache_obstacle
 from llava_edge.runtime.arguments import require_count
 from llava_edge.runtime.arrays import DeviceKind
 from llava_edge.runtime.artifact import Artifact

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-from llava_edge.profiles.buffers import CacheType
-from llava_edge.profiles.engines import EngineName
+from llava_edge.profiles.boards.engines import EngineName
+from llava_edge.profiles.memory.buffers import CacheType
 from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.answerer import Answerer
 from llava_edge.runtime.arrays import Array

@@ -10,8 +10,8 @@ from traceback import clear_frames
 
 import numpy as np
 
-from llava_edge.profiles.buffers import prefill_chunk_tokens, tiles_per_batch
-from llava_edge.profiles.device_name import cuda_name
+from llava_edge.profiles.boards.device_name import cuda_name
+from llava_edge.profiles.memory.buffers import prefill_chunk_tokens, tiles_per_batch
 from llava_edge.runtime.answerer import Answerer
 from llava_edge.runtime.arrays import DeviceKind
 from llava_edge.runtime.artifact import Artifact

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from llava_edge.profiles.buffers import BEST_TOKENS
 from llava_edge.profiles.errors import EngineError
+from llava_edge.profiles.memory.buffers import BEST_TOKENS
 from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.best_logits import BestLogits
 from llava_edge.runtime.generation_config import GenerationConfig

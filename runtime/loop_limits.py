@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge.profiles.anyres import GRID_NAMES, AnyRes
 from llava_edge.profiles.errors import PromptError, RequestError, VideoError
+from llava_edge.profiles.models.anyres import GRID_NAMES, AnyRes
 from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.chat import Chat
 from llava_edge.runtime.embeddings import BLOCK_ROWS

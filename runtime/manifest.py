@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llava_edge.profiles.buffers import CacheType
-from llava_edge.profiles.formats import Int8Route
-from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.memory.buffers import CacheType
+from llava_edge.profiles.memory.formats import Int8Route
+from llava_edge.profiles.models.model_dims import ModelDims
 
 SCHEMA_VERSION = 4
 """2 added ``decoder_int8_cache``; 3 has a wider ``PromptFormat``; 4 holds nothing that differs

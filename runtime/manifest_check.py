@@ -10,9 +10,9 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
-from llava_edge.profiles.anyres import AnyRes
 from llava_edge.profiles.errors import RequestError
-from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.models.anyres import AnyRes
+from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.runtime.manifest import (
     FileEntry,
     GraphSpec,

@@ -21,11 +21,11 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL.Image import Image
 
-from llava_edge.profiles.buffers import CacheType
-from llava_edge.profiles.cuda_devices import start_cuda
-from llava_edge.profiles.device_name import cuda_name, parse_device
-from llava_edge.profiles.engines import EngineName
+from llava_edge.profiles.boards.cuda_devices import start_cuda
+from llava_edge.profiles.boards.device_name import cuda_name, parse_device
+from llava_edge.profiles.boards.engines import EngineName
 from llava_edge.profiles.errors import EngineError, PromptError, RequestError
+from llava_edge.profiles.memory.buffers import CacheType
 from llava_edge.runtime.allocation import allocate, refusals
 from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.arguments import (

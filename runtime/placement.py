@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from llava_edge.profiles.buffers import CacheType
-from llava_edge.profiles.device_name import parse_device
+from llava_edge.profiles.boards.device_name import parse_device
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError
-from llava_edge.profiles.memory import MemoryTerms
+from llava_edge.profiles.memory.buffers import CacheType
+from llava_edge.profiles.memory.estimate import MemoryTerms
 from llava_edge.runtime.arguments import require_name
 from llava_edge.runtime.arrays import DeviceKind
 from llava_edge.runtime.artifact import Artifact

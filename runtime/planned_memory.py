@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-from llava_edge.profiles.buffers import CacheType
-from llava_edge.profiles.constants import Constants, memory_constants
-from llava_edge.profiles.formats import PRECISIONS, VisionFormat
-from llava_edge.profiles.hardware import Int8Isa
-from llava_edge.profiles.memory import (
+from llava_edge.profiles.boards.hardware import Int8Isa
+from llava_edge.profiles.memory.buffers import CacheType
+from llava_edge.profiles.memory.constants import Constants, memory_constants
+from llava_edge.profiles.memory.estimate import (
     Machine,
     MemoryEstimate,
     MemoryTerms,
@@ -17,6 +16,7 @@ from llava_edge.profiles.memory import (
     Workload,
     estimate_memory,
 )
+from llava_edge.profiles.memory.formats import PRECISIONS, VisionFormat
 from llava_edge.runtime.arrays import DeviceKind
 from llava_edge.runtime.manifest import Manifest
 

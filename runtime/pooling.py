@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from llava_edge.profiles.model_dims import VisionDims
+from llava_edge.profiles.models.model_dims import VisionDims
 
 STRIDE = 2
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llava_edge.profiles.anyres import AnyRes, TileLayout
+from llava_edge.profiles.models.anyres import AnyRes, TileLayout
 from llava_edge.runtime.tile_pixels import Pixels, TilePixels
 
 

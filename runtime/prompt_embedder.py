@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from llava_edge.profiles.buffers import image_feature_shape, video_tokens_per_frame
-from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.memory.buffers import image_feature_shape, video_tokens_per_frame
+from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.device_rows import DeviceRows

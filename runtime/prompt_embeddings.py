@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llava_edge.profiles.anyres import TileLayout
+from llava_edge.profiles.models.anyres import TileLayout
 from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.device_rows import DeviceRows

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from llava_edge.profiles.anyres import TileLayout
+from llava_edge.profiles.models.anyres import TileLayout
 from llava_edge.runtime.arguments import require_count, require_flag, settle
 from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.frame_choice import FrameChoice, require_frame_choice

@@ -19,9 +19,9 @@ from typing import Any, overload
 import numpy as np
 from PIL.Image import Image
 
-from llava_edge.profiles.anyres import GRID_NAMES, lower_pinpoints
-from llava_edge.profiles.buffers import video_tokens_per_frame
 from llava_edge.profiles.errors import PromptError, RequestError, VideoError
+from llava_edge.profiles.memory.buffers import video_tokens_per_frame
+from llava_edge.profiles.models.anyres import GRID_NAMES, lower_pinpoints
 from llava_edge.runtime.arguments import require_count
 from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.finished_prompt import warn_if_finished

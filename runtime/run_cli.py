@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any, TextIO, get_args
 
-from llava_edge.profiles.device_name import DEVICE_METAVAR, device_argument
+from llava_edge.profiles.boards.device_name import DEVICE_METAVAR, device_argument
 from llava_edge.runtime.answer import Answer
 from llava_edge.runtime.chat_loop import ChatLoop, terminal_lines
 from llava_edge.runtime.engine_arguments import (

@@ -20,7 +20,7 @@ from llava_edge.runtime.process import keep_in_children, preload_cuda, take_exac
 # isort: split
 import onnxruntime as ort
 
-from llava_edge.profiles.cpu_limit import read_cpu_limit
+from llava_edge.profiles.boards.cpu_limit import read_cpu_limit
 from llava_edge.profiles.errors import EngineError, LlavaEdgeError, OutOfMemoryError
 from llava_edge.runtime.allocation import allocate
 from llava_edge.runtime.arrays import Array, DeviceKind

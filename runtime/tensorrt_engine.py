@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llava_edge.profiles.engines import ENGINE_PACKAGES, INSTALL, LibraryName
+from llava_edge.profiles.boards.engines import ENGINE_PACKAGES, INSTALL, LibraryName
 from llava_edge.profiles.errors import DependencyError, EngineError, OutOfMemoryError
 
 PIXELS, FEATURES = "pixel_values", "image_features"

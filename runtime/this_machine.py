@@ -5,10 +5,10 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
-from llava_edge.profiles.detect import read_board, read_cpu_model, read_int8_isa
-from llava_edge.profiles.device_name import parse_device
-from llava_edge.profiles.engines import EngineName
-from llava_edge.profiles.nvml import read_gpus
+from llava_edge.profiles.boards.detect import read_board, read_cpu_model, read_int8_isa
+from llava_edge.profiles.boards.device_name import parse_device
+from llava_edge.profiles.boards.engines import EngineName
+from llava_edge.profiles.boards.nvml import read_gpus
 from llava_edge.runtime.arrays import DeviceKind
 from llava_edge.runtime.certificate import Host
 from llava_edge.runtime.session import ENGINE_VERSION, provider_name

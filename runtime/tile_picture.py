@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from llava_edge.profiles.anyres import TileLayout
+from llava_edge.profiles.models.anyres import TileLayout
 
 _LONGEST, _SMALLEST_TILE, _LARGEST_TILE = 1120, 180, 420
 """Pixels: of the drawn canvas's longer side, and of a drawn tile's side."""

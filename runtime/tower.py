@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from llava_edge.profiles.engines import LIBRARIES, EngineName, LibraryName
+from llava_edge.profiles.boards.engines import LIBRARIES, EngineName, LibraryName
 from llava_edge.profiles.errors import EngineError, LlavaEdgeError
 from llava_edge.runtime.arguments import require_name
 from llava_edge.runtime.arrays import DeviceKind

@@ -21,7 +21,6 @@ from typing import Any, BinaryIO, NoReturn, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from llava_edge.profiles.buffers import video_decoding_bytes
 from llava_edge.profiles.errors import (
     DependencyError,
     ImageError,
@@ -30,6 +29,7 @@ from llava_edge.profiles.errors import (
     VideoError,
     plain_reason,
 )
+from llava_edge.profiles.memory.buffers import video_decoding_bytes
 from llava_edge.runtime.allocation import require_free
 from llava_edge.runtime.images import ImageSource, open_image
 from llava_edge.runtime.limits import Limits

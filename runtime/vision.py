@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.graph_inputs import POOLING
 from llava_edge.runtime.pooling import pooling_index

@@ -12,9 +12,9 @@ from contextlib import suppress
 
 import numpy as np
 
-from llava_edge.profiles.buffers import MAX_DRAFT_TOKENS, video_tokens_per_frame
 from llava_edge.profiles.errors import OutOfMemoryError
-from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.memory.buffers import MAX_DRAFT_TOKENS, video_tokens_per_frame
+from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.encoders import DeviceEncoder, TileEncoder

@@ -57,7 +57,7 @@ def make_artifact(tmp_path_factory: pytest.TempPathFactory) -> ArtifactMaker:
     """``make_artifact(checkpoint, profile=…, **wishes)``: an artifact of it, converted once."""
     from llava_edge.convert.pipeline import convert_checkpoint
     from llava_edge.convert.request import ConvertRequest
-    from llava_edge.profiles.hardware import load_profile
+    from llava_edge.profiles.boards.hardware import load_profile
     from llava_edge.profiles.planner import PlanRequest
     from llava_edge.runtime.progress import no_progress
 

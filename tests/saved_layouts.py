@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from llava_edge.convert.expected_tensors import expected_tensors
 from llava_edge.convert.layouts import hub_name
 from llava_edge.convert.random_spec import RandomSpec
-from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.models.model_dims import ModelDims
 
 DATA = Path(__file__).parent / "data" / "saved_layouts.json"
 MODELS = ("llava", "llava_next", "llava_next_video")

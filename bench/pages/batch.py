@@ -19,7 +19,7 @@ from llava_edge.bench.pages.geometry import PATCHES, PROCESSING
 from llava_edge.bench.pages.page import COLOURS, SIGNS, Page, Question
 from llava_edge.bench.pages.sample import Sample
 from llava_edge.bench.pages.tokenizer import ASK, BOS, EOS, REPLY
-from llava_edge.profiles.anyres import TileLayout
+from llava_edge.profiles.models.anyres import TileLayout
 from llava_edge.runtime.image_processor import ImageProcessor
 
 IGNORED = -100

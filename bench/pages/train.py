@@ -26,7 +26,7 @@ from llava_edge.bench.pages.sample import training_sample
 from llava_edge.bench.pages.spec import Spec
 from llava_edge.bench.pages.state import load_state, save_state
 from llava_edge.bench.pages.tokenizer import train_tokenizer
-from llava_edge.profiles.cpu_limit import read_cpu_limit
+from llava_edge.profiles.boards.cpu_limit import read_cpu_limit
 
 _POOL = 4
 """Batches that are drawn together and sorted by length, so that there is little padding."""

@@ -35,7 +35,7 @@ from llava_edge.convert.verify.graph_file import GraphFile
 from llava_edge.convert.verify.losses import Losses
 from llava_edge.convert.verify.reference_answer import Positions, ReferenceAnswer
 from llava_edge.convert.verify.subject import Subject
-from llava_edge.profiles.model_dims import TextDims
+from llava_edge.profiles.models.model_dims import TextDims
 from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.bounds import CACHE_LOSS, Bounds
 from llava_edge.runtime.certificate import StageResult, bounded

@@ -24,8 +24,8 @@ from llava_edge.convert.verify.graph_file import GraphFile
 from llava_edge.convert.verify.graph_view import GraphView
 from llava_edge.convert.verify.node_faults import opset_faults
 from llava_edge.convert.verify.operator_schema import value_of
-from llava_edge.profiles.buffers import cache_scale_shape
 from llava_edge.profiles.errors import ArtifactError
+from llava_edge.profiles.memory.buffers import cache_scale_shape
 from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.interface_check import scale_names

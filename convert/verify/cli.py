@@ -12,7 +12,7 @@ import importlib
 import json
 import sys
 
-from llava_edge.profiles.device_name import DEVICE_METAVAR, device_argument
+from llava_edge.profiles.boards.device_name import DEVICE_METAVAR, device_argument
 from llava_edge.profiles.errors import DependencyError, RequestError
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.device_results import keep_result

@@ -30,7 +30,7 @@ from llava_edge.convert.verify.verifier import (
     verify_artifact,
 )
 from llava_edge.convert.write_artifact import write_certificate
-from llava_edge.profiles.device_name import parse_device
+from llava_edge.profiles.boards.device_name import parse_device
 from llava_edge.profiles.errors import ArtifactError, ExportError, RequestError, shorten
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.certificate import QUALITY_STAGE, Certificate

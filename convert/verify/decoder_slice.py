@@ -24,7 +24,7 @@ from onnx import TensorProto, helper
 
 from llava_edge.convert.verify.graph_view import GraphView
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.profiles.model_dims import ModelDims, TextDims
+from llava_edge.profiles.models.model_dims import ModelDims, TextDims
 from llava_edge.runtime.graph_inputs import LOGITS_START, LOGITS_TO_KEEP
 from llava_edge.runtime.session import Session, SessionOptions
 

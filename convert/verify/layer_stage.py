@@ -26,7 +26,7 @@ from llava_edge.convert.verify.gaps import row_gaps
 from llava_edge.convert.verify.layer_inputs import LayerInputs
 from llava_edge.convert.verify.reference_answer import Reference, ReferenceAnswer
 from llava_edge.convert.verify.subject import Subject
-from llava_edge.profiles.model_dims import TextDims
+from llava_edge.profiles.models.model_dims import TextDims
 from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.bounds import Bounds
 from llava_edge.runtime.certificate import StageResult, bounded

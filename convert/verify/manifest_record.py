@@ -26,10 +26,10 @@ from llava_edge.convert.planning import variant_name
 from llava_edge.convert.random_checkpoint import RANDOM_KEY
 from llava_edge.convert.verify.tensor_mapping import linear_layers
 from llava_edge.convert.verify.weights import DIGESTS
-from llava_edge.profiles.anyres import AnyRes
+from llava_edge.profiles.boards.hardware import load_profile, profile_names
 from llava_edge.profiles.errors import RequestError
-from llava_edge.profiles.formats import part_precisions
-from llava_edge.profiles.hardware import load_profile, profile_names
+from llava_edge.profiles.memory.formats import part_precisions
+from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.profiles.plan import DeploymentPlan
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.image_processor import ImageProcessor

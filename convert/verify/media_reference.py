@@ -29,8 +29,8 @@ from llava_edge.convert.verify.media_probes import MediaProbe, MediaTurn, media_
 from llava_edge.convert.verify.picture_files import picture_files
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
 from llava_edge.convert.verify.streamed_model import LinearSupply, ReferenceInputs, StreamedModel
-from llava_edge.profiles.anyres import AnyRes
-from llava_edge.profiles.buffers import video_tokens_per_frame
+from llava_edge.profiles.memory.buffers import video_tokens_per_frame
+from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.golden_media import (
     GoldenChat,

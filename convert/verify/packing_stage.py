@@ -13,9 +13,9 @@ import torch
 
 from llava_edge.convert.verify.pixel_stage import image_sizes
 from llava_edge.convert.verify.streamed_model import StreamedModel
-from llava_edge.profiles.anyres import AnyRes, TileLayout
-from llava_edge.profiles.buffers import video_tokens_per_frame
-from llava_edge.profiles.model_dims import VisionDims
+from llava_edge.profiles.memory.buffers import video_tokens_per_frame
+from llava_edge.profiles.models.anyres import AnyRes, TileLayout
+from llava_edge.profiles.models.model_dims import VisionDims
 from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.certificate import StageResult, exact

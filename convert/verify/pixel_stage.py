@@ -9,7 +9,7 @@ from PIL import Image
 
 from llava_edge.convert.verify.memory_pictures import memory_faults
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
-from llava_edge.profiles.anyres import AnyRes
+from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.certificate import StageResult, exact
 from llava_edge.runtime.image_processor import ImageProcessor

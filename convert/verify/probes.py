@@ -15,7 +15,7 @@ from PIL import Image
 
 from llava_edge.convert.conversations import Conversation
 from llava_edge.convert.drawn_conversations import draw_conversations
-from llava_edge.profiles.anyres import AnyRes
+from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.runtime.certificate import Mode
 from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.images import open_image

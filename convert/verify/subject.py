@@ -14,8 +14,8 @@ from llava_edge.convert.verify.decoder_slice import DecoderGraph, DecoderSlice
 from llava_edge.convert.verify.probes import Probe
 from llava_edge.convert.verify.reference_answer import Positions
 from llava_edge.convert.verify.vision_halves import VisionHalves
-from llava_edge.profiles.buffers import default_cache_type, kv_cache_bytes, kv_cache_shape
-from llava_edge.profiles.formats import PRECISIONS, VisionFormat, weight_bytes
+from llava_edge.profiles.memory.buffers import default_cache_type, kv_cache_bytes, kv_cache_shape
+from llava_edge.profiles.memory.formats import PRECISIONS, VisionFormat, weight_bytes
 from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.artifact import Artifact
 from llava_edge.runtime.decoder import Decoder, FillEmbeddings

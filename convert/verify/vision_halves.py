@@ -15,7 +15,7 @@ from onnx import helper
 
 from llava_edge.convert.verify.graph_view import GraphView
 from llava_edge.convert.verify.vision_values import VisionValues
-from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.graph_inputs import POOLING
 from llava_edge.runtime.session import Session, SessionOptions

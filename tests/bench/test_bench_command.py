@@ -22,8 +22,8 @@ from llava_edge.bench.machine_card import Rates, commit, measure_rates
 from llava_edge.bench.speed_cases import FULL, TEXT, affordable_cases, draw_picture, speed_cases
 from llava_edge.bench.speed_rows import SpeedRow
 from llava_edge.bench.speed_run import DeviceWatch, SpeedRound, SpeedSettings, run_speed
+from llava_edge.profiles.boards.nvml import Gpu, GpuReport
 from llava_edge.profiles.errors import EngineError, LlavaEdgeError, OutputError, OutputExistsError
-from llava_edge.profiles.nvml import Gpu, GpuReport
 from llava_edge.runtime.artifact import open_artifact
 
 DESIGN_KEYS = {

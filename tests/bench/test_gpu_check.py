@@ -31,10 +31,10 @@ from llava_edge.bench.gpu_table import gpu_tables
 from llava_edge.bench.ledger import Ledger
 from llava_edge.bench.speed_run import SpeedSettings
 from llava_edge.convert.random_spec import preset
+from llava_edge.profiles.boards.nvml import GpuReport
 from llava_edge.profiles.errors import EngineError, RequestError
-from llava_edge.profiles.model_dims import ModelDims
-from llava_edge.profiles.nvml import GpuReport
-from llava_edge.profiles.parameters import total_parameters
+from llava_edge.profiles.models.model_dims import ModelDims
+from llava_edge.profiles.models.parameters import total_parameters
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.cuda_options import CudaOptions
 from llava_edge.runtime.cuda_runtime import CudaRuntime

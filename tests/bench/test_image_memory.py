@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llava_edge.bench.image_memory import asked_bytes, image_cases, measure
-from llava_edge.profiles.buffers import image_decoding_bytes
+from llava_edge.profiles.memory.buffers import image_decoding_bytes
 
 CASES = {case.name: case for case in image_cases()}
 COSTLY = (

@@ -17,8 +17,8 @@ from llava_edge.bench.memory_measure import (
 )
 from llava_edge.bench.memory_probe import Steps
 from llava_edge.convert.random_spec import RandomSpec
-from llava_edge.profiles.constants import memory_constants
-from llava_edge.profiles.memory import Machine, estimate_memory
+from llava_edge.profiles.memory.constants import memory_constants
+from llava_edge.profiles.memory.estimate import Machine, estimate_memory
 
 ODD = MemoryCase(
     name="odd",

@@ -26,7 +26,7 @@ from llava_edge.bench.svg_chart import (
 )
 from llava_edge.bench.whole_file import check_writable, write_whole
 from llava_edge.profiles.errors import RequestError
-from llava_edge.profiles.variants import load_variants
+from llava_edge.profiles.models.variants import load_variants
 from tests.bench.bench_documents import document
 
 _VOID = {"meta"}

@@ -17,8 +17,8 @@ from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.verify.cache_structure import read_scales
 from llava_edge.convert.verify.graph_file import GraphFile
+from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.errors import CheckpointError, RequestError
-from llava_edge.profiles.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.decoder import Decoder

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llava_edge.convert.card import write_card
-from llava_edge.profiles.formats import Int8Route
+from llava_edge.profiles.memory.formats import Int8Route
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.certificate import Certificate, Deviation, StageResult
 from llava_edge.runtime.manifest import Manifest

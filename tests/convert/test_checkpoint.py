@@ -22,9 +22,9 @@ from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
 from llava_edge.convert.original_config import to_hugging_face
 from llava_edge.convert.random_checkpoint import write_random_checkpoint
 from llava_edge.convert.random_spec import preset
-from llava_edge.profiles.anyres import AnyRes
 from llava_edge.profiles.errors import CheckpointError
-from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.models.anyres import AnyRes
+from llava_edge.profiles.models.model_dims import ModelDims
 
 SPEC = preset("odd")
 Tensors = dict[str, Any]

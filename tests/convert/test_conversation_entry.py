@@ -16,8 +16,8 @@ from llava_edge.convert.calibration import CalibrationModel
 from llava_edge.convert.conversation_entry import Conversation
 from llava_edge.convert.conversations import read_conversations
 from llava_edge.convert.quantization import QuantizationRequest
-from llava_edge.profiles.anyres import AnyRes
 from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.runtime import json_lines
 from llava_edge.runtime.artifact import open_artifact
 

@@ -15,7 +15,7 @@ from transformers import (
 
 from llava_edge.convert import decoder_layer
 from llava_edge.convert.decoder_layer import DecoderLayer, Rope, attend, rms_norm
-from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.models.model_dims import ModelDims
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 64,

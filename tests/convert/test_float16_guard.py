@@ -21,7 +21,7 @@ from llava_edge.convert.graph import GraphBuilder
 from llava_edge.convert.vision_graph import build_vision_graph
 from llava_edge.convert.vision_trace import VisionTrace
 from llava_edge.profiles.errors import RequestError
-from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.runtime.graph_inputs import POOLING
 from llava_edge.runtime.pooling import pooling_index
 from llava_edge.runtime.session import Session, SessionOptions

@@ -17,7 +17,7 @@ from llava_edge.convert.graph import GraphBuilder
 from llava_edge.convert.linear_ops import LinearLayer, QuantizedLayers, QuantizedLinear
 from llava_edge.convert.rounding import PER_CHANNEL, QuantizedWeight, round_to_nearest
 from llava_edge.profiles.errors import RequestError
-from llava_edge.profiles.formats import Int8Route, matmul_block
+from llava_edge.profiles.memory.formats import Int8Route, matmul_block
 
 OUTPUTS = 48
 INT8_ACTIVATIONS = 0.01

@@ -10,11 +10,11 @@ from llava_edge.convert.checkpoint import open_checkpoint
 from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.planning import lasting_plan, plan_artifact, variant_name
 from llava_edge.convert.request import ConvertRequest
+from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.errors import BudgetError, CheckpointError
-from llava_edge.profiles.hardware import HardwareProfile, load_profile
+from llava_edge.profiles.models.variants import read_folder
 from llava_edge.profiles.plan import DeploymentPlan
 from llava_edge.profiles.planner import PlanRequest, plan_deployment
-from llava_edge.profiles.variants import read_folder
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.progress import no_progress
 

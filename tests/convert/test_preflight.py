@@ -8,7 +8,7 @@ from llava_edge.convert import preflight
 from llava_edge.convert.hub import DownloadPlan
 from llava_edge.convert.preflight import check_download, conversion_needs, largest_convertible
 from llava_edge.profiles.errors import RequestError
-from llava_edge.profiles.variants import find_variant
+from llava_edge.profiles.models.variants import find_variant
 
 GIB = 1 << 30
 

@@ -18,8 +18,8 @@ from llava_edge.convert.checkpoint import open_checkpoint
 from llava_edge.convert.pipeline import Conversion, convert_checkpoint
 from llava_edge.convert.quantization import BodyFormat, QuantizationRequest
 from llava_edge.convert.request import ConvertRequest
+from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.errors import CheckpointError, RequestError
-from llava_edge.profiles.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact import read_manifest

@@ -26,16 +26,16 @@ from llava_edge.convert.packing import (
 )
 from llava_edge.convert.quantized_source import LINEARS, RtnSource, linear_name, quantize_head
 from llava_edge.convert.rounding import PER_CHANNEL, QuantizedWeight
-from llava_edge.profiles.buffers import rope_table_bytes
-from llava_edge.profiles.formats import (
+from llava_edge.profiles.boards.hardware import Flavour, Int8Isa
+from llava_edge.profiles.memory.buffers import rope_table_bytes
+from llava_edge.profiles.memory.formats import (
     group_size,
     head_group_size,
     int8_route,
     largest_block,
     weight_bytes,
 )
-from llava_edge.profiles.hardware import Flavour, Int8Isa
-from llava_edge.profiles.model_dims import TextDims
+from llava_edge.profiles.models.model_dims import TextDims
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.graph_check import graph_faults
 from llava_edge.runtime.onnx_header import read_onnx_header

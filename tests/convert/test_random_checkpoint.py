@@ -23,8 +23,8 @@ from llava_edge.convert.checkpoint import open_checkpoint
 from llava_edge.convert.random_checkpoint import write_random_checkpoint
 from llava_edge.convert.random_spec import RandomSpec, preset
 from llava_edge.profiles.errors import CheckpointError, OutputExistsError, RequestError
-from llava_edge.profiles.model_dims import STOCK_PINPOINTS, ModelDims
-from llava_edge.profiles.variants import load_variants
+from llava_edge.profiles.models.model_dims import STOCK_PINPOINTS, ModelDims
+from llava_edge.profiles.models.variants import load_variants
 
 SPECS = {
     "odd llama": preset("odd"),

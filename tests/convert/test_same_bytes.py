@@ -18,7 +18,7 @@ from llava_edge.convert import pipeline
 from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.quantization import QuantizationRequest
 from llava_edge.convert.request import ConvertRequest
-from llava_edge.profiles.hardware import load_profile
+from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.conversion_record import read_conversion

@@ -11,8 +11,8 @@ from llava_edge.convert.token_kinds import (
     token_kinds,
     token_weights,
 )
-from llava_edge.profiles.anyres import AnyRes
 from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.models.anyres import AnyRes
 
 
 def test_positions_of_two_images_are_told_apart() -> None:

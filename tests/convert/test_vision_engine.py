@@ -15,8 +15,8 @@ from llava_edge.convert.checkpoint import open_checkpoint
 from llava_edge.convert.pipeline import Conversion, convert_checkpoint
 from llava_edge.convert.planning import plan_artifact
 from llava_edge.convert.request import ConvertRequest
+from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.errors import DependencyError, EngineError
-from llava_edge.profiles.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.digests import hash_file

@@ -28,9 +28,9 @@ from llava_edge.convert.vision_int8 import Int8Calibration, Int8Vision, write_in
 from llava_edge.convert.vision_scales import AT_A_COST, FREE, scale_inputs
 from llava_edge.convert.vision_tiles import CalibrationTiles, cut_tiles
 from llava_edge.convert.vision_trace import VisionTrace
-from llava_edge.profiles.anyres import AnyRes
+from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.errors import BudgetError, ExportError, RequestError
-from llava_edge.profiles.hardware import HardwareProfile, load_profile
+from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.instructions import sums_saturate

@@ -30,7 +30,7 @@ from llava_edge.profiles.errors import (
     OutputExistsError,
     RequestError,
 )
-from llava_edge.profiles.model_dims import ModelDims, TextDims, VisionDims
+from llava_edge.profiles.models.model_dims import ModelDims, TextDims, VisionDims
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.certificate import Certificate
 from llava_edge.runtime.manifest import (

@@ -20,10 +20,10 @@ import numpy as np
 
 from llava_edge.bench.gpu_round import largest_session
 from llava_edge.bench.speed_cases import draw_picture
-from llava_edge.profiles.buffers import MAX_DRAFT_TOKENS, CacheType
+from llava_edge.profiles.boards.nvml import read_gpus
 from llava_edge.profiles.errors import LlavaEdgeError
-from llava_edge.profiles.memory import Machine, MemoryTerms, estimate_memory
-from llava_edge.profiles.nvml import read_gpus
+from llava_edge.profiles.memory.buffers import MAX_DRAFT_TOKENS, CacheType
+from llava_edge.profiles.memory.estimate import Machine, MemoryTerms, estimate_memory
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.cuda_options import CudaOptions

@@ -10,7 +10,7 @@ import pytest
 
 from llava_edge.bench.gpu_steps import CHOICES
 from llava_edge.profiles.errors import EngineError
-from llava_edge.profiles.speed import steps_read_codes
+from llava_edge.profiles.memory.speed import steps_read_codes
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.cuda_options import CudaOptions
 from llava_edge.runtime.decoder import Decoder

@@ -23,7 +23,7 @@ def make_artifact(name: str, folder: Path, say: Callable[[str], None] = print) -
     from llava_edge.convert.random_checkpoint import write_random_checkpoint
     from llava_edge.convert.random_spec import preset
     from llava_edge.convert.request import ConvertRequest
-    from llava_edge.profiles.hardware import load_profile
+    from llava_edge.profiles.boards.hardware import load_profile
     from llava_edge.profiles.planner import PlanRequest
 
     out, recipe = folder / name, folder / f"{name}.json"

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge.profiles.memory import Machine, Workload, estimate_memory
+from llava_edge.profiles.memory.estimate import Machine, Workload, estimate_memory
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.limits import Limits
 from llava_edge.runtime.progress import no_progress
@@ -345,7 +345,7 @@ def convert(checkpoint: Path, out: Path, precision: str, *, verify: bool) -> obj
     from llava_edge.convert.pipeline import convert_checkpoint
     from llava_edge.convert.quantization import QuantizationRequest
     from llava_edge.convert.request import ConvertRequest
-    from llava_edge.profiles.hardware import load_profile
+    from llava_edge.profiles.boards.hardware import load_profile
     from llava_edge.profiles.planner import PlanRequest
 
     request = ConvertRequest(

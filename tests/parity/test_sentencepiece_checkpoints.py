@@ -22,7 +22,7 @@ from llava_edge.convert.tokenizer_files import build_tokenizer_json
 from llava_edge.convert.verify.prompt_stage import prompt_stage
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
 from llava_edge.convert.verify.tokenizer_stage import tokenizer_stage
-from llava_edge.profiles.hardware import load_profile
+from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.certificate import StageResult

@@ -28,7 +28,7 @@ from llava_edge.convert.random_spec import preset
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.verify.prompt_stage import prompt_stage
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
-from llava_edge.profiles.hardware import load_profile
+from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.progress import no_progress

@@ -25,8 +25,9 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
-from llava_edge.profiles import anyres
-from llava_edge.profiles.anyres import (
+from llava_edge.profiles.errors import ImageError, LlavaEdgeError, RequestError
+from llava_edge.profiles.models import anyres
+from llava_edge.profiles.models.anyres import (
     GRID_NAMES,
     STOCK_GRID,
     AnyRes,
@@ -37,8 +38,7 @@ from llava_edge.profiles.anyres import (
     lower_pinpoints,
     parse_pinpoints,
 )
-from llava_edge.profiles.errors import ImageError, LlavaEdgeError, RequestError
-from llava_edge.profiles.model_dims import STOCK_PINPOINTS
+from llava_edge.profiles.models.model_dims import STOCK_PINPOINTS
 
 STOCK = AnyRes(336, 14, STOCK_PINPOINTS)
 # Five patches a side, a single-tile candidate, sets that are not symmetric, an entry given twice.

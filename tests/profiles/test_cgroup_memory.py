@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_edge.profiles import cgroups
-from llava_edge.profiles.cgroup_memory import CgroupMemory, read_cgroup_memory
+from llava_edge.profiles.boards import cgroups
+from llava_edge.profiles.boards.cgroup_memory import CgroupMemory, read_cgroup_memory
 
 
 def free_in_cgroups(root: Path, proc: Path) -> int:

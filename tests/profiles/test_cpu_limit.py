@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_edge.profiles.cpu_limit import CpuLimit, parse_cpu_list, read_cpu_limit
+from llava_edge.profiles.boards.cpu_limit import CpuLimit, parse_cpu_list, read_cpu_limit
 
 MakeRoot = Callable[..., Path]
 V1_CPU = "sys/fs/cgroup/cpu"
@@ -252,7 +252,7 @@ def test_lists_of_processors_are_read_as_the_kernel_writes_them(text: str, count
 
 def test_this_process_counts_what_its_own_affinity_leaves() -> None:
     code = (
-        "import os; from llava_edge.profiles.cpu_limit import read_cpu_limit as read\n"
+        "import os; from llava_edge.profiles.boards.cpu_limit import read_cpu_limit as read\n"
         "os.sched_setaffinity(0, {max(os.sched_getaffinity(0))}); print(read().threads)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).stdout == b"1\n"

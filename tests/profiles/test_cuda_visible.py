@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llava_edge.profiles.cuda_visible import visible_places
+from llava_edge.profiles.boards.cuda_visible import visible_places
 
 UUIDS = (
     ("GPU-11aa0000-0000-0000-0000-000000000000",),

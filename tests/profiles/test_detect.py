@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 
-from llava_edge.profiles.detect import (
+from llava_edge.profiles.boards.detect import (
     MachineFacts,
     detect_profile,
     known_board,
     read_int8_isa,
     read_machine,
 )
+from llava_edge.profiles.boards.nvml import Gpu, GpuReport, process_bytes, read_gpus
 from llava_edge.profiles.errors import ProfileError
-from llava_edge.profiles.nvml import Gpu, GpuReport, process_bytes, read_gpus
 
 GIB = 1 << 30
 KIB_16 = 16 << 20

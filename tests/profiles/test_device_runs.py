@@ -2,16 +2,16 @@ from dataclasses import replace
 
 import pytest
 
-from llava_edge.profiles.device_arena import DeviceArena
-from llava_edge.profiles.device_pages import (
+from llava_edge.profiles.memory.device_arena import DeviceArena
+from llava_edge.profiles.memory.device_pages import (
     PAGE,
     paged,
     unused_cache_bytes,
     unused_weight_bytes,
 )
-from llava_edge.profiles.device_runs import DecoderRuns, cublas_bytes, run_once, tower_bytes
-from llava_edge.profiles.formats import VisionFormat, weight_bytes, weight_tensors
-from llava_edge.profiles.variants import find_variant, load_variants
+from llava_edge.profiles.memory.device_runs import DecoderRuns, cublas_bytes, run_once, tower_bytes
+from llava_edge.profiles.memory.formats import VisionFormat, weight_bytes, weight_tensors
+from llava_edge.profiles.models.variants import find_variant, load_variants
 
 MIB = 1 << 20
 DIMS = find_variant("llava-v1.6-mistral-7b").dims

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from llava_edge.profiles.cpu_limit import CpuLimit
-from llava_edge.profiles.detect import MachineFacts
+from llava_edge.profiles.boards.cpu_limit import CpuLimit
+from llava_edge.profiles.boards.detect import MachineFacts
+from llava_edge.profiles.boards.hardware import Int8Isa
+from llava_edge.profiles.boards.nvml import Gpu, GpuReport
 from llava_edge.profiles.doctor import Diagnosis, diagnose, main
-from llava_edge.profiles.hardware import Int8Isa
-from llava_edge.profiles.nvml import Gpu, GpuReport
 
 GIB = 1 << 30
 L4 = Gpu("NVIDIA L4", 22 * GIB, 21 * GIB, "8.9")

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from llava_edge.profiles.errors import RequestError
-from llava_edge.profiles.formats import (
+from llava_edge.profiles.memory.formats import (
     PER_CHANNEL,
     WeightFormat,
     group_size,
@@ -11,9 +11,9 @@ from llava_edge.profiles.formats import (
     part_precisions,
     weight_bytes,
 )
-from llava_edge.profiles.model_dims import TextDims
-from llava_edge.profiles.parameters import Matrix
-from llava_edge.profiles.variants import find_variant
+from llava_edge.profiles.models.model_dims import TextDims
+from llava_edge.profiles.models.parameters import Matrix
+from llava_edge.profiles.models.variants import find_variant
 
 ONE = Matrix(rows=256, columns=512, count=3)
 WEIGHTS = 256 * 512 * 3

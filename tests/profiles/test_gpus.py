@@ -14,17 +14,17 @@ from uuid import UUID
 
 import pytest
 
-from llava_edge.profiles import cuda_devices
-from llava_edge.profiles.cuda_devices import (
+from llava_edge.profiles.boards import cuda_devices
+from llava_edge.profiles.boards.cuda_devices import (
     CudaDevice,
     list_cuda_devices,
     plain_pci_id,
     read_devices,
 )
-from llava_edge.profiles.detect import MachineFacts, detect_profile
+from llava_edge.profiles.boards.detect import MachineFacts, detect_profile
+from llava_edge.profiles.boards.nvml import Gpu, GpuReport, process_bytes, read_gpus
 from llava_edge.profiles.doctor import diagnose
 from llava_edge.profiles.errors import ProfileError, RequestError
-from llava_edge.profiles.nvml import Gpu, GpuReport, process_bytes, read_gpus
 
 GIB = 1 << 30
 T4 = Gpu("Tesla T4", 15 * GIB, 14 * GIB, "7.5", "0000:17:00.0")

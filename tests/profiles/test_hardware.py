@@ -2,13 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_edge.profiles.engines import RTX_CAPABILITIES
+from llava_edge.profiles.boards.engines import RTX_CAPABILITIES
+from llava_edge.profiles.boards.hardware import load_profile, parse_profile, profile_names
 from llava_edge.profiles.errors import ProfileError
-from llava_edge.profiles.hardware import (
-    load_profile,
-    parse_profile,
-    profile_names,
-)
 
 BOARDS = (
     *("a100", "a100-40gb", "h100", "h200", "l4", "l40s", "a10", "t4"),

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_edge.profiles.buffers import (
+from llava_edge.profiles.memory.buffers import (
     MAX_DRAFT_TOKENS,
     kv_cache_bytes,
     logits_bytes,
@@ -14,8 +14,8 @@ from llava_edge.profiles.buffers import (
     video_feature_bytes,
     video_tokens_per_frame,
 )
-from llava_edge.profiles.constants import memory_constants, speed_constants
-from llava_edge.profiles.memory import (
+from llava_edge.profiles.memory.constants import memory_constants, speed_constants
+from llava_edge.profiles.memory.estimate import (
     PHASES,
     PLANNED_VIDEO_PIXELS,
     Machine,
@@ -24,8 +24,8 @@ from llava_edge.profiles.memory import (
     Workload,
     estimate_memory,
 )
-from llava_edge.profiles.model_dims import ModelDims
-from llava_edge.profiles.variants import find_variant
+from llava_edge.profiles.models.model_dims import ModelDims
+from llava_edge.profiles.models.variants import find_variant
 from llava_edge.runtime.limits import Limits
 
 CPU = Machine("cpu")

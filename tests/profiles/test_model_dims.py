@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import LlavaConfig, LlavaNextConfig, LlavaNextVideoConfig
 
 from llava_edge.profiles.errors import CheckpointError
-from llava_edge.profiles.model_dims import STOCK_PINPOINTS, ModelDims
+from llava_edge.profiles.models.model_dims import STOCK_PINPOINTS, ModelDims
 
 HUB_VISION = {
     "hidden_size": 1024,

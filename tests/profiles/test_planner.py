@@ -7,15 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_edge.profiles.distributed import Parallelism, parallelisms
-from llava_edge.profiles.errors import BudgetError, RequestError
-from llava_edge.profiles.hardware import (
+from llava_edge.profiles.boards.hardware import (
     HardwareProfile,
     Int8Isa,
     load_profile,
     parse_profile,
     profile_names,
 )
+from llava_edge.profiles.errors import BudgetError, RequestError
+from llava_edge.profiles.memory.distributed import Parallelism, parallelisms
+from llava_edge.profiles.models.variants import find_variant, load_variants
 from llava_edge.profiles.plan import DeploymentPlan
 from llava_edge.profiles.planner import (
     CONTEXT_STEP,
@@ -23,7 +24,6 @@ from llava_edge.profiles.planner import (
     nearest_fit,
     plan_deployment,
 )
-from llava_edge.profiles.variants import find_variant, load_variants
 
 KEYS = [
     *("profile", "variant", "precision", "vision_precision", "grid", "max_tiles"),

@@ -2,16 +2,16 @@ from dataclasses import replace
 
 import pytest
 
-from llava_edge.profiles.constants import speed_constants
-from llava_edge.profiles.hardware import HardwareProfile, load_profile
-from llava_edge.profiles.model_dims import ModelDims
-from llava_edge.profiles.speed import (
+from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
+from llava_edge.profiles.memory.constants import speed_constants
+from llava_edge.profiles.memory.speed import (
     attention_operations,
     predict_speed,
     prefill_operations,
     vision_operations,
 )
-from llava_edge.profiles.variants import find_variant
+from llava_edge.profiles.models.model_dims import ModelDims
+from llava_edge.profiles.models.variants import find_variant
 
 
 @pytest.fixture

@@ -4,14 +4,14 @@ from pathlib import Path
 import pytest
 
 from llava_edge.profiles.errors import CheckpointError, RequestError
-from llava_edge.profiles.formats import weight_bytes
-from llava_edge.profiles.parameters import (
+from llava_edge.profiles.memory.formats import weight_bytes
+from llava_edge.profiles.models.parameters import (
     head_parameters,
     projector_parameters,
     total_parameters,
     vision_parameters,
 )
-from llava_edge.profiles.variants import Variant, candidates, find_variant, load_variants
+from llava_edge.profiles.models.variants import Variant, candidates, find_variant, load_variants
 
 # Stored fp16 bytes, added up from the published shapes.
 PUBLISHED = {

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 from llava_edge.convert.write_artifact import ArtifactWriter, write_certificate
 from llava_edge.convert.write_embeddings import write_embeddings
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.profiles.model_dims import ModelDims, TextDims, VisionDims
+from llava_edge.profiles.models.model_dims import ModelDims, TextDims, VisionDims
 from llava_edge.runtime import artifact as artifact_module
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.certificate import Certificate, StageResult

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from llava_edge.profiles.anyres import AnyRes, TileLayout
+from llava_edge.profiles.models.anyres import AnyRes, TileLayout
 from llava_edge.runtime.cache_contents import CacheContents
 from llava_edge.runtime.request import PlacedMedium, Request
 

@@ -13,8 +13,8 @@ import onnxruntime
 import pytest
 from PIL import Image
 
+from llava_edge.profiles.boards.nvml import read_gpus
 from llava_edge.profiles.errors import OutOfMemoryError, RequestError
-from llava_edge.profiles.nvml import read_gpus
 from llava_edge.runtime import LlavaEdge, process, session
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.cuda_options import CudaOptions

@@ -14,7 +14,7 @@ from llava_edge.convert.int8_cache import INT8_CACHE_FILE, CacheScales, write_in
 from llava_edge.convert.random_checkpoint import write_random_checkpoint
 from llava_edge.convert.random_spec import preset
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError, PromptError, RequestError
-from llava_edge.profiles.model_dims import TextDims
+from llava_edge.profiles.models.model_dims import TextDims
 from llava_edge.runtime.decoder import Decoder, FillEmbeddings
 from llava_edge.runtime.session import Binding, Session, SessionOptions
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from llava_edge.convert.write_embeddings import write_embeddings
 from llava_edge.profiles.errors import ArtifactError, PromptError
-from llava_edge.profiles.model_dims import ModelDims, TextDims, VisionDims
+from llava_edge.profiles.models.model_dims import ModelDims, TextDims, VisionDims
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.opened_file import OpenedFile
 

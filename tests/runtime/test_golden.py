@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load
 
 from llava_edge.profiles.errors import ArtifactError, ExportError
-from llava_edge.profiles.model_dims import ModelDims, TextDims, VisionDims
+from llava_edge.profiles.models.model_dims import ModelDims, TextDims, VisionDims
 from llava_edge.runtime.golden import (
     GOLDEN_LIMIT,
     LOOP_LIMIT,

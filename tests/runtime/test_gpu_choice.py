@@ -11,8 +11,8 @@ import onnxruntime
 import pytest
 from PIL import Image
 
+from llava_edge.profiles.boards.nvml import Gpu, GpuReport
 from llava_edge.profiles.errors import EngineError, RequestError
-from llava_edge.profiles.nvml import Gpu, GpuReport
 from llava_edge.runtime import LlavaEdge, answerer, cli, load_fit, session, this_machine
 from llava_edge.runtime.cuda_options import CudaOptions
 from llava_edge.runtime.cuda_runtime import CudaRuntime

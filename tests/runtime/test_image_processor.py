@@ -17,8 +17,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
-from llava_edge.profiles.anyres import grid_pinpoints
 from llava_edge.profiles.errors import ImageError, RequestError
+from llava_edge.profiles.models.anyres import grid_pinpoints
 from llava_edge.runtime import images
 from llava_edge.runtime.image_formats import READABLE_FORMATS
 from llava_edge.runtime.image_processor import MAX_CROP_RATIO, ImageProcessor

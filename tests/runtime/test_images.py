@@ -21,8 +21,8 @@ from PIL import Image, ImageOps
 from transformers.image_transforms import convert_to_rgb as reference_convert_to_rgb
 from transformers.image_utils import load_image as load_reference_image
 
-from llava_edge.profiles.buffers import image_conversion_bytes
 from llava_edge.profiles.errors import ImageError, OutOfMemoryError
+from llava_edge.profiles.memory.buffers import image_conversion_bytes
 from llava_edge.runtime import images
 from llava_edge.runtime.image_formats import READABLE_FORMATS
 from llava_edge.runtime.images import convert_to_rgb, open_image

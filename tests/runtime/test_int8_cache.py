@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_edge.profiles.buffers import cache_scale_shape, kv_cache_bytes
 from llava_edge.profiles.errors import (
     ArtifactError,
     EngineError,
     OutOfMemoryError,
     RequestError,
 )
+from llava_edge.profiles.memory.buffers import cache_scale_shape, kv_cache_bytes
 from llava_edge.runtime import LlavaEdge, placement
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.interface_check import check_interfaces, scale_names

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from llava_edge.profiles.buffers import MIN_TEXT_TOKENS, CacheType
+from llava_edge.profiles.boards.nvml import Gpu, GpuReport
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError, RequestError
-from llava_edge.profiles.memory import Workload
-from llava_edge.profiles.nvml import Gpu, GpuReport
+from llava_edge.profiles.memory.buffers import MIN_TEXT_TOKENS, CacheType
+from llava_edge.profiles.memory.estimate import Workload
 from llava_edge.runtime import LlavaEdge, load_fit, placement
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.load_fit import LoadFit, fit_at_load, least_context

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from llava_edge.profiles.anyres import AnyRes
 from llava_edge.profiles.errors import ImageError, OutOfMemoryError
+from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.runtime.lowering import Lowering, Step
 from llava_edge.runtime.request import Request
 

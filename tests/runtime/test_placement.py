@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava_edge.profiles.buffers import kv_cache_bytes
 from llava_edge.profiles.errors import OutOfMemoryError
-from llava_edge.profiles.parameters import (
+from llava_edge.profiles.memory.buffers import kv_cache_bytes
+from llava_edge.profiles.models.parameters import (
     decoder_matrices,
     decoder_vectors,
     head_parameters,

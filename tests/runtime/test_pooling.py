@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from llava_edge.profiles.model_dims import VisionDims
-from llava_edge.profiles.variants import find_variant
+from llava_edge.profiles.models.model_dims import VisionDims
+from llava_edge.profiles.models.variants import find_variant
 from llava_edge.runtime.pooling import pooling_index
 
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.request import ConvertRequest, QuantizationRequest
+from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.errors import EngineError
-from llava_edge.profiles.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge, answerer
 from llava_edge.runtime.answer import Answer

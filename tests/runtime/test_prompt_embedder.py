@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 from llava_edge.convert.write_embeddings import write_embeddings
-from llava_edge.profiles.anyres import AnyRes
-from llava_edge.profiles.model_dims import ModelDims, TextDims, VisionDims
+from llava_edge.profiles.models.anyres import AnyRes
+from llava_edge.profiles.models.model_dims import ModelDims, TextDims, VisionDims
 from llava_edge.runtime.embeddings import EmbeddingTable
 from llava_edge.runtime.opened_file import OpenedFile
 from llava_edge.runtime.prompt_embedder import PromptEmbedder

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
-from llava_edge.profiles.anyres import AnyRes
+from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
 
 ODD = AnyRes(70, 14, ((70, 140), (140, 70), (140, 140), (210, 70), (70, 210)))

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from llava_edge.profiles.cpu_limit import CpuLimit
+from llava_edge.profiles.boards.cpu_limit import CpuLimit
 from llava_edge.profiles.errors import ArtifactError, EngineError, OutOfMemoryError
 from llava_edge.runtime import opened_file
 from llava_edge.runtime import session as session_module

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
-from llava_edge.profiles.nvml import Gpu, GpuReport
+from llava_edge.profiles.boards.nvml import Gpu, GpuReport
 from llava_edge.runtime import this_machine
 from llava_edge.runtime.this_machine import describe_host
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from llava_edge.profiles.anyres import GRID_NAMES, AnyRes, grid_pinpoints
 from llava_edge.profiles.errors import OutputExistsError, RequestError
+from llava_edge.profiles.models.anyres import GRID_NAMES, AnyRes, grid_pinpoints
 from llava_edge.runtime import tile_picture
 from llava_edge.runtime.image_processor import ImageProcessor
 from llava_edge.runtime.manifest import ImageProcessing

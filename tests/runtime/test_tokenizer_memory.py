@@ -12,7 +12,7 @@ import pytest
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from llava_edge.profiles.memory import memory_constants
+from llava_edge.profiles.memory.estimate import memory_constants
 
 WORDS = 152_000
 CHILD = """

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from llava_edge.convert.engine_cli import build_here
-from llava_edge.profiles.engines import LIBRARIES, LibraryName
+from llava_edge.profiles.boards.engines import LIBRARIES, LibraryName
+from llava_edge.profiles.boards.nvml import read_gpus
 from llava_edge.profiles.errors import DependencyError
-from llava_edge.profiles.nvml import read_gpus
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.bounds import GAP, bounds_for

@@ -16,7 +16,7 @@ from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.quantization import QuantizationRequest
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.verify import prompt_stage
-from llava_edge.profiles.hardware import load_profile
+from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.progress import no_progress

@@ -20,7 +20,7 @@ from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.verify.probes import draw_probes
 from llava_edge.convert.verify.reference_answer import Reference
 from llava_edge.convert.verify.verifier import VerifyOptions, open_reference, verify_artifact
-from llava_edge.profiles.hardware import load_profile
+from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.certificate import Certificate, Mode

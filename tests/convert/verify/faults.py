@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llava_edge.convert import decoder_graph
-from llava_edge.profiles.model_dims import TextDims
+from llava_edge.profiles.models.model_dims import TextDims
 from llava_edge.runtime.decoder import Decoder
 from tests.convert.verify import (
     faults_cache,

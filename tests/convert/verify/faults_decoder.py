@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from llava_edge.convert import parts
-from llava_edge.profiles.model_dims import TextDims
+from llava_edge.profiles.models.model_dims import TextDims
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.tamper import Tampered
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from llava_edge.profiles.anyres import AnyRes, TileLayout
+from llava_edge.profiles.models.anyres import AnyRes, TileLayout
 from llava_edge.runtime import image_features, image_processor, prompt_embeddings
 from llava_edge.runtime.image_processor import ImageProcessor, ImageTiles
 from llava_edge.runtime.images import convert_to_rgb

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from llava_edge.convert import vision_graph
-from llava_edge.profiles.model_dims import VisionDims
+from llava_edge.profiles.models.model_dims import VisionDims
 from llava_edge.runtime import video_processor, vision
 from llava_edge.runtime.manifest import VideoProcessing
 from llava_edge.runtime.prompt_embeddings import PromptEmbeddings

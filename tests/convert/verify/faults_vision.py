@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llava_edge.convert import parts, vision_graph
-from llava_edge.profiles.model_dims import ModelDims, VisionDims
+from llava_edge.profiles.models.model_dims import ModelDims, VisionDims
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.tamper import Tampered
 

@@ -15,7 +15,7 @@ from llava_edge.convert.verify.verifier import (
     verification_seconds,
     verify_artifact,
 )
-from llava_edge.profiles.model_dims import TextDims
+from llava_edge.profiles.models.model_dims import TextDims
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.decoder import Decoder
 from llava_edge.runtime.progress import no_progress

@@ -20,7 +20,7 @@ from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.verify.structure import structure_stage
 from llava_edge.convert.verify.verifier import VerifyOptions, verify_artifact
 from llava_edge.convert.verify.weights import weights_stage
-from llava_edge.profiles.hardware import load_profile
+from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact import open_artifact
 from llava_edge.runtime.certificate import StageResult

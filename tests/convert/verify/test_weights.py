@@ -23,8 +23,8 @@ from llava_edge.convert.rounding import PER_CHANNEL
 from llava_edge.convert.verify.digested_source import DigestedSource
 from llava_edge.convert.verify.tensor_mapping import linear_layers
 from llava_edge.convert.verify.weights import weights_stage
-from llava_edge.profiles.formats import head_group_size
-from llava_edge.profiles.hardware import load_profile
+from llava_edge.profiles.boards.hardware import load_profile
+from llava_edge.profiles.memory.formats import head_group_size
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact import Artifact, open_artifact
 from llava_edge.runtime.certificate import StageResult

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from llava_edge.profiles.hardware import Flavour
-from llava_edge.profiles.model_dims import ModelDims, TextDims, VisionDims
+from llava_edge.profiles.boards.hardware import Flavour
+from llava_edge.profiles.models.model_dims import ModelDims, TextDims, VisionDims
 
 CacheType = Literal["float32", "float16", "int8"]
 _CACHE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "int8": 1}

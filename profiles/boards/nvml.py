@@ -14,15 +14,15 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from llava_edge.profiles.cuda_devices import (
+from llava_edge.profiles.boards.cuda_devices import (
     ORDER,
     VISIBLE,
     CudaDevice,
     list_cuda_devices,
     plain_pci_id,
 )
-from llava_edge.profiles.cuda_visible import visible_places
-from llava_edge.profiles.gpu_report import Gpu, GpuReport
+from llava_edge.profiles.boards.cuda_visible import visible_places
+from llava_edge.profiles.boards.gpu_report import Gpu, GpuReport
 
 __all__ = ["Gpu", "GpuReport", "process_bytes", "read_gpus"]
 

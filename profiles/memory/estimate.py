@@ -14,7 +14,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
-from llava_edge.profiles.buffers import (
+from llava_edge.profiles.boards.hardware import Flavour, HardwareProfile, Int8Isa
+from llava_edge.profiles.memory.buffers import (
     MAX_DRAFT_TOKENS,
     CacheType,
     default_cache_type,
@@ -30,10 +31,10 @@ from llava_edge.profiles.buffers import (
     video_decoding_bytes,
     video_feature_bytes,
 )
-from llava_edge.profiles.constants import Constants, memory_constants
-from llava_edge.profiles.device_pages import unused_cache_bytes, unused_weight_bytes
-from llava_edge.profiles.device_runs import DecoderRuns, cublas_bytes, tower_bytes
-from llava_edge.profiles.formats import (
+from llava_edge.profiles.memory.constants import Constants, memory_constants
+from llava_edge.profiles.memory.device_pages import unused_cache_bytes, unused_weight_bytes
+from llava_edge.profiles.memory.device_runs import DecoderRuns, cublas_bytes, tower_bytes
+from llava_edge.profiles.memory.formats import (
     PER_CHANNEL,
     VisionFormat,
     WeightBytes,
@@ -44,9 +45,8 @@ from llava_edge.profiles.formats import (
     head_matrix,
     weight_bytes,
 )
-from llava_edge.profiles.hardware import Flavour, HardwareProfile, Int8Isa
-from llava_edge.profiles.model_dims import ModelDims, TextDims, VisionDims
-from llava_edge.profiles.parameters import decoder_matrices
+from llava_edge.profiles.models.model_dims import ModelDims, TextDims, VisionDims
+from llava_edge.profiles.models.parameters import decoder_matrices
 
 PHASES = ("load", "encode", "prefill", "decode")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from llava_edge.profiles.device_pages import paged
+from llava_edge.profiles.memory.device_pages import paged
 
 _GRAIN = 256
 _MOST_UNUSED = 128 << 20

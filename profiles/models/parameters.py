@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llava_edge.profiles.model_dims import ModelDims, TextDims, VisionDims
+from llava_edge.profiles.models.model_dims import ModelDims, TextDims, VisionDims
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from llava_edge.profiles.device_arena import DeviceArena, Piece
-from llava_edge.profiles.device_pages import paged
-from llava_edge.profiles.model_dims import ModelDims, TextDims
+from llava_edge.profiles.memory.device_arena import DeviceArena, Piece
+from llava_edge.profiles.memory.device_pages import paged
+from llava_edge.profiles.models.model_dims import ModelDims, TextDims
 
 _HALF, _FLOAT = 2, 4
 _SMALL = 256

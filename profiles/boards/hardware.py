@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from llava_edge.profiles.engines import RTX_CAPABILITIES, rtx_target
+from llava_edge.profiles.boards.engines import RTX_CAPABILITIES, rtx_target
 from llava_edge.profiles.errors import ProfileError, RequestError, plain_reason, shorten
 from llava_edge.profiles.sizes import parse_bytes
 

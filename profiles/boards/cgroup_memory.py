@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_edge.profiles.cgroups import UNIFIED, group_folders, read_number, read_text
+from llava_edge.profiles.boards.cgroups import UNIFIED, group_folders, read_number, read_text
 
 
 @dataclass(frozen=True)

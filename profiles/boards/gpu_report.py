@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from llava_edge.profiles.cuda_devices import VISIBLE
+from llava_edge.profiles.boards.cuda_devices import VISIBLE
 from llava_edge.profiles.errors import ProfileError
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llava_edge.profiles.errors import CheckpointError, RequestError, plain_reason
-from llava_edge.profiles.model_dims import ModelDims
-from llava_edge.profiles.parameters import total_parameters
+from llava_edge.profiles.models.model_dims import ModelDims
+from llava_edge.profiles.models.parameters import total_parameters
 
 Kind = Literal["image", "video", "llava-1.5"]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 
-from llava_edge.profiles.buffers import CacheType, cache_value_bytes, kv_cache_shape
-from llava_edge.profiles.formats import VisionFormat, weight_tensors
-from llava_edge.profiles.model_dims import ModelDims, TextDims
+from llava_edge.profiles.memory.buffers import CacheType, cache_value_bytes, kv_cache_shape
+from llava_edge.profiles.memory.formats import VisionFormat, weight_tensors
+from llava_edge.profiles.models.model_dims import ModelDims, TextDims
 
 PAGE = 2 << 20
 """Bytes of a page, the granularity of ``cudaMalloc``."""

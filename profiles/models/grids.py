@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llava_edge.profiles.anyres import (
+from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.models.anyres import (
     GRID_NAMES,
     STOCK_GRID,
     AnyRes,
@@ -15,8 +16,7 @@ from llava_edge.profiles.anyres import (
     lower_pinpoints,
     parse_pinpoints,
 )
-from llava_edge.profiles.errors import RequestError
-from llava_edge.profiles.model_dims import ModelDims
+from llava_edge.profiles.models.model_dims import ModelDims
 
 
 @dataclass(frozen=True)

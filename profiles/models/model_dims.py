@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llava_edge.profiles.config_section import MAX_SIZE, Section
 from llava_edge.profiles.errors import CheckpointError
+from llava_edge.profiles.models.config_section import MAX_SIZE, Section
 
 Config = Mapping[str, Any]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llava_edge.profiles.cgroups import UNIFIED, group_folders, read_number, read_text
+from llava_edge.profiles.boards.cgroups import UNIFIED, group_folders, read_number, read_text
 
 _ROOT = Path("/")
 _MOST_PROCESSORS = 1 << 16

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llava_edge.profiles.buffers import CacheType, default_cache_type, kv_cache_bytes
-from llava_edge.profiles.constants import Constants, speed_constants
-from llava_edge.profiles.formats import VisionFormat, default_vision, weight_bytes
-from llava_edge.profiles.hardware import Flavour, HardwareProfile, Int8Isa
-from llava_edge.profiles.model_dims import ModelDims, TextDims
-from llava_edge.profiles.parameters import (
+from llava_edge.profiles.boards.hardware import Flavour, HardwareProfile, Int8Isa
+from llava_edge.profiles.memory.buffers import CacheType, default_cache_type, kv_cache_bytes
+from llava_edge.profiles.memory.constants import Constants, speed_constants
+from llava_edge.profiles.memory.formats import VisionFormat, default_vision, weight_bytes
+from llava_edge.profiles.models.model_dims import ModelDims, TextDims
+from llava_edge.profiles.models.parameters import (
     decoder_matrices,
     head_parameters,
     projector_parameters,

@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llava_edge.profiles.cgroup_memory import read_cgroup_memory
-from llava_edge.profiles.cgroups import read_text
-from llava_edge.profiles.cpu_limit import CpuLimit, read_cpu_limit
-from llava_edge.profiles.device_name import parse_device
+from llava_edge.profiles.boards.cgroup_memory import read_cgroup_memory
+from llava_edge.profiles.boards.cgroups import read_text
+from llava_edge.profiles.boards.cpu_limit import CpuLimit, read_cpu_limit
+from llava_edge.profiles.boards.device_name import parse_device
+from llava_edge.profiles.boards.hardware import HardwareProfile, Int8Isa, load_profile
+from llava_edge.profiles.boards.nvml import Gpu, GpuReport, read_gpus
 from llava_edge.profiles.errors import ProfileError
-from llava_edge.profiles.hardware import HardwareProfile, Int8Isa, load_profile
-from llava_edge.profiles.nvml import Gpu, GpuReport, read_gpus
 from llava_edge.profiles.sizes import GIB
 
 # Whole words of a name, least memory in bytes, shipped profile; the first match counts.

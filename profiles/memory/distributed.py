@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from llava_edge.profiles.buffers import kv_cache_bytes
-from llava_edge.profiles.constants import Constants, memory_constants
-from llava_edge.profiles.formats import PER_CHANNEL, group_size
-from llava_edge.profiles.memory import MemoryTerms, Workload
-from llava_edge.profiles.model_dims import ModelDims, TextDims
-from llava_edge.profiles.parameters import (
+from llava_edge.profiles.memory.buffers import kv_cache_bytes
+from llava_edge.profiles.memory.constants import Constants, memory_constants
+from llava_edge.profiles.memory.estimate import MemoryTerms, Workload
+from llava_edge.profiles.memory.formats import PER_CHANNEL, group_size
+from llava_edge.profiles.models.model_dims import ModelDims, TextDims
+from llava_edge.profiles.models.parameters import (
     decoder_matrices,
     decoder_vectors,
     head_parameters,

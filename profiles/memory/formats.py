@@ -13,10 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from llava_edge.profiles.boards.hardware import Flavour, Int8Isa
 from llava_edge.profiles.errors import RequestError
-from llava_edge.profiles.hardware import Flavour, Int8Isa
-from llava_edge.profiles.model_dims import ModelDims, TextDims
-from llava_edge.profiles.parameters import (
+from llava_edge.profiles.models.model_dims import ModelDims, TextDims
+from llava_edge.profiles.models.parameters import (
     Matrix,
     decoder_matrices,
     decoder_vectors,

@@ -1,0 +1,1 @@
+"""Boards: profiles of them, and what this machine is and has."""

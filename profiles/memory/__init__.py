@@ -1,0 +1,1 @@
+"""The memory and speed model: what weights, cache, buffers and engines need."""

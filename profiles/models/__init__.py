@@ -1,0 +1,1 @@
+"""Models: dimensions, parameters, AnyRes, and what is published of the family."""
