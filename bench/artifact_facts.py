@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge.profiles.models.parameters import total_parameters
-from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.certificate import Certificate
-from llava_edge.runtime.manifest import Manifest
+from llava_edge.runtime.artifact.certificate import Certificate
+from llava_edge.runtime.artifact.manifest import Manifest
+from llava_edge.runtime.artifact.open import Artifact
 
 
 def short_names(folders: Sequence[str]) -> dict[str, str]:

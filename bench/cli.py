@@ -44,14 +44,10 @@ from llava_edge.profiles.errors import (
     RequestError,
     plain_reason,
 )
-from llava_edge.runtime.artifact import Artifact, open_artifact
-from llava_edge.runtime.engine_arguments import (
-    add_cache_argument,
-    add_engine_arguments,
-    asked_cache,
-)
-from llava_edge.runtime.progress import ProgressLine
-from llava_edge.runtime.quality_questions import QualityQuestion, read_quality_questions
+from llava_edge.runtime.artifact.open import Artifact, open_artifact
+from llava_edge.runtime.cli.arguments import add_cache_argument, add_engine_arguments, asked_cache
+from llava_edge.runtime.quality.questions import QualityQuestion, read_quality_questions
+from llava_edge.runtime.util.progress import ProgressLine
 
 _MOST_SHOWN = 10
 _BUDGET_SECONDS = 120.0

@@ -16,7 +16,7 @@ from typing import Any
 from llava_edge.bench.fresh_process import Spent, program, run_fresh
 from llava_edge.bench.memory_measure import fill_tokenizer
 from llava_edge.bench.random_models import CLIP_L, write_random
-from llava_edge.runtime.conversion_record import read_conversion
+from llava_edge.runtime.artifact.conversion_record import read_conversion
 
 Report = Callable[[str], None]
 

@@ -165,7 +165,7 @@ def _looking(look: Callable[[float], None] | None) -> Iterator[None]:
 
 def edge_command(*arguments: str) -> list[str]:
     """``llava-edge``, by this interpreter: also where the project is only on the search path."""
-    return [sys.executable, "-m", "llava_edge.runtime.cli", *arguments]
+    return [sys.executable, "-m", "llava_edge.runtime.cli.main", *arguments]
 
 
 def program(name: str) -> str:

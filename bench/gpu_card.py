@@ -20,8 +20,8 @@ import numpy as np
 from llava_edge.bench.ledger import machine
 from llava_edge.bench.machine_card import commit, measure_rates
 from llava_edge.profiles.boards.nvml import read_gpus
-from llava_edge.runtime.cuda_runtime import CudaRuntime
-from llava_edge.runtime.session import ENGINE_VERSION, Buffer, available_devices
+from llava_edge.runtime.backends.cuda_runtime import CudaRuntime
+from llava_edge.runtime.backends.onnxruntime import ENGINE_VERSION, Buffer, available_devices
 
 _BYTES = 1 << 30
 _COPIES, _PASSES = 10, 5

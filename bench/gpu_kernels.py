@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from llava_edge.runtime.arrays import DeviceKind
-from llava_edge.runtime.cuda_options import CudaOptions
-from llava_edge.runtime.session import Buffer, Session, SessionOptions
+from llava_edge.runtime.backends.cuda_options import CudaOptions
+from llava_edge.runtime.backends.onnxruntime import Buffer, Session, SessionOptions
+from llava_edge.runtime.util.arrays import DeviceKind
 
 _FEW, _MANY = 1, 10
 _MOST_BYTES = 1_600_000_000

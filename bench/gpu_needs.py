@@ -11,8 +11,8 @@ from importlib.metadata import requires, version
 from importlib.util import find_spec
 
 from llava_edge.profiles.boards.nvml import read_gpus
-from llava_edge.runtime.arrays import DeviceKind
-from llava_edge.runtime.session import ENGINE_VERSION, available_devices
+from llava_edge.runtime.backends.onnxruntime import ENGINE_VERSION, available_devices
+from llava_edge.runtime.util.arrays import DeviceKind
 
 PACKAGES = (
     *("numpy", "PIL", "tokenizers"),

@@ -16,10 +16,10 @@ import numpy as np
 
 from llava_edge.bench.gpu_models import GPU_MODELS, GpuModel
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.bounds import bounds_for
-from llava_edge.runtime.cuda_options import CudaOptions
-from llava_edge.runtime.engine_arguments import add_cache_argument, asked_cache
+from llava_edge.runtime.backends.cuda_options import CudaOptions
+from llava_edge.runtime.cli.arguments import add_cache_argument, asked_cache
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.verification.tolerances import bounds_for
 
 _SHOWN = 4
 

@@ -30,7 +30,7 @@ from llava_edge.bench.gpu_models import GPU_MODELS
 from llava_edge.bench.reference_loader import load_model, load_processor
 from llava_edge.bench.speed_cases import draw_picture
 from llava_edge.profiles.boards.nvml import process_bytes
-from llava_edge.runtime.host_memory import peak_host_bytes
+from llava_edge.runtime.util.host_memory import peak_host_bytes
 
 _REPEATS = 3
 _ENOUGH_SECONDS = 10.0

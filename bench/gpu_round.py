@@ -13,7 +13,7 @@ from llava_edge.bench.speed_rows import SpeedRow
 from llava_edge.bench.speed_run import SpeedRound, SpeedSettings, measure_round
 from llava_edge.profiles.memory.buffers import CacheType
 from llava_edge.profiles.memory.speed import streamed_bytes
-from llava_edge.runtime.artifact import Artifact, open_artifact
+from llava_edge.runtime.artifact.open import Artifact, open_artifact
 
 ROUND_SECONDS = 300.0
 """Most that a round may take."""

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.session import Buffer, Session, SessionOptions
-from llava_edge.runtime.vision import VisionEncoder
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.backends.onnxruntime import Buffer, Session, SessionOptions
+from llava_edge.runtime.vision.encoder import VisionEncoder
 
 _BATCHES = (1, 2, 5, 10)
 _TILES = 10

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from llava_edge.profiles.memory.buffers import image_conversion_bytes, image_decoding_bytes
-from llava_edge.runtime.image_formats import READABLE_FORMATS
+from llava_edge.runtime.util.image_formats import READABLE_FORMATS
 
 _MIB = 1 << 20
 _CODE = """
@@ -31,8 +31,8 @@ import sys
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from llava_edge.runtime.images import convert_to_rgb, open_image
-from llava_edge.runtime.limits import Limits
+from llava_edge.runtime.processing.images.loading import convert_to_rgb, open_image
+from llava_edge.runtime.util.limits import Limits
 limits = Limits(max_image_pixels=1 << 28, max_image_bytes=1 << 30, image_formats=%r)
 path, kind, mode = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 open_image(path.with_name("small"), limits)

@@ -31,18 +31,18 @@ from llava_edge.bench.pages.commands import PROFILE
 from llava_edge.bench.pages.sample import Sample, held_out_sample
 from llava_edge.bench.random_models import DECODER_1B, write_random
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.best_logits import BestLogits
-from llava_edge.runtime.decode_steps import DraftedSteps, PlainSteps
-from llava_edge.runtime.decoder import Decoder
-from llava_edge.runtime.embeddings import EmbeddingTable
-from llava_edge.runtime.generate import LoopResult, generate_tokens
-from llava_edge.runtime.generation_config import GenerationConfig
-from llava_edge.runtime.instructions import needs_wide_sums
-from llava_edge.runtime.prompt_lookup import PromptLookup
-from llava_edge.runtime.sampling import Sampler
-from llava_edge.runtime.session import Session, SessionOptions
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.backends.cpu_isa import needs_wide_sums
+from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
+from llava_edge.runtime.generation.decoder.decoder import Decoder
+from llava_edge.runtime.generation.decoder.decoding import DraftedSteps, PlainSteps
+from llava_edge.runtime.generation.decoder.prompt_lookup import PromptLookup
+from llava_edge.runtime.generation.decoder.sampling import Sampler
+from llava_edge.runtime.generation.decoder.topk_logits import BestLogits
+from llava_edge.runtime.generation.generation_config import GenerationConfig
+from llava_edge.runtime.generation.inputs.embedding_table import EmbeddingTable
+from llava_edge.runtime.generation.loop import LoopResult, generate_tokens
+from llava_edge.runtime.util.arrays import Array
 
 _SMALL: Mapping[str, object] = {"layers": 2, "hidden_size": 256, "intermediate_size": 512}
 _CONTEXT, _PASSAGE, _SEED = 4096, 48, 0

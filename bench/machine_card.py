@@ -25,7 +25,7 @@ from llava_edge.profiles.boards.detect import MachineFacts, detect_profile, read
 from llava_edge.profiles.boards.hardware import HardwareProfile
 from llava_edge.profiles.errors import ProfileError
 from llava_edge.profiles.memory.constants import speed_constants
-from llava_edge.runtime.session import ENGINE_VERSION, available_providers
+from llava_edge.runtime.backends.onnxruntime import ENGINE_VERSION, available_providers
 
 _READ_BYTES = 128 << 20
 """For each core; together far more than its caches hold."""

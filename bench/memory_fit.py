@@ -31,7 +31,7 @@ from llava_edge.profiles.memory.constants import Constants, memory_constants
 from llava_edge.profiles.memory.estimate import Machine, MemoryEstimate, estimate_memory
 from llava_edge.profiles.memory.formats import PRECISIONS, VisionFormat
 from llava_edge.profiles.models.parameters import total_parameters
-from llava_edge.runtime.arrays import DeviceKind
+from llava_edge.runtime.util.arrays import DeviceKind
 
 MIB = 1 << 20
 MARGIN = 16 * MIB

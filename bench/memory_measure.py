@@ -25,7 +25,7 @@ from llava_edge.bench.memory_cases import MemoryCase
 from llava_edge.bench.whole_file import write_whole
 from llava_edge.profiles.memory.buffers import CACHE_FLAGS
 from llava_edge.profiles.models.model_dims import ModelDims
-from llava_edge.runtime.arrays import DeviceKind
+from llava_edge.runtime.util.arrays import DeviceKind
 
 Report = Callable[[str], None]
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from llava_edge.profiles.boards.nvml import process_bytes, read_gpus
 from llava_edge.profiles.errors import EngineError
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.engine_arguments import add_cache_argument, asked_cache
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.cli.arguments import add_cache_argument, asked_cache
 
 _SENTENCE = "Describe what is shown in this image, please. "
 

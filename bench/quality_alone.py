@@ -11,10 +11,10 @@ from typing import Any
 
 from llava_edge.profiles.errors import EngineError
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.host_memory import peak_host_bytes
-from llava_edge.runtime.progress import ProgressLine
-from llava_edge.runtime.quality_questions import QualityQuestion
-from llava_edge.runtime.quality_run import QualityResult, measure_quality
+from llava_edge.runtime.quality.questions import QualityQuestion
+from llava_edge.runtime.quality.run import QualityResult, measure_quality
+from llava_edge.runtime.util.host_memory import peak_host_bytes
+from llava_edge.runtime.util.progress import ProgressLine
 
 
 @dataclass(frozen=True)

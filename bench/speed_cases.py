@@ -12,7 +12,7 @@ from PIL import Image
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.memory.speed import QUESTION_TOKENS
 from llava_edge.profiles.models.anyres import AnyRes, grid_name, lower_pinpoints
-from llava_edge.runtime.manifest import Manifest
+from llava_edge.runtime.artifact.manifest import Manifest
 
 FULL = "1 image"
 """The case that the figures of a row speak of: one image that fills the artifact's own grid."""

@@ -35,9 +35,9 @@ from llava_edge.profiles.memory.speed import (
     streamed_bytes,
     vision_operations,
 )
-from llava_edge.runtime.artifact import read_manifest
-from llava_edge.runtime.manifest import Manifest
-from llava_edge.runtime.planned_memory import stored_isa
+from llava_edge.runtime.artifact.manifest import Manifest
+from llava_edge.runtime.artifact.memory_estimate import stored_isa
+from llava_edge.runtime.artifact.open import read_manifest
 
 STAGES = ("vision", "prefill", "decode")
 STEP = "step"

@@ -25,12 +25,12 @@ from llava_edge.bench.speed_cases import SpeedCase, context_cases, draw_picture,
 from llava_edge.profiles.boards.device_name import DEVICE_METAVAR, device_argument
 from llava_edge.profiles.errors import LlavaEdgeError
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.answer import Answer
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.cuda_options import CudaOptions
-from llava_edge.runtime.engine_arguments import add_cache_argument, asked_cache
-from llava_edge.runtime.host_memory import peak_host_bytes
-from llava_edge.runtime.verified_here import check_verified_here
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.backends.cuda_options import CudaOptions
+from llava_edge.runtime.cli.arguments import add_cache_argument, asked_cache
+from llava_edge.runtime.generation.output import Answer
+from llava_edge.runtime.util.host_memory import peak_host_bytes
+from llava_edge.runtime.verification.self_test_policy import check_verified_here
 
 _SENTENCE = "Describe what is shown here, please. "
 _ENOUGH_SECONDS = 0.6

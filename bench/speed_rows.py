@@ -26,9 +26,9 @@ from llava_edge.profiles.memory.speed import (
     predict_speed,
     streamed_bytes,
 )
-from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.manifest import Manifest
-from llava_edge.runtime.planned_memory import on_the_host, stored_isa
+from llava_edge.runtime.artifact.manifest import Manifest
+from llava_edge.runtime.artifact.memory_estimate import on_the_host, stored_isa
+from llava_edge.runtime.artifact.open import Artifact
 
 STAGES = ("preprocess", "vision", "packing", "prefill", "sampling", "decode")
 """Parts of a request in order; ``sampling`` is seeing that memory suffices, and choosing the first

@@ -17,7 +17,7 @@ from typing import Any
 from llava_edge.bench.fresh_process import Spent, run_fresh
 from llava_edge.profiles.boards.nvml import GpuReport, read_gpus
 from llava_edge.profiles.errors import EngineError, LlavaEdgeError
-from llava_edge.runtime.progress import ReportProgress, no_progress
+from llava_edge.runtime.util.progress import ReportProgress, no_progress
 
 FEWEST_ROUNDS = 2
 

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 
 from llava_edge.bench.random_models import CLIP_L, write_random
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.artifact import Artifact, open_artifact
-from llava_edge.runtime.instructions import needs_wide_sums
-from llava_edge.runtime.session import Session, SessionOptions
-from llava_edge.runtime.tile_cosine import TileCosine
-from llava_edge.runtime.vision import VisionEncoder
+from llava_edge.runtime.artifact.open import Artifact, open_artifact
+from llava_edge.runtime.backends.cpu_isa import needs_wide_sums
+from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.verification.cosine import TileCosine
+from llava_edge.runtime.vision.encoder import VisionEncoder
 
 _FULL: Mapping[str, object] = {
     "backbone": "llama",

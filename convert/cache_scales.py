@@ -25,12 +25,12 @@ from llava_edge.convert.int8_cache import LARGEST_CODE, CacheScales, scales_dige
 from llava_edge.convert.verify.decoder_slice import DecoderGraph
 from llava_edge.profiles.errors import CheckpointError
 from llava_edge.profiles.models.model_dims import ModelDims, TextDims
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.decoder import Decoder
-from llava_edge.runtime.instructions import needs_wide_sums
-from llava_edge.runtime.manifest import Precision
-from llava_edge.runtime.process import configure_process
-from llava_edge.runtime.session import SessionOptions
+from llava_edge.runtime.artifact.manifest import Precision
+from llava_edge.runtime.backends.cpu_isa import needs_wide_sums
+from llava_edge.runtime.backends.onnxruntime import SessionOptions
+from llava_edge.runtime.backends.process import configure_process
+from llava_edge.runtime.generation.decoder.decoder import Decoder
+from llava_edge.runtime.util.arrays import Array
 
 NUM_SAMPLES = 8
 """Some 12,000 tokens on stock grids: maxima of channels need fewer than GPTQ's Hessians do."""

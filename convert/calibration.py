@@ -26,20 +26,27 @@ from llava_edge.convert.token_kinds import Kinds, count_kinds, token_kinds
 from llava_edge.profiles.errors import ImageError, RequestError
 from llava_edge.profiles.models.anyres import TileLayout
 from llava_edge.profiles.models.model_dims import ModelDims
-from llava_edge.runtime.embeddings import EmbeddingTable
-from llava_edge.runtime.encoders import TileEncoder
-from llava_edge.runtime.image_processor import ImageProcessor
-from llava_edge.runtime.images import open_image
-from llava_edge.runtime.instructions import sums_saturate
-from llava_edge.runtime.manifest import Flavour, ImageProcessing, PromptFormat, TokenIds
-from llava_edge.runtime.opened_files import OpenedFiles
-from llava_edge.runtime.prompt import MARKS, Message, Piece, Text, compose, user_message
-from llava_edge.runtime.prompt_date import COMPARED_NOW
-from llava_edge.runtime.prompt_embedder import PromptEmbedder
-from llava_edge.runtime.request import Request
-from llava_edge.runtime.session import Session, SessionOptions
-from llava_edge.runtime.tokenizer import Tokenizer
-from llava_edge.runtime.vision import VisionEncoder
+from llava_edge.runtime.artifact.manifest import Flavour, ImageProcessing, PromptFormat, TokenIds
+from llava_edge.runtime.artifact.opened_files import OpenedFiles
+from llava_edge.runtime.artifact.prompt_date import COMPARED_NOW
+from llava_edge.runtime.backends.cpu_isa import sums_saturate
+from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
+from llava_edge.runtime.generation.inputs.embedding_table import EmbeddingTable
+from llava_edge.runtime.generation.inputs.prompt_encoder import PromptEmbedder
+from llava_edge.runtime.processing.images.image_processor import ImageProcessor
+from llava_edge.runtime.processing.images.loading import open_image
+from llava_edge.runtime.processing.request import Request
+from llava_edge.runtime.processing.text.chat_prompt import (
+    MARKS,
+    Message,
+    Piece,
+    Text,
+    compose,
+    user_message,
+)
+from llava_edge.runtime.processing.text.tokenizer import Tokenizer
+from llava_edge.runtime.vision.encoder import VisionEncoder
+from llava_edge.runtime.vision.encoder_protocols import TileEncoder
 
 _LOG = logging.getLogger(__name__)
 

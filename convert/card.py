@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from llava_edge.profiles.memory.formats import rounded_activations
 from llava_edge.profiles.models.anyres import format_pinpoints
-from llava_edge.runtime.certificate import QUALITY_STAGE, Certificate, StageResult
-from llava_edge.runtime.engine_files import ENGINES
-from llava_edge.runtime.manifest import Manifest
-from llava_edge.runtime.manifest_check import CERTIFICATE
+from llava_edge.runtime.artifact.certificate import QUALITY_STAGE, Certificate, StageResult
+from llava_edge.runtime.artifact.manifest import Manifest
+from llava_edge.runtime.artifact.manifest_validation import CERTIFICATE
+from llava_edge.runtime.backends.engine_cache import ENGINES
 
 _VERDICTS = {
     "pass": "passed",

@@ -21,9 +21,9 @@ from llava_edge.convert.template_sandbox import Rendering, TemplateLimits
 from llava_edge.convert.template_segments import derive_format
 from llava_edge.convert.text_files import read_object, read_text
 from llava_edge.profiles.errors import CheckpointError
-from llava_edge.runtime.manifest import PromptFormat
-from llava_edge.runtime.prompt import MARKS, Piece, compose_turns, rendered
-from llava_edge.runtime.prompt_date import DATE_MARK, is_date_form
+from llava_edge.runtime.artifact.manifest import PromptFormat
+from llava_edge.runtime.artifact.prompt_date import DATE_MARK, is_date_form
+from llava_edge.runtime.processing.text.chat_prompt import MARKS, Piece, compose_turns, rendered
 
 CLOCKS = tuple(
     datetime(*moment, tzinfo=timezone.utc).timestamp()

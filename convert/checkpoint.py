@@ -33,7 +33,7 @@ from llava_edge.convert.unmerged import (
 )
 from llava_edge.profiles.errors import CheckpointError, printable, shorten
 from llava_edge.profiles.models.model_dims import ModelDims
-from llava_edge.runtime.manifest import FileEntry
+from llava_edge.runtime.artifact.manifest import FileEntry
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"

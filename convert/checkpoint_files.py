@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llava_edge.convert.text_files import size_limit
 from llava_edge.profiles.errors import CheckpointError, shorten
-from llava_edge.runtime.manifest import FileEntry
+from llava_edge.runtime.artifact.manifest import FileEntry
 
 Stamp = tuple[int, int, int, int]
 """Size, mtime_ns, inode, device of a file."""

@@ -15,8 +15,8 @@ from llava_edge.convert.quantization import NUM_SAMPLES, QuantizationRequest
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.cli import add_plan_arguments, build_request, choose_profile
 from llava_edge.profiles.errors import RequestError
-from llava_edge.runtime.limit_arguments import add_limit_arguments, asked_limits
-from llava_edge.runtime.records import to_json
+from llava_edge.runtime.cli.limit_arguments import add_limit_arguments, asked_limits
+from llava_edge.runtime.util.json_codec import to_json
 
 
 def main(argv: list[str] | None = None) -> int:

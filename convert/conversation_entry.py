@@ -19,10 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llava_edge.runtime.images import ImageSource, path_label
-from llava_edge.runtime.json_lines import path_inside
-from llava_edge.runtime.limits import Limits
-from llava_edge.runtime.prompt import MARKS
+from llava_edge.runtime.processing.images.loading import ImageSource, path_label
+from llava_edge.runtime.processing.text.chat_prompt import MARKS
+from llava_edge.runtime.util.jsonl import path_inside
+from llava_edge.runtime.util.limits import Limits
 
 OpenImage = Callable[[], ImageSource]
 

@@ -26,9 +26,9 @@ from llava_edge.convert.conversation_entry import (
 )
 from llava_edge.profiles.errors import RequestError, plain_reason, shorten
 from llava_edge.profiles.models.anyres import AnyRes
-from llava_edge.runtime.images import read_image_size
-from llava_edge.runtime.json_lines import NoEntriesError, read_entries
-from llava_edge.runtime.limits import Limits
+from llava_edge.runtime.processing.images.loading import read_image_size
+from llava_edge.runtime.util.jsonl import NoEntriesError, read_entries
+from llava_edge.runtime.util.limits import Limits
 
 __all__ = ["TEXT_SHARE", "Conversation", "Turn", "find_files", "read_conversations"]
 

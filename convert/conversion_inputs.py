@@ -9,8 +9,8 @@ from pathlib import Path
 from llava_edge.convert.checkpoint_files import file_stamp, hash_contents
 from llava_edge.convert.conversations import Conversation, find_files
 from llava_edge.profiles.errors import RequestError, shorten
-from llava_edge.runtime.this_machine import describe_host
-from llava_edge.runtime.versions import tool_versions
+from llava_edge.runtime.util.versions import tool_versions
+from llava_edge.runtime.verification.host import describe_host
 
 _LIBRARIES = (
     "jinja2",

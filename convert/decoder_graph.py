@@ -31,7 +31,7 @@ from llava_edge.convert.linear_ops import (
 )
 from llava_edge.convert.weights import Array, TensorSource, vectors
 from llava_edge.profiles.models.model_dims import TextDims
-from llava_edge.runtime.graph_inputs import LOGITS_START, LOGITS_TO_KEEP
+from llava_edge.runtime.artifact.graph_inputs import LOGITS_START, LOGITS_TO_KEEP
 
 
 def rope_tables(text: TextDims, num_positions: int) -> tuple[Array, Array]:

@@ -28,19 +28,19 @@ from llava_edge.profiles.errors import (
     RequestError,
 )
 from llava_edge.profiles.memory.buffers import tiles_per_batch
-from llava_edge.runtime.artifact import Artifact, open_artifact
-from llava_edge.runtime.cache_folder import cache_folder
-from llava_edge.runtime.cuda_runtime import CudaRuntime
-from llava_edge.runtime.engine_files import (
+from llava_edge.runtime.artifact.open import Artifact, open_artifact
+from llava_edge.runtime.backends.cuda_runtime import CudaRuntime
+from llava_edge.runtime.backends.engine_cache import (
     EngineFacts,
     Surroundings,
     built_engine,
     built_engine_path,
     graph_digests,
 )
-from llava_edge.runtime.progress import ProgressLine, ReportProgress
-from llava_edge.runtime.records import to_json
-from llava_edge.runtime.tensorrt_engine import TensorRTLibrary, open_library
+from llava_edge.runtime.backends.tensorrt import TensorRTLibrary, open_library
+from llava_edge.runtime.util.cache_dir import cache_folder
+from llava_edge.runtime.util.json_codec import to_json
+from llava_edge.runtime.util.progress import ProgressLine, ReportProgress
 
 
 def main(argv: list[str] | None = None) -> int:

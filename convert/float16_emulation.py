@@ -15,9 +15,9 @@ import onnx
 from onnx import TensorProto, helper, shape_inference
 
 from llava_edge.profiles.models.model_dims import ModelDims
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.session import Session, SessionOptions
-from llava_edge.runtime.vision import VisionEncoder
+from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.vision.encoder import VisionEncoder
 
 _HALF, _FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
 

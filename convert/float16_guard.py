@@ -28,8 +28,8 @@ from llava_edge.convert.graph import GraphBuilder
 from llava_edge.convert.vision_graph import build_vision_graph
 from llava_edge.convert.vision_trace import FEATURES, Additions, Piece, VisionTrace
 from llava_edge.profiles.errors import RequestError
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.tile_cosine import TileCosine
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.verification.cosine import TileCosine
 
 _LOG = logging.getLogger(__name__)
 

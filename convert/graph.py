@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from llava_edge.convert.weights import LazyWeight
-from llava_edge.runtime.manifest import GraphSpec, TensorSpec
+from llava_edge.runtime.artifact.manifest import GraphSpec, TensorSpec
 
 OPSET = 21
 """First opset with 4-bit types; everything here exists in it and supported runtimes know it."""

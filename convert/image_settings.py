@@ -18,7 +18,7 @@ from typing import Any
 
 from llava_edge.profiles.errors import CheckpointError
 from llava_edge.profiles.models.model_dims import STOCK_PINPOINTS, ModelDims
-from llava_edge.runtime.manifest import ImageProcessing, Reference
+from llava_edge.runtime.artifact.manifest import ImageProcessing, Reference
 
 BICUBIC = 3
 """Pillow's number of the bicubic filter, as the hub's files write it."""

@@ -22,8 +22,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from llava_edge.profiles.memory.buffers import cache_scale_shape
 from llava_edge.profiles.models.model_dims import TextDims
-from llava_edge.runtime.interface_check import scale_names
-from llava_edge.runtime.manifest import GraphSpec, TensorSpec
+from llava_edge.runtime.artifact.graph_signature import scale_names
+from llava_edge.runtime.artifact.manifest import GraphSpec, TensorSpec
 
 INT8_CACHE_FILE = "int8_cache.onnx"
 LARGEST_CODE = 127

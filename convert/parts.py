@@ -27,11 +27,11 @@ from llava_edge.convert.vision_trace import VisionTrace
 from llava_edge.convert.weights import Array
 from llava_edge.convert.write_embeddings import write_embeddings
 from llava_edge.profiles.memory.buffers import BEST_TOKENS
-from llava_edge.runtime.graph_inputs import POOLING
-from llava_edge.runtime.manifest import Flavour, GraphSpec, Precision
-from llava_edge.runtime.pooling import pooling_index
-from llava_edge.runtime.process import configure_process
-from llava_edge.runtime.records import to_json
+from llava_edge.runtime.artifact.graph_inputs import POOLING
+from llava_edge.runtime.artifact.manifest import Flavour, GraphSpec, Precision
+from llava_edge.runtime.backends.process import configure_process
+from llava_edge.runtime.util.json_codec import to_json
+from llava_edge.runtime.vision.pooling import pooling_index
 
 Report = Callable[[str, int, int], None]
 """``report(stage, done, total)`` in bytes."""

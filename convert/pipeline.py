@@ -68,9 +68,8 @@ from llava_edge.profiles.errors import BudgetError, RequestError
 from llava_edge.profiles.memory.formats import VisionFormat, part_precisions, weight_bytes
 from llava_edge.profiles.models.variants import find_variant, load_variants
 from llava_edge.profiles.plan import DeploymentPlan
-from llava_edge.runtime.certificate import Certificate
-from llava_edge.runtime.engine_files import ENGINES, graph_digests
-from llava_edge.runtime.manifest import (
+from llava_edge.runtime.artifact.certificate import Certificate
+from llava_edge.runtime.artifact.manifest import (
     SCHEMA_VERSION,
     GraphSpec,
     ImageProcessing,
@@ -81,8 +80,9 @@ from llava_edge.runtime.manifest import (
     TokenIds,
     VideoProcessing,
 )
-from llava_edge.runtime.records import from_json, to_json
-from llava_edge.runtime.versions import tool_versions
+from llava_edge.runtime.backends.engine_cache import ENGINES, graph_digests
+from llava_edge.runtime.util.json_codec import from_json, to_json
+from llava_edge.runtime.util.versions import tool_versions
 
 Say = Callable[[str], None]
 

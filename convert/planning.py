@@ -22,7 +22,7 @@ from llava_edge.profiles.models.variants import Variant, kind_of
 from llava_edge.profiles.plan import DeploymentPlan
 from llava_edge.profiles.planner import DEFAULT_FRAMES, PlanRequest, nearest_fit, plan_deployment
 from llava_edge.profiles.sizes import format_bytes
-from llava_edge.runtime.manifest import Reference
+from llava_edge.runtime.artifact.manifest import Reference
 
 
 @dataclass(frozen=True)

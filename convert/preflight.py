@@ -12,7 +12,7 @@ from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.profiles.models.variants import Variant, candidates, load_variants
 from llava_edge.profiles.sizes import format_bytes
-from llava_edge.runtime.host_memory import available_host_bytes
+from llava_edge.runtime.util.host_memory import available_host_bytes
 
 Say = Callable[[str], None]
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava_edge.profiles.errors import CheckpointError
-from llava_edge.runtime.manifest import PromptFormat, Turn
+from llava_edge.runtime.artifact.manifest import PromptFormat, Turn
 
 FAMILIES = ("mistral_instruct", "vicuna", "chatml_direct", "llama3", "chatml_newline")
 

@@ -17,12 +17,12 @@ from typing import TextIO
 from llava_edge.convert.progress import spoken_seconds
 from llava_edge.convert.quality_request import QualityRequest
 from llava_edge.profiles.errors import ArtifactError, RequestError
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.certificate import QUALITY_STAGE, Quality, StageResult, bounded
-from llava_edge.runtime.json_lines import NoEntriesError, read_entries
-from llava_edge.runtime.pipeline import LlavaEdge
-from llava_edge.runtime.quality_run import Given, QualityResult, measure_quality
-from llava_edge.runtime.records import from_json, to_json
+from llava_edge.runtime.artifact.certificate import QUALITY_STAGE, Quality, StageResult, bounded
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.model import LlavaEdge
+from llava_edge.runtime.quality.run import Given, QualityResult, measure_quality
+from llava_edge.runtime.util.json_codec import from_json, to_json
+from llava_edge.runtime.util.jsonl import NoEntriesError, read_entries
 
 Report = Callable[[str, int, int], None]
 

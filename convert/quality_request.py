@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava_edge.profiles.errors import RequestError
-from llava_edge.runtime.limits import Limits
-from llava_edge.runtime.quality_questions import (
+from llava_edge.runtime.quality.questions import (
     QualityQuestion,
     read_quality_questions,
     require_media,
 )
+from llava_edge.runtime.util.limits import Limits
 
 _BLOCK = 1 << 20
 
@@ -23,7 +23,7 @@ class QualityRequest:
     """Questions with their answers, and how much may be lost.
 
     Args:
-        file: see ``runtime/quality_questions.py``.
+        file: see ``runtime/quality/questions.py``.
         max_loss: largest share of right answers that may be gone, see ``certificate.Quality``.
         limits: that images are opened within.
         max_new_tokens: of an answer.

@@ -27,9 +27,9 @@ from llava_edge.profiles.memory.formats import (
     largest_block,
 )
 from llava_edge.profiles.models.anyres import AnyRes
-from llava_edge.runtime.arguments import require_count
-from llava_edge.runtime.limits import Limits
-from llava_edge.runtime.manifest import ImageProcessing, PromptFormat, TokenIds
+from llava_edge.runtime.artifact.manifest import ImageProcessing, PromptFormat, TokenIds
+from llava_edge.runtime.util.limits import Limits
+from llava_edge.runtime.util.validation import require_count
 
 Quantizer = Literal["gptq", "rtn"]
 Report = Callable[[str, int, int], None]

@@ -53,8 +53,8 @@ from llava_edge.convert.quantized_store import (
 from llava_edge.convert.rounding import PER_CHANNEL
 from llava_edge.convert.torch_threads import torch_threads
 from llava_edge.profiles.errors import CheckpointError, RequestError
-from llava_edge.runtime.host_memory import peak_host_bytes
-from llava_edge.runtime.process import configure_process
+from llava_edge.runtime.backends.process import configure_process
+from llava_edge.runtime.util.host_memory import peak_host_bytes
 
 __all__ = [
     "LayerProgress",

@@ -33,9 +33,9 @@ from llava_edge.convert.safetensors_file import (
     write_safetensors,
 )
 from llava_edge.profiles.errors import ArtifactError, CheckpointError, ExportError, RequestError
-from llava_edge.runtime.records import from_json, to_json
-from llava_edge.runtime.safe_open import read_bounded
-from llava_edge.runtime.sealed_json import parse_strict
+from llava_edge.runtime.util.checksummed_json import parse_strict
+from llava_edge.runtime.util.json_codec import from_json, to_json
+from llava_edge.runtime.util.safe_open import read_bounded
 
 __all__ = [
     "Journal",

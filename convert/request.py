@@ -9,8 +9,8 @@ from llava_edge.convert.quality_request import QualityRequest
 from llava_edge.convert.quantization import QuantizationRequest
 from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.planner import PlanRequest
-from llava_edge.runtime.certificate import Mode
-from llava_edge.runtime.manifest import Reference
+from llava_edge.runtime.artifact.certificate import Mode
+from llava_edge.runtime.artifact.manifest import Reference
 
 
 @dataclass(frozen=True)

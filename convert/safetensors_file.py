@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from llava_edge.convert.text_files import open_file, parse_json
 from llava_edge.profiles.errors import CheckpointError, printable, shorten
-from llava_edge.runtime.safe_open import read_at
+from llava_edge.runtime.util.safe_open import read_at
 
 MAX_HEADER_BYTES = 16 << 20
 """Enough for 100,000 tensors. The reference implementation reads up to 100 MB, which parsed take

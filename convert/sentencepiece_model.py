@@ -15,7 +15,11 @@ from typing import Any
 
 from llava_edge.convert.tokenizer_source import library_errors
 from llava_edge.profiles.errors import CheckpointError, shorten
-from llava_edge.runtime.tokenizer_validation import MAX_CONTENT, MAX_ID, charsmap_faults
+from llava_edge.runtime.processing.text.tokenizer_validation import (
+    MAX_CONTENT,
+    MAX_ID,
+    charsmap_faults,
+)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 UNIGRAM, BPE = 1, 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llava_edge.runtime.prompt import Media, Message, Text, user_message
+from llava_edge.runtime.processing.text.chat_prompt import Media, Message, Text, user_message
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from llava_edge.convert.template_sandbox import (
     render_all,
 )
 from llava_edge.profiles.errors import CheckpointError
-from llava_edge.runtime.manifest import Cut, PartKind, Space, Trim
-from llava_edge.runtime.prompt import MARKS, Media, Message, Text, user_message
+from llava_edge.runtime.artifact.manifest import Cut, PartKind, Space, Trim
+from llava_edge.runtime.processing.text.chat_prompt import MARKS, Media, Message, Text, user_message
 
 FIRST, SECOND = "Zq1ask", "Zq2ask"
 ANSWER, SYSTEM, _REASON = "Zq3say", "Zq4rule", "Zq5why"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llava_edge.profiles.errors import CheckpointError
-from llava_edge.runtime.prompt_date import DATE_MARK
+from llava_edge.runtime.artifact.prompt_date import DATE_MARK
 
 Environment = Literal["own", "transformers"]
 """Whose jinja2 environment renders: a copy with the same rules that starts in a tenth of a second,

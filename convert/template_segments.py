@@ -23,8 +23,8 @@ from llava_edge.convert.template_probes import (
     cut_at,
     other_form,
 )
-from llava_edge.runtime.manifest import Copy, Joint, PartKind, PromptFormat, Trim, Turn
-from llava_edge.runtime.prompt import MARKS
+from llava_edge.runtime.artifact.manifest import Copy, Joint, PartKind, PromptFormat, Trim, Turn
+from llava_edge.runtime.processing.text.chat_prompt import MARKS
 
 
 def derive_format(renderer: Renderer, style: Style, family: str) -> PromptFormat:

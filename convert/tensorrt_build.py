@@ -18,7 +18,7 @@ from typing import Any
 from llava_edge.convert.disk import write_atomic
 from llava_edge.profiles.boards.engines import RTX_CAPABILITIES, RTX_UNPROVEN, rtx_target
 from llava_edge.profiles.errors import EngineError, RequestError
-from llava_edge.runtime.tensorrt_engine import PIXELS, TensorRTLibrary, one_line
+from llava_edge.runtime.backends.tensorrt import PIXELS, TensorRTLibrary, one_line
 
 Report = Callable[[str, int, int], None]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge.profiles.errors import CheckpointError, printable
-from llava_edge.runtime.safe_open import open_regular, read_at
+from llava_edge.runtime.util.safe_open import open_regular, read_at
 
 MAX_TEXT_BYTES = 128 << 20
 """More than any tokenizer.json of the supported models; such files are read whole."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.models.anyres import TileLayout
-from llava_edge.runtime.image_features import packing_index
+from llava_edge.runtime.processing.image_packing import packing_index
 
 KINDS = ("text", "base", "tile", "newline")
 """Text; the thumbnail's patches; the tiles' patches; the newline behind each row of them."""

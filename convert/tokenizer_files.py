@@ -37,8 +37,8 @@ from llava_edge.convert.tokenizer_source import (
 )
 from llava_edge.convert.transformers_loader import load_merges, load_tokenizer
 from llava_edge.profiles.errors import CheckpointError, shorten
-from llava_edge.runtime.manifest import TokenIds
-from llava_edge.runtime.prompt import MARKS, Kind
+from llava_edge.runtime.artifact.manifest import TokenIds
+from llava_edge.runtime.processing.text.chat_prompt import MARKS, Kind
 
 _MAX_FILLERS = 1024
 _HUB_TYPES = ("llava", "llava_next", "llava_next_video")

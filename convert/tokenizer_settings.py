@@ -14,7 +14,11 @@ from typing import Any
 
 from llava_edge.convert.text_files import read_object
 from llava_edge.profiles.errors import CheckpointError, shorten
-from llava_edge.runtime.tokenizer_validation import MAX_ADDED_TOKENS, MAX_CONTENT, MAX_ID
+from llava_edge.runtime.processing.text.tokenizer_validation import (
+    MAX_ADDED_TOKENS,
+    MAX_CONTENT,
+    MAX_ID,
+)
 
 CONFIG = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"

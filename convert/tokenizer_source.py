@@ -13,9 +13,13 @@ from tokenizers import Tokenizer as Backend
 
 from llava_edge.convert.text_files import read_object, read_text
 from llava_edge.profiles.errors import ArtifactError, CheckpointError, shorten
-from llava_edge.runtime.sealed_json import parse_strict
-from llava_edge.runtime.tokenizer_backend import mapped_errors
-from llava_edge.runtime.tokenizer_validation import MAX_CONTENT, MAX_ID, tokenizer_faults
+from llava_edge.runtime.processing.text.tokenizer_backend import mapped_errors
+from llava_edge.runtime.processing.text.tokenizer_validation import (
+    MAX_CONTENT,
+    MAX_ID,
+    tokenizer_faults,
+)
+from llava_edge.runtime.util.checksummed_json import parse_strict
 
 _MAX_MERGES = 4 * MAX_ID
 

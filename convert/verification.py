@@ -30,14 +30,14 @@ from llava_edge.convert.verify.verifier import (
 )
 from llava_edge.convert.write_artifact import ArtifactWriter, write_certificate
 from llava_edge.profiles.errors import LlavaEdgeError, VerificationError
-from llava_edge.runtime.artifact import Artifact, read_manifest
-from llava_edge.runtime.certificate import Certificate, Mode, Quality, StageResult
-from llava_edge.runtime.golden import GOLDEN_FILE, golden_bytes
-from llava_edge.runtime.manifest import Manifest
-from llava_edge.runtime.manifest_check import CARD
-from llava_edge.runtime.opened_files import OpenedFiles
-from llava_edge.runtime.records import to_json
-from llava_edge.runtime.stage_table import deviation_line, stage_table, verdict_line
+from llava_edge.runtime.artifact.certificate import Certificate, Mode, Quality, StageResult
+from llava_edge.runtime.artifact.manifest import Manifest
+from llava_edge.runtime.artifact.manifest_validation import CARD
+from llava_edge.runtime.artifact.open import Artifact, read_manifest
+from llava_edge.runtime.artifact.opened_files import OpenedFiles
+from llava_edge.runtime.util.json_codec import to_json
+from llava_edge.runtime.verification.golden.probes import GOLDEN_FILE, golden_bytes
+from llava_edge.runtime.verification.report import deviation_line, stage_table, verdict_line
 
 
 class Verification:

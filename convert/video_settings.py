@@ -8,7 +8,7 @@ from typing import Any
 from llava_edge.convert.image_settings import read_pixel_values
 from llava_edge.profiles.errors import CheckpointError
 from llava_edge.profiles.models.model_dims import ModelDims
-from llava_edge.runtime.manifest import VideoProcessing
+from llava_edge.runtime.artifact.manifest import VideoProcessing
 
 
 def read_video_processing(

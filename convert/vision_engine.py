@@ -14,15 +14,15 @@ from llava_edge.profiles.errors import DependencyError, EngineError, RequestErro
 from llava_edge.profiles.memory.buffers import tiles_per_batch
 from llava_edge.profiles.plan import DeploymentPlan
 from llava_edge.profiles.planner import Engine
-from llava_edge.runtime.digests import hash_file
-from llava_edge.runtime.engine_files import (
+from llava_edge.runtime.artifact.hashing import hash_file
+from llava_edge.runtime.artifact.manifest import FileEntry
+from llava_edge.runtime.backends.engine_cache import (
     SCHEMA_VERSION,
     EngineFacts,
     engine_stem,
     facts_bytes,
 )
-from llava_edge.runtime.manifest import FileEntry
-from llava_edge.runtime.tensorrt_engine import TensorRTLibrary, open_library
+from llava_edge.runtime.backends.tensorrt import TensorRTLibrary, open_library
 
 ON_DEVICE = "llava-edge build-engine"
 NO_VIDEO_ENGINE = (

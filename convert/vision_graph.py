@@ -26,7 +26,7 @@ from llava_edge.convert.graph import GraphBuilder
 from llava_edge.convert.linear_ops import FloatLinear, LinearLayer, LinearOps
 from llava_edge.convert.weights import Array, TensorSource, reshaped, vectors
 from llava_edge.profiles.models.model_dims import ModelDims, VisionDims
-from llava_edge.runtime.graph_inputs import POOLING
+from llava_edge.runtime.artifact.graph_inputs import POOLING
 
 QUICK_GELU_ALPHA = 1.702
 NUM_CHANNELS = 3

@@ -31,12 +31,12 @@ from llava_edge.convert.vision_scales import AT_A_COST, FREE, ScaledLayer, scale
 from llava_edge.convert.vision_trace import Additions, Piece, VisionTrace
 from llava_edge.convert.weights import as_float16
 from llava_edge.profiles.models.model_dims import ModelDims
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.bounds import VISION_INT8, bound_value
-from llava_edge.runtime.instructions import sums_saturate
-from llava_edge.runtime.session import Session, SessionOptions
-from llava_edge.runtime.tile_cosine import TileCosine
-from llava_edge.runtime.vision import VisionEncoder
+from llava_edge.runtime.backends.cpu_isa import sums_saturate
+from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.verification.cosine import TileCosine
+from llava_edge.runtime.verification.tolerances import VISION_INT8, bound_value
+from llava_edge.runtime.vision.encoder import VisionEncoder
 
 _LOG = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from llava_edge.convert.rounding import SMALLEST_SCALE
-from llava_edge.runtime.arrays import Array
+from llava_edge.runtime.util.arrays import Array
 
 _STRENGTHS = (0.0, 0.5, 0.75, 1.0)
 """Exponents of a channel's size over the median channel's."""

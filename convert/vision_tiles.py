@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from llava_edge.convert.conversations import Conversation
 from llava_edge.profiles.errors import ImageError, RequestError
-from llava_edge.runtime.image_processor import ImageProcessor
-from llava_edge.runtime.images import open_image
-from llava_edge.runtime.manifest import ImageProcessing
+from llava_edge.runtime.artifact.manifest import ImageProcessing
+from llava_edge.runtime.processing.images.image_processor import ImageProcessor
+from llava_edge.runtime.processing.images.loading import open_image
 
 _LOG = logging.getLogger(__name__)
 

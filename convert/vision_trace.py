@@ -18,8 +18,8 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from llava_edge.convert.verify.graph_view import GraphView
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.session import Session, SessionOptions
+from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
+from llava_edge.runtime.util.arrays import Array
 
 PIXELS, FEATURES = "pixel_values", "image_features"
 _BLOCK_BEGINS = ".layer_norm1"

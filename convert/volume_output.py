@@ -22,10 +22,10 @@ from llava_edge.convert.partial_folder import (
     remove,
 )
 from llava_edge.profiles.errors import RequestError
-from llava_edge.runtime.manifest_check import LOST_AND_FOUND, MANIFEST, is_safe_name
-from llava_edge.runtime.records import from_json
-from llava_edge.runtime.safe_open import read_bounded
-from llava_edge.runtime.sealed_json import parse_strict
+from llava_edge.runtime.artifact.manifest_validation import LOST_AND_FOUND, MANIFEST, is_safe_name
+from llava_edge.runtime.util.checksummed_json import parse_strict
+from llava_edge.runtime.util.json_codec import from_json
+from llava_edge.runtime.util.safe_open import read_bounded
 
 _LIST_LIMIT = 64 << 20
 

@@ -60,13 +60,15 @@ from llava_edge.profiles.errors import (
     RequestError,
     shorten,
 )
-from llava_edge.runtime.artifact import check_graphs, check_listing, read_manifest
-from llava_edge.runtime.certificate import utc_now
-from llava_edge.runtime.conversion_record import CONVERSION_VERSION, ConversionRecord, PartRecord
-from llava_edge.runtime.digests import hash_files
-from llava_edge.runtime.host_memory import peak_host_bytes
-from llava_edge.runtime.manifest import FileEntry, Manifest
-from llava_edge.runtime.manifest_check import (
+from llava_edge.runtime.artifact.certificate import utc_now
+from llava_edge.runtime.artifact.conversion_record import (
+    CONVERSION_VERSION,
+    ConversionRecord,
+    PartRecord,
+)
+from llava_edge.runtime.artifact.hashing import hash_files
+from llava_edge.runtime.artifact.manifest import FileEntry, Manifest
+from llava_edge.runtime.artifact.manifest_validation import (
     CARD,
     CERTIFICATE,
     CONVERSION,
@@ -74,11 +76,13 @@ from llava_edge.runtime.manifest_check import (
     UNLISTED,
     is_safe_name,
 )
-from llava_edge.runtime.opened_files import OpenedFiles
-from llava_edge.runtime.records import from_json, to_json
-from llava_edge.runtime.safe_open import read_bounded
-from llava_edge.runtime.sealed_json import parse_strict, seal
-from llava_edge.runtime.this_machine import describe_host
+from llava_edge.runtime.artifact.open import check_graphs, check_listing, read_manifest
+from llava_edge.runtime.artifact.opened_files import OpenedFiles
+from llava_edge.runtime.util.checksummed_json import parse_strict, seal
+from llava_edge.runtime.util.host_memory import peak_host_bytes
+from llava_edge.runtime.util.json_codec import from_json, to_json
+from llava_edge.runtime.util.safe_open import read_bounded
+from llava_edge.runtime.verification.host import describe_host
 
 _LOG = logging.getLogger(__name__)
 _REPORT = "failure.json"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from llava_edge.profiles.errors import CheckpointError
-from llava_edge.runtime.embeddings import EMBED_TOKENS, IMAGE_NEWLINE
+from llava_edge.runtime.generation.inputs.embedding_table import EMBED_TOKENS, IMAGE_NEWLINE
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

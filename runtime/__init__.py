@@ -34,36 +34,36 @@ from llava_edge.profiles.errors import (
 )
 
 if TYPE_CHECKING:
-    from llava_edge.runtime.answer import Answer, PeakMemory, Timings
-    from llava_edge.runtime.artifact import Artifact, open_artifact
+    from llava_edge.runtime.artifact.open import Artifact, open_artifact
+    from llava_edge.runtime.backends.cuda_options import CudaOptions
+    from llava_edge.runtime.backends.process import configure_process
     from llava_edge.runtime.chat import Chat, ChatMessage
-    from llava_edge.runtime.cuda_options import CudaOptions
-    from llava_edge.runtime.generation_config import GenerationConfig
-    from llava_edge.runtime.limits import Limits
-    from llava_edge.runtime.pipeline import LlavaEdge
-    from llava_edge.runtime.process import configure_process
-    from llava_edge.runtime.request import VideoInput
-    from llava_edge.runtime.stream import AnswerStream
-    from llava_edge.runtime.tile_picture import draw_tiles
+    from llava_edge.runtime.generation.generation_config import GenerationConfig
+    from llava_edge.runtime.generation.output import Answer, PeakMemory, Timings
+    from llava_edge.runtime.generation.stream import AnswerStream
+    from llava_edge.runtime.model import LlavaEdge
+    from llava_edge.runtime.processing.request import VideoInput
+    from llava_edge.runtime.processing.tile_preview import draw_tiles
+    from llava_edge.runtime.util.limits import Limits
 
     __version__: str
 
 _HOMES = {
-    "Answer": "answer",
-    "AnswerStream": "stream",
-    "Artifact": "artifact",
+    "Answer": "generation.output",
+    "AnswerStream": "generation.stream",
+    "Artifact": "artifact.open",
     "Chat": "chat",
     "ChatMessage": "chat",
-    "CudaOptions": "cuda_options",
-    "GenerationConfig": "generation_config",
-    "Limits": "limits",
-    "LlavaEdge": "pipeline",
-    "PeakMemory": "answer",
-    "Timings": "answer",
-    "VideoInput": "request",
-    "configure_process": "process",
-    "draw_tiles": "tile_picture",
-    "open_artifact": "artifact",
+    "CudaOptions": "backends.cuda_options",
+    "GenerationConfig": "generation.generation_config",
+    "Limits": "util.limits",
+    "LlavaEdge": "model",
+    "PeakMemory": "generation.output",
+    "Timings": "generation.output",
+    "VideoInput": "processing.request",
+    "configure_process": "backends.process",
+    "draw_tiles": "processing.tile_preview",
+    "open_artifact": "artifact.open",
 }
 
 __all__ = [

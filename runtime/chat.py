@@ -5,7 +5,7 @@
     chat.send("And the second line?")
 
 There is no cache here: every turn is a request of the whole conversation, and what the KV cache
-holds of it is found by content (``cache_contents.py``). Editing the history therefore needs no more
+holds of it is found by content (``prefix_cache.py``). Editing the history therefore needs no more
 than editing the list.
 """
 
@@ -17,8 +17,29 @@ from datetime import datetime
 from typing import NoReturn, get_args
 
 from llava_edge.profiles.errors import PromptError, RequestError
-from llava_edge.runtime.answer import Answer
-from llava_edge.runtime.arguments import (
+from llava_edge.runtime.generation.deadline import TimeBudget
+from llava_edge.runtime.generation.generation_config import OPTION_NAMES, GenerationConfig
+from llava_edge.runtime.generation.output import Answer
+from llava_edge.runtime.generation.stream import AnswerStream, Pieces
+from llava_edge.runtime.processing.degradation import Lowering, Step
+from llava_edge.runtime.processing.images.loading import ImageSource
+from llava_edge.runtime.processing.media import PreparedImage
+from llava_edge.runtime.processing.prepared_video import PreparedVideo
+from llava_edge.runtime.processing.processor import RequestBuilder
+from llava_edge.runtime.processing.request import Request, VideoInput
+from llava_edge.runtime.processing.text.chat_prompt import (
+    Message,
+    Piece,
+    Role,
+    Text,
+    compose,
+    user_message,
+)
+from llava_edge.runtime.processing.text.finished_prompt import warn_if_finished
+from llava_edge.runtime.processing.video.frame_sampling import FrameChoice
+from llava_edge.runtime.processing.video.video_reader import VideoSource
+from llava_edge.runtime.util.progress import ReportProgress, no_progress
+from llava_edge.runtime.util.validation import (
     refuse_unknown,
     require_callable,
     require_count,
@@ -26,20 +47,6 @@ from llava_edge.runtime.arguments import (
     require_flag,
     settle,
 )
-from llava_edge.runtime.finished_prompt import warn_if_finished
-from llava_edge.runtime.frame_choice import FrameChoice
-from llava_edge.runtime.generation_config import OPTION_NAMES, GenerationConfig
-from llava_edge.runtime.images import ImageSource
-from llava_edge.runtime.lowering import Lowering, Step
-from llava_edge.runtime.prepared_image import PreparedImage
-from llava_edge.runtime.prepared_video import PreparedVideo
-from llava_edge.runtime.progress import ReportProgress, no_progress
-from llava_edge.runtime.prompt import Message, Piece, Role, Text, compose, user_message
-from llava_edge.runtime.request import Request, VideoInput
-from llava_edge.runtime.request_builder import RequestBuilder
-from llava_edge.runtime.stream import AnswerStream, Pieces
-from llava_edge.runtime.time_budget import TimeBudget
-from llava_edge.runtime.video_reader import VideoSource
 
 WithinTurn = Callable[[Pieces], Pieces]
 """Wraps the work on an answer; runs where no other request can come between."""

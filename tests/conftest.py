@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from llava_edge.runtime.certificate import Certificate, Host, StageResult
-from llava_edge.runtime.golden import GOLDEN_FILE, GoldenProbe, golden_bytes
-from llava_edge.runtime.sealed_json import seal
+from llava_edge.runtime.artifact.certificate import Certificate, Host, StageResult
+from llava_edge.runtime.util.checksummed_json import seal
+from llava_edge.runtime.verification.golden.probes import GOLDEN_FILE, GoldenProbe, golden_bytes
 
 # Libraries and thousands of tests stay until the end; looking through them for garbage again and
 # again takes a fifth of the time of what builds models (see ``pytest_collection_finish``).
@@ -59,7 +59,7 @@ def make_artifact(tmp_path_factory: pytest.TempPathFactory) -> ArtifactMaker:
     from llava_edge.convert.request import ConvertRequest
     from llava_edge.profiles.boards.hardware import load_profile
     from llava_edge.profiles.planner import PlanRequest
-    from llava_edge.runtime.progress import no_progress
+    from llava_edge.runtime.util.progress import no_progress
 
     made: dict[str, Path] = {}
 
@@ -97,7 +97,7 @@ def picture() -> Image.Image:
 @pytest.fixture(scope="session")
 def make_certificate() -> Callable[..., Certificate]:
     """``make_certificate(**changes)``: a certificate of this machine that says passed."""
-    from llava_edge.runtime.this_machine import describe_host
+    from llava_edge.runtime.verification.host import describe_host
 
     def make(host: dict[str, str] | None = None, **changes: Any) -> Certificate:
         here = describe_host("cpu")

@@ -17,9 +17,9 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from llava_edge.runtime import session
-from llava_edge.runtime.cuda_runtime import CudaRuntime
-from llava_edge.runtime.session import Buffer
+from llava_edge.runtime.backends import onnxruntime as session
+from llava_edge.runtime.backends.cuda_runtime import CudaRuntime
+from llava_edge.runtime.backends.onnxruntime import Buffer
 
 UPLOAD, DOWNLOAD, MOVE = 1, 2, 3
 STREAM = 77

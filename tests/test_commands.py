@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from llava_edge.runtime import cli
+from llava_edge.runtime.cli import main as cli
 
 PROGRAM = Path(sys.executable).with_name("llava-edge")
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from llava_edge.convert.progress import StageBars
-from llava_edge.runtime.progress import ProgressLine
+from llava_edge.runtime.util.progress import ProgressLine
 
 
 class Terminal(io.StringIO):

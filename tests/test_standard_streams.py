@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_edge.runtime.artifact import open_artifact
+from llava_edge.runtime.artifact.open import open_artifact
 
 PROGRAM = Path(sys.executable).with_name("llava-edge")
 PLAN = "plan --profile jetson-orin-nano-8gb"
@@ -91,7 +91,7 @@ def test_a_conversion_and_a_chat_need_no_stream(
 
 def test_a_closed_descriptor_is_taken_by_no_file(tmp_path: Path) -> None:
     code = (
-        "import os; from llava_edge.runtime.standard_streams import standard_streams\n"
+        "import os; from llava_edge.runtime.cli.standard_streams import standard_streams\n"
         f"with standard_streams(), open({str(tmp_path / 'file')!r}, 'w') as file:\n"
         "    for number in (1, 2): os.write(number, b'noise')\n"
         "    file.write(str(file.fileno() > 2 and os.get_inheritable(2)))\n"
@@ -153,7 +153,7 @@ def test_a_full_pipe_that_must_not_block_loses_nothing() -> None:
         "print(len(open(read, 'rb').read()), child.wait())\n"
     )
     print_much = (
-        "from llava_edge.runtime.standard_streams import standard_streams\n"
+        "from llava_edge.runtime.cli.standard_streams import standard_streams\n"
         "with standard_streams(): print('x' * 300_000, flush=True)\n"
     )
     done = subprocess.run(

@@ -20,7 +20,7 @@ from llava_edge.bench.pages.page import COLOURS, SIGNS, Page, Question
 from llava_edge.bench.pages.sample import Sample
 from llava_edge.bench.pages.tokenizer import ASK, BOS, EOS, REPLY
 from llava_edge.profiles.models.anyres import TileLayout
-from llava_edge.runtime.image_processor import ImageProcessor
+from llava_edge.runtime.processing.images.image_processor import ImageProcessor
 
 IGNORED = -100
 """Label of a position that no loss counts, as in torch."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from llava_edge.profiles.models.anyres import AnyRes, TileLayout, grid_pinpoints
-from llava_edge.runtime.manifest import ImageProcessing
+from llava_edge.runtime.artifact.manifest import ImageProcessing
 
 TILE_SIZE = 84
 PATCH_SIZE = 14

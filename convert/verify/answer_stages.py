@@ -11,12 +11,12 @@ from llava_edge.convert.verify.gaps import GAP, row_gaps, whole_gap
 from llava_edge.convert.verify.losses import Losses
 from llava_edge.convert.verify.reference_answer import ReferenceAnswer
 from llava_edge.convert.verify.subject import Subject
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.bounds import Bounds
-from llava_edge.runtime.certificate import StageResult, bounded, exact
-from llava_edge.runtime.request import Request
-from llava_edge.runtime.tile_cosine import TileCosine
-from llava_edge.runtime.token_comparison import TokenComparison
+from llava_edge.runtime.artifact.certificate import StageResult, bounded, exact
+from llava_edge.runtime.processing.request import Request
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.verification.cosine import TileCosine
+from llava_edge.runtime.verification.token_comparison import TokenComparison
+from llava_edge.runtime.verification.tolerances import Bounds
 
 HALF_LOSS = "float16_cosine_loss"
 _TEXT_ROW_FAULTS = 3

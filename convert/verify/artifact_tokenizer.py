@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from weakref import WeakKeyDictionary
 
-from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.opened_file import OpenedFile
-from llava_edge.runtime.tokenizer import Tokenizer
+from llava_edge.runtime.artifact.open import Artifact
+from llava_edge.runtime.processing.text.tokenizer import Tokenizer
+from llava_edge.runtime.util.opened_file import OpenedFile
 
 _OPENED: WeakKeyDictionary[OpenedFile, dict[object, Tokenizer]] = WeakKeyDictionary()
 

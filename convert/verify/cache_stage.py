@@ -36,9 +36,9 @@ from llava_edge.convert.verify.losses import Losses
 from llava_edge.convert.verify.reference_answer import Positions, ReferenceAnswer
 from llava_edge.convert.verify.subject import Subject
 from llava_edge.profiles.models.model_dims import TextDims
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.bounds import CACHE_LOSS, Bounds
-from llava_edge.runtime.certificate import StageResult, bounded
+from llava_edge.runtime.artifact.certificate import StageResult, bounded
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.verification.tolerances import CACHE_LOSS, Bounds
 
 STAGE, LOSS = "int8_cache", CACHE_LOSS
 _METRICS = (

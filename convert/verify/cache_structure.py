@@ -26,9 +26,9 @@ from llava_edge.convert.verify.node_faults import opset_faults
 from llava_edge.convert.verify.operator_schema import value_of
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.profiles.memory.buffers import cache_scale_shape
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.interface_check import scale_names
+from llava_edge.runtime.artifact.graph_signature import scale_names
+from llava_edge.runtime.artifact.open import Artifact
+from llava_edge.runtime.util.arrays import Array
 
 _INT8 = 3
 _FIRST_EXTRA = 9

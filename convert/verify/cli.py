@@ -14,21 +14,17 @@ import sys
 
 from llava_edge.profiles.boards.device_name import DEVICE_METAVAR, device_argument
 from llava_edge.profiles.errors import DependencyError, RequestError
-from llava_edge.runtime.artifact import Artifact, open_artifact
-from llava_edge.runtime.device_results import keep_result
-from llava_edge.runtime.engine_arguments import (
-    add_cache_argument,
-    add_engine_arguments,
-    asked_cache,
-)
-from llava_edge.runtime.on_device import check_on_device
-from llava_edge.runtime.pipeline import LlavaEdge
-from llava_edge.runtime.progress import ProgressLine
-from llava_edge.runtime.records import to_json
-from llava_edge.runtime.settled_imports import settled_imports
-from llava_edge.runtime.stage_table import stage_table, verdict_line, verification_json
-from llava_edge.runtime.this_machine import describe_host
-from llava_edge.runtime.verified_here import result_key
+from llava_edge.runtime.artifact.open import Artifact, open_artifact
+from llava_edge.runtime.cli.arguments import add_cache_argument, add_engine_arguments, asked_cache
+from llava_edge.runtime.cli.settled_imports import settled_imports
+from llava_edge.runtime.model import LlavaEdge
+from llava_edge.runtime.util.json_codec import to_json
+from llava_edge.runtime.util.progress import ProgressLine
+from llava_edge.runtime.verification.host import describe_host
+from llava_edge.runtime.verification.report import stage_table, verdict_line, verification_json
+from llava_edge.runtime.verification.self_test import check_on_device
+from llava_edge.runtime.verification.self_test_cache import keep_result
+from llava_edge.runtime.verification.self_test_policy import result_key
 
 _AGAINST = "llava_edge.convert.verify.command"
 

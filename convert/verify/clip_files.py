@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llava_edge.runtime.frame_choice import FrameChoice
+from llava_edge.runtime.processing.video.frame_sampling import FrameChoice
 
 Pixels = NDArray[np.uint8]
 

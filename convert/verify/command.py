@@ -32,12 +32,12 @@ from llava_edge.convert.verify.verifier import (
 from llava_edge.convert.write_artifact import write_certificate
 from llava_edge.profiles.boards.device_name import parse_device
 from llava_edge.profiles.errors import ArtifactError, ExportError, RequestError, shorten
-from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.certificate import QUALITY_STAGE, Certificate
-from llava_edge.runtime.certificate_file import read_certificate
-from llava_edge.runtime.manifest_check import CARD
-from llava_edge.runtime.records import to_json
-from llava_edge.runtime.stage_table import (
+from llava_edge.runtime.artifact.certificate import QUALITY_STAGE, Certificate
+from llava_edge.runtime.artifact.certificate_file import read_certificate
+from llava_edge.runtime.artifact.manifest_validation import CARD
+from llava_edge.runtime.artifact.open import Artifact
+from llava_edge.runtime.util.json_codec import to_json
+from llava_edge.runtime.verification.report import (
     deviation_line,
     stage_table,
     verdict_line,

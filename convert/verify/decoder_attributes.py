@@ -11,7 +11,7 @@ from llava_edge.convert.verify.graph_attributes import (
     NormAttributes,
     WiringError,
 )
-from llava_edge.runtime.graph_inputs import LOGITS_START, LOGITS_TO_KEEP
+from llava_edge.runtime.artifact.graph_inputs import LOGITS_START, LOGITS_TO_KEEP
 
 _LENGTHS = ("seqlens_k", "total_sequence_length")
 _FLOAT = 1

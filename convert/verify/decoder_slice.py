@@ -25,8 +25,8 @@ from onnx import TensorProto, helper
 from llava_edge.convert.verify.graph_view import GraphView
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.profiles.models.model_dims import ModelDims, TextDims
-from llava_edge.runtime.graph_inputs import LOGITS_START, LOGITS_TO_KEEP
-from llava_edge.runtime.session import Session, SessionOptions
+from llava_edge.runtime.artifact.graph_inputs import LOGITS_START, LOGITS_TO_KEEP
+from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
 
 _INPUT_NORM = "language_model.layers.{}.input_layernorm"
 _FINAL_NORM = "language_model.norm"

@@ -18,13 +18,13 @@ from llava_edge.convert.verify.layer_inputs import LayerInputs
 from llava_edge.convert.verify.reference_answer import Reference, ReferenceAnswer
 from llava_edge.convert.verify.subject import Subject
 from llava_edge.convert.verify.vision_values import VisionValues
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.bounds import Bounds
-from llava_edge.runtime.certificate import Deviation
-from llava_edge.runtime.graph_inputs import POOLING
-from llava_edge.runtime.kept_logits import kept_logits
-from llava_edge.runtime.pooling import pooling_index
-from llava_edge.runtime.session import Session
+from llava_edge.runtime.artifact.certificate import Deviation
+from llava_edge.runtime.artifact.graph_inputs import POOLING
+from llava_edge.runtime.backends.logits_to_keep import kept_logits
+from llava_edge.runtime.backends.onnxruntime import Session
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.verification.tolerances import Bounds
+from llava_edge.runtime.vision.pooling import pooling_index
 
 _STAGE, _METRIC = "tensor", "max_gap_of_range"
 

@@ -23,10 +23,10 @@ from llava_edge.convert.verify.quantized_layers import RoundedWeights, SolvedLay
 from llava_edge.convert.verify.reference_answer import Positions, Reference
 from llava_edge.convert.verify.streamed_model import StreamedModel
 from llava_edge.convert.verify.subject import Subject
-from llava_edge.runtime.bounds import bounds_for
-from llava_edge.runtime.certificate import Mode
-from llava_edge.runtime.loop_bench import SENTENCE
-from llava_edge.runtime.process import configure_process
+from llava_edge.runtime.artifact.certificate import Mode
+from llava_edge.runtime.backends.process import configure_process
+from llava_edge.runtime.verification.loop.bench import SENTENCE
+from llava_edge.runtime.verification.tolerances import bounds_for
 
 _FIXED_SECONDS = 2.5
 """Text, pixels, packing, files and the scripted loop: the same for a model of any size."""

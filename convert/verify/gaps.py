@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from llava_edge.runtime.arrays import Array
+from llava_edge.runtime.util.arrays import Array
 
 GAP = "max_gap_of_range"
 """The metric's key in the table of bounds."""

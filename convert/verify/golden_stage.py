@@ -11,10 +11,15 @@ from llava_edge.convert.verify.golden_writer import golden_probe
 from llava_edge.convert.verify.media_stage import golden_media_faults
 from llava_edge.convert.verify.probes import Probe
 from llava_edge.convert.verify.reference_answer import Reference
-from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.bounds import Bounds
-from llava_edge.runtime.certificate import StageResult, exact
-from llava_edge.runtime.golden import GOLDEN_FILE, GoldenProbe, read_golden, read_golden_media
+from llava_edge.runtime.artifact.certificate import StageResult, exact
+from llava_edge.runtime.artifact.open import Artifact
+from llava_edge.runtime.verification.golden.probes import (
+    GOLDEN_FILE,
+    GoldenProbe,
+    read_golden,
+    read_golden_media,
+)
+from llava_edge.runtime.verification.tolerances import Bounds
 
 _EXACT = ("ids", "feature_rows", "forced", "logit_ids", "top_ids")
 _CLOSE = {

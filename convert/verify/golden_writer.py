@@ -7,8 +7,8 @@ import hashlib
 import numpy as np
 
 from llava_edge.convert.verify.reference_answer import ReferenceAnswer
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.golden import GoldenProbe
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.verification.golden.probes import GoldenProbe
 
 _FEATURE_NUMBERS = 32768
 """Features kept of a probe; 128 KiB."""

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from llava_edge.convert.verify.graph_file import GraphFile, attribute
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.runtime.artifact import Artifact
+from llava_edge.runtime.artifact.open import Artifact
 
 Array = NDArray[Any]
 

@@ -28,13 +28,13 @@ from llava_edge.convert.verify.probes import NUM_STEPS, Probe
 from llava_edge.convert.verify.reference_answer import Reference
 from llava_edge.convert.verify.subject import Subject
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.bounds import Bounds
-from llava_edge.runtime.certificate import StageResult, exact
-from llava_edge.runtime.manifest import Manifest
-from llava_edge.runtime.prompt import at_time
-from llava_edge.runtime.prompt_date import COMPARED_NOW
-from llava_edge.runtime.request import VideoInput
-from llava_edge.runtime.token_comparison import MIN_POSITIONS, TokenComparison
+from llava_edge.runtime.artifact.certificate import StageResult, exact
+from llava_edge.runtime.artifact.manifest import Manifest
+from llava_edge.runtime.artifact.prompt_date import COMPARED_NOW
+from llava_edge.runtime.processing.request import VideoInput
+from llava_edge.runtime.processing.text.chat_prompt import at_time
+from llava_edge.runtime.verification.token_comparison import MIN_POSITIONS, TokenComparison
+from llava_edge.runtime.verification.tolerances import Bounds
 
 _FEATURE_BYTES = 128 << 20
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from llava_edge.convert.verify.reference_answer import Reference
-from llava_edge.runtime.arrays import Array
+from llava_edge.runtime.util.arrays import Array
 
 _FINAL_NORM = "language_model.norm"
 

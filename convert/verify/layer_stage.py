@@ -27,10 +27,10 @@ from llava_edge.convert.verify.layer_inputs import LayerInputs
 from llava_edge.convert.verify.reference_answer import Reference, ReferenceAnswer
 from llava_edge.convert.verify.subject import Subject
 from llava_edge.profiles.models.model_dims import TextDims
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.bounds import Bounds
-from llava_edge.runtime.certificate import StageResult, bounded
-from llava_edge.runtime.token_comparison import TokenComparison
+from llava_edge.runtime.artifact.certificate import StageResult, bounded
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.verification.token_comparison import TokenComparison
+from llava_edge.runtime.verification.tolerances import Bounds
 
 _STAGE = "layers"
 _QUANTILE = 0.1

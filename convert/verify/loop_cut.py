@@ -19,10 +19,10 @@ from typing import Any
 from llava_edge.convert.verify.decoder_slice import DecoderGraph
 from llava_edge.convert.verify.subject import Subject
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.manifest import GraphSpec, Manifest
-from llava_edge.runtime.opened_file import Fingerprint, OpenedFile
-from llava_edge.runtime.opened_files import OpenedFiles
+from llava_edge.runtime.artifact.manifest import GraphSpec, Manifest
+from llava_edge.runtime.artifact.open import Artifact
+from llava_edge.runtime.artifact.opened_files import OpenedFiles
+from llava_edge.runtime.util.opened_file import Fingerprint, OpenedFile
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Decoder and tower are scripted for most of it, so that every token, every row of the cache and every
 piece of text is known exactly, at any precision and any size of model. What is left, chunks, reuse,
-drafts and draws on the model itself, is compared with plain runs of it (``runtime/loop_model.py``).
+drafts and draws on the model itself, is compared with plain runs of it
+(``runtime/verification/loop/model.py``).
 """
 
 from __future__ import annotations
@@ -19,27 +20,27 @@ from llava_edge.convert.verify.loop_texts import text_cases
 from llava_edge.convert.verify.reference_answer import Reference
 from llava_edge.convert.verify.reference_sampling import choose_by_reference, draw_cases
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.answerer import Answerer
-from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.certificate import StageResult, exact
-from llava_edge.runtime.embeddings import EmbeddingTable
-from llava_edge.runtime.golden import GOLDEN_FILE, read_golden_loop
-from llava_edge.runtime.golden_loop import GoldenLoop, parse_loop
-from llava_edge.runtime.limits import Limits
-from llava_edge.runtime.load_fit import LoadFit
-from llava_edge.runtime.load_options import LoadOptions
-from llava_edge.runtime.loaded_parts import LoadedParts
-from llava_edge.runtime.loop_bench import CAPACITY
-from llava_edge.runtime.loop_check import check_loop
-from llava_edge.runtime.loop_model import STAGE, LoopOnModel, check_loop_on_model
-from llava_edge.runtime.planned_memory import RequestMemory
-from llava_edge.runtime.progress import no_progress
-from llava_edge.runtime.prompt import at_time
-from llava_edge.runtime.prompt_date import COMPARED_NOW
-from llava_edge.runtime.prompt_embedder import PromptEmbedder
-from llava_edge.runtime.request_builder import RequestBuilder
-from llava_edge.runtime.scripted_decoder import DigestEncoder, ScriptedDecoder
-from llava_edge.runtime.tower import Tower
+from llava_edge.runtime.artifact.certificate import StageResult, exact
+from llava_edge.runtime.artifact.memory_estimate import RequestMemory
+from llava_edge.runtime.artifact.open import Artifact
+from llava_edge.runtime.artifact.prompt_date import COMPARED_NOW
+from llava_edge.runtime.generation.engine import Answerer
+from llava_edge.runtime.generation.inputs.embedding_table import EmbeddingTable
+from llava_edge.runtime.generation.inputs.prompt_encoder import PromptEmbedder
+from llava_edge.runtime.loading.components import LoadedParts
+from llava_edge.runtime.loading.memory_fit import LoadFit
+from llava_edge.runtime.loading.options import LoadOptions
+from llava_edge.runtime.processing.processor import RequestBuilder
+from llava_edge.runtime.processing.text.chat_prompt import at_time
+from llava_edge.runtime.util.limits import Limits
+from llava_edge.runtime.util.progress import no_progress
+from llava_edge.runtime.verification.golden.loop import GoldenLoop, parse_loop
+from llava_edge.runtime.verification.golden.probes import GOLDEN_FILE, read_golden_loop
+from llava_edge.runtime.verification.loop.bench import CAPACITY
+from llava_edge.runtime.verification.loop.check import check_loop
+from llava_edge.runtime.verification.loop.model import STAGE, LoopOnModel, check_loop_on_model
+from llava_edge.runtime.verification.loop.scripted_decoder import DigestEncoder, ScriptedDecoder
+from llava_edge.runtime.vision.select import Tower
 
 
 def golden_loop(artifact: Artifact, reference: Reference) -> GoldenLoop:

@@ -12,9 +12,9 @@ from llava_edge.convert.verify.artifact_tokenizer import artifact_tokenizer
 from llava_edge.convert.verify.reference_answer import Reference
 from llava_edge.convert.verify.reference_tokenizer import SentencePieceTokenizer
 from llava_edge.convert.verify.tokenizer_stage import control_ids
-from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.generate import FinishReason
-from llava_edge.runtime.golden_loop import TextCase
+from llava_edge.runtime.artifact.open import Artifact
+from llava_edge.runtime.generation.loop import FinishReason
+from llava_edge.runtime.verification.golden.loop import TextCase
 
 _TEXTS = {
     "words": "The answer is 42, I think.",

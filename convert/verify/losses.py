@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from llava_edge.convert.verify.reference_answer import ReferenceAnswer
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.bounds import Bounds
-from llava_edge.runtime.certificate import StageResult, bounded
+from llava_edge.runtime.artifact.certificate import StageResult, bounded
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.verification.tolerances import Bounds
 
 _UNITS = {
     "kl_divergence": "nats a position, mean",

@@ -31,10 +31,10 @@ from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.memory.formats import part_precisions
 from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.profiles.plan import DeploymentPlan
-from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.image_processor import ImageProcessor
-from llava_edge.runtime.manifest import Manifest
-from llava_edge.runtime.versions import tool_versions
+from llava_edge.runtime.artifact.manifest import Manifest
+from llava_edge.runtime.artifact.open import Artifact
+from llava_edge.runtime.processing.images.image_processor import ImageProcessor
+from llava_edge.runtime.util.versions import tool_versions
 
 _NAME = "manifest.json"
 _COMPUTES = {"cpu": "float32", "cuda": "float16"}

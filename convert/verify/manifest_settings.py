@@ -14,8 +14,8 @@ from llava_edge.convert.text_files import exists, read_object
 from llava_edge.convert.verify.reference_structure import ReferenceStructure
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.models.grids import asked_grid, asked_pinpoints
-from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.manifest import Manifest
+from llava_edge.runtime.artifact.manifest import Manifest
+from llava_edge.runtime.artifact.open import Artifact
 
 _NAME = "manifest.json"
 

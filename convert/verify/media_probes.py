@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from llava_edge.convert.verify.clip_files import ClipFile, clip_files
 from llava_edge.convert.verify.picture_files import encoded, mosaic, oriented
 from llava_edge.profiles.models.anyres import AnyRes
-from llava_edge.runtime.manifest import Manifest
+from llava_edge.runtime.artifact.manifest import Manifest
 
 _TURNED, _MIRRORED = 6, 4
 """Orientations of the pictures' files."""

@@ -31,18 +31,18 @@ from llava_edge.convert.verify.reference_processor import ReferenceProcessor
 from llava_edge.convert.verify.streamed_model import LinearSupply, ReferenceInputs, StreamedModel
 from llava_edge.profiles.memory.buffers import video_tokens_per_frame
 from llava_edge.profiles.models.anyres import AnyRes
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.golden_media import (
+from llava_edge.runtime.artifact.manifest import Manifest
+from llava_edge.runtime.processing.text.chat_prompt import Message, Text, user_message
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.verification.golden.media import (
     GoldenChat,
     GoldenClip,
     GoldenFile,
     GoldenMedia,
     GoldenTurn,
 )
-from llava_edge.runtime.manifest import Manifest
-from llava_edge.runtime.media_check import picture_digest, pixel_digest, raw_text
-from llava_edge.runtime.numbered_rows import NEWLINE_NUMBERS, tile_numbers
-from llava_edge.runtime.prompt import Message, Text, user_message
+from llava_edge.runtime.verification.media_reader import picture_digest, pixel_digest, raw_text
+from llava_edge.runtime.verification.numbered_rows import NEWLINE_NUMBERS, tile_numbers
 
 _FEATURE_NUMBERS = 32768
 """Features kept of a conversation; 128 KiB."""

@@ -14,12 +14,12 @@ from llava_edge.convert.verify.clip_files import can_decode
 from llava_edge.convert.verify.gaps import GAP, whole_gap
 from llava_edge.convert.verify.media_reference import MediaReference
 from llava_edge.convert.verify.subject import Subject
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.bounds import Bounds
-from llava_edge.runtime.certificate import StageResult, bounded, exact
-from llava_edge.runtime.golden_media import GoldenChat, GoldenMedia
-from llava_edge.runtime.media_check import MediaReader, SeenChat
-from llava_edge.runtime.request import Request
+from llava_edge.runtime.artifact.certificate import StageResult, bounded, exact
+from llava_edge.runtime.processing.request import Request
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.verification.golden.media import GoldenChat, GoldenMedia
+from llava_edge.runtime.verification.media_reader import MediaReader, SeenChat
+from llava_edge.runtime.verification.tolerances import Bounds
 
 MEDIA_GAP = "files_max_gap_of_range"
 """Of what the decoder reads of pictures from files; held to the bound of ``GAP``."""

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 
 from llava_edge.convert.verify.picture_files import mosaic, oriented
-from llava_edge.runtime.images import open_image
+from llava_edge.runtime.processing.images.loading import open_image
 
 Pixels = NDArray[Any]
 Picture = tuple[str, Image.Image | Pixels, Image.Image]

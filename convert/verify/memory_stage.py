@@ -10,8 +10,8 @@ from pathlib import Path
 
 from llava_edge.convert.verify.probes import Probe
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.certificate import StageResult, bounded
+from llava_edge.runtime.artifact.certificate import StageResult, bounded
+from llava_edge.runtime.artifact.open import Artifact
 
 _TIMEOUT_SECONDS = 3600
 _NUM_TOKENS = 8
@@ -38,7 +38,7 @@ def memory_stage(artifact: Artifact, probe: Probe) -> StageResult | None:
             image.save(path)
             images += ["--image", str(path)]
         command = [
-            *(sys.executable, "-m", "llava_edge.runtime.cli", "run", str(artifact.folder)),
+            *(sys.executable, "-m", "llava_edge.runtime.cli.main", "run", str(artifact.folder)),
             *("--prompt", probe.prompt(raw=raw), "--max-new-tokens", str(_NUM_TOKENS), "--json"),
             *(["--raw"] if raw else []),
             # The plan counted the smaller one, where the artifact has both.

@@ -16,12 +16,12 @@ from llava_edge.convert.verify.streamed_model import StreamedModel
 from llava_edge.profiles.memory.buffers import video_tokens_per_frame
 from llava_edge.profiles.models.anyres import AnyRes, TileLayout
 from llava_edge.profiles.models.model_dims import VisionDims
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.certificate import StageResult, exact
-from llava_edge.runtime.image_processor import ImageProcessor
-from llava_edge.runtime.pooling import pooling_index
-from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
+from llava_edge.runtime.artifact.certificate import StageResult, exact
+from llava_edge.runtime.artifact.open import Artifact
+from llava_edge.runtime.generation.inputs.input_embeds import PromptEmbeddings
+from llava_edge.runtime.processing.images.image_processor import ImageProcessor
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.vision.pooling import pooling_index
 
 _TEXT_VALUE = -1.0
 _FRAMES = 3

@@ -10,11 +10,11 @@ from PIL import Image
 from llava_edge.convert.verify.memory_pictures import memory_faults
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
 from llava_edge.profiles.models.anyres import AnyRes
-from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.certificate import StageResult, exact
-from llava_edge.runtime.image_processor import ImageProcessor
-from llava_edge.runtime.images import open_image
-from llava_edge.runtime.video_processor import VideoProcessor
+from llava_edge.runtime.artifact.certificate import StageResult, exact
+from llava_edge.runtime.artifact.open import Artifact
+from llava_edge.runtime.processing.images.image_processor import ImageProcessor
+from llava_edge.runtime.processing.images.loading import open_image
+from llava_edge.runtime.processing.video.video_processor import VideoProcessor
 
 _MODES = ("RGB", "L", "RGBA", "P")
 

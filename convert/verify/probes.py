@@ -16,11 +16,11 @@ from PIL import Image
 from llava_edge.convert.conversations import Conversation
 from llava_edge.convert.drawn_conversations import draw_conversations
 from llava_edge.profiles.models.anyres import AnyRes
-from llava_edge.runtime.certificate import Mode
-from llava_edge.runtime.image_processor import ImageProcessor
-from llava_edge.runtime.images import open_image
-from llava_edge.runtime.manifest import Manifest
-from llava_edge.runtime.prompt import MARKS
+from llava_edge.runtime.artifact.certificate import Mode
+from llava_edge.runtime.artifact.manifest import Manifest
+from llava_edge.runtime.processing.images.image_processor import ImageProcessor
+from llava_edge.runtime.processing.images.loading import open_image
+from llava_edge.runtime.processing.text.chat_prompt import MARKS
 
 SEED = 2024
 NUM_STEPS = 64

@@ -13,10 +13,11 @@ from llava_edge.convert.template_checks import check_conversations
 from llava_edge.convert.verify.artifact_tokenizer import artifact_tokenizer
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
 from llava_edge.profiles.errors import PromptError
-from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.certificate import StageResult, exact
-from llava_edge.runtime.manifest import Manifest, PromptFormat
-from llava_edge.runtime.prompt import (
+from llava_edge.runtime.artifact.certificate import StageResult, exact
+from llava_edge.runtime.artifact.manifest import Manifest, PromptFormat
+from llava_edge.runtime.artifact.open import Artifact
+from llava_edge.runtime.artifact.prompt_date import COMPARED_NOW
+from llava_edge.runtime.processing.text.chat_prompt import (
     MARKS,
     Message,
     Piece,
@@ -26,8 +27,7 @@ from llava_edge.runtime.prompt import (
     rendered,
     user_message,
 )
-from llava_edge.runtime.prompt_date import COMPARED_NOW
-from llava_edge.runtime.tokenizer import Tokenizer
+from llava_edge.runtime.processing.text.tokenizer import Tokenizer
 
 _RULE = "Answer in one word."
 _MOST_STOPS = 6

@@ -9,7 +9,7 @@ import numpy as np
 
 from llava_edge.convert.verify.graph_weights import GraphCodes
 from llava_edge.convert.verify.reference_rounding import Grid
-from llava_edge.runtime.manifest import Manifest
+from llava_edge.runtime.artifact.manifest import Manifest
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

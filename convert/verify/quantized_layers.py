@@ -40,9 +40,9 @@ from llava_edge.convert.verify.reference_rounding import Grid, nearest_scales, r
 from llava_edge.convert.verify.streamed_model import LinearSupply
 from llava_edge.convert.verify.tensor_mapping import linear_layers
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.bounds import Bounds
-from llava_edge.runtime.certificate import StageResult, bounded
+from llava_edge.runtime.artifact.certificate import StageResult, bounded
+from llava_edge.runtime.artifact.open import Artifact
+from llava_edge.runtime.verification.tolerances import Bounds
 
 STAGE = "quantized_layers"
 _SMALL = 0.05

@@ -25,11 +25,17 @@ from llava_edge.convert.verify.reference_processor import ReferenceProcessor
 from llava_edge.convert.verify.stored_linears import StoredLinears
 from llava_edge.convert.verify.streamed_model import LinearSupply, ReferenceInputs, StreamedModel
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.image_processor import ImageProcessor
-from llava_edge.runtime.prompt import Message, Piece, compose, rendered, user_message
-from llava_edge.runtime.prompt_date import COMPARED_NOW
+from llava_edge.runtime.artifact.open import Artifact
+from llava_edge.runtime.artifact.prompt_date import COMPARED_NOW
+from llava_edge.runtime.processing.images.image_processor import ImageProcessor
+from llava_edge.runtime.processing.text.chat_prompt import (
+    Message,
+    Piece,
+    compose,
+    rendered,
+    user_message,
+)
+from llava_edge.runtime.util.arrays import Array
 
 _MOST_KEPT = 64
 """Prompt positions, the last ones, whose logits are looked at."""

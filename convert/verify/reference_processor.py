@@ -29,8 +29,8 @@ from llava_edge.convert.verify.reference_tokenizer import reads_sentencepiece, r
 from llava_edge.convert.verify.reference_video import frame_pixels
 from llava_edge.convert.verify.streamed_model import ReferenceInputs
 from llava_edge.profiles.errors import CheckpointError
-from llava_edge.runtime.prompt import MARKS, Media, Message, Text
-from llava_edge.runtime.prompt_date import COMPARED_NOW
+from llava_edge.runtime.artifact.prompt_date import COMPARED_NOW
+from llava_edge.runtime.processing.text.chat_prompt import MARKS, Media, Message, Text
 
 _MARK = MARKS["image"]
 _STYLES: tuple[dict[str, str], ...] = (

@@ -21,9 +21,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.golden_loop import DrawCase, LogitKind
-from llava_edge.runtime.loop_choice import Rule, choice_margin
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.verification.golden.loop import DrawCase, LogitKind
+from llava_edge.runtime.verification.loop.choice import Rule, choice_margin
 
 _EDGE = 1e-5
 """Of the cumulated probability and of logits: where less decides, nothing is compared."""

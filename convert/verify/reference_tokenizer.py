@@ -36,7 +36,7 @@ from llava_edge.convert.tokenizer_settings import (
 from llava_edge.convert.tokenizer_source import library_errors
 from llava_edge.convert.transformers_loader import load_tokenizer
 from llava_edge.convert.verify.tokenizer_definition import FLAGS, AddedEntry, Definition
-from llava_edge.runtime.prompt import MARKS
+from llava_edge.runtime.processing.text.chat_prompt import MARKS
 
 _BLANK = "▁"
 

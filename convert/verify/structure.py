@@ -30,9 +30,9 @@ from llava_edge.convert.verify.rotary_tables import rotary_faults
 from llava_edge.convert.verify.vision_structure import vision_faults
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.profiles.memory.formats import largest_block
-from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.certificate import StageResult, exact
-from llava_edge.runtime.manifest import Manifest
+from llava_edge.runtime.artifact.certificate import StageResult, exact
+from llava_edge.runtime.artifact.manifest import Manifest
+from llava_edge.runtime.artifact.open import Artifact
 
 STAGE = "structure"
 _FORMS = {

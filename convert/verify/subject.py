@@ -16,23 +16,23 @@ from llava_edge.convert.verify.reference_answer import Positions
 from llava_edge.convert.verify.vision_halves import VisionHalves
 from llava_edge.profiles.memory.buffers import default_cache_type, kv_cache_bytes, kv_cache_shape
 from llava_edge.profiles.memory.formats import PRECISIONS, VisionFormat, weight_bytes
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.decoder import Decoder, FillEmbeddings
-from llava_edge.runtime.embeddings import EmbeddingTable
-from llava_edge.runtime.encoders import TileEncoder
-from llava_edge.runtime.instructions import needs_wide_sums
-from llava_edge.runtime.kept_logits import kept_logits
-from llava_edge.runtime.kv_cache import KVCache
-from llava_edge.runtime.limits import Limits
-from llava_edge.runtime.planned_memory import stored_isa
-from llava_edge.runtime.prompt_date import COMPARED_NOW
-from llava_edge.runtime.prompt_embedder import PromptEmbedder
-from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
-from llava_edge.runtime.request import PromptOptions, Request, VideoInput
-from llava_edge.runtime.request_builder import RequestBuilder
-from llava_edge.runtime.session import Session, SessionOptions
-from llava_edge.runtime.vision import VisionEncoder
+from llava_edge.runtime.artifact.memory_estimate import stored_isa
+from llava_edge.runtime.artifact.open import Artifact
+from llava_edge.runtime.artifact.prompt_date import COMPARED_NOW
+from llava_edge.runtime.backends.cpu_isa import needs_wide_sums
+from llava_edge.runtime.backends.logits_to_keep import kept_logits
+from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
+from llava_edge.runtime.generation.decoder.decoder import Decoder, FillEmbeddings
+from llava_edge.runtime.generation.decoder.kv_cache import KVCache
+from llava_edge.runtime.generation.inputs.embedding_table import EmbeddingTable
+from llava_edge.runtime.generation.inputs.input_embeds import PromptEmbeddings
+from llava_edge.runtime.generation.inputs.prompt_encoder import PromptEmbedder
+from llava_edge.runtime.processing.processor import RequestBuilder
+from llava_edge.runtime.processing.request import PromptOptions, Request, VideoInput
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.util.limits import Limits
+from llava_edge.runtime.vision.encoder import VisionEncoder
+from llava_edge.runtime.vision.encoder_protocols import TileEncoder
 
 
 class Subject:

@@ -15,9 +15,9 @@ from llava_edge.convert.verify.tokenizer_corpus import (
     drawn_texts,
 )
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.runtime.certificate import StageResult, exact
-from llava_edge.runtime.tokenizer import Tokenizer
-from llava_edge.runtime.tokenizer_backend import mapped_errors
+from llava_edge.runtime.artifact.certificate import StageResult, exact
+from llava_edge.runtime.processing.text.tokenizer import Tokenizer
+from llava_edge.runtime.processing.text.tokenizer_backend import mapped_errors
 
 _NAME = "tokenizer"
 _TEXTS = 1200

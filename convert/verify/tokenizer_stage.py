@@ -46,10 +46,10 @@ from llava_edge.convert.verify.tokenizer_definition import (
     setting_faults,
     step_faults,
 )
-from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.certificate import StageResult, exact
-from llava_edge.runtime.manifest import Manifest, PromptFormat
-from llava_edge.runtime.tokenizer import Tokenizer
+from llava_edge.runtime.artifact.certificate import StageResult, exact
+from llava_edge.runtime.artifact.manifest import Manifest, PromptFormat
+from llava_edge.runtime.artifact.open import Artifact
+from llava_edge.runtime.processing.text.tokenizer import Tokenizer
 
 _NAME = "tokenizer"
 

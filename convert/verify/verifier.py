@@ -39,9 +39,7 @@ from llava_edge.convert.verify.tokenizer_stage import tokenizer_stage
 from llava_edge.convert.verify.vision_weights import ArtifactWeights, VisionWeights
 from llava_edge.convert.verify.weights import DIGESTS, weights_stage
 from llava_edge.profiles.errors import OutOfMemoryError
-from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.bounds import Bounds, bounds_for
-from llava_edge.runtime.certificate import (
+from llava_edge.runtime.artifact.certificate import (
     CERTIFICATE_VERSION,
     Certificate,
     Deviation,
@@ -51,13 +49,15 @@ from llava_edge.runtime.certificate import (
     overall,
     utc_now,
 )
-from llava_edge.runtime.golden import GoldenProbe
-from llava_edge.runtime.golden_loop import GoldenLoop
-from llava_edge.runtime.host_memory import peak_host_bytes
-from llava_edge.runtime.manifest import Manifest
-from llava_edge.runtime.process import configure_process
-from llava_edge.runtime.this_machine import describe_host
-from llava_edge.runtime.versions import tool_versions
+from llava_edge.runtime.artifact.manifest import Manifest
+from llava_edge.runtime.artifact.open import Artifact
+from llava_edge.runtime.backends.process import configure_process
+from llava_edge.runtime.util.host_memory import peak_host_bytes
+from llava_edge.runtime.util.versions import tool_versions
+from llava_edge.runtime.verification.golden.loop import GoldenLoop
+from llava_edge.runtime.verification.golden.probes import GoldenProbe
+from llava_edge.runtime.verification.host import describe_host
+from llava_edge.runtime.verification.tolerances import Bounds, bounds_for
 
 Report = Callable[[str, int, int], None]
 """``report(stage, done, total)`` in stages."""

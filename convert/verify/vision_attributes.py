@@ -13,7 +13,7 @@ from llava_edge.convert.verify.graph_attributes import (
     NormAttributes,
     WiringError,
 )
-from llava_edge.runtime.graph_inputs import POOLING
+from llava_edge.runtime.artifact.graph_inputs import POOLING
 
 _PARTS = ("query", "key", "value")
 

@@ -16,10 +16,10 @@ from onnx import helper
 from llava_edge.convert.verify.graph_view import GraphView
 from llava_edge.convert.verify.vision_values import VisionValues
 from llava_edge.profiles.models.model_dims import ModelDims
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.graph_inputs import POOLING
-from llava_edge.runtime.session import Session, SessionOptions
-from llava_edge.runtime.vision import VisionEncoder
+from llava_edge.runtime.artifact.graph_inputs import POOLING
+from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.vision.encoder import VisionEncoder
 
 _INPUT, _OUTPUT = "pixel_values", "image_features"
 

@@ -19,7 +19,7 @@ from llava_edge.convert.verify.vision_attributes import (
     read_vision,
 )
 from llava_edge.convert.verify.vision_weights import INPUT_FACTOR
-from llava_edge.runtime.manifest import Manifest
+from llava_edge.runtime.artifact.manifest import Manifest
 
 _QUICK_GELU_ALPHA = 1.702
 """transformers' QuickGELUActivation: x * sigmoid(1.702 x)."""

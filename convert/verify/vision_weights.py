@@ -15,7 +15,7 @@ from llava_edge.convert.verify.graph_file import GraphFile
 from llava_edge.convert.verify.graph_weights import GraphCodes, GraphWeights
 from llava_edge.convert.vision_int8 import norm_of, packed_name
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.runtime.artifact import Artifact
+from llava_edge.runtime.artifact.open import Artifact
 
 Scale = NDArray[np.float32]
 

@@ -42,9 +42,9 @@ from llava_edge.convert.verify.vanished_columns import VanishedColumns
 from llava_edge.convert.verify.vision_weights import VisionWeights, is_power_of_two
 from llava_edge.convert.vision_int8 import packed_name, scale_digest
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.runtime.artifact import Artifact
-from llava_edge.runtime.certificate import StageResult, exact
-from llava_edge.runtime.embeddings import EMBED_TOKENS, IMAGE_NEWLINE
+from llava_edge.runtime.artifact.certificate import StageResult, exact
+from llava_edge.runtime.artifact.open import Artifact
+from llava_edge.runtime.generation.inputs.embedding_table import EMBED_TOKENS, IMAGE_NEWLINE
 
 STAGE = "weights"
 DIGESTS = "weights_sha256"

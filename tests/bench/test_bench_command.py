@@ -24,7 +24,7 @@ from llava_edge.bench.speed_rows import SpeedRow
 from llava_edge.bench.speed_run import DeviceWatch, SpeedRound, SpeedSettings, run_speed
 from llava_edge.profiles.boards.nvml import Gpu, GpuReport
 from llava_edge.profiles.errors import EngineError, LlavaEdgeError, OutputError, OutputExistsError
-from llava_edge.runtime.artifact import open_artifact
+from llava_edge.runtime.artifact.open import open_artifact
 
 DESIGN_KEYS = {
     *("artifact", "precision", "device", "peak_memory", "predicted_memory", "ttft_seconds"),

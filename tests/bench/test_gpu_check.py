@@ -36,9 +36,9 @@ from llava_edge.profiles.errors import EngineError, RequestError
 from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.profiles.models.parameters import total_parameters
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.cuda_options import CudaOptions
-from llava_edge.runtime.cuda_runtime import CudaRuntime
-from llava_edge.runtime.session import Session, SessionOptions
+from llava_edge.runtime.backends.cuda_options import CudaOptions
+from llava_edge.runtime.backends.cuda_runtime import CudaRuntime
+from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
 from tests.fake_cuda import MOVE, FakeCudart, install
 
 TINY = GPU_MODELS["tiny"]

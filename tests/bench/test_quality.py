@@ -18,15 +18,15 @@ from llava_edge.profiles.errors import (
     VideoError,
 )
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.quality import (
+from llava_edge.runtime.quality.metrics import (
     anls,
     choice_letter,
     choice_prompt,
     exact_match,
     relaxed_accuracy,
 )
-from llava_edge.runtime.quality_questions import read_quality_questions, require_media
-from llava_edge.runtime.quality_run import Given, measure_quality
+from llava_edge.runtime.quality.questions import read_quality_questions, require_media
+from llava_edge.runtime.quality.run import Given, measure_quality
 
 
 @pytest.mark.parametrize(

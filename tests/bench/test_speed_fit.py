@@ -12,7 +12,7 @@ from llava_edge.bench.ledger import Ledger
 from llava_edge.bench.speed_cases import speed_cases
 from llava_edge.bench.speed_fit import fit, non_negative, samples
 from llava_edge.profiles.memory.constants import speed_constants
-from llava_edge.runtime.artifact import open_artifact
+from llava_edge.runtime.artifact.open import open_artifact
 from tests.bench.bench_documents import MACHINE
 
 TRUE = {

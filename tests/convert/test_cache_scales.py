@@ -20,10 +20,10 @@ from llava_edge.convert.verify.graph_file import GraphFile
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.errors import CheckpointError, RequestError
 from llava_edge.profiles.planner import PlanRequest
-from llava_edge.runtime.artifact import Artifact, open_artifact
-from llava_edge.runtime.decoder import Decoder
-from llava_edge.runtime.progress import no_progress
-from llava_edge.runtime.session import Session, SessionOptions
+from llava_edge.runtime.artifact.open import Artifact, open_artifact
+from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
+from llava_edge.runtime.generation.decoder.decoder import Decoder
+from llava_edge.runtime.util.progress import no_progress
 
 LENGTHS = (40, 7)
 

@@ -21,7 +21,7 @@ from llava_edge.convert.drawn_conversations import draw_conversations
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.profiles.models.model_dims import STOCK_PINPOINTS
-from llava_edge.runtime.artifact import Artifact, open_artifact
+from llava_edge.runtime.artifact.open import Artifact, open_artifact
 
 _STOCK = AnyRes(336, 14, STOCK_PINPOINTS, "hf")
 

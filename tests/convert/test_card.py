@@ -11,9 +11,9 @@ import pytest
 
 from llava_edge.convert.card import write_card
 from llava_edge.profiles.memory.formats import Int8Route
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.certificate import Certificate, Deviation, StageResult
-from llava_edge.runtime.manifest import Manifest
+from llava_edge.runtime.artifact.certificate import Certificate, Deviation, StageResult
+from llava_edge.runtime.artifact.manifest import Manifest
+from llava_edge.runtime.artifact.open import open_artifact
 
 GAP = StageResult("prefill_logits", "max_gap_of_range", 2.34567e-6, 1e-4, "pass")
 LOSS = (

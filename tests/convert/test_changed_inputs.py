@@ -23,9 +23,9 @@ from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.write_artifact import ArtifactWriter
 from llava_edge.profiles.errors import CheckpointError, RequestError
 from llava_edge.profiles.planner import PlanRequest
-from llava_edge.runtime.cli import main
-from llava_edge.runtime.manifest_check import MANIFEST, UNLISTED
-from llava_edge.runtime.progress import no_progress
+from llava_edge.runtime.artifact.manifest_validation import MANIFEST, UNLISTED
+from llava_edge.runtime.cli.main import main
+from llava_edge.runtime.util.progress import no_progress
 
 Change = Callable[[Path], None]
 

@@ -16,8 +16,8 @@ from llava_edge.convert.prompt_family import FAMILIES, builtin_format, detect_fa
 from llava_edge.convert.template_checks import check_conversations
 from llava_edge.convert.template_sandbox import ChatRequest, TemplateLimits, render_all
 from llava_edge.profiles.errors import CheckpointError
-from llava_edge.runtime.manifest import Trim
-from llava_edge.runtime.prompt import (
+from llava_edge.runtime.artifact.manifest import Trim
+from llava_edge.runtime.processing.text.chat_prompt import (
     MARKS,
     Media,
     Message,

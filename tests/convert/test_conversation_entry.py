@@ -18,8 +18,8 @@ from llava_edge.convert.conversations import read_conversations
 from llava_edge.convert.quantization import QuantizationRequest
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.models.anyres import AnyRes
-from llava_edge.runtime import json_lines
-from llava_edge.runtime.artifact import open_artifact
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.util import jsonl as json_lines
 
 _ANYRES = AnyRes(28, 14, ((28, 56), (56, 28)), "hf")
 

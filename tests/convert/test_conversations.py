@@ -12,7 +12,7 @@ from PIL import Image
 from llava_edge.convert.conversations import read_conversations
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.models.anyres import AnyRes
-from llava_edge.runtime.limits import Limits
+from llava_edge.runtime.util.limits import Limits
 
 FolderMaker = Callable[..., Path]
 

@@ -22,9 +22,9 @@ from llava_edge.convert.vision_graph import build_vision_graph
 from llava_edge.convert.vision_trace import VisionTrace
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.models.model_dims import ModelDims
-from llava_edge.runtime.graph_inputs import POOLING
-from llava_edge.runtime.pooling import pooling_index
-from llava_edge.runtime.session import Session, SessionOptions
+from llava_edge.runtime.artifact.graph_inputs import POOLING
+from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
+from llava_edge.runtime.vision.pooling import pooling_index
 from tests.convert.test_vision_int8 import tiles_of
 from tests.convert.verify.checkpoint_changes import Tensors, rewrite
 

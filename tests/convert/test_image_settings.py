@@ -19,8 +19,8 @@ from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
 from llava_edge.convert.image_settings import read_image_processing
 from llava_edge.convert.video_settings import read_video_processing
 from llava_edge.profiles.errors import CheckpointError
-from llava_edge.runtime.image_processor import ImageProcessor
-from llava_edge.runtime.images import open_image
+from llava_edge.runtime.processing.images.image_processor import ImageProcessor
+from llava_edge.runtime.processing.images.loading import open_image
 
 TILE = 70
 ABSENT = object()

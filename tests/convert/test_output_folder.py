@@ -16,9 +16,9 @@ from llava_edge.convert import volume_output
 from llava_edge.convert.disk import is_mount_point, refusal
 from llava_edge.convert.write_artifact import ArtifactWriter, refuse_existing
 from llava_edge.profiles.errors import ExportError, OutputExistsError
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.cli import main
-from llava_edge.runtime.manifest import Manifest
+from llava_edge.runtime.artifact.manifest import Manifest
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.cli.main import main
 from tests.convert.test_write_artifact import (
     KEY,
     build_texts,

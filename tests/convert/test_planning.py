@@ -16,7 +16,7 @@ from llava_edge.profiles.models.variants import read_folder
 from llava_edge.profiles.plan import DeploymentPlan
 from llava_edge.profiles.planner import PlanRequest, plan_deployment
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.progress import no_progress
+from llava_edge.runtime.util.progress import no_progress
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ from llava_edge.convert import pipeline
 from llava_edge.convert.parts import PartBuilders
 from llava_edge.convert.quality_check import quality_row
 from llava_edge.profiles.errors import RequestError
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.certificate import Quality
-from llava_edge.runtime.cli import main
-from llava_edge.runtime.pipeline import LlavaEdge
+from llava_edge.runtime.artifact.certificate import Quality
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.cli.main import main
+from llava_edge.runtime.model import LlavaEdge
 
 COUNT = 8
 

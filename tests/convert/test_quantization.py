@@ -22,8 +22,8 @@ from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.errors import CheckpointError, RequestError
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.artifact import read_manifest
-from llava_edge.runtime.progress import no_progress
+from llava_edge.runtime.artifact.open import read_manifest
+from llava_edge.runtime.util.progress import no_progress
 
 
 @pytest.fixture(scope="module")

@@ -36,11 +36,11 @@ from llava_edge.profiles.memory.formats import (
     weight_bytes,
 )
 from llava_edge.profiles.models.model_dims import TextDims
-from llava_edge.runtime.decoder import Decoder
-from llava_edge.runtime.graph_check import graph_faults
-from llava_edge.runtime.onnx_header import read_onnx_header
-from llava_edge.runtime.opened_file import OpenedFile
-from llava_edge.runtime.session import Session, SessionOptions
+from llava_edge.runtime.artifact.graph_validation import graph_faults
+from llava_edge.runtime.artifact.onnx_proto import read_onnx_header
+from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
+from llava_edge.runtime.generation.decoder.decoder import Decoder
+from llava_edge.runtime.util.opened_file import OpenedFile
 
 CONTEXT = 64
 SHORT_PROMPTS = tuple((first, first + 3) for first in range(0, 36, 3))

@@ -14,7 +14,14 @@ from transformers.utils import chat_template_utils
 
 from llava_edge.convert.chat_template import CLOCKS, compile_template
 from llava_edge.convert.template_checks import check_conversations
-from llava_edge.runtime.prompt import MARKS, Media, Message, Text, compose, rendered
+from llava_edge.runtime.processing.text.chat_prompt import (
+    MARKS,
+    Media,
+    Message,
+    Text,
+    compose,
+    rendered,
+)
 from tests.convert.released_templates import ALL, VARIANTS, Released
 
 VARIABLES = {"bos_token": "<s>", "eos_token": "</s>"}

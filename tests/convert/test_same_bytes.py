@@ -20,10 +20,10 @@ from llava_edge.convert.quantization import QuantizationRequest
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.conversion_record import read_conversion
-from llava_edge.runtime.manifest_check import MANIFEST, UNLISTED
-from llava_edge.runtime.progress import no_progress
+from llava_edge.runtime.artifact.conversion_record import read_conversion
+from llava_edge.runtime.artifact.manifest_validation import MANIFEST, UNLISTED
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.util.progress import no_progress
 
 KILLED = -signal.SIGKILL
 

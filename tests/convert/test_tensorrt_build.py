@@ -12,8 +12,8 @@ from onnx import TensorProto
 
 from llava_edge.convert.tensorrt_build import build_vision_engine
 from llava_edge.profiles.errors import EngineError, RequestError
-from llava_edge.runtime.progress import no_progress
-from llava_edge.runtime.tensorrt_engine import TensorRTLibrary, open_library
+from llava_edge.runtime.backends.tensorrt import TensorRTLibrary, open_library
+from llava_edge.runtime.util.progress import no_progress
 from tests.tower_graphs import write_quantized_graph, write_vision_graph
 
 trt = pytest.importorskip("tensorrt_rtx")

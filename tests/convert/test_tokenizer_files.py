@@ -23,7 +23,7 @@ from llava_edge.convert.sentencepiece_tokenizer import (
 )
 from llava_edge.convert.tokenizer_files import prepare_tokenizer
 from llava_edge.profiles.errors import CheckpointError
-from llava_edge.runtime.manifest import TokenIds
+from llava_edge.runtime.artifact.manifest import TokenIds
 
 ROWS = 4096
 WORDS = "the a of image what is this in describe detail USER ASSISTANT INST naïve 日本 12 cats dog"

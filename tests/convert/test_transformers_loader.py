@@ -29,7 +29,7 @@ from llava_edge.convert.transformers_loader import (
     reduced_config,
 )
 from llava_edge.profiles.errors import CheckpointError
-from llava_edge.runtime.progress import no_progress
+from llava_edge.runtime.util.progress import no_progress
 from tests.checkpoint_layouts import as_original, renamed
 
 LOADERS = {"transformers_loader.py", "reference_loader.py", "peer_judge.py"}
@@ -120,7 +120,7 @@ def write(folder: Path, kind: str) -> Path:
 
 CHILD = """
 import sys
-from llava_edge.runtime.cli import main
+from llava_edge.runtime.cli.main import main
 folder, out = sys.argv[1:]
 code = main(["convert", folder, out, "--profile", "cpu-16gb", "--precision", "fp16",
              "--context", "1024", "--verify", "quick"])

@@ -18,10 +18,10 @@ from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.errors import DependencyError, EngineError
 from llava_edge.profiles.planner import PlanRequest
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.digests import hash_file
-from llava_edge.runtime.engine_files import shipped_engines
-from llava_edge.runtime.progress import no_progress
+from llava_edge.runtime.artifact.hashing import hash_file
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.backends.engine_cache import shipped_engines
+from llava_edge.runtime.util.progress import no_progress
 
 pytest.importorskip("tensorrt_rtx")
 

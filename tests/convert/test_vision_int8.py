@@ -32,12 +32,12 @@ from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.errors import BudgetError, ExportError, RequestError
 from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.profiles.planner import PlanRequest
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.instructions import sums_saturate
-from llava_edge.runtime.manifest import Manifest
-from llava_edge.runtime.progress import no_progress
-from llava_edge.runtime.session import Session, SessionOptions
-from llava_edge.runtime.tile_cosine import TileCosine
+from llava_edge.runtime.artifact.manifest import Manifest
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.backends.cpu_isa import sums_saturate
+from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
+from llava_edge.runtime.util.progress import no_progress
+from llava_edge.runtime.verification.cosine import TileCosine
 
 _BLOCK = "vision_tower.encoder.layers"
 

@@ -31,9 +31,8 @@ from llava_edge.profiles.errors import (
     RequestError,
 )
 from llava_edge.profiles.models.model_dims import ModelDims, TextDims, VisionDims
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.certificate import Certificate
-from llava_edge.runtime.manifest import (
+from llava_edge.runtime.artifact.certificate import Certificate
+from llava_edge.runtime.artifact.manifest import (
     SCHEMA_VERSION,
     GraphSpec,
     ImageProcessing,
@@ -43,8 +42,9 @@ from llava_edge.runtime.manifest import (
     TensorSpec,
     TokenIds,
 )
-from llava_edge.runtime.manifest_check import CONVERSION
-from llava_edge.runtime.records import to_json
+from llava_edge.runtime.artifact.manifest_validation import CONVERSION
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.util.json_codec import to_json
 
 KEY = {"checkpoint": "abc", "precision": "int4", "grid": [1, 2]}
 

@@ -25,12 +25,12 @@ from llava_edge.profiles.errors import LlavaEdgeError
 from llava_edge.profiles.memory.buffers import MAX_DRAFT_TOKENS, CacheType
 from llava_edge.profiles.memory.estimate import Machine, MemoryTerms, estimate_memory
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.artifact import Artifact, open_artifact
-from llava_edge.runtime.cuda_options import CudaOptions
-from llava_edge.runtime.engine_arguments import add_cache_argument, asked_cache
-from llava_edge.runtime.load_fit import largest_request
-from llava_edge.runtime.placement import choose_cache
-from llava_edge.runtime.request import PromptOptions
+from llava_edge.runtime.artifact.open import Artifact, open_artifact
+from llava_edge.runtime.backends.cuda_options import CudaOptions
+from llava_edge.runtime.cli.arguments import add_cache_argument, asked_cache
+from llava_edge.runtime.loading.memory_fit import largest_request
+from llava_edge.runtime.loading.placement import choose_cache
+from llava_edge.runtime.processing.request import PromptOptions
 from tests.cuda_stand_in.record import StandIn
 
 MIB = 1 << 20

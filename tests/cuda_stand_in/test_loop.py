@@ -16,8 +16,8 @@ from PIL import Image
 
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.answer import Answer
-from llava_edge.runtime.cuda_options import CudaOptions
+from llava_edge.runtime.backends.cuda_options import CudaOptions
+from llava_edge.runtime.generation.output import Answer
 from tests.cuda_stand_in.record import StandIn
 from tests.cuda_stand_in.test_provider import CONTEXT, SIZES
 from tests.runtime.test_artifact import edit_manifest, relist
@@ -236,7 +236,7 @@ def test_an_artifact_of_before_is_not_recorded_and_told_so(artifact: Path, tmp_p
 def run(artifact: Path, **device: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, on a device of these variables."""
     program = (
-        "import sys; from llava_edge.runtime.cli import main;"
+        "import sys; from llava_edge.runtime.cli.main import main;"
         "sys.exit(main(['run', sys.argv[1], '--device', 'cuda', '--prompt', 'What?', '--json']))"
     )
     command = [sys.executable, "-c", program, str(artifact)]

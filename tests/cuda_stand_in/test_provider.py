@@ -11,10 +11,10 @@ import pytest
 from llava_edge.bench.gpu_steps import CHOICES
 from llava_edge.profiles.errors import EngineError
 from llava_edge.profiles.memory.speed import steps_read_codes
-from llava_edge.runtime.artifact import Artifact, open_artifact
-from llava_edge.runtime.cuda_options import CudaOptions
-from llava_edge.runtime.decoder import Decoder
-from llava_edge.runtime.session import Session, SessionOptions
+from llava_edge.runtime.artifact.open import Artifact, open_artifact
+from llava_edge.runtime.backends.cuda_options import CudaOptions
+from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
+from llava_edge.runtime.generation.decoder.decoder import Decoder
 from tests.cuda_stand_in.record import Record, StandIn
 from tests.runtime.test_kept_logits import number_instead_of_start
 

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from llava_edge.runtime.cli import main
+from llava_edge.runtime.cli.main import main
 
 OUT = Path(__file__).parent / "schema_4"
 SIZES = (

@@ -20,7 +20,7 @@ from typing import Any
 from onnx import AttributeProto, ModelProto, TensorProto
 
 from llava_edge.profiles.errors import LlavaEdgeError
-from llava_edge.runtime.sealed_json import seal
+from llava_edge.runtime.util.checksummed_json import seal
 from tests.fuzz.mutate import INTERESTING, mutated
 
 MANIFEST, CERTIFICATE = "manifest.json", "certificate.json"
@@ -156,7 +156,7 @@ def damage_text(random: Random, data: bytes) -> bytes:
 
 def _seal_text(data: bytes) -> bytes:
     """The digest of a text that says it is sealed, set right where the field is there."""
-    from llava_edge.runtime.sealed_json import _SEAL
+    from llava_edge.runtime.util.checksummed_json import _SEAL
 
     found = list(_SEAL.finditer(data))
     if len(found) != 1:
@@ -433,7 +433,7 @@ def _graph(random: Random, folder: Path) -> str:
 
 def _restate(folder: Path, name: str, data: bytes) -> None:
     """Have the manifest state the inputs and outputs that the graph now has."""
-    from llava_edge.runtime.onnx_header import parse_onnx_header
+    from llava_edge.runtime.artifact.onnx_proto import parse_onnx_header
 
     try:
         header = parse_onnx_header(data, name)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_edge.runtime.progress import no_progress
+from llava_edge.runtime.util.progress import no_progress
 
 SPECS: Mapping[str, Mapping[str, Any]] = {
     "image": {"backbone": "mistral", "image_size": 56},

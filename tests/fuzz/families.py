@@ -26,8 +26,8 @@ import numpy as np
 
 from llava_edge.profiles.memory.estimate import Machine, Workload, estimate_memory
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.limits import Limits
-from llava_edge.runtime.progress import no_progress
+from llava_edge.runtime.util.limits import Limits
+from llava_edge.runtime.util.progress import no_progress
 from tests.fuzz import (
     artifact_inputs,
     checkpoint_inputs,
@@ -295,7 +295,7 @@ def _told(given: Mapping[str, Any]) -> str:
 
 
 def _quality(bench: Bench, random: Random, number: int) -> Case:
-    from llava_edge.runtime.quality_questions import read_quality_questions
+    from llava_edge.runtime.quality.questions import read_quality_questions
 
     path = text_inputs.write_questions(random, bench.scratch)
     limit = random.choice((None, 1, 3))

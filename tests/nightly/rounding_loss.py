@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from llava_edge.convert.rounding import round_to_nearest
 from llava_edge.convert.verify.graph_weights import GraphWeights
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.artifact import open_artifact
+from llava_edge.runtime.artifact.open import open_artifact
 
 TEXTS = tuple(sorted(Path(__file__).parent.glob("english_*.txt")))
 _PROMPT = "<|im_start|>user\nTell me something.<|im_end|>\n<|im_start|>assistant\n"

@@ -14,9 +14,9 @@ from llava_edge.convert.quantization import QuantizationRequest, Quantizer
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.cli import main
-from llava_edge.runtime.progress import no_progress
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.cli.main import main
+from llava_edge.runtime.util.progress import no_progress
 from tests.nightly.rounding_loss import TEXTS, Loss, Reference
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly]

@@ -16,8 +16,8 @@ from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.models.anyres import AnyRes, grid_pinpoints
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.manifest import Reference
-from llava_edge.runtime.progress import no_progress
+from llava_edge.runtime.artifact.manifest import Reference
+from llava_edge.runtime.util.progress import no_progress
 from tests.checkpoint_layouts import as_original, renamed
 
 IN_MEMORY = (

@@ -16,7 +16,7 @@ from PIL import Image
 
 from llava_edge.convert.reference import ReferenceModel
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.request import PromptOptions
+from llava_edge.runtime.processing.request import PromptOptions
 
 NUM_STEPS = 32
 LOGIT_BOUND = 1e-3

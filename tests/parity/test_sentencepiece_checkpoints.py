@@ -24,12 +24,12 @@ from llava_edge.convert.verify.reference_processor import ReferenceProcessor
 from llava_edge.convert.verify.tokenizer_stage import tokenizer_stage
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
-from llava_edge.runtime.artifact import Artifact, open_artifact
-from llava_edge.runtime.certificate import StageResult
-from llava_edge.runtime.opened_file import OpenedFile
-from llava_edge.runtime.progress import no_progress
-from llava_edge.runtime.prompt import raw_pieces
-from llava_edge.runtime.tokenizer import Tokenizer
+from llava_edge.runtime.artifact.certificate import StageResult
+from llava_edge.runtime.artifact.open import Artifact, open_artifact
+from llava_edge.runtime.processing.text.chat_prompt import raw_pieces
+from llava_edge.runtime.processing.text.tokenizer import Tokenizer
+from llava_edge.runtime.util.opened_file import OpenedFile
+from llava_edge.runtime.util.progress import no_progress
 from tests.checkpoint_layouts import as_original
 from tests.convert.test_tokenizer_files import train
 from tests.parity.test_variant_prompts import VICUNA, chat_markup

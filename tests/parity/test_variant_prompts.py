@@ -30,10 +30,16 @@ from llava_edge.convert.verify.prompt_stage import prompt_stage
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
-from llava_edge.runtime.artifact import Artifact, open_artifact
-from llava_edge.runtime.progress import no_progress
-from llava_edge.runtime.prompt import Message, Text, compose, rendered, user_message
-from llava_edge.runtime.tokenizer import Tokenizer
+from llava_edge.runtime.artifact.open import Artifact, open_artifact
+from llava_edge.runtime.processing.text.chat_prompt import (
+    Message,
+    Text,
+    compose,
+    rendered,
+    user_message,
+)
+from llava_edge.runtime.processing.text.tokenizer import Tokenizer
+from llava_edge.runtime.util.progress import no_progress
 from tests.convert.test_tokenizer_files import corpus, train
 
 Maker = Callable[[Path], Any]

@@ -16,9 +16,10 @@ from PIL import Image
 
 from llava_edge.convert.reference import ReferenceModel
 from llava_edge.profiles.errors import BudgetError, PromptError, VideoError
-from llava_edge.runtime import LlavaEdge, cli
-from llava_edge.runtime.frame_choice import choose_frames
-from llava_edge.runtime.request import VideoInput
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.cli import main as cli
+from llava_edge.runtime.processing.request import VideoInput
+from llava_edge.runtime.processing.video.frame_sampling import choose_frames
 from tests.parity.test_random_weights import FP16_LOGIT_BOUND, LOGIT_BOUND, assert_within
 from tests.videos import encoded, moving
 

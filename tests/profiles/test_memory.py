@@ -26,7 +26,7 @@ from llava_edge.profiles.memory.estimate import (
 )
 from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.profiles.models.variants import find_variant
-from llava_edge.runtime.limits import Limits
+from llava_edge.runtime.util.limits import Limits
 
 CPU = Machine("cpu")
 CUDA = Machine("cuda", compute_capability="8.0")

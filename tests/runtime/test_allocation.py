@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from llava_edge.profiles.errors import OutOfMemoryError
-from llava_edge.runtime import allocation
-from llava_edge.runtime.allocation import RESERVE_BYTES, allocate, require_free
+from llava_edge.runtime.util import allocation
+from llava_edge.runtime.util.allocation import RESERVE_BYTES, allocate, require_free
 
 MIB = 1 << 20
 

@@ -14,16 +14,16 @@ import pytest
 from PIL import Image
 
 from llava_edge.profiles.errors import PromptError, RequestError
-from llava_edge.runtime.arguments import require_count, require_flag, require_number
+from llava_edge.runtime.backends.cuda_options import CudaOptions
 from llava_edge.runtime.chat import ChatMessage
-from llava_edge.runtime.cuda_options import CudaOptions
-from llava_edge.runtime.generation_config import GenerationConfig
-from llava_edge.runtime.limits import Limits
-from llava_edge.runtime.load_options import LoadOptions
-from llava_edge.runtime.pipeline import LlavaEdge
-from llava_edge.runtime.records import to_json
-from llava_edge.runtime.request import PromptOptions, VideoInput
-from llava_edge.runtime.time_budget import TimeBudget
+from llava_edge.runtime.generation.deadline import TimeBudget
+from llava_edge.runtime.generation.generation_config import GenerationConfig
+from llava_edge.runtime.loading.options import LoadOptions
+from llava_edge.runtime.model import LlavaEdge
+from llava_edge.runtime.processing.request import PromptOptions, VideoInput
+from llava_edge.runtime.util.json_codec import to_json
+from llava_edge.runtime.util.limits import Limits
+from llava_edge.runtime.util.validation import require_count, require_flag, require_number
 
 
 class Tensor:

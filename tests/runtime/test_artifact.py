@@ -21,10 +21,9 @@ from llava_edge.convert.write_artifact import ArtifactWriter, write_certificate
 from llava_edge.convert.write_embeddings import write_embeddings
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.profiles.models.model_dims import ModelDims, TextDims, VisionDims
-from llava_edge.runtime import artifact as artifact_module
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.certificate import Certificate, StageResult
-from llava_edge.runtime.manifest import (
+from llava_edge.runtime.artifact import open as artifact_module
+from llava_edge.runtime.artifact.certificate import Certificate, StageResult
+from llava_edge.runtime.artifact.manifest import (
     SCHEMA_VERSION,
     GraphSpec,
     ImageProcessing,
@@ -34,8 +33,9 @@ from llava_edge.runtime.manifest import (
     TensorSpec,
     TokenIds,
 )
-from llava_edge.runtime.records import to_json
-from llava_edge.runtime.sealed_json import seal
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.util.checksummed_json import seal
+from llava_edge.runtime.util.json_codec import to_json
 
 FILES = (
     "vision/model.onnx",

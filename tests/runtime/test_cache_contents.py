@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from llava_edge.profiles.models.anyres import AnyRes, TileLayout
-from llava_edge.runtime.cache_contents import CacheContents
-from llava_edge.runtime.request import PlacedMedium, Request
+from llava_edge.runtime.generation.decoder.prefix_cache import CacheContents
+from llava_edge.runtime.processing.request import PlacedMedium, Request
 
 IMAGE, VIDEO = 90, 91
 SMALL = AnyRes(28, 14, ((28, 28),)).layout(28, 28)

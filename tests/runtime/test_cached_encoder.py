@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError, RequestError
-from llava_edge.runtime import LlavaEdge, placement
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.cached_encoder import CachedEncoder, cached_encoder
-from llava_edge.runtime.feature_cache import FeatureCache, FeatureKey
-from llava_edge.runtime.placement import certain_host_terms, check_host_memory
-from llava_edge.runtime.tile_pixels import digest_tiles
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.loading import placement
+from llava_edge.runtime.loading.placement import certain_host_terms, check_host_memory
+from llava_edge.runtime.processing.tile_pixels import digest_tiles
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.vision.cached_encoder import CachedEncoder, cached_encoder
+from llava_edge.runtime.vision.feature_cache import FeatureCache, FeatureKey
 
 TILE_BYTES = 4 * 3 * 4
 

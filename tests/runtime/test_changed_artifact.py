@@ -14,7 +14,7 @@ from PIL import Image
 
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.artifact import open_artifact
+from llava_edge.runtime.artifact.open import open_artifact
 
 Change = Callable[[Path], object]
 
@@ -207,7 +207,7 @@ def test_what_leaves_the_opened_files_as_they_are_stops_nobody(
 def test_a_file_whose_times_alone_changed_is_hashed_once(
     model: LlavaEdge, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llava_edge.runtime import digests
+    from llava_edge.runtime.artifact import hashing as digests
 
     hashed: list[str] = []
     real = digests._hash

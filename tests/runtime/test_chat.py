@@ -14,8 +14,8 @@ from PIL import Image
 
 from llava_edge.profiles.errors import EngineError, ImageError, PromptError, RequestError
 from llava_edge.runtime import Chat, ChatMessage, LlavaEdge
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.image_processor import ImageProcessor
+from llava_edge.runtime.processing.images.image_processor import ImageProcessor
+from llava_edge.runtime.util.arrays import Array
 
 PAGES = Path(__file__).parents[2] / "bench" / "pages" / "llava-next-pages"
 FIRST, SECOND = "Which line is SKY on?", "Which line is MOON on?"

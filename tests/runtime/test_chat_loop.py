@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava_edge.runtime import LlavaEdge, cli
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.decoder import Decoder
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.cli import main as cli
+from llava_edge.runtime.generation.decoder.decoder import Decoder
+from llava_edge.runtime.util.arrays import Array
 
 PAGES = Path(__file__).parents[2] / "bench" / "pages" / "llava-next-pages"
 QUESTION = "Which line is SKY on?"

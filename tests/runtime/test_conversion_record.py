@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.conversion_record import CONVERSION_LIMIT, read_conversion
+from llava_edge.runtime.artifact.conversion_record import CONVERSION_LIMIT, read_conversion
+from llava_edge.runtime.artifact.open import open_artifact
 
 SHIPPED = Path(__file__).parents[1] / "data" / "schema_4"
 
@@ -87,7 +87,7 @@ def test_a_link_of_a_download_cache_to_the_record_is_followed(
 
 
 def test_a_manifest_may_not_list_the_record(artifact: Path) -> None:
-    from llava_edge.runtime.sealed_json import seal
+    from llava_edge.runtime.util.checksummed_json import seal
 
     path = artifact / "manifest.json"
     document = json.loads(path.read_text())
@@ -120,8 +120,8 @@ def test_a_record_of_another_version_says_that_the_artifact_needs_none(artifact:
 def test_a_field_of_version_4_in_an_older_manifest_is_refused(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llava_edge.runtime import artifact as module
-    from llava_edge.runtime.sealed_json import seal
+    from llava_edge.runtime.artifact import open as module
+    from llava_edge.runtime.util.checksummed_json import seal
 
     monkeypatch.setattr(module, "SINCE_4", ("prefill_chunk",))
     path = artifact / "manifest.json"

@@ -15,12 +15,14 @@ from PIL import Image
 
 from llava_edge.profiles.boards.nvml import read_gpus
 from llava_edge.profiles.errors import OutOfMemoryError, RequestError
-from llava_edge.runtime import LlavaEdge, process, session
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.cuda_options import CudaOptions
-from llava_edge.runtime.decoder import Decoder
-from llava_edge.runtime.request import VideoInput
-from llava_edge.runtime.session import Session, SessionOptions
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.backends import onnxruntime as session
+from llava_edge.runtime.backends import process
+from llava_edge.runtime.backends.cuda_options import CudaOptions
+from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
+from llava_edge.runtime.generation.decoder.decoder import Decoder
+from llava_edge.runtime.processing.request import VideoInput
 
 BOUND = 1.5e-2
 """Of the logits' range: what two ways through float16 may differ by, as verification has it."""

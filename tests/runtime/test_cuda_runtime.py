@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError
-from llava_edge.runtime import cuda_runtime
-from llava_edge.runtime.cuda_runtime import CudaRuntime
-from llava_edge.runtime.device_rows import DeviceRows
+from llava_edge.runtime.backends import cuda_runtime
+from llava_edge.runtime.backends.cuda_runtime import CudaRuntime
+from llava_edge.runtime.vision.gpu_features import DeviceRows
 from tests.fake_cuda import STREAM, FakeCudart
 
 

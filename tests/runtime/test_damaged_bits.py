@@ -19,12 +19,13 @@ import pytest
 
 from llava_edge.convert.write_artifact import write_certificate
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.runtime import LlavaEdge, digests
-from llava_edge.runtime import artifact as artifact_module
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.certificate import Certificate
-from llava_edge.runtime.digests import DigestCache
-from llava_edge.runtime.records import to_json
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.artifact import hashing as digests
+from llava_edge.runtime.artifact import open as artifact_module
+from llava_edge.runtime.artifact.certificate import Certificate
+from llava_edge.runtime.artifact.hashing import DigestCache
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.util.json_codec import to_json
 
 SOURCE = Path(__file__).parents[1] / "data" / "schema_1"
 FILES = sorted(p.relative_to(SOURCE).as_posix() for p in SOURCE.rglob("*") if p.is_file())

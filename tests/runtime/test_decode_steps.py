@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from llava_edge.runtime.decode_steps import DraftedSteps, PlainSteps
-from llava_edge.runtime.generate import LoopResult, generate_tokens
-from llava_edge.runtime.generation_config import GenerationConfig
-from llava_edge.runtime.prompt_lookup import PromptLookup
-from llava_edge.runtime.sampling import Sampler
+from llava_edge.runtime.generation.decoder.decoding import DraftedSteps, PlainSteps
+from llava_edge.runtime.generation.decoder.prompt_lookup import PromptLookup
+from llava_edge.runtime.generation.decoder.sampling import Sampler
+from llava_edge.runtime.generation.generation_config import GenerationConfig
+from llava_edge.runtime.generation.loop import LoopResult, generate_tokens
 
 WORDS, PLACE = 7, 6
 Array = NDArray[np.float32]

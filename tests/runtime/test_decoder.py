@@ -15,8 +15,8 @@ from llava_edge.convert.random_checkpoint import write_random_checkpoint
 from llava_edge.convert.random_spec import preset
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError, PromptError, RequestError
 from llava_edge.profiles.models.model_dims import TextDims
-from llava_edge.runtime.decoder import Decoder, FillEmbeddings
-from llava_edge.runtime.session import Binding, Session, SessionOptions
+from llava_edge.runtime.backends.onnxruntime import Binding, Session, SessionOptions
+from llava_edge.runtime.generation.decoder.decoder import Decoder, FillEmbeddings
 
 CONTEXT = 96
 CHUNK_BOUND = 1e-4

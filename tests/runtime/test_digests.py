@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.runtime import digests
-from llava_edge.runtime.cache_folder import cache_folder
-from llava_edge.runtime.digests import DigestCache, hash_file, hash_files
-from llava_edge.runtime.opened_file import OpenedFile
+from llava_edge.runtime.artifact import hashing as digests
+from llava_edge.runtime.artifact.hashing import DigestCache, hash_file, hash_files
+from llava_edge.runtime.util.cache_dir import cache_folder
+from llava_edge.runtime.util.opened_file import OpenedFile
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,8 @@ from safetensors.numpy import save_file
 from llava_edge.convert.write_embeddings import write_embeddings
 from llava_edge.profiles.errors import ArtifactError, PromptError
 from llava_edge.profiles.models.model_dims import ModelDims, TextDims, VisionDims
-from llava_edge.runtime.embeddings import EmbeddingTable
-from llava_edge.runtime.opened_file import OpenedFile
+from llava_edge.runtime.generation.inputs.embedding_table import EmbeddingTable
+from llava_edge.runtime.util.opened_file import OpenedFile
 
 VOCAB, HIDDEN = 11, 6
 TABLE = (np.arange(VOCAB * HIDDEN).reshape(VOCAB, HIDDEN) / 8).astype(np.float16)

@@ -9,8 +9,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.runtime.external_data import relocate
-from llava_edge.runtime.onnx_header import parse_onnx_header
+from llava_edge.runtime.artifact.onnx_proto import parse_onnx_header
+from llava_edge.runtime.backends.external_data import relocate
 
 
 def external(name: str, location: str, offset: int = 0) -> TensorProto:

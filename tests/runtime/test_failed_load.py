@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from llava_edge.profiles.errors import ArtifactError, EngineError, OutOfMemoryError, RequestError
-from llava_edge.runtime import LlavaEdge, loaded_parts, pipeline
-from llava_edge.runtime.session import Session
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime import model as pipeline
+from llava_edge.runtime.backends.onnxruntime import Session
+from llava_edge.runtime.loading import components as loaded_parts
 
 PARTS = (
     "RequestBuilder",

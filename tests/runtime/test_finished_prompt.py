@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.finished_prompt import finished_marks
-from llava_edge.runtime.manifest import PromptFormat, Turn
+from llava_edge.runtime.artifact.manifest import PromptFormat, Turn
+from llava_edge.runtime.processing.text.finished_prompt import finished_marks
 
 PLAIN = PromptFormat(
     source="template",
@@ -141,7 +141,7 @@ def test_a_raw_prompt_and_a_question_are_not_warned_of(
 def test_the_command_shows_the_warning(artifact: Path) -> None:
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "llava_edge.runtime.cli", "run", str(artifact)),
+            *(sys.executable, "-m", "llava_edge.runtime.cli.main", "run", str(artifact)),
             *("--prompt", "USER: Why? ASSISTANT:", "--max-new-tokens", "1", "--json"),
         ],
         capture_output=True,

@@ -78,7 +78,7 @@ def test_onnx_runtime_leaves_no_thread_and_no_file_behind(tmp_path: Path) -> Non
     code = (
         "import os, time, numpy, tokenizers\n"
         "before = len(os.listdir('/proc/self/task'))\n"
-        "import llava_edge.runtime.session\n"
+        "import llava_edge.runtime.backends.onnxruntime\n"
         "time.sleep(0.5)\n"
         "print(len(os.listdir('/proc/self/task')) - before)\n"
     )

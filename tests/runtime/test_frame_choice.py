@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 
 from llava_edge.profiles.errors import RequestError, VideoError
-from llava_edge.runtime.frame_choice import choose_frames
+from llava_edge.runtime.processing.video.frame_sampling import choose_frames
 
 
 @given(total=st.integers(1, 100_000), wanted=st.integers(1, 256))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from llava_edge.runtime.frame_resize import resize_middle
-from llava_edge.runtime.image_processor import shorter_side_to
+from llava_edge.runtime.processing.images.image_processor import shorter_side_to
+from llava_edge.runtime.processing.video.frame_resize import resize_middle
 
 Pixels = NDArray[np.uint8]
 

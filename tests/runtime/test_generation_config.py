@@ -14,7 +14,7 @@ import llava_edge.runtime
 from llava_edge.profiles import errors
 from llava_edge.profiles.errors import LlavaEdgeError, RequestError, UnknownOptionError
 from llava_edge.runtime import Chat, GenerationConfig, LlavaEdge
-from llava_edge.runtime.generation_arguments import add_generation_arguments, asked_generation
+from llava_edge.runtime.cli.generation_arguments import add_generation_arguments, asked_generation
 
 NAMES = [each.name for each in fields(GenerationConfig)]
 CALLS = (LlavaEdge.generate, LlavaEdge.stream, Chat.send, Chat.stream)

@@ -18,14 +18,15 @@ import pytest
 from PIL import Image
 
 from llava_edge.profiles.errors import DeadlineError, OutOfMemoryError, PromptError, RequestError
-from llava_edge.runtime import LlavaEdge, allocation
-from llava_edge.runtime.allocation import RESERVE_BYTES
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.load_fit import least_context
-from llava_edge.runtime.sampling import Sampler
-from llava_edge.runtime.session import Binding, Session, _map_error
-from llava_edge.runtime.tokenizer import Tokenizer
-from llava_edge.runtime.vision import VisionEncoder
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.backends.onnxruntime import Binding, Session, _map_error
+from llava_edge.runtime.generation.decoder.sampling import Sampler
+from llava_edge.runtime.loading.memory_fit import least_context
+from llava_edge.runtime.processing.text.tokenizer import Tokenizer
+from llava_edge.runtime.util import allocation
+from llava_edge.runtime.util.allocation import RESERVE_BYTES
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.vision.encoder import VisionEncoder
 
 QUESTION = "What is this?"
 TOKENS = 6
@@ -77,7 +78,9 @@ class Failing:
 
 
 def _modules_that_ask() -> list[Any]:
-    from llava_edge.runtime import answerer, images, video_reader
+    from llava_edge.runtime.generation import engine as answerer
+    from llava_edge.runtime.processing.images import loading as images
+    from llava_edge.runtime.processing.video import video_reader
 
     return [allocation, answerer, images, video_reader]
 

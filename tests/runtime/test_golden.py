@@ -14,16 +14,7 @@ from safetensors.numpy import load
 
 from llava_edge.profiles.errors import ArtifactError, ExportError
 from llava_edge.profiles.models.model_dims import ModelDims, TextDims, VisionDims
-from llava_edge.runtime.golden import (
-    GOLDEN_LIMIT,
-    LOOP_LIMIT,
-    GoldenProbe,
-    golden_bytes,
-    parse_golden,
-    read_golden,
-    read_golden_loop,
-)
-from llava_edge.runtime.manifest import (
+from llava_edge.runtime.artifact.manifest import (
     SCHEMA_VERSION,
     GraphSpec,
     ImageProcessing,
@@ -33,7 +24,16 @@ from llava_edge.runtime.manifest import (
     TokenIds,
     VideoProcessing,
 )
-from llava_edge.runtime.opened_file import OpenedFile
+from llava_edge.runtime.util.opened_file import OpenedFile
+from llava_edge.runtime.verification.golden.probes import (
+    GOLDEN_LIMIT,
+    LOOP_LIMIT,
+    GoldenProbe,
+    golden_bytes,
+    parse_golden,
+    read_golden,
+    read_golden_loop,
+)
 
 VOCAB, HIDDEN, CONTEXT, IMAGE = 50, 4, 64, 60
 NAMES = [field.name for field in dataclasses.fields(GoldenProbe)]

@@ -14,19 +14,19 @@ import pytest
 from llava_edge.convert.verify.reference_sampling import choose_by_reference, draw_cases
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.generation_config import GenerationConfig
-from llava_edge.runtime.golden_loop import (
+from llava_edge.runtime.artifact.manifest import Manifest
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.generation.generation_config import GenerationConfig
+from llava_edge.runtime.verification.golden.loop import (
     DrawCase,
     GoldenLoop,
     TextCase,
     drawn_logits,
     parse_loop,
 )
-from llava_edge.runtime.loop_check import check_loop
-from llava_edge.runtime.loop_choice import Rule, choice_margin, choose_plainly
-from llava_edge.runtime.loop_model import check_loop_on_model
-from llava_edge.runtime.manifest import Manifest
+from llava_edge.runtime.verification.loop.check import check_loop
+from llava_edge.runtime.verification.loop.choice import Rule, choice_margin, choose_plainly
+from llava_edge.runtime.verification.loop.model import check_loop_on_model
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,21 @@ import numpy as np
 import pytest
 
 from llava_edge.profiles.errors import ArtifactError, ExportError
-from llava_edge.runtime.golden import GoldenProbe, golden_bytes, parse_golden, read_golden_media
-from llava_edge.runtime.golden_media import (
+from llava_edge.runtime.artifact.manifest import Manifest
+from llava_edge.runtime.util.opened_file import OpenedFile
+from llava_edge.runtime.verification.golden.media import (
     GoldenChat,
     GoldenClip,
     GoldenFile,
     GoldenMedia,
     GoldenTurn,
 )
-from llava_edge.runtime.manifest import Manifest
-from llava_edge.runtime.opened_file import OpenedFile
+from llava_edge.runtime.verification.golden.probes import (
+    GoldenProbe,
+    golden_bytes,
+    parse_golden,
+    read_golden_media,
+)
 from tests.runtime.test_golden import (
     HIDDEN,
     IMAGE,

@@ -13,12 +13,17 @@ from PIL import Image
 
 from llava_edge.profiles.boards.nvml import Gpu, GpuReport
 from llava_edge.profiles.errors import EngineError, RequestError
-from llava_edge.runtime import LlavaEdge, answerer, cli, load_fit, session, this_machine
-from llava_edge.runtime.cuda_options import CudaOptions
-from llava_edge.runtime.cuda_runtime import CudaRuntime
-from llava_edge.runtime.placement import choose_device
-from llava_edge.runtime.session import Buffer
-from llava_edge.runtime.this_machine import describe_host
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.backends import onnxruntime as session
+from llava_edge.runtime.backends.cuda_options import CudaOptions
+from llava_edge.runtime.backends.cuda_runtime import CudaRuntime
+from llava_edge.runtime.backends.onnxruntime import Buffer
+from llava_edge.runtime.cli import main as cli
+from llava_edge.runtime.generation import engine as answerer
+from llava_edge.runtime.loading import memory_fit as load_fit
+from llava_edge.runtime.loading.placement import choose_device
+from llava_edge.runtime.verification import host as this_machine
+from llava_edge.runtime.verification.host import describe_host
 from tests.fake_cuda import FakeCudart, FakeTensorRT, install
 
 GIB = 1 << 30

@@ -6,9 +6,13 @@ import dataclasses
 
 import pytest
 
-from llava_edge.runtime.graph_check import ALLOWED_OPERATORS, graph_faults, spec_faults
-from llava_edge.runtime.manifest import GraphSpec, TensorSpec
-from llava_edge.runtime.onnx_header import NodeHeader, OnnxHeader, TensorHeader, ValueHeader
+from llava_edge.runtime.artifact.graph_validation import (
+    ALLOWED_OPERATORS,
+    graph_faults,
+    spec_faults,
+)
+from llava_edge.runtime.artifact.manifest import GraphSpec, TensorSpec
+from llava_edge.runtime.artifact.onnx_proto import NodeHeader, OnnxHeader, TensorHeader, ValueHeader
 
 SIZES = {"weights.bin": 4096 + 24}
 

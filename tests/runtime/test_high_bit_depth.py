@@ -11,10 +11,10 @@ from PIL import Image
 from transformers.image_transforms import convert_to_rgb as reference_convert_to_rgb
 
 from llava_edge.profiles.errors import ImageError, RequestError
-from llava_edge.runtime import images
-from llava_edge.runtime.image_formats import READABLE_FORMATS
-from llava_edge.runtime.images import load_image
-from llava_edge.runtime.limits import Limits
+from llava_edge.runtime.processing.images import loading as images
+from llava_edge.runtime.processing.images.loading import load_image
+from llava_edge.runtime.util.image_formats import READABLE_FORMATS
+from llava_edge.runtime.util.limits import Limits
 
 EVERY = Limits(image_formats=READABLE_FORMATS)
 CLIP = Limits(image_formats=READABLE_FORMATS, high_bit_depth="clip")

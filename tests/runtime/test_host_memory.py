@@ -4,11 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llava_edge.runtime.host_memory import available_host_bytes, peak_host_bytes
+from llava_edge.runtime.util.host_memory import available_host_bytes, peak_host_bytes
 
 GROW = """
 import numpy as np
-from llava_edge.runtime.host_memory import map_large_blocks
+from llava_edge.runtime.util.host_memory import map_large_blocks
 
 assert map_large_blocks()
 # Without the setting the first release raises the threshold to 16 MiB, and the small block behind

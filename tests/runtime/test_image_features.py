@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
 from llava_edge.profiles.models.anyres import AnyRes, grid_pinpoints
-from llava_edge.runtime.image_features import packing_index
+from llava_edge.runtime.processing.image_packing import packing_index
 
 STOCK = AnyRes(336, 14, grid_pinpoints("2x2", 336))
 LARGE = AnyRes(84, 14, grid_pinpoints("2x6", 84))

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from llava_edge.profiles.errors import ImageError
-from llava_edge.runtime.image_formats import READABLE_FORMATS
-from llava_edge.runtime.images import open_image, read_image_size
-from llava_edge.runtime.limits import Limits
+from llava_edge.runtime.processing.images.loading import open_image, read_image_size
+from llava_edge.runtime.util.image_formats import READABLE_FORMATS
+from llava_edge.runtime.util.limits import Limits
 
 EVERY = Limits(image_formats=READABLE_FORMATS)
 

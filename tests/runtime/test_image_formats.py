@@ -11,9 +11,9 @@ import pytest
 from PIL import Image, features
 
 from llava_edge.profiles.errors import ImageError
-from llava_edge.runtime.image_formats import DEFAULT_FORMATS, READABLE_FORMATS, recognise
-from llava_edge.runtime.images import open_image
-from llava_edge.runtime.limits import Limits
+from llava_edge.runtime.processing.images.loading import open_image
+from llava_edge.runtime.util.image_formats import DEFAULT_FORMATS, READABLE_FORMATS, recognise
+from llava_edge.runtime.util.limits import Limits
 
 
 def brands(*names: bytes) -> bytes:

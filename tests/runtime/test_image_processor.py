@@ -19,12 +19,12 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 
 from llava_edge.profiles.errors import ImageError, RequestError
 from llava_edge.profiles.models.anyres import grid_pinpoints
-from llava_edge.runtime import images
-from llava_edge.runtime.image_formats import READABLE_FORMATS
-from llava_edge.runtime.image_processor import MAX_CROP_RATIO, ImageProcessor
-from llava_edge.runtime.images import open_image
-from llava_edge.runtime.limits import Limits
-from llava_edge.runtime.manifest import ImageProcessing
+from llava_edge.runtime.artifact.manifest import ImageProcessing
+from llava_edge.runtime.processing.images import loading as images
+from llava_edge.runtime.processing.images.image_processor import MAX_CROP_RATIO, ImageProcessor
+from llava_edge.runtime.processing.images.loading import open_image
+from llava_edge.runtime.util.image_formats import READABLE_FORMATS
+from llava_edge.runtime.util.limits import Limits
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

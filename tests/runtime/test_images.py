@@ -23,10 +23,10 @@ from transformers.image_utils import load_image as load_reference_image
 
 from llava_edge.profiles.errors import ImageError, OutOfMemoryError
 from llava_edge.profiles.memory.buffers import image_conversion_bytes
-from llava_edge.runtime import images
-from llava_edge.runtime.image_formats import READABLE_FORMATS
-from llava_edge.runtime.images import convert_to_rgb, open_image
-from llava_edge.runtime.limits import Limits
+from llava_edge.runtime.processing.images import loading as images
+from llava_edge.runtime.processing.images.loading import convert_to_rgb, open_image
+from llava_edge.runtime.util.image_formats import READABLE_FORMATS
+from llava_edge.runtime.util.limits import Limits
 
 
 def picture(height: int = 40, width: int = 30, mode: str = "RGB") -> Image.Image:

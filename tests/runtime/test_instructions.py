@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from llava_edge.profiles.errors import EngineError
-from llava_edge.runtime.instructions import needs_wide_sums
-from llava_edge.runtime.manifest import Precision
+from llava_edge.runtime.artifact.manifest import Precision
+from llava_edge.runtime.backends.cpu_isa import needs_wide_sums
 
 INTEGER = Precision("int8", "int8", "fp16", "fp16", "float32", "integer")
 

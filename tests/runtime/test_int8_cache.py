@@ -20,12 +20,13 @@ from llava_edge.profiles.errors import (
     RequestError,
 )
 from llava_edge.profiles.memory.buffers import cache_scale_shape, kv_cache_bytes
-from llava_edge.runtime import LlavaEdge, placement
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.interface_check import check_interfaces, scale_names
-from llava_edge.runtime.placement import certain_host_terms, check_host_memory, choose_cache
-from llava_edge.runtime.run_cli import main as run_main
-from llava_edge.runtime.sealed_json import seal
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.artifact.graph_signature import check_interfaces, scale_names
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.cli.run import main as run_main
+from llava_edge.runtime.loading import placement
+from llava_edge.runtime.loading.placement import certain_host_terms, check_host_memory, choose_cache
+from llava_edge.runtime.util.checksummed_json import seal
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -119,7 +120,7 @@ def test_the_float_cache_is_what_is_taken_unasked(
 def test_only_the_graph_of_the_chosen_cache_is_opened(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llava_edge.runtime.session import Session
+    from llava_edge.runtime.backends.onnxruntime import Session
 
     opened: list[str] = []
     real = Session._open

@@ -10,7 +10,7 @@ import pytest
 
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.sealed_json import seal
+from llava_edge.runtime.util.checksummed_json import seal
 
 Change = Callable[[dict[str, Any]], None]
 

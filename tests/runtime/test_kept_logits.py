@@ -14,11 +14,11 @@ from onnx import TensorProto, helper
 
 from llava_edge.profiles.errors import ArtifactError, EngineError
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.graph_inputs import LOGITS_START, LOGITS_TO_KEEP
-from llava_edge.runtime.interface_check import check_interfaces
-from llava_edge.runtime.kept_logits import check_recordable, kept_logits
-from llava_edge.runtime.session import Session, SessionOptions
+from llava_edge.runtime.artifact.graph_inputs import LOGITS_START, LOGITS_TO_KEEP
+from llava_edge.runtime.artifact.graph_signature import check_interfaces
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.backends.logits_to_keep import check_recordable, kept_logits
+from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
 from tests.runtime.test_artifact import edit_manifest, relist
 
 GRAPH = "decoder/model.onnx"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llava_edge.profiles.errors import RequestError
-from llava_edge.runtime.limits import READABLE_FORMATS, Limits
+from llava_edge.runtime.util.limits import READABLE_FORMATS, Limits
 
 
 def test_defaults_hold_any_photograph() -> None:

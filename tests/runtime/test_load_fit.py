@@ -10,10 +10,12 @@ from llava_edge.profiles.boards.nvml import Gpu, GpuReport
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError, RequestError
 from llava_edge.profiles.memory.buffers import MIN_TEXT_TOKENS, CacheType
 from llava_edge.profiles.memory.estimate import Workload
-from llava_edge.runtime import LlavaEdge, load_fit, placement
-from llava_edge.runtime.artifact import Artifact, open_artifact
-from llava_edge.runtime.load_fit import LoadFit, fit_at_load, least_context
-from llava_edge.runtime.planned_memory import planned_memory
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.artifact.memory_estimate import planned_memory
+from llava_edge.runtime.artifact.open import Artifact, open_artifact
+from llava_edge.runtime.loading import memory_fit as load_fit
+from llava_edge.runtime.loading import placement
+from llava_edge.runtime.loading.memory_fit import LoadFit, fit_at_load, least_context
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 
 from llava_edge.profiles.errors import ImageError, OutOfMemoryError
 from llava_edge.profiles.models.anyres import AnyRes
-from llava_edge.runtime.lowering import Lowering, Step
-from llava_edge.runtime.request import Request
+from llava_edge.runtime.processing.degradation import Lowering, Step
+from llava_edge.runtime.processing.request import Request
 
 GRID = AnyRes(28, 14, ((56, 56), (28, 56), (56, 28)))
 

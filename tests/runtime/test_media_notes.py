@@ -13,8 +13,8 @@ import pytest
 
 from llava_edge.profiles.errors import VideoError
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.limits import Limits
-from llava_edge.runtime.request import VideoInput
+from llava_edge.runtime.processing.request import VideoInput
+from llava_edge.runtime.util.limits import Limits
 from tests.videos import encoded, moving, remuxed
 
 SMALL = {"model_type": "llava_next_video", "backbone": "mistral", "image_size": 56}

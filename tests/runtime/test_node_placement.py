@@ -14,11 +14,12 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from llava_edge.profiles.errors import EngineError
-from llava_edge.runtime import LlavaEdge, session
-from llava_edge.runtime.node_placement import size_nodes
-from llava_edge.runtime.onnx_header import read_onnx_header
-from llava_edge.runtime.opened_file import OpenedFile
-from llava_edge.runtime.session import Session, SessionOptions
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.artifact.onnx_proto import read_onnx_header
+from llava_edge.runtime.backends import onnxruntime as session
+from llava_edge.runtime.backends.cpu_fallback import size_nodes
+from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
+from llava_edge.runtime.util.opened_file import OpenedFile
 from tests.fake_cuda import keep_on_host
 
 TAKES_NOTHING = "AzureExecutionProvider"
@@ -74,7 +75,9 @@ def test_nothing_is_off_where_the_cpu_was_asked(artifact: Path) -> None:
 def test_every_answer_names_them(
     artifact: Path, picture: Image.Image, empty_device: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llava_edge.runtime.placement.available_devices", lambda: ("cuda", "cpu"))
+    monkeypatch.setattr(
+        "llava_edge.runtime.loading.placement.available_devices", lambda: ("cuda", "cpu")
+    )
     with LlavaEdge.load(artifact, device="cuda", engine="ort") as model:
         answer = model.generate("What?", [picture], max_new_tokens=2)
 

@@ -9,10 +9,17 @@ from typing import Any
 import pytest
 
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.runtime.manifest import Manifest, PromptFormat
-from llava_edge.runtime.old_manifest import with_prompt_of_2
-from llava_edge.runtime.prompt import Media, Message, Text, compose, rendered, user_message
-from llava_edge.runtime.records import from_json
+from llava_edge.runtime.artifact.manifest import Manifest, PromptFormat
+from llava_edge.runtime.artifact.old_manifest import with_prompt_of_2
+from llava_edge.runtime.processing.text.chat_prompt import (
+    Media,
+    Message,
+    Text,
+    compose,
+    rendered,
+    user_message,
+)
+from llava_edge.runtime.util.json_codec import from_json
 
 DATA = Path(__file__).parents[1] / "data"
 

@@ -13,12 +13,12 @@ import pytest
 
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime import on_device as on_device_module
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.certificate import StageResult, overall
-from llava_edge.runtime.golden import GoldenProbe
-from llava_edge.runtime.manifest import Manifest
-from llava_edge.runtime.on_device import check_on_device
+from llava_edge.runtime.artifact.certificate import StageResult, overall
+from llava_edge.runtime.artifact.manifest import Manifest
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.verification import self_test as on_device_module
+from llava_edge.runtime.verification.golden.probes import GoldenProbe
+from llava_edge.runtime.verification.self_test import check_on_device
 
 STAGES = [
     "prompt",

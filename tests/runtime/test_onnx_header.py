@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.runtime.onnx_header import (
+from llava_edge.runtime.artifact.onnx_proto import (
     ELEMENT_TYPES,
     HeaderLimits,
     OnnxHeader,
     parse_onnx_header,
     read_onnx_header,
 )
-from llava_edge.runtime.opened_file import OpenedFile
+from llava_edge.runtime.util.opened_file import OpenedFile
 
 
 def external(name: str, location: str = "weights.bin", offset: int = 0) -> TensorProto:

@@ -21,10 +21,10 @@ from llava_edge.profiles.errors import (
     RequestError,
 )
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.image_processor import ImageProcessor
-from llava_edge.runtime.pipeline import LlavaEdge as _Direct
-from llava_edge.runtime.request import Request
-from llava_edge.runtime.request_builder import RequestBuilder
+from llava_edge.runtime.model import LlavaEdge as _Direct
+from llava_edge.runtime.processing.images.image_processor import ImageProcessor
+from llava_edge.runtime.processing.processor import RequestBuilder
+from llava_edge.runtime.processing.request import Request
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +299,7 @@ def test_a_control_token_in_the_prompt_stays_text(model: LlavaEdge, control: str
 
 
 def _options():  # type: ignore[no-untyped-def]
-    from llava_edge.runtime.request import PromptOptions
+    from llava_edge.runtime.processing.request import PromptOptions
 
     return PromptOptions()
 
@@ -436,7 +436,7 @@ def test_memory_is_asked_before_it_is_taken(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llava_edge.profiles.errors import OutOfMemoryError
-    from llava_edge.runtime import placement
+    from llava_edge.runtime.loading import placement
 
     monkeypatch.setattr(placement, "available_host_bytes", lambda: 1 << 20)
 

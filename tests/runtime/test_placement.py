@@ -13,10 +13,10 @@ from llava_edge.profiles.models.parameters import (
     projector_parameters,
     vision_parameters,
 )
-from llava_edge.runtime import placement
-from llava_edge.runtime.artifact import Artifact, open_artifact
-from llava_edge.runtime.kv_cache import KVCache
-from llava_edge.runtime.placement import certain_host_terms, check_host_memory
+from llava_edge.runtime.artifact.open import Artifact, open_artifact
+from llava_edge.runtime.generation.decoder.kv_cache import KVCache
+from llava_edge.runtime.loading import placement
+from llava_edge.runtime.loading.placement import certain_host_terms, check_host_memory
 
 
 @pytest.fixture(scope="module")

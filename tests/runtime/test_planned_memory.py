@@ -10,9 +10,9 @@ import pytest
 
 from llava_edge.profiles.boards.hardware import Int8Isa
 from llava_edge.profiles.memory.estimate import Machine, Workload, estimate_memory
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.manifest import Manifest
-from llava_edge.runtime.planned_memory import planned_memory, stored_isa
+from llava_edge.runtime.artifact.manifest import Manifest
+from llava_edge.runtime.artifact.memory_estimate import planned_memory, stored_isa
+from llava_edge.runtime.artifact.open import open_artifact
 
 
 @pytest.fixture(scope="module")

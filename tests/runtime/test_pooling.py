@@ -8,7 +8,7 @@ import torch
 
 from llava_edge.profiles.models.model_dims import VisionDims
 from llava_edge.profiles.models.variants import find_variant
-from llava_edge.runtime.pooling import pooling_index
+from llava_edge.runtime.vision.pooling import pooling_index
 
 
 @pytest.fixture

@@ -19,16 +19,17 @@ from llava_edge.convert.request import ConvertRequest, QuantizationRequest
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.errors import EngineError
 from llava_edge.profiles.planner import PlanRequest
-from llava_edge.runtime import LlavaEdge, answerer
-from llava_edge.runtime.answer import Answer
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.generation_config import GenerationConfig
-from llava_edge.runtime.lowering import Lowering
-from llava_edge.runtime.placement import AskedCache
-from llava_edge.runtime.progress import no_progress
-from llava_edge.runtime.request import PromptOptions
-from llava_edge.runtime.stream import Pieces
-from llava_edge.runtime.time_budget import TimeBudget
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.generation import engine as answerer
+from llava_edge.runtime.generation.deadline import TimeBudget
+from llava_edge.runtime.generation.generation_config import GenerationConfig
+from llava_edge.runtime.generation.output import Answer
+from llava_edge.runtime.generation.stream import Pieces
+from llava_edge.runtime.loading.placement import AskedCache
+from llava_edge.runtime.processing.degradation import Lowering
+from llava_edge.runtime.processing.request import PromptOptions
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.util.progress import no_progress
 
 FORMS: dict[str, tuple[str, Literal["int8"] | None]] = {
     "fp16": ("fp16", None),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llava_edge.runtime.process import configure_process
+from llava_edge.runtime.backends.process import configure_process
 
 LOOK = """
 import json, locale, logging, os, signal, sys, warnings
@@ -36,7 +36,7 @@ model = LlavaEdge.load(sys.argv[1], threads=1)
 model.generate("Hello", max_new_tokens=2)
 model.close()
 after = seen()
-from llava_edge.runtime.process import configure_process
+from llava_edge.runtime.backends.process import configure_process
 print(json.dumps([
     {k: (before[k], after[k]) for k in before if before[k] != after[k]},
     sorted(configure_process()),
@@ -81,7 +81,7 @@ def test_configuring_twice_changes_nothing_a_second_time() -> None:
 import json, os
 hooks = []
 os.register_at_fork = lambda **hook: hooks.append(hook)
-from llava_edge.runtime import process
+from llava_edge.runtime.backends import process
 calls = []
 process.set_map_threshold = lambda: calls.append("mallopt") or True
 process.ort.disable_telemetry_events = lambda: calls.append("telemetry")
@@ -98,7 +98,7 @@ print(json.dumps([names, calls, len(hooks)]))
 def test_an_application_keeps_its_allocator_if_it_says_so_before_it_loads(artifact: Path) -> None:
     code = """
 import json, sys
-from llava_edge.runtime import LlavaEdge, process
+from llava_edge.runtime import LlavaEdge; from llava_edge.runtime.backends import process
 calls = []
 process.set_map_threshold = lambda: calls.append("mallopt") or True
 process.configure_process(map_large_blocks=False)

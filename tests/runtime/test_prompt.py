@@ -8,15 +8,9 @@ from datetime import datetime
 import pytest
 
 from llava_edge.profiles.errors import PromptError
-from llava_edge.runtime.manifest import (
-    Copy,
-    Cut,
-    Joint,
-    PromptFormat,
-    Trim,
-    Turn,
-)
-from llava_edge.runtime.prompt import (
+from llava_edge.runtime.artifact.manifest import Copy, Cut, Joint, PromptFormat, Trim, Turn
+from llava_edge.runtime.artifact.prompt_date import format_date, is_date_form
+from llava_edge.runtime.processing.text.chat_prompt import (
     Media,
     Message,
     Piece,
@@ -27,8 +21,7 @@ from llava_edge.runtime.prompt import (
     rendered,
     user_message,
 )
-from llava_edge.runtime.prompt_date import format_date, is_date_form
-from llava_edge.runtime.records import from_json, to_json
+from llava_edge.runtime.util.json_codec import from_json, to_json
 
 FORMAT = PromptFormat(
     source="template",

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from llava_edge.convert.write_embeddings import write_embeddings
 from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.profiles.models.model_dims import ModelDims, TextDims, VisionDims
-from llava_edge.runtime.embeddings import EmbeddingTable
-from llava_edge.runtime.opened_file import OpenedFile
-from llava_edge.runtime.prompt_embedder import PromptEmbedder
-from llava_edge.runtime.request import Request
+from llava_edge.runtime.generation.inputs.embedding_table import EmbeddingTable
+from llava_edge.runtime.generation.inputs.prompt_encoder import PromptEmbedder
+from llava_edge.runtime.processing.request import Request
+from llava_edge.runtime.util.opened_file import OpenedFile
 
 IMAGE = 6
 HIDDEN = 4

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
 from llava_edge.profiles.models.anyres import AnyRes
-from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
+from llava_edge.runtime.generation.inputs.input_embeds import PromptEmbeddings
 
 ODD = AnyRes(70, 14, ((70, 140), (140, 70), (140, 140), (210, 70), (70, 210)))
 STOCK = AnyRes(336, 14, ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)))

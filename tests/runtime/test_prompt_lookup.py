@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_edge.runtime.prompt_lookup import MAX_NGRAM, DraftPace, PromptLookup
+from llava_edge.runtime.generation.decoder.prompt_lookup import MAX_NGRAM, DraftPace, PromptLookup
 
 PLACE = 9
 _tokens = st.lists(st.sampled_from([0, 1, 2, PLACE]), max_size=40)

@@ -16,10 +16,11 @@ from llava_edge.bench.pages.checkpoint import SHIPPED
 from llava_edge.bench.pages.commands import convert
 from llava_edge.bench.pages.sample import Sample, held_out_sample
 from llava_edge.profiles.errors import EngineError, RequestError
-from llava_edge.runtime import LlavaEdge, answerer
-from llava_edge.runtime.decoder import Decoder
-from llava_edge.runtime.prompt_lookup import PromptLookup
-from llava_edge.runtime.run_cli import main
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.cli.run import main
+from llava_edge.runtime.generation import engine as answerer
+from llava_edge.runtime.generation.decoder.decoder import Decoder
+from llava_edge.runtime.generation.decoder.prompt_lookup import PromptLookup
 
 PRECISIONS = ("fp16", "int8", "int4")
 LOOKUP = 10

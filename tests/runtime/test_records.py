@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.runtime.records import from_json, to_json
+from llava_edge.runtime.util.json_codec import from_json, to_json
 
 
 @dataclass(frozen=True)

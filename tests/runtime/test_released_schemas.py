@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.artifact import READERS, open_artifact
-from llava_edge.runtime.certificate import overall
-from llava_edge.runtime.on_device import check_on_device
+from llava_edge.runtime.artifact.certificate import overall
+from llava_edge.runtime.artifact.open import READERS, open_artifact
+from llava_edge.runtime.verification.self_test import check_on_device
 
 DATA = Path(__file__).parents[1] / "data"
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from llava_edge.profiles.errors import DeadlineError, EngineError
-from llava_edge.runtime import request_queue
-from llava_edge.runtime.request_queue import RequestQueue
-from llava_edge.runtime.stream import AnswerStream, Pieces, StreamHandle
+from llava_edge.runtime.generation import request_queue
+from llava_edge.runtime.generation.request_queue import RequestQueue
+from llava_edge.runtime.generation.stream import AnswerStream, Pieces, StreamHandle
 
 
 def started(act: Callable[[], None]) -> threading.Thread:

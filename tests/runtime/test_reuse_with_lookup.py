@@ -20,15 +20,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava_edge.profiles.errors import EngineError
-from llava_edge.runtime import LlavaEdge, answerer
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.decoder import Decoder
-from llava_edge.runtime.generation_config import GenerationConfig
-from llava_edge.runtime.lowering import Lowering
-from llava_edge.runtime.placement import AskedCache
-from llava_edge.runtime.prompt_lookup import PromptLookup
-from llava_edge.runtime.request import PromptOptions, Request, VideoInput
-from llava_edge.runtime.time_budget import TimeBudget
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.generation import engine as answerer
+from llava_edge.runtime.generation.deadline import TimeBudget
+from llava_edge.runtime.generation.decoder.decoder import Decoder
+from llava_edge.runtime.generation.decoder.prompt_lookup import PromptLookup
+from llava_edge.runtime.generation.generation_config import GenerationConfig
+from llava_edge.runtime.loading.placement import AskedCache
+from llava_edge.runtime.processing.degradation import Lowering
+from llava_edge.runtime.processing.request import PromptOptions, Request, VideoInput
+from llava_edge.runtime.util.arrays import Array
 
 NUM_TOKENS = 14
 NOISE = 1e-5

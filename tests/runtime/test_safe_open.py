@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.runtime.safe_open import open_regular, read_at, read_bounded
+from llava_edge.runtime.util.safe_open import open_regular, read_at, read_bounded
 
 
 @pytest.fixture

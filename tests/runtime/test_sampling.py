@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from llava_edge.profiles.errors import EngineError, RequestError
-from llava_edge.runtime.best_logits import BestLogits
-from llava_edge.runtime.generation_config import GenerationConfig
-from llava_edge.runtime.sampling import Sampler
+from llava_edge.runtime.generation.decoder.sampling import Sampler
+from llava_edge.runtime.generation.decoder.topk_logits import BestLogits
+from llava_edge.runtime.generation.generation_config import GenerationConfig
 
 VOCAB = 50
 

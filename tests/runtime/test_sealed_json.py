@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_edge.profiles.errors import ArtifactError, ExportError
-from llava_edge.runtime.sealed_json import check_seal, parse_strict, seal
+from llava_edge.runtime.util.checksummed_json import check_seal, parse_strict, seal
 
 
 def test_the_seal_is_the_digest_of_the_bytes_with_an_empty_seal() -> None:

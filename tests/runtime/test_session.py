@@ -13,10 +13,10 @@ from onnx import TensorProto, helper
 
 from llava_edge.profiles.boards.cpu_limit import CpuLimit
 from llava_edge.profiles.errors import ArtifactError, EngineError, OutOfMemoryError
-from llava_edge.runtime import opened_file
-from llava_edge.runtime import session as session_module
-from llava_edge.runtime.opened_files import OpenedFiles
-from llava_edge.runtime.session import Buffer, Session, SessionOptions, _map_error
+from llava_edge.runtime.artifact.opened_files import OpenedFiles
+from llava_edge.runtime.backends import onnxruntime as session_module
+from llava_edge.runtime.backends.onnxruntime import Buffer, Session, SessionOptions, _map_error
+from llava_edge.runtime.util import opened_file
 
 _SPINNING = "session.intra_op.allow_spinning"
 
@@ -130,7 +130,7 @@ _CROWD = """
 import os, sys
 from pathlib import Path
 os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-from llava_edge.runtime.session import Session, SessionOptions
+from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
 tasks = lambda: {int(name) for name in os.listdir("/proc/self/task")}
 before = tasks()
 session = Session.from_bytes(Path(sys.argv[1]).read_bytes(), Path("."), SessionOptions())

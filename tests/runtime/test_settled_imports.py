@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_edge.runtime.settled_imports import settled_imports
+from llava_edge.runtime.cli.settled_imports import settled_imports
 
 
 @pytest.fixture

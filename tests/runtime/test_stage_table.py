@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from llava_edge.runtime.certificate import StageResult
-from llava_edge.runtime.stage_table import stage_table, verdict_line, verification_json
+from llava_edge.runtime.artifact.certificate import StageResult
+from llava_edge.runtime.verification.report import stage_table, verdict_line, verification_json
 
 GOOD = StageResult("prompt", "differing", 0.0, 0.0, "pass", detail="40 prompts")
 BAD = StageResult("packing", "max_gap_of_range", 0.123456, 1e-4, "fail", detail="row 3\x1b[2J")

@@ -11,8 +11,8 @@ import pytest
 
 from llava_edge.convert.tensorrt_build import build_vision_engine
 from llava_edge.profiles.errors import DependencyError, EngineError
-from llava_edge.runtime.progress import no_progress
-from llava_edge.runtime.tensorrt_engine import TensorRTEngine, open_library
+from llava_edge.runtime.backends.tensorrt import TensorRTEngine, open_library
+from llava_edge.runtime.util.progress import no_progress
 from tests.tower_graphs import write_vision_graph
 
 

@@ -9,8 +9,8 @@ import onnxruntime
 import pytest
 
 from llava_edge.profiles.boards.nvml import Gpu, GpuReport
-from llava_edge.runtime import this_machine
-from llava_edge.runtime.this_machine import describe_host
+from llava_edge.runtime.verification import host as this_machine
+from llava_edge.runtime.verification.host import describe_host
 
 
 def proc(root: Path, cpuinfo: str) -> Path:

@@ -13,11 +13,11 @@ from PIL import Image
 
 from llava_edge.profiles.errors import OutputExistsError, RequestError
 from llava_edge.profiles.models.anyres import GRID_NAMES, AnyRes, grid_pinpoints
-from llava_edge.runtime import tile_picture
-from llava_edge.runtime.image_processor import ImageProcessor
-from llava_edge.runtime.manifest import ImageProcessing
-from llava_edge.runtime.png_file import PngFile
-from llava_edge.runtime.tile_picture import TileTokens, draw_tiles, stacked
+from llava_edge.runtime.artifact.manifest import ImageProcessing
+from llava_edge.runtime.cli.output_file import PngFile
+from llava_edge.runtime.processing import tile_preview as tile_picture
+from llava_edge.runtime.processing.images.image_processor import ImageProcessor
+from llava_edge.runtime.processing.tile_preview import TileTokens, draw_tiles, stacked
 
 STOCK = AnyRes(336, 14, grid_pinpoints("2x2", 336))
 BLUE, HATCH = (20, 60, 200), {tile_picture._PAD, tile_picture._STRIPE}

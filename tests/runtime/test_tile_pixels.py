@@ -12,8 +12,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from llava_edge.runtime import LlavaEdge, tile_pixels
-from llava_edge.runtime.tile_pixels import TilePixels, digest_tiles, digests_of
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.processing import tile_pixels
+from llava_edge.runtime.processing.tile_pixels import TilePixels, digest_tiles, digests_of
 
 BYTES = np.random.default_rng(5).integers(0, 256, (4, 6, 6, 3), np.uint8)
 

@@ -24,9 +24,8 @@ from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor, PreTrai
 from llava_edge.convert.prompt_family import builtin_format
 from llava_edge.convert.sentencepiece_tokenizer import SentencePieceModel, SentencePieceSettings
 from llava_edge.profiles.errors import ArtifactError, PromptError
-from llava_edge.runtime.manifest import PromptFormat, TokenIds
-from llava_edge.runtime.opened_file import OpenedFile
-from llava_edge.runtime.prompt import (
+from llava_edge.runtime.artifact.manifest import PromptFormat, TokenIds
+from llava_edge.runtime.processing.text.chat_prompt import (
     Message,
     Piece,
     Text,
@@ -35,7 +34,8 @@ from llava_edge.runtime.prompt import (
     rendered,
     user_message,
 )
-from llava_edge.runtime.tokenizer import Tokenizer
+from llava_edge.runtime.processing.text.tokenizer import Tokenizer
+from llava_edge.runtime.util.opened_file import OpenedFile
 
 WORDS = """
 the a of image what is this in describe detail color text user assistant question answer two cats
@@ -611,7 +611,7 @@ def test_of_a_long_text_only_as_much_is_encoded_as_is_needed(
         asked.append(len(text))
         return backend.encode(text, add_special_tokens=add_special_tokens)
 
-    monkeypatch.setattr("llava_edge.runtime.tokenizer.encode", counted)
+    monkeypatch.setattr("llava_edge.runtime.processing.text.tokenizer.encode", counted)
     model.tokenizer.least_tokens("cats and dogs " * 100_000, 5_000)
 
     assert sum(asked) < 100_000

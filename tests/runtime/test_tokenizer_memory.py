@@ -18,10 +18,10 @@ WORDS = 152_000
 CHILD = """
 import json, sys, time
 from pathlib import Path
-from llava_edge.runtime.manifest import TokenIds
-from llava_edge.runtime.opened_file import OpenedFile
-from llava_edge.runtime.prompt import Piece
-from llava_edge.runtime.tokenizer import Tokenizer
+from llava_edge.runtime.artifact.manifest import TokenIds
+from llava_edge.runtime.util.opened_file import OpenedFile
+from llava_edge.runtime.processing.text.chat_prompt import Piece
+from llava_edge.runtime.processing.text.tokenizer import Tokenizer
 
 def mem(key):
     line = next(l for l in open("/proc/self/status") if l.startswith(key))

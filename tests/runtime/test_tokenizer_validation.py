@@ -18,9 +18,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from llava_edge.bench.pages.checkpoint import SHIPPED
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.runtime.opened_file import OpenedFile
-from llava_edge.runtime.tokenizer_backend import encode, open_backend
-from llava_edge.runtime.tokenizer_validation import tokenizer_faults
+from llava_edge.runtime.processing.text.tokenizer_backend import encode, open_backend
+from llava_edge.runtime.processing.text.tokenizer_validation import tokenizer_faults
+from llava_edge.runtime.util.opened_file import OpenedFile
 
 Change = Callable[[dict[str, Any]], None]
 

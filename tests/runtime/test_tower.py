@@ -20,13 +20,14 @@ from llava_edge.profiles.errors import (
     LlavaEdgeError,
     RequestError,
 )
-from llava_edge.runtime import LlavaEdge, cli
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.cuda_options import CudaOptions
-from llava_edge.runtime.cuda_runtime import CudaRuntime
-from llava_edge.runtime.progress import no_progress
-from llava_edge.runtime.request import PromptOptions
-from llava_edge.runtime.sealed_json import seal
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.backends.cuda_options import CudaOptions
+from llava_edge.runtime.backends.cuda_runtime import CudaRuntime
+from llava_edge.runtime.cli import main as cli
+from llava_edge.runtime.processing.request import PromptOptions
+from llava_edge.runtime.util.checksummed_json import seal
+from llava_edge.runtime.util.progress import no_progress
 from tests.fake_cuda import DOWNLOAD, MOVE, UPLOAD, FakeCudart, FakeTensorRT, install
 
 trt = pytest.importorskip("tensorrt_rtx")

@@ -14,12 +14,12 @@ from llava_edge.profiles.boards.engines import LIBRARIES, LibraryName
 from llava_edge.profiles.boards.nvml import read_gpus
 from llava_edge.profiles.errors import DependencyError
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.bounds import GAP, bounds_for
-from llava_edge.runtime.cuda_runtime import CudaRuntime
-from llava_edge.runtime.progress import no_progress
-from llava_edge.runtime.session import Buffer
-from llava_edge.runtime.tensorrt_engine import open_library
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.backends.cuda_runtime import CudaRuntime
+from llava_edge.runtime.backends.onnxruntime import Buffer
+from llava_edge.runtime.backends.tensorrt import open_library
+from llava_edge.runtime.util.progress import no_progress
+from llava_edge.runtime.verification.tolerances import GAP, bounds_for
 
 pytestmark = pytest.mark.gpu
 

@@ -13,14 +13,15 @@ import pytest
 
 from llava_edge.convert.write_artifact import write_certificate
 from llava_edge.profiles.errors import EngineError
-from llava_edge.runtime import LlavaEdge, verified_here
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.certificate import Certificate, StageResult
-from llava_edge.runtime.device_results import keep_result, read_result
-from llava_edge.runtime.golden import GoldenProbe
-from llava_edge.runtime.records import to_json
-from llava_edge.runtime.sealed_json import seal
-from llava_edge.runtime.this_machine import describe_host
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.artifact.certificate import Certificate, StageResult
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.util.checksummed_json import seal
+from llava_edge.runtime.util.json_codec import to_json
+from llava_edge.runtime.verification import self_test_policy as verified_here
+from llava_edge.runtime.verification.golden.probes import GoldenProbe
+from llava_edge.runtime.verification.host import describe_host
+from llava_edge.runtime.verification.self_test_cache import keep_result, read_result
 
 Issue = Callable[..., Path]
 
@@ -150,7 +151,9 @@ def test_a_result_counts_for_one_version_of_the_tool(
 ) -> None:
     folder = issue("golden", int8_isa="another")
     load(folder)
-    monkeypatch.setattr("llava_edge.runtime.device_results.own_version", lambda: "99.0")
+    monkeypatch.setattr(
+        "llava_edge.runtime.verification.self_test_cache.own_version", lambda: "99.0"
+    )
 
     load(folder)
 

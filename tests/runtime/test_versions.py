@@ -6,8 +6,8 @@ from importlib import metadata
 
 import pytest
 
-from llava_edge.runtime import versions
-from llava_edge.runtime.versions import tool_versions
+from llava_edge.runtime.util import versions
+from llava_edge.runtime.util.versions import tool_versions
 
 
 @pytest.mark.parametrize("build", ["onnxruntime", "onnxruntime-gpu"])

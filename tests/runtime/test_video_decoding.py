@@ -13,8 +13,8 @@ from av.stream import Disposition
 from PIL import Image
 
 from llava_edge.profiles.errors import VideoError
-from llava_edge.runtime.limits import Limits
-from llava_edge.runtime.video_reader import open_video
+from llava_edge.runtime.processing.video.video_reader import open_video
+from llava_edge.runtime.util.limits import Limits
 from tests.videos import encoded, moving, remuxed
 
 GROUPS = {"x264-params": "keyint=10:min-keyint=10:scenecut=0:bframes=2:log-level=none"}

@@ -8,8 +8,8 @@ from PIL import Image
 
 from llava_edge.convert.verify.reference_video import frame_pixels
 from llava_edge.profiles.errors import ImageError
-from llava_edge.runtime.manifest import VideoProcessing
-from llava_edge.runtime.video_processor import VideoProcessor
+from llava_edge.runtime.artifact.manifest import VideoProcessing
+from llava_edge.runtime.processing.video.video_processor import VideoProcessor
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)

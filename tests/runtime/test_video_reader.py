@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from llava_edge.profiles.errors import DependencyError, OutOfMemoryError, VideoError
-from llava_edge.runtime import video_reader
-from llava_edge.runtime.limits import Limits
-from llava_edge.runtime.video_reader import VideoSource, open_video
+from llava_edge.runtime.processing.video import video_reader
+from llava_edge.runtime.processing.video.video_reader import VideoSource, open_video
+from llava_edge.runtime.util.limits import Limits
 from tests.videos import encoded, moving
 
 CONTAINERS = {
@@ -247,8 +247,8 @@ def test_pyav_is_loaded_for_files_only() -> None:
     code = (
         "import sys, numpy as np\n"
         "from llava_edge.runtime import LlavaEdge\n"
-        "from llava_edge.runtime.video_reader import open_video\n"
-        "from llava_edge.runtime.limits import Limits\n"
+        "from llava_edge.runtime.processing.video.video_reader import open_video\n"
+        "from llava_edge.runtime.util.limits import Limits\n"
         "with open_video(np.zeros((2, 4, 4, 3), np.uint8), Limits()) as clip:\n"
         "    list(clip.frames([0, 1]))\n"
         "sys.exit('av' in sys.modules)\n"

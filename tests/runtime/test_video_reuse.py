@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 from llava_edge.profiles.errors import PromptError, RequestError, VideoError
-from llava_edge.runtime import LlavaEdge, cli
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.request import PromptOptions, VideoInput
-from llava_edge.runtime.video_processor import VideoProcessor
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.cli import main as cli
+from llava_edge.runtime.processing.request import PromptOptions, VideoInput
+from llava_edge.runtime.processing.video.video_processor import VideoProcessor
+from llava_edge.runtime.util.arrays import Array
 from tests.videos import encoded, moving
 
 SMALL = {"model_type": "llava_next_video", "backbone": "mistral", "image_size": 56}

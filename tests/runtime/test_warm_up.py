@@ -12,11 +12,11 @@ from PIL import Image
 
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.cuda_options import CudaOptions
-from llava_edge.runtime.decoder import Decoder
-from llava_edge.runtime.session import Buffer, Session
-from llava_edge.runtime.vision import VisionEncoder
-from llava_edge.runtime.warm_up import LEAST_CHUNK, warm_up
+from llava_edge.runtime.backends.cuda_options import CudaOptions
+from llava_edge.runtime.backends.onnxruntime import Buffer, Session
+from llava_edge.runtime.generation.decoder.decoder import Decoder
+from llava_edge.runtime.generation.warmup import LEAST_CHUNK, warm_up
+from llava_edge.runtime.vision.encoder import VisionEncoder
 from tests import fake_cuda
 
 CONTEXT, CHUNK, BATCH = 700, 512, 5
@@ -186,7 +186,9 @@ def test_what_was_given_up_is_said_by_the_model_and_by_every_answer(
 ) -> None:
     folder = make_artifact(make_checkpoint("odd"), profile="a100", context_tokens=CONTEXT)
     fake_cuda.install(monkeypatch, fake_cuda.FakeCudart(), None)
-    monkeypatch.setattr("llava_edge.runtime.placement.available_devices", lambda: ("cuda", "cpu"))
+    monkeypatch.setattr(
+        "llava_edge.runtime.loading.placement.available_devices", lambda: ("cuda", "cpu")
+    )
     Scarce(monkeypatch, tiles=8, tokens=100, logits=99)
 
     for ready in (True, False):

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 
 from llava_edge.profiles.errors import DeadlineError, RequestError
-from llava_edge.runtime.progress import no_progress
-from llava_edge.runtime.time_budget import Pace, TimeBudget
-from llava_edge.runtime.watch import CancelledError, TooSlowError, Watch
+from llava_edge.runtime.generation.deadline import Pace, TimeBudget
+from llava_edge.runtime.generation.deadline_guard import CancelledError, TooSlowError, Watch
+from llava_edge.runtime.util.progress import no_progress
 
 
 class Clock:

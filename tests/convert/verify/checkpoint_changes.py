@@ -17,7 +17,7 @@ from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.quantization import QuantizationRequest
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.planner import PlanRequest
-from llava_edge.runtime.progress import no_progress
+from llava_edge.runtime.util.progress import no_progress
 from tests.checkpoint_layouts import as_original
 from tests.convert.verify.tokenizer_checkpoints import TOKENIZERS
 

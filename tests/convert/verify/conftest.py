@@ -18,8 +18,8 @@ from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.verify import prompt_stage
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
-from llava_edge.runtime.artifact import Artifact, open_artifact
-from llava_edge.runtime.progress import no_progress
+from llava_edge.runtime.artifact.open import Artifact, open_artifact
+from llava_edge.runtime.util.progress import no_progress
 from tests.convert.verify.fault_models import FaultModels
 
 FORMS = {

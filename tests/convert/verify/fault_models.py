@@ -22,10 +22,10 @@ from llava_edge.convert.verify.reference_answer import Reference
 from llava_edge.convert.verify.verifier import VerifyOptions, open_reference, verify_artifact
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.certificate import Certificate, Mode
-from llava_edge.runtime.image_processor import ImageProcessor
-from llava_edge.runtime.progress import no_progress
+from llava_edge.runtime.artifact.certificate import Certificate, Mode
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.processing.images.image_processor import ImageProcessor
+from llava_edge.runtime.util.progress import no_progress
 from tests.convert.verify.checkpoint_changes import CHANGES
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.tamper import Tampered

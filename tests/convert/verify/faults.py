@@ -7,7 +7,7 @@ import pytest
 
 from llava_edge.convert import decoder_graph
 from llava_edge.profiles.models.model_dims import TextDims
-from llava_edge.runtime.decoder import Decoder
+from llava_edge.runtime.generation.decoder.decoder import Decoder
 from tests.convert.verify import (
     faults_cache,
     faults_clips,

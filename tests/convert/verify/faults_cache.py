@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from llava_edge.convert import cache_scales
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.interface_check import scale_names
-from llava_edge.runtime.kv_cache import KVCache
+from llava_edge.runtime.artifact.graph_signature import scale_names
+from llava_edge.runtime.generation.decoder.kv_cache import KVCache
+from llava_edge.runtime.util.arrays import Array
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.tamper import Tampered
 

@@ -10,9 +10,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from llava_edge.runtime import images, request_builder, video_processor, video_reader
-from llava_edge.runtime.request_builder import RequestBuilder
-from llava_edge.runtime.video_reader import VideoReader
+from llava_edge.runtime.processing import processor as request_builder
+from llava_edge.runtime.processing.images import loading as images
+from llava_edge.runtime.processing.processor import RequestBuilder
+from llava_edge.runtime.processing.video import video_processor, video_reader
+from llava_edge.runtime.processing.video.video_reader import VideoReader
 from tests.convert.verify.fault import Fault
 
 _Patch = pytest.MonkeyPatch

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from llava_edge.profiles.models.anyres import AnyRes, TileLayout
-from llava_edge.runtime import image_features, image_processor, prompt_embeddings
-from llava_edge.runtime.image_processor import ImageProcessor, ImageTiles
-from llava_edge.runtime.images import convert_to_rgb
-from llava_edge.runtime.manifest import ImageProcessing
+from llava_edge.runtime.artifact.manifest import ImageProcessing
+from llava_edge.runtime.generation.inputs import input_embeds as prompt_embeddings
+from llava_edge.runtime.processing import image_packing as image_features
+from llava_edge.runtime.processing.images import image_processor
+from llava_edge.runtime.processing.images.image_processor import ImageProcessor, ImageTiles
+from llava_edge.runtime.processing.images.loading import convert_to_rgb
 from tests.convert.verify.fault import Fault
 
 _Patch = pytest.MonkeyPatch

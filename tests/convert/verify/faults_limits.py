@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_edge.runtime import request_builder
-from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.chat import Chat
-from llava_edge.runtime.embeddings import BLOCK_ROWS, EmbeddingTable
-from llava_edge.runtime.pipeline import LlavaEdge
-from llava_edge.runtime.request import VideoInput
-from llava_edge.runtime.request_builder import RequestBuilder
+from llava_edge.runtime.generation.inputs.embedding_table import BLOCK_ROWS, EmbeddingTable
+from llava_edge.runtime.model import LlavaEdge
+from llava_edge.runtime.processing import processor as request_builder
+from llava_edge.runtime.processing.processor import RequestBuilder
+from llava_edge.runtime.processing.request import VideoInput
+from llava_edge.runtime.util.arrays import Array
 from tests.convert.verify.fault import loop_faults
 
 _Patch = pytest.MonkeyPatch

@@ -11,15 +11,17 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageChops
 
-from llava_edge.runtime import image_file, images, request_builder
-from llava_edge.runtime.arrays import Array
 from llava_edge.runtime.chat import Chat
-from llava_edge.runtime.high_bit_depth import Scaling
-from llava_edge.runtime.image_processor import ImageProcessor, ImageTiles
-from llava_edge.runtime.prompt_embedder import PromptEmbedder
-from llava_edge.runtime.request import Request
-from llava_edge.runtime.request_builder import RequestBuilder
-from llava_edge.runtime.vision import VisionEncoder
+from llava_edge.runtime.generation.inputs.prompt_encoder import PromptEmbedder
+from llava_edge.runtime.processing import processor as request_builder
+from llava_edge.runtime.processing.images import image_file
+from llava_edge.runtime.processing.images import loading as images
+from llava_edge.runtime.processing.images.high_bit_depth import Scaling
+from llava_edge.runtime.processing.images.image_processor import ImageProcessor, ImageTiles
+from llava_edge.runtime.processing.processor import RequestBuilder
+from llava_edge.runtime.processing.request import Request
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.vision.encoder import VisionEncoder
 from tests.convert.verify.fault import Fault
 
 _Patch = pytest.MonkeyPatch

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_edge.runtime import request_builder
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.cached_encoder import CachedEncoder
 from llava_edge.runtime.chat import Chat
-from llava_edge.runtime.feature_cache import FeatureCache
-from llava_edge.runtime.generation_config import GenerationConfig
-from llava_edge.runtime.pipeline import LlavaEdge
-from llava_edge.runtime.sampling import Sampler
+from llava_edge.runtime.generation.decoder.sampling import Sampler
+from llava_edge.runtime.generation.generation_config import GenerationConfig
+from llava_edge.runtime.model import LlavaEdge
+from llava_edge.runtime.processing import processor as request_builder
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.vision.cached_encoder import CachedEncoder
+from llava_edge.runtime.vision.feature_cache import FeatureCache
 from tests.convert.verify.fault import loop_faults
 
 _Patch = pytest.MonkeyPatch

@@ -10,19 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_edge.runtime import answerer, cache_contents, decode_steps
-from llava_edge.runtime.answerer import Answerer
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.cache_contents import CacheContents
-from llava_edge.runtime.cached_encoder import CachedEncoder
 from llava_edge.runtime.chat import Chat, ChatMessage
-from llava_edge.runtime.decode_steps import DraftedSteps
-from llava_edge.runtime.decoder import Decoder
-from llava_edge.runtime.feature_cache import FeatureCache
-from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
-from llava_edge.runtime.prompt_lookup import PromptLookup
-from llava_edge.runtime.request import PlacedMedium, Request
-from llava_edge.runtime.request_builder import RequestBuilder
+from llava_edge.runtime.generation import engine as answerer
+from llava_edge.runtime.generation.decoder import decoding as decode_steps
+from llava_edge.runtime.generation.decoder import prefix_cache as cache_contents
+from llava_edge.runtime.generation.decoder.decoder import Decoder
+from llava_edge.runtime.generation.decoder.decoding import DraftedSteps
+from llava_edge.runtime.generation.decoder.prefix_cache import CacheContents
+from llava_edge.runtime.generation.decoder.prompt_lookup import PromptLookup
+from llava_edge.runtime.generation.engine import Answerer
+from llava_edge.runtime.generation.inputs.input_embeds import PromptEmbeddings
+from llava_edge.runtime.processing.processor import RequestBuilder
+from llava_edge.runtime.processing.request import PlacedMedium, Request
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.vision.cached_encoder import CachedEncoder
+from llava_edge.runtime.vision.feature_cache import FeatureCache
 from tests.convert.verify.fault import loop_faults
 
 _Patch = pytest.MonkeyPatch

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_edge.runtime import answerer
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.decoder import Decoder
-from llava_edge.runtime.embeddings import EmbeddingTable
-from llava_edge.runtime.prompt import Piece
-from llava_edge.runtime.prompt_embedder import PromptEmbedder
-from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
-from llava_edge.runtime.session import Buffer
-from llava_edge.runtime.tokenizer import Tokenizer
-from llava_edge.runtime.vision import VisionEncoder
+from llava_edge.runtime.backends.onnxruntime import Buffer
+from llava_edge.runtime.generation import engine as answerer
+from llava_edge.runtime.generation.decoder.decoder import Decoder
+from llava_edge.runtime.generation.inputs.embedding_table import EmbeddingTable
+from llava_edge.runtime.generation.inputs.input_embeds import PromptEmbeddings
+from llava_edge.runtime.generation.inputs.prompt_encoder import PromptEmbedder
+from llava_edge.runtime.processing.text.chat_prompt import Piece
+from llava_edge.runtime.processing.text.tokenizer import Tokenizer
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.vision.encoder import VisionEncoder
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.tamper import Tampered
 

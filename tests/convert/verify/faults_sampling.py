@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_edge.runtime import answerer, sampling
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.best_logits import BestLogits
-from llava_edge.runtime.decoder import Decoder
-from llava_edge.runtime.sampling import Sampler
+from llava_edge.runtime.generation import engine as answerer
+from llava_edge.runtime.generation.decoder import sampling
+from llava_edge.runtime.generation.decoder.decoder import Decoder
+from llava_edge.runtime.generation.decoder.sampling import Sampler
+from llava_edge.runtime.generation.decoder.topk_logits import BestLogits
+from llava_edge.runtime.util.arrays import Array
 from tests.convert.verify.fault import loop_faults
 
 _Patch = pytest.MonkeyPatch

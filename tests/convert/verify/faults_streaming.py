@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from llava_edge.profiles.errors import LlavaEdgeError
-from llava_edge.runtime import answerer, stream_decoder
-from llava_edge.runtime.answerer import Answerer
-from llava_edge.runtime.decode_steps import PlainSteps
-from llava_edge.runtime.generate import LoopResult
-from llava_edge.runtime.stream import AnswerStream, StreamHandle
-from llava_edge.runtime.stream_decoder import StreamDecoder
-from llava_edge.runtime.tokenizer import Tokenizer
+from llava_edge.runtime.generation import engine as answerer
+from llava_edge.runtime.generation.decoder.decoding import PlainSteps
+from llava_edge.runtime.generation.engine import Answerer
+from llava_edge.runtime.generation.loop import LoopResult
+from llava_edge.runtime.generation.stream import AnswerStream, StreamHandle
+from llava_edge.runtime.processing.text import detokenizer as stream_decoder
+from llava_edge.runtime.processing.text.detokenizer import StreamDecoder
+from llava_edge.runtime.processing.text.tokenizer import Tokenizer
 from tests.convert.verify.fault import loop_faults
 
 _Patch = pytest.MonkeyPatch

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer as Backend
 from llava_edge.convert import sentencepiece_tokenizer, tokenizer_files
 from llava_edge.convert.sentencepiece_tokenizer import SentencePieceModel, SentencePieceSettings
 from llava_edge.convert.tokenizer_source import open_tokenizer_json
-from llava_edge.runtime.stream_decoder import StreamDecoder
-from llava_edge.runtime.tokenizer import Tokenizer
+from llava_edge.runtime.processing.text.detokenizer import StreamDecoder
+from llava_edge.runtime.processing.text.tokenizer import Tokenizer
 from tests.convert.verify.fault import Fault, Where
 from tests.convert.verify.tamper import Tampered
 

@@ -12,10 +12,11 @@ from PIL import Image
 
 from llava_edge.convert import vision_graph
 from llava_edge.profiles.models.model_dims import VisionDims
-from llava_edge.runtime import video_processor, vision
-from llava_edge.runtime.manifest import VideoProcessing
-from llava_edge.runtime.prompt_embeddings import PromptEmbeddings
-from llava_edge.runtime.video_processor import VideoProcessor
+from llava_edge.runtime.artifact.manifest import VideoProcessing
+from llava_edge.runtime.generation.inputs.input_embeds import PromptEmbeddings
+from llava_edge.runtime.processing.video import video_processor
+from llava_edge.runtime.processing.video.video_processor import VideoProcessor
+from llava_edge.runtime.vision import encoder as vision
 from tests.convert.verify.fault import Fault
 
 _Patch = pytest.MonkeyPatch

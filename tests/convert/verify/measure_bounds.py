@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.bounds import form_of
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.verification.tolerances import form_of
 from tests.convert.verify.clean_models import clean_models, solved_models
 from tests.convert.verify.fault_models import FaultModels, Model
 from tests.convert.verify.realistic import REALISTIC_MODELS

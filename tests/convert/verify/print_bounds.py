@@ -17,8 +17,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_edge.runtime.bounds import bound_rows
-from llava_edge.runtime.certificate import StageResult
+from llava_edge.runtime.artifact.certificate import StageResult
+from llava_edge.runtime.verification.tolerances import bound_rows
 from tests.convert.verify import faults_quantizer
 from tests.convert.verify.fault_models import FaultModels
 

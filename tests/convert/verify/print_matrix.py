@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llava_edge.runtime.certificate import Certificate, StageResult
+from llava_edge.runtime.artifact.certificate import Certificate, StageResult
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.fault_models import FaultModels
 from tests.convert.verify.faults import EQUIVALENT, FAULTS, LOOP_FAULTS

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from llava_edge.runtime.session import Session
+from llava_edge.runtime.backends.onnxruntime import Session
 
 _LEAST, _MOST = -32768.0, 32767.0
 

@@ -22,7 +22,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from llava_edge.runtime.sealed_json import seal
+from llava_edge.runtime.util.checksummed_json import seal
 
 Array = NDArray[Any]
 Part = Literal["vision", "decoder", "decoder_int8_cache"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from llava_edge.runtime.certificate import Certificate
+from llava_edge.runtime.artifact.certificate import Certificate
 from tests.convert.verify.clean_models import CLEAN, RELEASED, solved_models
 from tests.convert.verify.fault_models import FaultModels, Model
 

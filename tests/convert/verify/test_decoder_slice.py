@@ -10,8 +10,8 @@ import pytest
 
 from llava_edge.convert.verify.reference_answer import Positions
 from llava_edge.convert.verify.subject import Subject
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.artifact import open_artifact
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.util.arrays import Array
 
 
 @pytest.fixture

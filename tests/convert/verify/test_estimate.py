@@ -16,10 +16,10 @@ from llava_edge.convert.verify.verifier import (
     verify_artifact,
 )
 from llava_edge.profiles.models.model_dims import TextDims
-from llava_edge.runtime.artifact import Artifact, open_artifact
-from llava_edge.runtime.decoder import Decoder
-from llava_edge.runtime.progress import no_progress
-from llava_edge.runtime.vision import VisionEncoder
+from llava_edge.runtime.artifact.open import Artifact, open_artifact
+from llava_edge.runtime.generation.decoder.decoder import Decoder
+from llava_edge.runtime.util.progress import no_progress
+from llava_edge.runtime.vision.encoder import VisionEncoder
 from tests.convert.verify.fault_models import FaultModels
 from tests.convert.verify.tamper import Tampered
 

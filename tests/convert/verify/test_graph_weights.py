@@ -22,7 +22,7 @@ from llava_edge.convert.verify.graph_file import GraphFile
 from llava_edge.convert.verify.graph_weights import TWO_TERMS, WHOLE_ROW, GraphWeights
 from llava_edge.profiles.errors import ArtifactError, CheckpointError
 from llava_edge.profiles.memory.formats import Int8Route
-from llava_edge.runtime.artifact import open_artifact
+from llava_edge.runtime.artifact.open import open_artifact
 from tests.convert.verify.conftest import BACKBONES
 
 CONTEXT = 32

@@ -17,15 +17,15 @@ from llava_edge.convert.verify.subject import Subject
 from llava_edge.convert.verify.verifier import VerifyOptions, open_reference, verify_artifact
 from llava_edge.profiles.errors import OutOfMemoryError
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.arrays import Array
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.bounds import bounds_for
-from llava_edge.runtime.certificate import Certificate, StageResult
-from llava_edge.runtime.graph_check import graph_faults
-from llava_edge.runtime.interface_check import check_interfaces
-from llava_edge.runtime.onnx_header import read_onnx_header
-from llava_edge.runtime.progress import no_progress
-from llava_edge.runtime.vision import VisionEncoder
+from llava_edge.runtime.artifact.certificate import Certificate, StageResult
+from llava_edge.runtime.artifact.graph_signature import check_interfaces
+from llava_edge.runtime.artifact.graph_validation import graph_faults
+from llava_edge.runtime.artifact.onnx_proto import read_onnx_header
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.util.progress import no_progress
+from llava_edge.runtime.verification.tolerances import bounds_for
+from llava_edge.runtime.vision.encoder import VisionEncoder
 from tests.convert.verify.fault_models import FaultModels, Made
 from tests.convert.verify.faults_runtime import FAULTS
 

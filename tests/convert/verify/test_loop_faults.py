@@ -12,14 +12,15 @@ import pytest
 from llava_edge.convert.verify.loop_stage import golden_loop, loop_stage
 from llava_edge.convert.verify.reference_answer import Reference
 from llava_edge.convert.verify.reference_sampling import choose_by_reference
-from llava_edge.runtime import LlavaEdge, loop_model
-from llava_edge.runtime.artifact import Artifact, open_artifact
-from llava_edge.runtime.bounds import Bounds, bounds_for
-from llava_edge.runtime.certificate import StageResult
-from llava_edge.runtime.golden_loop import GoldenLoop
-from llava_edge.runtime.loop_check import loop_rows
-from llava_edge.runtime.loop_choice import Choose, choose_plainly
-from llava_edge.runtime.loop_model import check_loop_on_model
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.artifact.certificate import StageResult
+from llava_edge.runtime.artifact.open import Artifact, open_artifact
+from llava_edge.runtime.verification.golden.loop import GoldenLoop
+from llava_edge.runtime.verification.loop import model as loop_model
+from llava_edge.runtime.verification.loop.check import loop_rows
+from llava_edge.runtime.verification.loop.choice import Choose, choose_plainly
+from llava_edge.runtime.verification.loop.model import check_loop_on_model
+from llava_edge.runtime.verification.tolerances import Bounds, bounds_for
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.fault_models import FaultModels
 from tests.convert.verify.faults import LOOP_FAULTS as FAULTS

@@ -15,10 +15,10 @@ from llava_edge.convert.verify.manifest_record import manifest_record_faults
 from llava_edge.convert.verify.prompt_stage import prompt_stage
 from llava_edge.convert.verify.structure import structure_stage
 from llava_edge.convert.verify.verifier import VerifyOptions, open_reference, verify_artifact
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.golden import GOLDEN_FILE, golden_bytes, read_golden
-from llava_edge.runtime.opened_file import OpenedFile
-from llava_edge.runtime.progress import no_progress
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.util.opened_file import OpenedFile
+from llava_edge.runtime.util.progress import no_progress
+from llava_edge.runtime.verification.golden.probes import GOLDEN_FILE, golden_bytes, read_golden
 from tests.convert.verify.fault_models import FaultModels
 from tests.convert.verify.tamper import Tampered
 

@@ -12,9 +12,9 @@ from llava_edge.convert.verify import picture_files as pictures
 from llava_edge.convert.verify.clip_files import clip_files
 from llava_edge.convert.verify.media_reference import golden_clip, read_clip, read_picture
 from llava_edge.convert.verify.picture_files import picture_files
-from llava_edge.runtime.golden_media import MEDIA_LIMITS
-from llava_edge.runtime.image_formats import READABLE_FORMATS, recognise
-from llava_edge.runtime.limits import VIDEO_FORMATS
+from llava_edge.runtime.util.image_formats import READABLE_FORMATS, recognise
+from llava_edge.runtime.util.limits import VIDEO_FORMATS
+from llava_edge.runtime.verification.golden.media import MEDIA_LIMITS
 
 FRAMES = 8
 
@@ -62,7 +62,7 @@ def test_all_eight_orientations_give_pictures_that_differ_but_for_their_turning(
 
 
 def test_large_files_are_more_than_the_runtime_converts_at_once() -> None:
-    from llava_edge.runtime import images
+    from llava_edge.runtime.processing.images import loading as images
 
     assert pictures.mosaic(large=True)[..., 0].size > images._STRIP_PIXELS
 

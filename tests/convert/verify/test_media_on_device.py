@@ -13,13 +13,19 @@ from typing import Any
 import pytest
 
 from llava_edge.convert.verify.verifier import golden_probes, open_reference
-from llava_edge.runtime import LlavaEdge, images, verified_here
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.certificate import overall
-from llava_edge.runtime.golden import GOLDEN_FILE, golden_bytes, read_golden_media
-from llava_edge.runtime.on_device import check_on_device
-from llava_edge.runtime.sealed_json import seal
-from llava_edge.runtime.this_machine import describe_host
+from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.artifact.certificate import overall
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.processing.images import loading as images
+from llava_edge.runtime.util.checksummed_json import seal
+from llava_edge.runtime.verification import self_test_policy as verified_here
+from llava_edge.runtime.verification.golden.probes import (
+    GOLDEN_FILE,
+    golden_bytes,
+    read_golden_media,
+)
+from llava_edge.runtime.verification.host import describe_host
+from llava_edge.runtime.verification.self_test import check_on_device
 from tests.convert.verify import faults_clips, faults_media
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.fault_models import MODELS, FaultModels, Model

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageChops, ImageOps
 
 from llava_edge.convert.verify.memory_pictures import memory_faults
-from llava_edge.runtime import images
+from llava_edge.runtime.processing.images import loading as images
 
 Change = Callable[[Any], Any]
 

@@ -15,10 +15,10 @@ from llava_edge.convert.checkpoint import open_checkpoint
 from llava_edge.convert.verify.prompt_stage import prompt_stage
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
 from llava_edge.profiles.errors import CheckpointError
-from llava_edge.runtime.artifact import Artifact, open_artifact
-from llava_edge.runtime.certificate import StageResult
-from llava_edge.runtime.manifest import PromptFormat
-from llava_edge.runtime.prompt import user_message
+from llava_edge.runtime.artifact.certificate import StageResult
+from llava_edge.runtime.artifact.manifest import PromptFormat
+from llava_edge.runtime.artifact.open import Artifact, open_artifact
+from llava_edge.runtime.processing.text.chat_prompt import user_message
 
 PLAIN = (
     "{% for m in messages %}{{ m.role + ':' }}{% for c in m.content if c.type == 'image' %}"

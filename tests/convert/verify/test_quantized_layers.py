@@ -22,10 +22,10 @@ from llava_edge.convert.verify.quantized_form import QuantizedForm
 from llava_edge.convert.verify.quantized_layers import SolvedLayers
 from llava_edge.convert.verify.reference_rounding import Grid, nearest_scales, rounded
 from llava_edge.convert.verify.verifier import open_reference
-from llava_edge.runtime.artifact import Artifact, open_artifact
-from llava_edge.runtime.bounds import bounds_for
-from llava_edge.runtime.certificate import StageResult
-from llava_edge.runtime.manifest import Precision
+from llava_edge.runtime.artifact.certificate import StageResult
+from llava_edge.runtime.artifact.manifest import Precision
+from llava_edge.runtime.artifact.open import Artifact, open_artifact
+from llava_edge.runtime.verification.tolerances import bounds_for
 from tests.convert.verify import faults_solver
 from tests.convert.verify.fault_models import Made, Model
 from tests.convert.verify.faults_quantizer import WEIGHTS, Change

@@ -10,9 +10,9 @@ import pytest
 from llava_edge.convert import quantization
 from llava_edge.convert.rounding import PER_CHANNEL
 from llava_edge.convert.verify.graph_weights import TWO_TERMS, GraphWeights
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.certificate import StageResult
-from llava_edge.runtime.sealed_json import seal
+from llava_edge.runtime.artifact.certificate import StageResult
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.util.checksummed_json import seal
 from tests.convert.verify.fault_models import Made, Model
 
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "heads": 4, "kv_heads": 2, "layers": 2}

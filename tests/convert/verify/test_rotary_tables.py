@@ -15,7 +15,7 @@ from llava_edge.convert.verify import rotary_tables
 from llava_edge.convert.verify.graph_file import GraphFile
 from llava_edge.convert.verify.reference_structure import ReferenceStructure
 from llava_edge.convert.verify.rotary_tables import rotary_faults
-from llava_edge.runtime.artifact import Artifact
+from llava_edge.runtime.artifact.open import Artifact
 from tests.convert.verify.tamper import Tampered
 
 Array = NDArray[Any]

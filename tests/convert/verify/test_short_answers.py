@@ -18,9 +18,9 @@ from llava_edge.convert.verify.probes import Probe, probes_for
 from llava_edge.convert.verify.verifier import open_reference
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.cli import main
-from llava_edge.runtime.progress import no_progress
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.cli.main import main
+from llava_edge.runtime.util.progress import no_progress
 from tests.convert.verify.fault_models import FaultModels, Made, Model
 
 _FORMS = {

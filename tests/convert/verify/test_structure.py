@@ -12,10 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
 from llava_edge.convert.verify.structure import structure_stage
-from llava_edge.runtime.artifact import Artifact, open_artifact
-from llava_edge.runtime.certificate import StageResult
-from llava_edge.runtime.session import Session, SessionOptions
-from llava_edge.runtime.vision import VisionEncoder
+from llava_edge.runtime.artifact.certificate import StageResult
+from llava_edge.runtime.artifact.open import Artifact, open_artifact
+from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
+from llava_edge.runtime.vision.encoder import VisionEncoder
 from tests.checkpoint_layouts import as_original
 from tests.convert.verify.conftest import BACKBONES, FORMS, SIZES
 from tests.convert.verify.tamper import Tampered

@@ -16,8 +16,8 @@ from llava_edge.convert.verify.prompt_stage import prompt_stage
 from llava_edge.convert.verify.reference_processor import ReferenceProcessor
 from llava_edge.convert.verify.reference_tokenizer import TransformersTokenizer
 from llava_edge.convert.verify.tokenizer_stage import tokenizer_stage
-from llava_edge.runtime.artifact import Artifact, open_artifact
-from llava_edge.runtime.certificate import StageResult
+from llava_edge.runtime.artifact.certificate import StageResult
+from llava_edge.runtime.artifact.open import Artifact, open_artifact
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.fault_models import MODELS, FaultModels, Made, Model
 from tests.convert.verify.faults_tokenizer import FAULTS, NAMED

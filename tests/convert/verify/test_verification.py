@@ -22,11 +22,11 @@ from llava_edge.convert.verify import command
 from llava_edge.profiles.errors import ArtifactError, VerificationError
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.cli import main
-from llava_edge.runtime.golden import GOLDEN_FILE, read_golden
-from llava_edge.runtime.opened_file import OpenedFile
-from llava_edge.runtime.progress import no_progress
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.cli.main import main
+from llava_edge.runtime.util.opened_file import OpenedFile
+from llava_edge.runtime.util.progress import no_progress
+from llava_edge.runtime.verification.golden.probes import GOLDEN_FILE, read_golden
 from tests.convert.verify.checkpoint_changes import CHANGES
 
 

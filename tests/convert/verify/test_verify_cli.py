@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from llava_edge.convert.verify import cli as verify_cli
-from llava_edge.runtime import artifact as artifact_module
-from llava_edge.runtime import cli, digests
-from llava_edge.runtime.artifact import Artifact, open_artifact
-from llava_edge.runtime.golden import GoldenProbe
-from llava_edge.runtime.opened_file import OpenedFile
+from llava_edge.runtime.artifact import hashing as digests
+from llava_edge.runtime.artifact import open as artifact_module
+from llava_edge.runtime.artifact.open import Artifact, open_artifact
+from llava_edge.runtime.cli import main as cli
+from llava_edge.runtime.util.opened_file import OpenedFile
+from llava_edge.runtime.verification.golden.probes import GoldenProbe
 
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "safetensors", "jinja2", "huggingface_hub")
 
@@ -33,7 +34,7 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name.split(".")[0])
 
 sys.meta_path.insert(0, Absent())
-from llava_edge.runtime.cli import main
+from llava_edge.runtime.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 

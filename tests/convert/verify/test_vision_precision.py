@@ -22,9 +22,9 @@ from llava_edge.convert.verify.verifier import VerifyOptions, verify_artifact
 from llava_edge.convert.verify.weights import weights_stage
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
-from llava_edge.runtime.artifact import open_artifact
-from llava_edge.runtime.certificate import StageResult
-from llava_edge.runtime.progress import no_progress
+from llava_edge.runtime.artifact.certificate import StageResult
+from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.util.progress import no_progress
 from tests.convert.test_float16_guard import loud_mlp
 from tests.convert.verify.checkpoint_changes import rewrite
 from tests.convert.verify.tamper import Tampered
@@ -297,7 +297,7 @@ def test_the_form_of_a_tower_is_what_the_manifest_says(
 def test_a_tower_of_8_bits_asks_for_wide_sums_where_the_processor_needs_them(
     artifacts: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    from llava_edge.runtime.instructions import needs_wide_sums
+    from llava_edge.runtime.backends.cpu_isa import needs_wide_sums
 
     precision = open_artifact(artifacts["loud"], verify_digests=False).manifest.precision
     cpuinfo = tmp_path / "cpuinfo"

@@ -26,9 +26,9 @@ from llava_edge.convert.verify.weights import weights_stage
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.memory.formats import head_group_size
 from llava_edge.profiles.planner import PlanRequest
-from llava_edge.runtime.artifact import Artifact, open_artifact
-from llava_edge.runtime.certificate import StageResult
-from llava_edge.runtime.progress import no_progress
+from llava_edge.runtime.artifact.certificate import StageResult
+from llava_edge.runtime.artifact.open import Artifact, open_artifact
+from llava_edge.runtime.util.progress import no_progress
 from tests.convert.verify.conftest import BACKBONES, FORMS, SIZES
 from tests.convert.verify.tamper import Tampered
 from tests.convert.verify.test_structure import RARE, as_original

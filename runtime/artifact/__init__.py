@@ -1,0 +1,1 @@
+"""The artifact: manifest, certificate, graphs and files, checked before they are used."""

@@ -1,0 +1,1 @@
+"""What computes: ONNX Runtime, CUDA, TensorRT, and what they need of this process."""

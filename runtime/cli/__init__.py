@@ -1,0 +1,1 @@
+"""The commands of the runtime: ``llava-edge`` itself, ``run`` and its chat."""

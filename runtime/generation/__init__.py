@@ -1,0 +1,1 @@
+"""From a request to its answer: engine, loop, stream, deadline, queue."""

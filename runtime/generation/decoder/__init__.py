@@ -1,0 +1,1 @@
+"""The decoder: KV cache, steps, drafts and the choice of tokens."""

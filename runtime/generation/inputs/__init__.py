@@ -1,0 +1,1 @@
+"""What the decoder reads: rows of text and of image features."""

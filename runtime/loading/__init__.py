@@ -1,0 +1,1 @@
+"""Loading: options, placement, what fits the memory, and the parts of a loaded artifact."""

@@ -1,0 +1,1 @@
+"""From prompt, images and videos to a request: ids and pixels."""

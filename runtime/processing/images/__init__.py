@@ -1,0 +1,1 @@
+"""Images: opened within limits, cut into tiles, normalised."""

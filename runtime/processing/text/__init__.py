@@ -1,0 +1,1 @@
+"""Text: prompt format, tokenizer, and text from ids as they come."""

@@ -1,0 +1,1 @@
+"""Videos: frames chosen, decoded, resized and normalised."""

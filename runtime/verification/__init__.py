@@ -1,0 +1,1 @@
+"""The self-test: an artifact checked where it runs, without its checkpoint."""

@@ -1,0 +1,1 @@
+"""The generation loop checked with scripted decoders, and with the model itself."""

@@ -1,0 +1,1 @@
+"""Vision towers: which one runs, and features of tiles and frames."""
