@@ -37,7 +37,7 @@ def chat_prompts(processor: Any, questions: Sequence[str]) -> list[str]:
         "conversations": conversations,
     }
     done = subprocess.run(
-        [sys.executable, "-m", "llava_edge.convert.template_sandbox"],
+        [sys.executable, "-m", "llava_edge.convert.text.template_sandbox"],
         input=json.dumps(request),
         capture_output=True,
         text=True,

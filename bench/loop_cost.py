@@ -50,7 +50,13 @@ def _write_artifact(folder: Path) -> Path:
     sizes = {"layers": LAYERS, "vocab_size": VOCABULARY, "hidden_size": 64, "heads": 4}
     changes = [f"--set={name}={value}" for name, value in sizes.items()]
     checkpoint, artifact = folder / "checkpoint", folder / "artifact"
-    writer = [sys.executable, "-m", "llava_edge.convert.random_cli", "tiny", str(checkpoint)]
+    writer = [
+        sys.executable,
+        "-m",
+        "llava_edge.convert.testing.random_cli",
+        "tiny",
+        str(checkpoint),
+    ]
     subprocess.run([*writer, *changes], check=True)
     program = Path(sys.executable).with_name("llava-edge")
     convert = [str(program), "convert", str(checkpoint), str(artifact), "--verify", "none"]

@@ -136,7 +136,13 @@ def measure_case(case: MemoryCase, folder: Path, settings: MeasureSettings) -> d
     try:
         checkpoint, artifact = folder / "checkpoint", folder / "artifact"
         changes = [f"--set={name}={value}" for name, value in case.sizes.items()]
-        writer = [sys.executable, "-m", "llava_edge.convert.random_cli", "tiny", str(checkpoint)]
+        writer = [
+            sys.executable,
+            "-m",
+            "llava_edge.convert.testing.random_cli",
+            "tiny",
+            str(checkpoint),
+        ]
         _call([*writer, *changes, "--seed", str(case.seed)])
         config = json.loads((checkpoint / "config.json").read_text("utf-8"))
         fill_tokenizer(checkpoint / "tokenizer.json", int(case.sizes["vocab_size"]))

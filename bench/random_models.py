@@ -48,5 +48,5 @@ def write_random(folder: Path, sizes: Mapping[str, object], options: Sequence[st
 def random_command(folder: Path, sizes: Mapping[str, object]) -> list[str]:
     """The command that writes such a checkpoint."""
     changes = [f"--set={name}={value}" for name, value in sizes.items()]
-    writer = [sys.executable, "-m", "llava_edge.convert.random_cli", "tiny", str(folder)]
+    writer = [sys.executable, "-m", "llava_edge.convert.testing.random_cli", "tiny", str(folder)]
     return [*writer, *changes]

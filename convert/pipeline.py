@@ -14,19 +14,18 @@ from typing import Any
 
 import torch
 
-from llava_edge.convert.cache_scales import NUM_SAMPLES as CACHE_SAMPLES
-from llava_edge.convert.card import write_card
-from llava_edge.convert.chat_template import compile_chat_template
-from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
-from llava_edge.convert.checkpoint_files import SETTINGS, CheckpointFiles, setting_digests
-from llava_edge.convert.checkpoint_source import resolve_source
-from llava_edge.convert.conversion_inputs import CalibrationFiles, environment
-from llava_edge.convert.disk import check_free_space
-from llava_edge.convert.hf_gptq import check_emit_hf, write_hf_gptq
-from llava_edge.convert.hub import fetch_checkpoint
-from llava_edge.convert.image_settings import read_image_processing
-from llava_edge.convert.linear_ops import QuantizedLayers
-from llava_edge.convert.parts import EMBEDDINGS_FILE, TOKENIZER_FILE, PartBuilders, Report
+from llava_edge.convert.checkpoint.config.image import read_image_processing
+from llava_edge.convert.checkpoint.config.video import read_video_processing
+from llava_edge.convert.checkpoint.files import SETTINGS, CheckpointFiles, setting_digests
+from llava_edge.convert.checkpoint.hub.download import fetch_checkpoint
+from llava_edge.convert.checkpoint.hub.preflight import check_download
+from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
+from llava_edge.convert.checkpoint.quantized.digested_source import DigestedSource
+from llava_edge.convert.checkpoint.quantized.store import MEASURED
+from llava_edge.convert.checkpoint.source import resolve_source
+from llava_edge.convert.checkpoint.transformers_loader import meta_model
+from llava_edge.convert.onnx.engine_plan import write_vision_engine
+from llava_edge.convert.onnx.linear import QuantizedLayers
 from llava_edge.convert.planning import (
     ArtifactPlan,
     as_variant,
@@ -35,9 +34,10 @@ from llava_edge.convert.planning import (
     plan_artifact,
     seen_of_board,
 )
-from llava_edge.convert.preflight import check_download
-from llava_edge.convert.quality_check import QualityCheck
-from llava_edge.convert.quantization import (
+from llava_edge.convert.quality.check import QualityCheck
+from llava_edge.convert.quantization.export_hf import check_emit_hf, write_hf_gptq
+from llava_edge.convert.quantization.kv_cache_scales import NUM_SAMPLES as CACHE_SAMPLES
+from llava_edge.convert.quantization.plan import (
     BodyFormat,
     LightParts,
     calibration_conversations,
@@ -45,23 +45,28 @@ from llava_edge.convert.quantization import (
     quantize,
     tile_conversations,
 )
-from llava_edge.convert.quantized_store import MEASURED
-from llava_edge.convert.random_checkpoint import RANDOM_KEY
-from llava_edge.convert.reference import REFERENCE
+from llava_edge.convert.quantization.vision.calibration_tiles import cut_tiles
 from llava_edge.convert.request import ConvertRequest
-from llava_edge.convert.torch_threads import allowed_torch_threads, torch_threads
-from llava_edge.convert.transformers_loader import meta_model
+from llava_edge.convert.testing.random_checkpoint import RANDOM_KEY
+from llava_edge.convert.text.chat_template import compile_chat_template
+from llava_edge.convert.util.files import check_free_space
+from llava_edge.convert.util.torch_threads import allowed_torch_threads, torch_threads
 from llava_edge.convert.verification import Verification
-from llava_edge.convert.verify.digested_source import DigestedSource
-from llava_edge.convert.verify.weights import DIGESTS
-from llava_edge.convert.video_settings import read_video_processing
-from llava_edge.convert.vision_engine import write_vision_engine
-from llava_edge.convert.vision_tiles import cut_tiles
-from llava_edge.convert.write_artifact import (
+from llava_edge.convert.verify.reference.model import REFERENCE
+from llava_edge.convert.verify.weights.stage import DIGESTS
+from llava_edge.convert.writing.artifact_builder import (
+    EMBEDDINGS_FILE,
+    TOKENIZER_FILE,
+    PartBuilders,
+    Report,
+)
+from llava_edge.convert.writing.artifact_writer import (
     ArtifactWriter,
     refuse_existing,
     unfinished_request,
 )
+from llava_edge.convert.writing.card import write_card
+from llava_edge.convert.writing.conversion_inputs import CalibrationFiles, environment
 from llava_edge.profiles.boards.detect import detect_profile
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.errors import BudgetError, RequestError

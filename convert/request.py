@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llava_edge.convert.quality_request import QualityRequest
-from llava_edge.convert.quantization import QuantizationRequest
+from llava_edge.convert.quality.request import QualityRequest
+from llava_edge.convert.quantization.plan import QuantizationRequest
 from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact.certificate import Mode

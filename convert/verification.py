@@ -11,13 +11,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from llava_edge.convert.card import write_card
-from llava_edge.convert.checkpoint import Checkpoint
-from llava_edge.convert.disk import write_atomic
-from llava_edge.convert.progress import spoken_seconds
-from llava_edge.convert.quality_check import QualityCheck
+from llava_edge.convert.checkpoint.open import Checkpoint
+from llava_edge.convert.quality.check import QualityCheck
+from llava_edge.convert.util.files import write_atomic
+from llava_edge.convert.util.progress import spoken_seconds
 from llava_edge.convert.verify.estimate import spoken
-from llava_edge.convert.verify.reference_answer import Reference
+from llava_edge.convert.verify.reference.answer import Reference
 from llava_edge.convert.verify.verifier import (
     QUICK_BYTES,
     Report,
@@ -28,7 +27,8 @@ from llava_edge.convert.verify.verifier import (
     verification_seconds,
     verify_artifact,
 )
-from llava_edge.convert.write_artifact import ArtifactWriter, write_certificate
+from llava_edge.convert.writing.artifact_writer import ArtifactWriter, write_certificate
+from llava_edge.convert.writing.card import write_card
 from llava_edge.profiles.errors import LlavaEdgeError, VerificationError
 from llava_edge.runtime.artifact.certificate import Certificate, Mode, Quality, StageResult
 from llava_edge.runtime.artifact.manifest import Manifest

@@ -36,8 +36,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointMaker:
     """``make_checkpoint(preset, **changes)``: a random checkpoint folder, written once."""
-    from llava_edge.convert.random_checkpoint import write_random_checkpoint
-    from llava_edge.convert.random_spec import preset
+    from llava_edge.convert.testing.random_checkpoint import write_random_checkpoint
+    from llava_edge.convert.testing.random_spec import preset
 
     made: dict[str, Path] = {}
 
@@ -125,7 +125,7 @@ def reference_probes() -> Callable[..., tuple[GoldenProbe, ...]]:
     def make(checkpoint: Path, manifest: Any, steps: int = 40) -> tuple[GoldenProbe, ...]:
         import torch
 
-        from llava_edge.convert.reference import ReferenceModel
+        from llava_edge.convert.verify.reference.model import ReferenceModel
 
         reference = ReferenceModel(checkpoint)
         side = manifest.image_processing.tile_size

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from llava_edge.convert.expected_tensors import expected_tensors
-from llava_edge.convert.layouts import hub_name
-from llava_edge.convert.random_spec import RandomSpec
+from llava_edge.convert.checkpoint.expected_tensors import expected_tensors
+from llava_edge.convert.checkpoint.layouts import hub_name
+from llava_edge.convert.testing.random_spec import RandomSpec
 from llava_edge.profiles.models.model_dims import ModelDims
 
 DATA = Path(__file__).parent / "data" / "saved_layouts.json"

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from llava_edge.convert.progress import StageBars
+from llava_edge.convert.util.progress import StageBars
 from llava_edge.runtime.util.progress import ProgressLine
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from llava_edge.convert.checkpoint import open_checkpoint
-from llava_edge.convert.parts import PartBuilders
+from llava_edge.convert.checkpoint.open import open_checkpoint
+from llava_edge.convert.writing.artifact_builder import PartBuilders
 
 
 def write_vision_graph(checkpoint: Path, folder: Path) -> Path:

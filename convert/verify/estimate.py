@@ -16,13 +16,13 @@ from functools import partial
 import numpy as np
 import torch
 
-from llava_edge.convert.progress import spoken_seconds
-from llava_edge.convert.torch_threads import allowed_torch_threads
-from llava_edge.convert.verify.probes import NUM_STEPS, Probe, asked_again, rounded_again
-from llava_edge.convert.verify.quantized_layers import RoundedWeights, SolvedLayers
-from llava_edge.convert.verify.reference_answer import Positions, Reference
-from llava_edge.convert.verify.streamed_model import StreamedModel
-from llava_edge.convert.verify.subject import Subject
+from llava_edge.convert.util.progress import spoken_seconds
+from llava_edge.convert.util.torch_threads import allowed_torch_threads
+from llava_edge.convert.verify.reference.answer import Positions, Reference
+from llava_edge.convert.verify.reference.probes import NUM_STEPS, Probe, asked_again, rounded_again
+from llava_edge.convert.verify.reference.streamed_model import StreamedModel
+from llava_edge.convert.verify.runner.artifact_runner import Subject
+from llava_edge.convert.verify.weights.quantized_layers import RoundedWeights, SolvedLayers
 from llava_edge.runtime.artifact.certificate import Mode
 from llava_edge.runtime.backends.process import configure_process
 from llava_edge.runtime.verification.loop.bench import SENTENCE

@@ -9,35 +9,38 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge.convert.checkpoint import Checkpoint
-from llava_edge.convert.checkpoint_files import SETTINGS
-from llava_edge.convert.reference import REFERENCE
-from llava_edge.convert.torch_threads import allowed_torch_threads
-from llava_edge.convert.verify.answer_stages import AnswerStages
-from llava_edge.convert.verify.cache_stage import CacheStage
-from llava_edge.convert.verify.deviation import first_decoder_deviation, first_vision_deviation
+from llava_edge.convert.checkpoint.files import SETTINGS
+from llava_edge.convert.checkpoint.open import Checkpoint
+from llava_edge.convert.onnx.graph_view import MissingNodeError
+from llava_edge.convert.util.torch_threads import allowed_torch_threads
 from llava_edge.convert.verify.estimate import estimate_seconds
-from llava_edge.convert.verify.golden_stage import golden_stage
-from llava_edge.convert.verify.golden_writer import golden_probe
-from llava_edge.convert.verify.graph_view import MissingNodeError
-from llava_edge.convert.verify.graph_weights import GraphWeights
-from llava_edge.convert.verify.greedy_stage import greedy_tokens, not_run
-from llava_edge.convert.verify.layer_stage import LayerStage
-from llava_edge.convert.verify.loop_stage import golden_loop, loop_stage, run_loop
-from llava_edge.convert.verify.losses import Losses
-from llava_edge.convert.verify.media_stage import media_stage
-from llava_edge.convert.verify.memory_stage import memory_stage
-from llava_edge.convert.verify.packing_stage import packing_stage
-from llava_edge.convert.verify.pixel_stage import pixel_stage
-from llava_edge.convert.verify.probes import Probe, asked_again, probes_for, rounded_again
-from llava_edge.convert.verify.prompt_stage import prompt_stage
-from llava_edge.convert.verify.quantized_layers import RoundedWeights, SolvedLayers
-from llava_edge.convert.verify.reference_answer import Reference
-from llava_edge.convert.verify.structure import structure_stage
-from llava_edge.convert.verify.subject import Subject
-from llava_edge.convert.verify.tokenizer_stage import tokenizer_stage
-from llava_edge.convert.verify.vision_weights import ArtifactWeights, VisionWeights
-from llava_edge.convert.verify.weights import DIGESTS, weights_stage
+from llava_edge.convert.verify.first_divergence import (
+    first_decoder_deviation,
+    first_vision_deviation,
+)
+from llava_edge.convert.verify.quantized.graph_weights import GraphWeights
+from llava_edge.convert.verify.reference.answer import Reference
+from llava_edge.convert.verify.reference.model import REFERENCE
+from llava_edge.convert.verify.reference.probes import Probe, asked_again, probes_for, rounded_again
+from llava_edge.convert.verify.runner.artifact_runner import Subject
+from llava_edge.convert.verify.runner.losses import Losses
+from llava_edge.convert.verify.stages.answer import AnswerStages
+from llava_edge.convert.verify.stages.golden import golden_stage
+from llava_edge.convert.verify.stages.golden_writer import golden_probe
+from llava_edge.convert.verify.stages.greedy import greedy_tokens, not_run
+from llava_edge.convert.verify.stages.int8_cache import CacheStage
+from llava_edge.convert.verify.stages.layers import LayerStage
+from llava_edge.convert.verify.stages.loop import golden_loop, loop_stage, run_loop
+from llava_edge.convert.verify.stages.media import media_stage
+from llava_edge.convert.verify.stages.memory import memory_stage
+from llava_edge.convert.verify.stages.packing import packing_stage
+from llava_edge.convert.verify.stages.preprocessing import pixel_stage
+from llava_edge.convert.verify.stages.prompt import prompt_stage
+from llava_edge.convert.verify.stages.tokenizer import tokenizer_stage
+from llava_edge.convert.verify.structure.stage import structure_stage
+from llava_edge.convert.verify.weights.quantized_layers import RoundedWeights, SolvedLayers
+from llava_edge.convert.verify.weights.stage import DIGESTS, weights_stage
+from llava_edge.convert.verify.weights.vision_weights import ArtifactWeights, VisionWeights
 from llava_edge.profiles.errors import OutOfMemoryError
 from llava_edge.runtime.artifact.certificate import (
     CERTIFICATE_VERSION,

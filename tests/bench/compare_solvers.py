@@ -20,8 +20,8 @@ from llava_edge.bench.pages.checkpoint import SHIPPED
 from llava_edge.bench.pages.commands import CALIBRATION_SEED, NUM_CALIBRATION
 from llava_edge.bench.pages.evaluate import Evaluator, held_out
 from llava_edge.bench.pages.sample import training_sample
-from llava_edge.convert import rounding
-from llava_edge.convert.gptq import quantize_weight
+from llava_edge.convert.checkpoint.formats import rounding
+from llava_edge.convert.quantization.gptq.solver import quantize_weight
 
 SETTINGS = ((4, 128), (4, -1), (3, 128), (3, -1), (2, 32))
 """Bits and group size."""

@@ -18,13 +18,13 @@ from llava_edge.bench.ledger import Ledger
 from llava_edge.bench.peer_judge import Judge, read_candidate
 from llava_edge.bench.peer_model import plant
 from llava_edge.bench.peer_prompts import calibration_digest, draw_prompts, write_word_tokenizer
-from llava_edge.convert import quantization
-from llava_edge.convert.checkpoint import open_checkpoint
-from llava_edge.convert.cli import main as convert_main
-from llava_edge.convert.hessian import plan_hessian
-from llava_edge.convert.hf_gptq import write_hf_gptq
-from llava_edge.convert.quantize_settings import QuantizeSettings
-from llava_edge.convert.quantized_source import LINEARS, RtnSource, linear_name
+from llava_edge.convert.checkpoint.open import open_checkpoint
+from llava_edge.convert.checkpoint.quantized.source import LINEARS, RtnSource, linear_name
+from llava_edge.convert.cli.convert import main as convert_main
+from llava_edge.convert.quantization import plan as quantization
+from llava_edge.convert.quantization.export_hf import write_hf_gptq
+from llava_edge.convert.quantization.gptq.hessian import plan_hessian
+from llava_edge.convert.quantization.gptq.settings import QuantizeSettings
 from llava_edge.profiles.errors import RequestError
 
 MIB = 1 << 20

@@ -30,7 +30,7 @@ from llava_edge.bench.gpu_steps import gpu_steps as all_steps
 from llava_edge.bench.gpu_table import gpu_tables
 from llava_edge.bench.ledger import Ledger
 from llava_edge.bench.speed_run import SpeedSettings
-from llava_edge.convert.random_spec import preset
+from llava_edge.convert.testing.random_spec import preset
 from llava_edge.profiles.boards.nvml import GpuReport
 from llava_edge.profiles.errors import EngineError, RequestError
 from llava_edge.profiles.models.model_dims import ModelDims

@@ -8,7 +8,7 @@ import pytest
 from llava_edge.bench import ladder
 from llava_edge.bench.ledger import Ledger, machine
 from llava_edge.bench.machine_card import commit
-from llava_edge.convert.random_spec import preset
+from llava_edge.convert.testing.random_spec import preset
 from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.profiles.models.parameters import total_parameters
 from tests.bench.bench_documents import document

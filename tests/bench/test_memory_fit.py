@@ -16,7 +16,7 @@ from llava_edge.bench.memory_measure import (
     measure_cases,
 )
 from llava_edge.bench.memory_probe import Steps
-from llava_edge.convert.random_spec import RandomSpec
+from llava_edge.convert.testing.random_spec import RandomSpec
 from llava_edge.profiles.memory.constants import memory_constants
 from llava_edge.profiles.memory.estimate import Machine, estimate_memory
 
@@ -136,7 +136,7 @@ def test_what_was_measured_is_not_measured_again(
 def test_a_tokenizer_is_filled_to_the_vocabulary_and_keeps_its_control_tokens(
     tmp_path: Path,
 ) -> None:
-    from llava_edge.convert.random_tokenizer import train_tokenizer
+    from llava_edge.convert.testing.random_tokenizer import train_tokenizer
 
     path = tmp_path / "tokenizer.json"
     train_tokenizer("llama", 400).save(str(path))
@@ -189,7 +189,7 @@ def test_an_artifact_for_a_gpu_is_converted_for_one_and_asked_there(
 
     def call(command: list[str]) -> str:
         called.append(command)
-        if "llava_edge.convert.random_cli" in command:
+        if "llava_edge.convert.testing.random_cli" in command:
             (tmp_path / "case" / "checkpoint").mkdir()
             (tmp_path / "case" / "checkpoint" / "config.json").write_text("{}", "utf-8")
         return '{"device_bytes": 7}\n'

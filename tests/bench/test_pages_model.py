@@ -19,7 +19,7 @@ from llava_edge.bench.pages.spec import Spec
 from llava_edge.bench.pages.spoil import FAULTS
 from llava_edge.bench.pages.tokenizer import train_tokenizer
 from llava_edge.bench.pages.train import Settings, Trainer, batches_from
-from llava_edge.convert.checkpoint import open_checkpoint
+from llava_edge.convert.checkpoint.open import open_checkpoint
 from llava_edge.profiles.errors import OutputExistsError
 
 TINY = Spec(

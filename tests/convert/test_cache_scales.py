@@ -9,14 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava_edge.convert import cache_scales, pipeline
-from llava_edge.convert.cache_scales import HEADROOM, NUM_SAMPLES, QUIET, calibrate_cache
-from llava_edge.convert.calibration import CalibrationSample, CalibrationSet
-from llava_edge.convert.int8_cache import scales_digest
+from llava_edge.convert import pipeline
+from llava_edge.convert.onnx.graph_file import GraphFile
+from llava_edge.convert.onnx.int8_kv_cache import scales_digest
 from llava_edge.convert.pipeline import convert_checkpoint
+from llava_edge.convert.quantization import kv_cache_scales as cache_scales
+from llava_edge.convert.quantization.calibration.calibration_set import (
+    CalibrationSample,
+    CalibrationSet,
+)
+from llava_edge.convert.quantization.kv_cache_scales import (
+    HEADROOM,
+    NUM_SAMPLES,
+    QUIET,
+    calibrate_cache,
+)
 from llava_edge.convert.request import ConvertRequest
-from llava_edge.convert.verify.cache_structure import read_scales
-from llava_edge.convert.verify.graph_file import GraphFile
+from llava_edge.convert.verify.structure.int8_cache import read_scales
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.errors import CheckpointError, RequestError
 from llava_edge.profiles.planner import PlanRequest

@@ -15,9 +15,12 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
-from llava_edge.convert.calibration import CalibrationModel
-from llava_edge.convert.conversations import Conversation, read_conversations
-from llava_edge.convert.drawn_conversations import draw_conversations
+from llava_edge.convert.quantization.calibration.calibration_set import CalibrationModel
+from llava_edge.convert.quantization.calibration.conversations import (
+    Conversation,
+    read_conversations,
+)
+from llava_edge.convert.quantization.calibration.synthetic import draw_conversations
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.profiles.models.model_dims import STOCK_PINPOINTS

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_edge.convert.card import write_card
+from llava_edge.convert.writing.card import write_card
 from llava_edge.profiles.memory.formats import Int8Route
 from llava_edge.runtime.artifact.certificate import Certificate, Deviation, StageResult
 from llava_edge.runtime.artifact.manifest import Manifest

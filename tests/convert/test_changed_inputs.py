@@ -15,12 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava_edge.convert import pipeline
-from llava_edge.convert.checkpoint_files import CheckpointFiles
-from llava_edge.convert.parts import PartBuilders
+from llava_edge.convert.checkpoint.files import CheckpointFiles
 from llava_edge.convert.pipeline import convert_checkpoint
-from llava_edge.convert.quantization import QuantizationRequest
+from llava_edge.convert.quantization.plan import QuantizationRequest
 from llava_edge.convert.request import ConvertRequest
-from llava_edge.convert.write_artifact import ArtifactWriter
+from llava_edge.convert.writing.artifact_builder import PartBuilders
+from llava_edge.convert.writing.artifact_writer import ArtifactWriter
 from llava_edge.profiles.errors import CheckpointError, RequestError
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact.manifest_validation import MANIFEST, UNLISTED

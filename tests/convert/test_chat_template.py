@@ -11,10 +11,14 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from llava_edge.convert.chat_template import compile_chat_template, compile_template, find_template
-from llava_edge.convert.prompt_family import FAMILIES, builtin_format, detect_family
-from llava_edge.convert.template_checks import check_conversations
-from llava_edge.convert.template_sandbox import ChatRequest, TemplateLimits, render_all
+from llava_edge.convert.text.builtin_templates import FAMILIES, builtin_format, detect_family
+from llava_edge.convert.text.chat_template import (
+    compile_chat_template,
+    compile_template,
+    find_template,
+)
+from llava_edge.convert.text.template_checks import check_conversations
+from llava_edge.convert.text.template_sandbox import ChatRequest, TemplateLimits, render_all
 from llava_edge.profiles.errors import CheckpointError
 from llava_edge.runtime.artifact.manifest import Trim
 from llava_edge.runtime.processing.text.chat_prompt import (

@@ -18,10 +18,10 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
-from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
-from llava_edge.convert.original_config import to_hugging_face
-from llava_edge.convert.random_checkpoint import write_random_checkpoint
-from llava_edge.convert.random_spec import preset
+from llava_edge.convert.checkpoint.config.original import to_hugging_face
+from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
+from llava_edge.convert.testing.random_checkpoint import write_random_checkpoint
+from llava_edge.convert.testing.random_spec import preset
 from llava_edge.profiles.errors import CheckpointError
 from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.profiles.models.model_dims import ModelDims

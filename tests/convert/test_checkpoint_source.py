@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llava_edge.convert.checkpoint import open_checkpoint
-from llava_edge.convert.checkpoint_source import resolve_source
+from llava_edge.convert.checkpoint.open import open_checkpoint
+from llava_edge.convert.checkpoint.source import resolve_source
 from llava_edge.profiles.errors import CheckpointError
 
 TEXTS = ("", "a" * 5000, "~nobody-of-this-name/x/y", "a\0b", "/nowhere/\udcff", "\x1b[2J", "../a/b")

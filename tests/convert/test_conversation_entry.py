@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava_edge.convert import conversations as conversations_module
-from llava_edge.convert.calibration import CalibrationModel
-from llava_edge.convert.conversation_entry import Conversation
-from llava_edge.convert.conversations import read_conversations
-from llava_edge.convert.quantization import QuantizationRequest
+from llava_edge.convert.quantization.calibration import conversations as conversations_module
+from llava_edge.convert.quantization.calibration.calibration_set import CalibrationModel
+from llava_edge.convert.quantization.calibration.conversation_entry import Conversation
+from llava_edge.convert.quantization.calibration.conversations import read_conversations
+from llava_edge.convert.quantization.plan import QuantizationRequest
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.runtime.artifact.open import open_artifact

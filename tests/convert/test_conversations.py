@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava_edge.convert.conversations import read_conversations
+from llava_edge.convert.quantization.calibration.conversations import read_conversations
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.runtime.util.limits import Limits

@@ -13,8 +13,8 @@ from transformers import (
     Qwen2Model,
 )
 
-from llava_edge.convert import decoder_layer
-from llava_edge.convert.decoder_layer import DecoderLayer, Rope, attend, rms_norm
+from llava_edge.convert.quantization.gptq import torch_layer as decoder_layer
+from llava_edge.convert.quantization.gptq.torch_layer import DecoderLayer, Rope, attend, rms_norm
 from llava_edge.profiles.models.model_dims import ModelDims
 
 _SIZES: dict[str, Any] = {

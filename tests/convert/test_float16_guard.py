@@ -13,13 +13,13 @@ import onnx
 import pytest
 from onnx import TensorProto, shape_inference
 
-from llava_edge.convert import float16_guard
-from llava_edge.convert.checkpoint import open_checkpoint
-from llava_edge.convert.float16_emulation import emulate_float16
-from llava_edge.convert.float16_guard import write_guarded_vision
-from llava_edge.convert.graph import GraphBuilder
-from llava_edge.convert.vision_graph import build_vision_graph
-from llava_edge.convert.vision_trace import VisionTrace
+from llava_edge.convert.checkpoint.open import open_checkpoint
+from llava_edge.convert.onnx.builder import GraphBuilder
+from llava_edge.convert.onnx.float16_emulation import emulate_float16
+from llava_edge.convert.onnx.vision import build_vision_graph
+from llava_edge.convert.quantization.vision import fp16_overflow as float16_guard
+from llava_edge.convert.quantization.vision.activations import VisionTrace
+from llava_edge.convert.quantization.vision.fp16_overflow import write_guarded_vision
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.runtime.artifact.graph_inputs import POOLING

@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from llava_edge.convert.gptq import Hessian, QuantizedWeight, quantize_weight, round_to_nearest
+from llava_edge.convert.quantization.gptq.solver import (
+    Hessian,
+    QuantizedWeight,
+    quantize_weight,
+    round_to_nearest,
+)
 from llava_edge.profiles.errors import CheckpointError, RequestError
 
 Solved = tuple[np.ndarray, np.ndarray]
@@ -181,7 +186,7 @@ def test_the_block_size_changes_no_code(block_size: int) -> None:
 def test_rows_in_chunks_on_two_threads_are_solved_as_if_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("llava_edge.convert.row_chunks._ELEMENTS_AT_A_TIME", 1)
+    monkeypatch.setattr("llava_edge.convert.util.parallel._ELEMENTS_AT_A_TIME", 1)
     torch.set_num_threads(2)
     weight, hessian = random_weight(600, 64, 6), correlated_hessian(64, 6)
 

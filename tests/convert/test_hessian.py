@@ -5,7 +5,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from llava_edge.convert.hessian import Hessian, HessianAccumulator, hessian_norms, plan_hessian
+from llava_edge.convert.quantization.gptq.hessian import (
+    Hessian,
+    HessianAccumulator,
+    hessian_norms,
+    plan_hessian,
+)
 from llava_edge.profiles.errors import CheckpointError, RequestError
 
 

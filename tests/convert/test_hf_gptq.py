@@ -15,18 +15,18 @@ import pytest
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
-from llava_edge.convert.decoder_graph import build_decoder_graph
-from llava_edge.convert.gptq_checkpoint import GptqSource, open_gptq
-from llava_edge.convert.hf_gptq import check_emit_hf, write_hf_gptq
-from llava_edge.convert.linear_ops import QuantizedLayers
-from llava_edge.convert.quantized_source import (
+from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
+from llava_edge.convert.checkpoint.quantized.gptq_checkpoint import GptqSource, open_gptq
+from llava_edge.convert.checkpoint.quantized.source import (
     LINEARS,
     RtnSource,
     linear_name,
     quantize_head,
 )
-from llava_edge.convert.safetensors_file import write_safetensors
+from llava_edge.convert.onnx.decoder import build_decoder_graph
+from llava_edge.convert.onnx.linear import QuantizedLayers
+from llava_edge.convert.quantization.export_hf import check_emit_hf, write_hf_gptq
+from llava_edge.convert.util.safetensors_io import write_safetensors
 from llava_edge.profiles.errors import CheckpointError, RequestError
 
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "heads": 4, "vocab_size": 401, "layers": 2}

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from llava_edge.convert.checkpoint import READ_BY_NAME, open_checkpoint
-from llava_edge.convert.layouts import hub_name
-from llava_edge.convert.original_config import to_hugging_face
+from llava_edge.convert.checkpoint.config.original import to_hugging_face
+from llava_edge.convert.checkpoint.layouts import hub_name
+from llava_edge.convert.checkpoint.open import READ_BY_NAME, open_checkpoint
 from llava_edge.profiles.errors import CheckpointError
 from llava_edge.profiles.models.model_dims import ModelDims
 from tests.saved_layouts import config, shapes, write

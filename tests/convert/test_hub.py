@@ -20,17 +20,17 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from llava_edge.convert import hub
-from llava_edge.convert.checkpoint import open_checkpoint
-from llava_edge.convert.checkpoint_source import resolve_source
-from llava_edge.convert.hub import (
+from llava_edge.convert.checkpoint.hub import download as hub
+from llava_edge.convert.checkpoint.hub.download import (
     DownloadPlan,
     download,
     fetch_checkpoint,
     plan_download,
 )
-from llava_edge.convert.random_checkpoint import write_random_checkpoint
-from llava_edge.convert.random_spec import preset
+from llava_edge.convert.checkpoint.open import open_checkpoint
+from llava_edge.convert.checkpoint.source import resolve_source
+from llava_edge.convert.testing.random_checkpoint import write_random_checkpoint
+from llava_edge.convert.testing.random_spec import preset
 from llava_edge.profiles.errors import CheckpointError, HubError, RequestError
 
 COMMIT = "c" * 40

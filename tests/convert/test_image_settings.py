@@ -15,9 +15,9 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
-from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
-from llava_edge.convert.image_settings import read_image_processing
-from llava_edge.convert.video_settings import read_video_processing
+from llava_edge.convert.checkpoint.config.image import read_image_processing
+from llava_edge.convert.checkpoint.config.video import read_video_processing
+from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
 from llava_edge.profiles.errors import CheckpointError
 from llava_edge.runtime.processing.images.image_processor import ImageProcessor
 from llava_edge.runtime.processing.images.loading import open_image

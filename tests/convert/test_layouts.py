@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import transformers
 
-from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
-from llava_edge.convert.layouts import hub_name, read_name
+from llava_edge.convert.checkpoint.layouts import hub_name, read_name
+from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
 from llava_edge.profiles.errors import CheckpointError
 from tests.saved_layouts import CANONICAL, DATA, NUMBERS, config, shapes, write
 

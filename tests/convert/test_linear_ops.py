@@ -13,9 +13,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from llava_edge.convert.graph import GraphBuilder
-from llava_edge.convert.linear_ops import LinearLayer, QuantizedLayers, QuantizedLinear
-from llava_edge.convert.rounding import PER_CHANNEL, QuantizedWeight, round_to_nearest
+from llava_edge.convert.checkpoint.formats.rounding import (
+    PER_CHANNEL,
+    QuantizedWeight,
+    round_to_nearest,
+)
+from llava_edge.convert.onnx.builder import GraphBuilder
+from llava_edge.convert.onnx.linear import LinearLayer, QuantizedLayers, QuantizedLinear
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.memory.formats import Int8Route, matmul_block
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from llava_edge.convert.packing import (
+from llava_edge.convert.checkpoint.formats.packing import (
     GptqTensors,
     MatMulNBitsTensors,
     choose_group_size,
@@ -20,7 +20,11 @@ from llava_edge.convert.packing import (
     to_matmul_nbits,
     unpack_matmul_nbits,
 )
-from llava_edge.convert.rounding import QuantizationReport, QuantizedWeight, round_to_nearest
+from llava_edge.convert.checkpoint.formats.rounding import (
+    QuantizationReport,
+    QuantizedWeight,
+    round_to_nearest,
+)
 from llava_edge.profiles.errors import CheckpointError, RequestError
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_edge.convert.checkpoint import open_checkpoint
+from llava_edge.convert.checkpoint.open import open_checkpoint
 from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.planning import lasting_plan, plan_artifact, variant_name
 from llava_edge.convert.request import ConvertRequest

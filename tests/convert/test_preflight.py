@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from llava_edge.convert import preflight
-from llava_edge.convert.hub import DownloadPlan
-from llava_edge.convert.preflight import check_download, conversion_needs, largest_convertible
+from llava_edge.convert.checkpoint.hub import preflight
+from llava_edge.convert.checkpoint.hub.download import DownloadPlan
+from llava_edge.convert.checkpoint.hub.preflight import (
+    check_download,
+    conversion_needs,
+    largest_convertible,
+)
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.models.variants import find_variant
 

@@ -16,8 +16,8 @@ import pytest
 from llava_edge.bench.pages.checkpoint import SHIPPED
 from llava_edge.bench.pages.draw import FILE, write_questions
 from llava_edge.convert import pipeline
-from llava_edge.convert.parts import PartBuilders
-from llava_edge.convert.quality_check import quality_row
+from llava_edge.convert.quality.check import quality_row
+from llava_edge.convert.writing.artifact_builder import PartBuilders
 from llava_edge.profiles.errors import RequestError
 from llava_edge.runtime.artifact.certificate import Quality
 from llava_edge.runtime.artifact.open import open_artifact

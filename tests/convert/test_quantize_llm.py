@@ -23,27 +23,30 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaNextForConditionalGeneration
 
-from llava_edge.convert import activations
-from llava_edge.convert.calibration import CalibrationSample, CalibrationSet
-from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
-from llava_edge.convert.decoder_layer import DecoderLayer, Rope
-from llava_edge.convert.gptq import quantize_weight
-from llava_edge.convert.quantize_llm import (
-    LayerProgress,
-    QuantizeSettings,
-    needed_bytes,
-    quantize_language_model,
-)
-from llava_edge.convert.quantized_source import (
+from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
+from llava_edge.convert.checkpoint.quantized.source import (
     LINEARS,
     QuantizedSource,
     RtnSource,
     linear_name,
 )
-from llava_edge.convert.quantized_store import QuantizedStore, read_journal
-from llava_edge.convert.random_checkpoint import write_random_checkpoint
-from llava_edge.convert.random_spec import preset
-from llava_edge.convert.token_kinds import KindShares, token_weights
+from llava_edge.convert.checkpoint.quantized.store import QuantizedStore, read_journal
+from llava_edge.convert.quantization import activation_file as activations
+from llava_edge.convert.quantization.calibration.calibration_set import (
+    CalibrationSample,
+    CalibrationSet,
+)
+from llava_edge.convert.quantization.calibration.token_weights import KindShares, token_weights
+from llava_edge.convert.quantization.gptq.language_model import (
+    LayerProgress,
+    QuantizeSettings,
+    needed_bytes,
+    quantize_language_model,
+)
+from llava_edge.convert.quantization.gptq.solver import quantize_weight
+from llava_edge.convert.quantization.gptq.torch_layer import DecoderLayer, Rope
+from llava_edge.convert.testing.random_checkpoint import write_random_checkpoint
+from llava_edge.convert.testing.random_spec import preset
 from llava_edge.profiles.errors import CheckpointError, ExportError, RequestError
 
 CheckpointMaker = Callable[..., Path]
@@ -209,7 +212,7 @@ def test_every_linear_layer_of_every_test_model_beats_rounding_and_on_average_pl
 
     searched = reports("searched")
     plain_solver = partial(quantize_weight, scale_search=False)
-    monkeypatch.setattr("llava_edge.convert.layer_solver.quantize_weight", plain_solver)
+    monkeypatch.setattr("llava_edge.convert.quantization.gptq.layer.quantize_weight", plain_solver)
     plain = reports("plain")
     assert len(searched) == 7 * checkpoint.dims.text.num_hidden_layers
     assert all(each["relative_error"] < each["rtn_relative_error"] for each in searched)
@@ -368,7 +371,7 @@ def test_a_disk_too_small_is_said_before_the_work(
     # 137 tokens of twice 96 and once 160 floats; weights of 3 layers in 4 bits and their scales.
     linears = 2 * 96 * 96 + 2 * 32 * 96 + 3 * 96 * 160
     assert needed_bytes(checkpoint, _INT4, samples) == 137 * 352 * 4 + 3 * linears * 9 // 16
-    monkeypatch.setattr("llava_edge.convert.disk.free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("llava_edge.convert.util.files.free_bytes", lambda folder: 1000)
     with pytest.raises(RequestError, match="1000 bytes are free"):
         quantize_language_model(checkpoint, tmp_path / "q", _INT4, samples)
 
@@ -497,9 +500,11 @@ _CHILD = """
 import json, os, signal, sys, time
 import numpy as np, torch
 from pathlib import Path
-from llava_edge.convert.calibration import CalibrationSample, CalibrationSet
-from llava_edge.convert.checkpoint import open_checkpoint
-from llava_edge.convert.quantize_llm import QuantizeSettings, quantize_language_model
+from llava_edge.convert.quantization.calibration.calibration_set import CalibrationSample
+from llava_edge.convert.quantization.calibration.calibration_set import CalibrationSet
+from llava_edge.convert.checkpoint.open import open_checkpoint
+from llava_edge.convert.quantization.gptq.language_model import QuantizeSettings
+from llava_edge.convert.quantization.gptq.language_model import quantize_language_model
 
 def work(folder):
     generator = np.random.default_rng(7)
@@ -661,8 +666,8 @@ def test_shares_of_kinds_are_part_of_the_request(checkpoint: Checkpoint, tmp_pat
 def test_rows_solved_by_several_threads_are_those_of_one(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llava_edge.convert.row_chunks._ELEMENTS_AT_A_TIME", 1)
-    monkeypatch.setattr("llava_edge.convert.row_chunks._FEWEST_ROWS", 24)
+    monkeypatch.setattr("llava_edge.convert.util.parallel._ELEMENTS_AT_A_TIME", 1)
+    monkeypatch.setattr("llava_edge.convert.util.parallel._FEWEST_ROWS", 24)
     samples = calibration_set(96)
     several = quantize_language_model(
         checkpoint, tmp_path / "a", replace(_INT4, threads=2), samples

@@ -15,17 +15,22 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
-from llava_edge.convert.decoder_graph import build_decoder_graph
-from llava_edge.convert.linear_ops import QuantizedLayers
-from llava_edge.convert.packing import (
+from llava_edge.convert.checkpoint.formats.packing import (
     MatMulNBitsTensors,
     from_gptq,
     to_gptq,
     unpack_matmul_nbits,
 )
-from llava_edge.convert.quantized_source import LINEARS, RtnSource, linear_name, quantize_head
-from llava_edge.convert.rounding import PER_CHANNEL, QuantizedWeight
+from llava_edge.convert.checkpoint.formats.rounding import PER_CHANNEL, QuantizedWeight
+from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
+from llava_edge.convert.checkpoint.quantized.source import (
+    LINEARS,
+    RtnSource,
+    linear_name,
+    quantize_head,
+)
+from llava_edge.convert.onnx.decoder import build_decoder_graph
+from llava_edge.convert.onnx.linear import QuantizedLayers
 from llava_edge.profiles.boards.hardware import Flavour, Int8Isa
 from llava_edge.profiles.memory.buffers import rope_table_bytes
 from llava_edge.profiles.memory.formats import (

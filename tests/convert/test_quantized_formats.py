@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llava_edge.convert.checkpoint import open_checkpoint
-from llava_edge.convert.layouts import hub_name
+from llava_edge.convert.checkpoint.layouts import hub_name
+from llava_edge.convert.checkpoint.open import open_checkpoint
 from llava_edge.profiles.errors import CheckpointError
 from tests.saved_layouts import config, shapes, write
 

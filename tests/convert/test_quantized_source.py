@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from llava_edge.convert import quantized_source
-from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
-from llava_edge.convert.quantized_source import (
+from llava_edge.convert.checkpoint.formats.rounding import round_to_nearest
+from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
+from llava_edge.convert.checkpoint.quantized import source as quantized_source
+from llava_edge.convert.checkpoint.quantized.source import (
     LINEARS,
     RtnSource,
     body_group_size,
     linear_name,
     quantize_head,
 )
-from llava_edge.convert.rounding import round_to_nearest
 from llava_edge.profiles.errors import CheckpointError, RequestError
 
 

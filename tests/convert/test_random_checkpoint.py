@@ -19,9 +19,9 @@ from transformers import (
     LlavaNextVideoForConditionalGeneration,
 )
 
-from llava_edge.convert.checkpoint import open_checkpoint
-from llava_edge.convert.random_checkpoint import write_random_checkpoint
-from llava_edge.convert.random_spec import RandomSpec, preset
+from llava_edge.convert.checkpoint.open import open_checkpoint
+from llava_edge.convert.testing.random_checkpoint import write_random_checkpoint
+from llava_edge.convert.testing.random_spec import RandomSpec, preset
 from llava_edge.profiles.errors import CheckpointError, OutputExistsError, RequestError
 from llava_edge.profiles.models.model_dims import STOCK_PINPOINTS, ModelDims
 from llava_edge.profiles.models.variants import load_variants
@@ -243,7 +243,7 @@ def test_what_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llava_edge.convert.random_checkpoint.write_safetensors", fail)
+    monkeypatch.setattr("llava_edge.convert.testing.random_checkpoint.write_safetensors", fail)
     with pytest.raises(KeyboardInterrupt):
         write_random_checkpoint(tmp_path / "c", preset("odd"))
     assert list(tmp_path.iterdir()) == []

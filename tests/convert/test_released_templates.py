@@ -12,8 +12,8 @@ from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from llava_edge.convert.chat_template import CLOCKS, compile_template
-from llava_edge.convert.template_checks import check_conversations
+from llava_edge.convert.text.chat_template import CLOCKS, compile_template
+from llava_edge.convert.text.template_checks import check_conversations
 from llava_edge.runtime.processing.text.chat_prompt import (
     MARKS,
     Media,

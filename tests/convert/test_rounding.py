@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llava_edge.convert.rounding import (
+from llava_edge.convert.checkpoint.formats.rounding import (
     QuantizationReport,
     QuantizedWeight,
     find_scales,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from llava_edge.convert.row_chunks import map_rows
+from llava_edge.convert.util.parallel import map_rows
 
 
 @pytest.fixture(autouse=True)

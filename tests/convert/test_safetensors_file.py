@@ -20,11 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
-from llava_edge.convert.safetensors_file import (
-    read_header,
-    read_tensor,
-    write_safetensors,
-)
+from llava_edge.convert.util.safetensors_io import read_header, read_tensor, write_safetensors
 from llava_edge.profiles.errors import CheckpointError
 
 
@@ -277,7 +273,7 @@ def test_any_flipped_byte_or_cut_is_read_or_refused(
 PEAK_OF_A_ROW_RANGE = """
 import sys
 from pathlib import Path
-from llava_edge.convert.safetensors_file import read_header, read_tensor
+from llava_edge.convert.util.safetensors_io import read_header, read_tensor
 
 def peak() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()

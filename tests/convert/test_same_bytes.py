@@ -16,7 +16,7 @@ from PIL import Image
 
 from llava_edge.convert import pipeline
 from llava_edge.convert.pipeline import convert_checkpoint
-from llava_edge.convert.quantization import QuantizationRequest
+from llava_edge.convert.quantization.plan import QuantizationRequest
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
@@ -116,7 +116,7 @@ def test_a_resumed_conversion_computes_with_the_threads_that_it_began_with(
 ) -> None:
     import torch
 
-    from llava_edge.convert.parts import PartBuilders
+    from llava_edge.convert.writing.artifact_builder import PartBuilders
 
     seen: list[int] = []
     build = PartBuilders.embeddings
@@ -170,7 +170,7 @@ def test_where_a_calibration_folder_lies_is_not_in_the_manifest(
 def test_a_resumed_conversion_keeps_its_context_where_other_memory_is_free(
     make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llava_edge.convert.parts import PartBuilders
+    from llava_edge.convert.writing.artifact_builder import PartBuilders
 
     checkpoint = make_checkpoint("odd", backbone="mistral", layers=2)
     wishes = PlanRequest(precision="fp16")

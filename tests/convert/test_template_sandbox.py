@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from transformers.utils import chat_template_utils
 
-from llava_edge.convert import template_sandbox
-from llava_edge.convert.template_sandbox import (
+from llava_edge.convert.text import template_sandbox
+from llava_edge.convert.text.template_sandbox import (
     ChatRequest,
     Environment,
     LimitError,
@@ -137,7 +137,7 @@ def write_script(folder: Path, body: str) -> Path:
     script = folder / "child.py"
     script.write_text(
         "import json, os, sys, time\n"
-        "from llava_edge.convert.template_sandbox import limit_process\n"
+        "from llava_edge.convert.text.template_sandbox import limit_process\n"
         "limits = json.load(sys.stdin)\nlimit_process(limits)\n" + body,
         "utf-8",
     )
@@ -169,7 +169,7 @@ def test_waiting_for_a_busy_machine_ends_nothing(tmp_path: Path) -> None:
 
 
 def test_no_other_module_renders_a_template() -> None:
-    root = Path(template_sandbox.__file__).parents[1]
+    root = Path(template_sandbox.__file__).parents[2]
     own = Path(template_sandbox.__file__).name
     ways = re.compile(
         r"\.apply_chat_template\([^t]|render_jinja_template|^\s*(from|import) jinja2", re.M

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from onnx import TensorProto
 
-from llava_edge.convert.tensorrt_build import build_vision_engine
+from llava_edge.convert.onnx.tensorrt import build_vision_engine
 from llava_edge.profiles.errors import EngineError, RequestError
 from llava_edge.runtime.backends.tensorrt import TensorRTLibrary, open_library
 from llava_edge.runtime.util.progress import no_progress

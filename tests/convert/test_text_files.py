@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_edge.convert.text_files import (
+from llava_edge.convert.util.text_files import (
     MAX_JSON_BYTES,
     open_file,
     parse_json,

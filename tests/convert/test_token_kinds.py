@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llava_edge.convert.token_kinds import (
+from llava_edge.convert.quantization.calibration.token_weights import (
     KINDS,
     KindShares,
     count_kinds,

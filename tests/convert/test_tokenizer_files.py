@@ -16,12 +16,12 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer
 
-from llava_edge.convert.sentencepiece_tokenizer import (
+from llava_edge.convert.text.sentencepiece import (
     SentencePieceModel,
     SentencePieceSettings,
     probe_texts,
 )
-from llava_edge.convert.tokenizer_files import prepare_tokenizer
+from llava_edge.convert.text.tokenizer import prepare_tokenizer
 from llava_edge.profiles.errors import CheckpointError
 from llava_edge.runtime.artifact.manifest import TokenIds
 

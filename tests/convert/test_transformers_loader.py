@@ -16,18 +16,18 @@ import pytest
 
 import llava_edge.bench
 import llava_edge.convert
-from llava_edge.convert.image_settings import check_image_class
-from llava_edge.convert.pipeline import convert_checkpoint
-from llava_edge.convert.random_checkpoint import write_random_checkpoint
-from llava_edge.convert.random_spec import preset
-from llava_edge.convert.request import ConvertRequest
-from llava_edge.convert.transformers_loader import (
+from llava_edge.convert.checkpoint.config.image import check_image_class
+from llava_edge.convert.checkpoint.transformers_loader import (
     load_model,
     load_processor,
     load_tokenizer,
     meta_model,
     reduced_config,
 )
+from llava_edge.convert.pipeline import convert_checkpoint
+from llava_edge.convert.request import ConvertRequest
+from llava_edge.convert.testing.random_checkpoint import write_random_checkpoint
+from llava_edge.convert.testing.random_spec import preset
 from llava_edge.profiles.errors import CheckpointError
 from llava_edge.runtime.util.progress import no_progress
 from tests.checkpoint_layouts import as_original, renamed
@@ -148,10 +148,11 @@ def run_child(code: str, *arguments: str, marker: Path) -> str:
 LOAD_ALL = """
 import sys
 from pathlib import Path
-from llava_edge.convert.checkpoint import open_checkpoint
-from llava_edge.convert.transformers_loader import load_model, load_processor, load_tokenizer
-from llava_edge.convert.transformers_loader import meta_model
-from llava_edge.convert.verify.reference_processor import ReferenceProcessor
+from llava_edge.convert.checkpoint.open import open_checkpoint
+from llava_edge.convert.checkpoint.transformers_loader import load_model, load_processor
+from llava_edge.convert.checkpoint.transformers_loader import load_tokenizer
+from llava_edge.convert.checkpoint.transformers_loader import meta_model
+from llava_edge.convert.verify.reference.processor import ReferenceProcessor
 for folder in map(Path, sys.argv[1:]):
     checkpoint = open_checkpoint(folder)
     found = [load_tokenizer(folder), meta_model(checkpoint.config)]

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from llava_edge.convert.checkpoint import open_checkpoint
-from llava_edge.convert.hub_files import needed_files
-from llava_edge.convert.layouts import hub_name
+from llava_edge.convert.checkpoint.hub.files import needed_files
+from llava_edge.convert.checkpoint.layouts import hub_name
+from llava_edge.convert.checkpoint.open import open_checkpoint
 from llava_edge.profiles.errors import CheckpointError, HubError
 from tests.saved_layouts import config, shapes, write
 

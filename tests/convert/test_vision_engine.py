@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llava_edge.convert.checkpoint import open_checkpoint
+from llava_edge.convert.checkpoint.open import open_checkpoint
 from llava_edge.convert.pipeline import Conversion, convert_checkpoint
 from llava_edge.convert.planning import plan_artifact
 from llava_edge.convert.request import ConvertRequest

@@ -13,21 +13,25 @@ import onnx
 import pytest
 import torch
 
-from llava_edge.convert import vision_int8
-from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
-from llava_edge.convert.conversations import Conversation
-from llava_edge.convert.drawn_conversations import draw_conversations
-from llava_edge.convert.image_settings import read_image_processing
+from llava_edge.convert.checkpoint.config.image import read_image_processing
+from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
+from llava_edge.convert.onnx.vision import build_vision_graph
 from llava_edge.convert.pipeline import convert_checkpoint
-from llava_edge.convert.quantization import QuantizationRequest
-from llava_edge.convert.random_outliers import plant_outliers
+from llava_edge.convert.quantization.calibration.conversations import Conversation
+from llava_edge.convert.quantization.calibration.synthetic import draw_conversations
+from llava_edge.convert.quantization.plan import QuantizationRequest
+from llava_edge.convert.quantization.vision import int8 as vision_int8
+from llava_edge.convert.quantization.vision.activations import VisionTrace
+from llava_edge.convert.quantization.vision.calibration_tiles import CalibrationTiles, cut_tiles
+from llava_edge.convert.quantization.vision.int8 import (
+    Int8Calibration,
+    Int8Vision,
+    write_int8_vision,
+)
+from llava_edge.convert.quantization.vision.smoothquant import AT_A_COST, FREE, scale_inputs
 from llava_edge.convert.request import ConvertRequest
+from llava_edge.convert.testing.random_outliers import plant_outliers
 from llava_edge.convert.verification import Verification
-from llava_edge.convert.vision_graph import build_vision_graph
-from llava_edge.convert.vision_int8 import Int8Calibration, Int8Vision, write_int8_vision
-from llava_edge.convert.vision_scales import AT_A_COST, FREE, scale_inputs
-from llava_edge.convert.vision_tiles import CalibrationTiles, cut_tiles
-from llava_edge.convert.vision_trace import VisionTrace
 from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.errors import BudgetError, ExportError, RequestError
 from llava_edge.profiles.models.anyres import AnyRes

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llava_edge.convert.weights import Array, as_float16, linear, vectors
+from llava_edge.convert.checkpoint.weights import Array, as_float16, linear, vectors
 from llava_edge.profiles.errors import CheckpointError
 
 

@@ -19,10 +19,16 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from llava_edge.convert import disk, write_artifact
-from llava_edge.convert.disk import check_free_space, full_disk_reason, show_bytes, write_atomic
-from llava_edge.convert.write_artifact import ArtifactWriter, write_certificate
-from llava_edge.convert.write_embeddings import write_embeddings
+from llava_edge.convert.onnx.embeddings import write_embeddings
+from llava_edge.convert.util import files as disk
+from llava_edge.convert.util.files import (
+    check_free_space,
+    full_disk_reason,
+    show_bytes,
+    write_atomic,
+)
+from llava_edge.convert.writing import artifact_writer as write_artifact
+from llava_edge.convert.writing.artifact_writer import ArtifactWriter, write_certificate
 from llava_edge.profiles.errors import (
     ArtifactError,
     CheckpointError,
@@ -350,7 +356,7 @@ def test_a_disk_full_at_the_manifest_leaves_all_parts(
 CHILD = """
 import os, resource, signal, sys
 from pathlib import Path
-from llava_edge.convert.write_artifact import ArtifactWriter
+from llava_edge.convert.writing.artifact_writer import ArtifactWriter
 from llava_edge.profiles.errors import ExportError
 
 def small(folder):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from llava_edge.convert.write_embeddings import write_embeddings
+from llava_edge.convert.onnx.embeddings import write_embeddings
 from llava_edge.profiles.errors import CheckpointError
 
 

@@ -21,7 +21,7 @@ SIZES = (
 
 def write(out: Path = OUT) -> None:
     """Convert the checkpoint of the earlier versions, verified, with an int8 KV cache."""
-    from llava_edge.convert.random_cli import main as write_random
+    from llava_edge.convert.testing.random_cli import main as write_random
 
     with tempfile.TemporaryDirectory() as place:
         toy, made = Path(place, "toy"), Path(place, "made")

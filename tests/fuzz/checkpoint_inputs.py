@@ -51,8 +51,8 @@ def sound_checkpoints(folder: Path) -> Mapping[str, Path]:
     Args:
         folder: to write into.
     """
-    from llava_edge.convert.random_checkpoint import write_random_checkpoint
-    from llava_edge.convert.random_spec import preset
+    from llava_edge.convert.testing.random_checkpoint import write_random_checkpoint
+    from llava_edge.convert.testing.random_spec import preset
 
     spec = preset("odd", backbone="mistral", image_size=56)
     found = {name: folder / name for name in ("hub", "sharded", "original")}

@@ -18,12 +18,17 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
-from llava_edge.convert.hf_gptq import check_emit_hf, write_hf_gptq
-from llava_edge.convert.quantized_source import LINEARS, QuantizedSource, RtnSource, linear_name
-from llava_edge.convert.random_checkpoint import write_random_checkpoint
-from llava_edge.convert.random_spec import preset
-from llava_edge.convert.reference import ReferenceModel
+from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
+from llava_edge.convert.checkpoint.quantized.source import (
+    LINEARS,
+    QuantizedSource,
+    RtnSource,
+    linear_name,
+)
+from llava_edge.convert.quantization.export_hf import check_emit_hf, write_hf_gptq
+from llava_edge.convert.testing.random_checkpoint import write_random_checkpoint
+from llava_edge.convert.testing.random_spec import preset
+from llava_edge.convert.verify.reference.model import ReferenceModel
 
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "heads": 4, "vocab_size": 416, "layers": 2}
 CASES = {

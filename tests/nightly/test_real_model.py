@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llava_edge.convert.pipeline import convert_checkpoint
-from llava_edge.convert.quantization import QuantizationRequest, Quantizer
+from llava_edge.convert.quantization.plan import QuantizationRequest, Quantizer
 from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge

@@ -12,16 +12,16 @@ import pytest
 import sentencepiece
 import transformers
 
-from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
+from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
 from llava_edge.convert.pipeline import convert_checkpoint
-from llava_edge.convert.random_checkpoint import write_random_checkpoint
-from llava_edge.convert.random_spec import preset
 from llava_edge.convert.request import ConvertRequest
-from llava_edge.convert.sentencepiece_tokenizer import probe_texts
-from llava_edge.convert.tokenizer_files import build_tokenizer_json
-from llava_edge.convert.verify.prompt_stage import prompt_stage
-from llava_edge.convert.verify.reference_processor import ReferenceProcessor
-from llava_edge.convert.verify.tokenizer_stage import tokenizer_stage
+from llava_edge.convert.testing.random_checkpoint import write_random_checkpoint
+from llava_edge.convert.testing.random_spec import preset
+from llava_edge.convert.text.sentencepiece import probe_texts
+from llava_edge.convert.text.tokenizer import build_tokenizer_json
+from llava_edge.convert.verify.reference.processor import ReferenceProcessor
+from llava_edge.convert.verify.stages.prompt import prompt_stage
+from llava_edge.convert.verify.stages.tokenizer import tokenizer_stage
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact.certificate import StageResult

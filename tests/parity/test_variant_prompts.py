@@ -21,13 +21,13 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from tokenizers.trainers import BpeTrainer
 
-from llava_edge.convert.checkpoint import open_checkpoint
+from llava_edge.convert.checkpoint.open import open_checkpoint
 from llava_edge.convert.pipeline import convert_checkpoint
-from llava_edge.convert.random_checkpoint import write_random_checkpoint
-from llava_edge.convert.random_spec import preset
 from llava_edge.convert.request import ConvertRequest
-from llava_edge.convert.verify.prompt_stage import prompt_stage
-from llava_edge.convert.verify.reference_processor import ReferenceProcessor
+from llava_edge.convert.testing.random_checkpoint import write_random_checkpoint
+from llava_edge.convert.testing.random_spec import preset
+from llava_edge.convert.verify.reference.processor import ReferenceProcessor
+from llava_edge.convert.verify.stages.prompt import prompt_stage
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact.open import Artifact, open_artifact

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llava_edge.convert.checkpoint import open_checkpoint
-from llava_edge.convert.decoder_graph import build_decoder_graph, rope_tables
-from llava_edge.convert.int8_cache import INT8_CACHE_FILE, CacheScales, write_int8_cache_graph
-from llava_edge.convert.random_checkpoint import write_random_checkpoint
-from llava_edge.convert.random_spec import preset
+from llava_edge.convert.checkpoint.open import open_checkpoint
+from llava_edge.convert.onnx.decoder import build_decoder_graph, rope_tables
+from llava_edge.convert.onnx.int8_kv_cache import (
+    INT8_CACHE_FILE,
+    CacheScales,
+    write_int8_cache_graph,
+)
+from llava_edge.convert.testing.random_checkpoint import write_random_checkpoint
+from llava_edge.convert.testing.random_spec import preset
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError, PromptError, RequestError
 from llava_edge.profiles.models.model_dims import TextDims
 from llava_edge.runtime.backends.onnxruntime import Binding, Session, SessionOptions

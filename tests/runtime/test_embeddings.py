@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from llava_edge.convert.write_embeddings import write_embeddings
+from llava_edge.convert.onnx.embeddings import write_embeddings
 from llava_edge.profiles.errors import ArtifactError, PromptError
 from llava_edge.profiles.models.model_dims import ModelDims, TextDims, VisionDims
 from llava_edge.runtime.generation.inputs.embedding_table import EmbeddingTable

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llava_edge.convert.write_embeddings import write_embeddings
+from llava_edge.convert.onnx.embeddings import write_embeddings
 from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.profiles.models.model_dims import ModelDims, TextDims, VisionDims
 from llava_edge.runtime.generation.inputs.embedding_table import EmbeddingTable

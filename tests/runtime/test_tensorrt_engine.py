@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llava_edge.convert.tensorrt_build import build_vision_engine
+from llava_edge.convert.onnx.tensorrt import build_vision_engine
 from llava_edge.profiles.errors import DependencyError, EngineError
 from llava_edge.runtime.backends.tensorrt import TensorRTEngine, open_library
 from llava_edge.runtime.util.progress import no_progress

@@ -21,8 +21,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.trainers import BpeTrainer
 from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor, PreTrainedTokenizerFast
 
-from llava_edge.convert.prompt_family import builtin_format
-from llava_edge.convert.sentencepiece_tokenizer import SentencePieceModel, SentencePieceSettings
+from llava_edge.convert.text.builtin_templates import builtin_format
+from llava_edge.convert.text.sentencepiece import SentencePieceModel, SentencePieceSettings
 from llava_edge.profiles.errors import ArtifactError, PromptError
 from llava_edge.runtime.artifact.manifest import PromptFormat, TokenIds
 from llava_edge.runtime.processing.text.chat_prompt import (

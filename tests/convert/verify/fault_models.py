@@ -11,14 +11,14 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
+from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
 from llava_edge.convert.pipeline import convert_checkpoint
-from llava_edge.convert.quantization import QuantizationRequest
-from llava_edge.convert.random_checkpoint import write_random_checkpoint
-from llava_edge.convert.random_spec import preset
+from llava_edge.convert.quantization.plan import QuantizationRequest
 from llava_edge.convert.request import ConvertRequest
-from llava_edge.convert.verify.probes import draw_probes
-from llava_edge.convert.verify.reference_answer import Reference
+from llava_edge.convert.testing.random_checkpoint import write_random_checkpoint
+from llava_edge.convert.testing.random_spec import preset
+from llava_edge.convert.verify.reference.answer import Reference
+from llava_edge.convert.verify.reference.probes import draw_probes
 from llava_edge.convert.verify.verifier import VerifyOptions, open_reference, verify_artifact
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest

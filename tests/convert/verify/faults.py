@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llava_edge.convert import decoder_graph
+from llava_edge.convert.onnx import decoder as decoder_graph
 from llava_edge.profiles.models.model_dims import TextDims
 from llava_edge.runtime.generation.decoder.decoder import Decoder
 from tests.convert.verify import (

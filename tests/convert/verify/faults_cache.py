@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_edge.convert import cache_scales
+from llava_edge.convert.quantization import kv_cache_scales as cache_scales
 from llava_edge.runtime.artifact.graph_signature import scale_names
 from llava_edge.runtime.generation.decoder.kv_cache import KVCache
 from llava_edge.runtime.util.arrays import Array

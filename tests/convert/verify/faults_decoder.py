@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from llava_edge.convert import parts
+from llava_edge.convert.writing import artifact_builder as parts
 from llava_edge.profiles.models.model_dims import TextDims
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.tamper import Tampered

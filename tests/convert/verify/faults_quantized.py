@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from llava_edge.convert import gptq_checkpoint, linear_ops, packing, quantization, rounding
-from llava_edge.convert.rounding import QuantizedWeight
+from llava_edge.convert.checkpoint.formats import packing, rounding
+from llava_edge.convert.checkpoint.formats.rounding import QuantizedWeight
+from llava_edge.convert.checkpoint.quantized import gptq_checkpoint
+from llava_edge.convert.onnx import linear as linear_ops
+from llava_edge.convert.quantization import plan as quantization
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.saturation import saturate
 

@@ -11,12 +11,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from llava_edge.convert import gptq, layer_solver, quantization, rounding, vision_int8
-from llava_edge.convert import hessian as hessian_module
-from llava_edge.convert.checkpoint import Checkpoint
-from llava_edge.convert.hessian_factor import HessianFactor
-from llava_edge.convert.quantized_source import RtnSource
-from llava_edge.convert.rounding import QuantizedWeight
+from llava_edge.convert.checkpoint.formats import rounding
+from llava_edge.convert.checkpoint.formats.rounding import QuantizedWeight
+from llava_edge.convert.checkpoint.open import Checkpoint
+from llava_edge.convert.checkpoint.quantized.source import RtnSource
+from llava_edge.convert.quantization import plan as quantization
+from llava_edge.convert.quantization.gptq import hessian as hessian_module
+from llava_edge.convert.quantization.gptq import layer as layer_solver
+from llava_edge.convert.quantization.gptq import solver as gptq
+from llava_edge.convert.quantization.gptq.hessian_factor import HessianFactor
+from llava_edge.convert.quantization.vision import int8 as vision_int8
 from tests.convert.verify.fault import Fault
 
 _Patch = pytest.MonkeyPatch

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from llava_edge.convert import gptq
-from llava_edge.convert.hessian import Hessian, HessianAccumulator
-from llava_edge.convert.rounding import QuantizedWeight
+from llava_edge.convert.checkpoint.formats.rounding import QuantizedWeight
+from llava_edge.convert.quantization.gptq import solver as gptq
+from llava_edge.convert.quantization.gptq.hessian import Hessian, HessianAccumulator
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.faults_quantizer import Change, scaled, spoiled
 

@@ -13,9 +13,10 @@ import pytest
 from tokenizers import AddedToken, decoders, normalizers
 from tokenizers import Tokenizer as Backend
 
-from llava_edge.convert import sentencepiece_tokenizer, tokenizer_files
-from llava_edge.convert.sentencepiece_tokenizer import SentencePieceModel, SentencePieceSettings
-from llava_edge.convert.tokenizer_source import open_tokenizer_json
+from llava_edge.convert.checkpoint.config.tokenizer_source import open_tokenizer_json
+from llava_edge.convert.text import sentencepiece as sentencepiece_tokenizer
+from llava_edge.convert.text import tokenizer as tokenizer_files
+from llava_edge.convert.text.sentencepiece import SentencePieceModel, SentencePieceSettings
 from llava_edge.runtime.processing.text.detokenizer import StreamDecoder
 from llava_edge.runtime.processing.text.tokenizer import Tokenizer
 from tests.convert.verify.fault import Fault, Where

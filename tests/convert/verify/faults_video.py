@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from llava_edge.convert import vision_graph
+from llava_edge.convert.onnx import vision as vision_graph
 from llava_edge.profiles.models.model_dims import VisionDims
 from llava_edge.runtime.artifact.manifest import VideoProcessing
 from llava_edge.runtime.generation.inputs.input_embeds import PromptEmbeddings

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_edge.convert import parts, vision_graph
+from llava_edge.convert.onnx import vision as vision_graph
+from llava_edge.convert.writing import artifact_builder as parts
 from llava_edge.profiles.models.model_dims import ModelDims, VisionDims
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.tamper import Tampered

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llava_edge.convert.verify import estimate, verifier
-from llava_edge.convert.verify.streamed_model import StreamedModel, _PassThrough
+from llava_edge.convert.verify.reference.streamed_model import StreamedModel, _PassThrough
 from llava_edge.convert.verify.verifier import (
     VerifyOptions,
     open_reference,

@@ -12,14 +12,19 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
-from llava_edge.convert.decoder_graph import build_decoder_graph
-from llava_edge.convert.linear_ops import QuantizedLayers
-from llava_edge.convert.quantized_source import LINEARS, RtnSource, linear_name, quantize_head
-from llava_edge.convert.rounding import PER_CHANNEL, QuantizedWeight
-from llava_edge.convert.verify.digested_source import DigestedSource, weight_digest
-from llava_edge.convert.verify.graph_file import GraphFile
-from llava_edge.convert.verify.graph_weights import TWO_TERMS, WHOLE_ROW, GraphWeights
+from llava_edge.convert.checkpoint.formats.rounding import PER_CHANNEL, QuantizedWeight
+from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
+from llava_edge.convert.checkpoint.quantized.digested_source import DigestedSource, weight_digest
+from llava_edge.convert.checkpoint.quantized.source import (
+    LINEARS,
+    RtnSource,
+    linear_name,
+    quantize_head,
+)
+from llava_edge.convert.onnx.decoder import build_decoder_graph
+from llava_edge.convert.onnx.graph_file import GraphFile
+from llava_edge.convert.onnx.linear import QuantizedLayers
+from llava_edge.convert.verify.quantized.graph_weights import TWO_TERMS, WHOLE_ROW, GraphWeights
 from llava_edge.profiles.errors import ArtifactError, CheckpointError
 from llava_edge.profiles.memory.formats import Int8Route
 from llava_edge.runtime.artifact.open import open_artifact

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_edge.convert.verify.greedy_stage import greedy_tokens
-from llava_edge.convert.verify.loop_cut import LoopCut, loop_cut
-from llava_edge.convert.verify.probes import probes_for
-from llava_edge.convert.verify.reference_answer import Reference
-from llava_edge.convert.verify.streamed_model import StreamedModel
-from llava_edge.convert.verify.subject import Subject
+from llava_edge.convert.verify.reference.answer import Reference
+from llava_edge.convert.verify.reference.probes import probes_for
+from llava_edge.convert.verify.reference.streamed_model import StreamedModel
+from llava_edge.convert.verify.runner.artifact_runner import Subject
+from llava_edge.convert.verify.runner.loop_cut import LoopCut, loop_cut
+from llava_edge.convert.verify.stages.greedy import greedy_tokens
 from llava_edge.convert.verify.verifier import VerifyOptions, open_reference, verify_artifact
 from llava_edge.profiles.errors import OutOfMemoryError
 from llava_edge.runtime import LlavaEdge

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_edge.convert.checkpoint import open_checkpoint
-from llava_edge.convert.verify.manifest_record import manifest_record_faults
-from llava_edge.convert.verify.prompt_stage import prompt_stage
-from llava_edge.convert.verify.structure import structure_stage
+from llava_edge.convert.checkpoint.open import open_checkpoint
+from llava_edge.convert.verify.stages.prompt import prompt_stage
+from llava_edge.convert.verify.structure.manifest_record import manifest_record_faults
+from llava_edge.convert.verify.structure.stage import structure_stage
 from llava_edge.convert.verify.verifier import VerifyOptions, open_reference, verify_artifact
 from llava_edge.runtime.artifact.open import open_artifact
 from llava_edge.runtime.util.opened_file import OpenedFile

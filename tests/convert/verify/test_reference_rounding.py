@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from llava_edge.convert.rounding import PER_CHANNEL, QuantizedWeight, round_to_nearest
-from llava_edge.convert.verify.reference_rounding import (
+from llava_edge.convert.checkpoint.formats.rounding import (
+    PER_CHANNEL,
+    QuantizedWeight,
+    round_to_nearest,
+)
+from llava_edge.convert.verify.quantized.reference_rounding import (
     Disagreement,
     Grid,
     disagreement,

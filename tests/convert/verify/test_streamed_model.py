@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
-from llava_edge.convert.reference import ReferenceModel
-from llava_edge.convert.verify.streamed_model import ReferenceInputs, StreamedModel
+from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
+from llava_edge.convert.verify.reference.model import ReferenceModel
+from llava_edge.convert.verify.reference.streamed_model import ReferenceInputs, StreamedModel
 from llava_edge.profiles.errors import CheckpointError
 
 BACKBONES = ("llama", "mistral", "qwen2")

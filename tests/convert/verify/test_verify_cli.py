@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from llava_edge.convert.verify import cli as verify_cli
+from llava_edge.convert.cli import verify as verify_cli
 from llava_edge.runtime.artifact import hashing as digests
 from llava_edge.runtime.artifact import open as artifact_module
 from llava_edge.runtime.artifact.open import Artifact, open_artifact

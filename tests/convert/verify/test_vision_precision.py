@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from llava_edge.convert.checkpoint import open_checkpoint
-from llava_edge.convert.float16_guard import Float16Ranges
+from llava_edge.convert.checkpoint.open import open_checkpoint
 from llava_edge.convert.pipeline import convert_checkpoint
-from llava_edge.convert.quantization import QuantizationRequest
-from llava_edge.convert.random_outliers import plant_outliers
+from llava_edge.convert.quantization.plan import QuantizationRequest
+from llava_edge.convert.quantization.vision.fp16_overflow import Float16Ranges
 from llava_edge.convert.request import ConvertRequest
-from llava_edge.convert.verify.structure import structure_stage
+from llava_edge.convert.testing.random_outliers import plant_outliers
+from llava_edge.convert.verify.structure.stage import structure_stage
 from llava_edge.convert.verify.verifier import VerifyOptions, verify_artifact
-from llava_edge.convert.verify.weights import weights_stage
+from llava_edge.convert.verify.weights.stage import weights_stage
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact.certificate import StageResult

@@ -14,15 +14,15 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
+from llava_edge.convert.checkpoint.formats.rounding import PER_CHANNEL
+from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
+from llava_edge.convert.checkpoint.quantized.digested_source import DigestedSource
+from llava_edge.convert.checkpoint.quantized.source import RtnSource, quantize_head
 from llava_edge.convert.pipeline import convert_checkpoint
-from llava_edge.convert.quantization import QuantizationRequest
-from llava_edge.convert.quantized_source import RtnSource, quantize_head
+from llava_edge.convert.quantization.plan import QuantizationRequest
 from llava_edge.convert.request import ConvertRequest
-from llava_edge.convert.rounding import PER_CHANNEL
-from llava_edge.convert.verify.digested_source import DigestedSource
-from llava_edge.convert.verify.tensor_mapping import linear_layers
-from llava_edge.convert.verify.weights import weights_stage
+from llava_edge.convert.verify.weights.stage import weights_stage
+from llava_edge.convert.verify.weights.tensor_mapping import linear_layers
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.memory.formats import head_group_size
 from llava_edge.profiles.planner import PlanRequest

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 from tokenizers.trainers import BpeTrainer
 
-from llava_edge.convert.sentencepiece_tokenizer import SentencePieceModel, SentencePieceSettings
+from llava_edge.convert.text.sentencepiece import SentencePieceModel, SentencePieceSettings
 
 ROWS = 512
 """Rows of the embedding table that every tokenizer here fits into."""

@@ -1,0 +1,1 @@
+"""Checkpoints: found, opened, checked, read tensor by tensor."""

@@ -1,0 +1,1 @@
+"""Formats of quantised weights: codes, scales and their layouts."""

@@ -1,0 +1,1 @@
+"""Checkpoints of the Hugging Face hub: what is fetched, and what that needs."""

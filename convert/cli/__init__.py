@@ -1,0 +1,1 @@
+"""The commands ``convert``, ``build-engine`` and ``verify``."""

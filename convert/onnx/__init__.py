@@ -1,0 +1,1 @@
+"""ONNX graphs: built, read, cut, and compiled into engines."""

@@ -1,0 +1,1 @@
+"""The user's own questions, answered before and after quantisation."""

@@ -1,0 +1,1 @@
+"""Calibration: conversations, and what the language model sees of them."""

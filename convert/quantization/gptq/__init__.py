@@ -1,0 +1,1 @@
+"""GPTQ of a language model, layer by layer."""

@@ -1,0 +1,1 @@
+"""Random checkpoints, for tests and measurements."""

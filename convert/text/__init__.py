@@ -1,0 +1,1 @@
+"""Tokenizer and chat template of a checkpoint, in the artifact's form."""

@@ -1,0 +1,1 @@
+"""Image and video files, and conversations about them, that artifacts are verified with."""

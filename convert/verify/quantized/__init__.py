@@ -1,0 +1,1 @@
+"""Quantised weights as the verifier computes them, without the quantiser's code."""

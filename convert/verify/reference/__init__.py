@@ -1,0 +1,1 @@
+"""The reference: transformers' model and processors, weights in memory only while used."""

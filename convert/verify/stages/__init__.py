@@ -1,0 +1,1 @@
+"""Stages of verification that run the artifact."""

@@ -1,0 +1,1 @@
+"""The graphs' structure and the manifest against the checkpoint's configuration."""

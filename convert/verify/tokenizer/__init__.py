@@ -1,0 +1,1 @@
+"""Tokenizers compared: definitions, ids and texts."""

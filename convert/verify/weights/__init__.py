@@ -1,0 +1,1 @@
+"""The artifact's weights against the checkpoint's, tensor by tensor."""
