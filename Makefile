@@ -37,7 +37,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY) ## convert the small trained model at fp16, int8 and int4 and ask it about drawn pages
-	$(BIN)/python -m llava_edge.bench.pages.demo
+	$(BIN)/python -m llava_edge.bench.lab.pages.demo
 
 convert: $(READY) ## make convert PROFILE=a100 [CHECKPOINT=folder or hub id | MODEL=name] [OUT=folder] [PRECISION=fp16] [QUALITY=questions.jsonl MAX_LOSS=0.02]
 	$(BIN)/llava-edge convert $(CHECKPOINT) $(if $(OUT),--out $(OUT)) $(if $(MODEL),--model $(MODEL)) --profile $(PROFILE) $(if $(PRECISION),--precision $(PRECISION)) $(if $(QUALITY),--quality $(QUALITY)) $(if $(MAX_LOSS),--max-loss $(MAX_LOSS))
@@ -70,7 +70,7 @@ gpu-check: ## answers, memory and speed on an NVIDIA GPU, small models first [MO
 	$(MAKE) VENV=$(GPU_VENV) EXTRAS=$(GPU_EXTRAS) gpu-measure
 
 gpu-measure: $(READY)
-	$(BIN)/python -m llava_edge.bench.gpu_check $(if $(MODELS),--models $(MODELS)) $(if $(SECONDS),--seconds $(SECONDS))
+	$(BIN)/python -m llava_edge.bench.lab.gpu.check $(if $(MODELS),--models $(MODELS)) $(if $(SECONDS),--seconds $(SECONDS))
 
 test-slow: $(READY) ## the slow proofs: sound artifacts of the released geometry, faults at realistic scale
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "slow and not nightly"
@@ -110,13 +110,13 @@ test-layouts: $(READY) ## make test-layouts [RELEASES="5.5.4 …"]: the names un
 	$(BIN)/python -m tests.interop.check_layouts $(RELEASES)
 
 bench: $(READY) ## make bench [RUNG=pages|mid|large]: memory, speed and quality of the project's own models; report.html
-	$(BIN)/python -m llava_edge.bench.ladder $(if $(RUNG),--only $(RUNG))
+	$(BIN)/python -m llava_edge.bench.lab.suite $(if $(RUNG),--only $(RUNG))
 
 bench-convert: $(READY) $(INTEROP)/ready ## make bench-convert [STEP=rtn|gptq|peer]: memory and time of converting a 7B, and beside GPTQModel
-	$(BIN)/python -m llava_edge.bench.convert_bench $(if $(STEP),--only $(STEP)) --json
+	$(BIN)/python -m llava_edge.bench.lab.conversion.run $(if $(STEP),--only $(STEP)) --json
 
 bench-pages: $(READY) ## 2,000 held-out questions to the small trained model: precisions, --grid base, AnyRes done wrongly
-	$(BIN)/python -m llava_edge.bench.pages.measure
+	$(BIN)/python -m llava_edge.bench.lab.pages.measure
 
 lint: $(READY) build/typing ## ruff (style, docstrings, formatting) and the import contracts
 	$(BIN)/ruff check .

@@ -23,18 +23,18 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, TextIO
 
-from llava_edge.bench.artifact_facts import artifact_facts, certified_quality, short_names
-from llava_edge.bench.bench_file import SCHEMA_VERSION, read_bench
-from llava_edge.bench.bench_table import bench_table
-from llava_edge.bench.compare import compare, findings_table, machine_change, verdict_of
-from llava_edge.bench.compare_notes import compare_notes
-from llava_edge.bench.machine_card import Rates, machine_card, machine_profile, measure_rates
-from llava_edge.bench.quality_alone import QualityTask, kept_answers, measure_alone
-from llava_edge.bench.report import report_page
-from llava_edge.bench.speed_cases import affordable_cases, speed_cases
-from llava_edge.bench.speed_rows import SpeedRow, predicted_seconds
-from llava_edge.bench.speed_run import FEWEST_ROUNDS, SpeedSettings, run_speed
-from llava_edge.bench.whole_file import check_writable, write_whole
+from llava_edge.bench.common.artifact_facts import artifact_facts, certified_quality, short_names
+from llava_edge.bench.common.atomic_write import check_writable, write_whole
+from llava_edge.bench.common.machine import Rates, machine_card, machine_profile, measure_rates
+from llava_edge.bench.quality import QualityTask, kept_answers, measure_alone
+from llava_edge.bench.report.compare import compare, findings_table, machine_change, verdict_of
+from llava_edge.bench.report.compare_notes import compare_notes
+from llava_edge.bench.report.html import report_page
+from llava_edge.bench.report.schema import SCHEMA_VERSION, read_bench
+from llava_edge.bench.report.table import bench_table
+from llava_edge.bench.speed.cases import affordable_cases, speed_cases
+from llava_edge.bench.speed.rows import SpeedRow, predicted_seconds
+from llava_edge.bench.speed.run import FEWEST_ROUNDS, SpeedSettings, run_speed
 from llava_edge.profiles.boards.detect import read_machine
 from llava_edge.profiles.boards.device_name import DEVICE_METAVAR, device_argument
 from llava_edge.profiles.errors import (

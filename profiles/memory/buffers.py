@@ -118,7 +118,7 @@ def image_decoding_bytes(
         bands: of a JPEG.
         is_progressive: whether a JPEG is.
 
-    Measured with ``python -m llava_edge.bench.image_memory`` (Pillow 13).
+    Measured with ``python -m llava_edge.bench.lab.memory.images`` (Pillow 13).
     """
     if not format:
         return num_pixels * _UNKNOWN_FORMAT_BYTES

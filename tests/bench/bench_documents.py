@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from llava_edge.bench.bench_file import SCHEMA_VERSION
-from llava_edge.bench.speed_rows import STAGES, spread
+from llava_edge.bench.report.schema import SCHEMA_VERSION
+from llava_edge.bench.speed.rows import STAGES, spread
 
 MACHINE = {
     "processor": "Test 9000",

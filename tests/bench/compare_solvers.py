@@ -16,10 +16,10 @@ from unittest import mock
 
 import torch
 
-from llava_edge.bench.pages.checkpoint import SHIPPED
-from llava_edge.bench.pages.commands import CALIBRATION_SEED, NUM_CALIBRATION
-from llava_edge.bench.pages.evaluate import Evaluator, held_out
-from llava_edge.bench.pages.sample import training_sample
+from llava_edge.bench.lab.pages.commands import CALIBRATION_SEED, NUM_CALIBRATION
+from llava_edge.bench.lab.pages.drawing.sample import training_sample
+from llava_edge.bench.lab.pages.evaluate import Evaluator, held_out
+from llava_edge.bench.lab.pages.training.checkpoint import SHIPPED
 from llava_edge.convert.checkpoint.formats import rounding
 from llava_edge.convert.quantization.gptq.solver import quantize_weight
 

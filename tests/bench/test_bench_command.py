@@ -15,13 +15,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_edge.bench import cli, machine_card, speed_rows, speed_run, whole_file
-from llava_edge.bench.artifact_facts import precision_label, weights_label
-from llava_edge.bench.fresh_process import run_fresh
-from llava_edge.bench.machine_card import Rates, commit, measure_rates
-from llava_edge.bench.speed_cases import FULL, TEXT, affordable_cases, draw_picture, speed_cases
-from llava_edge.bench.speed_rows import SpeedRow
-from llava_edge.bench.speed_run import DeviceWatch, SpeedRound, SpeedSettings, run_speed
+from llava_edge.bench import cli
+from llava_edge.bench.common import atomic_write as whole_file
+from llava_edge.bench.common import machine as machine_card
+from llava_edge.bench.common.artifact_facts import precision_label, weights_label
+from llava_edge.bench.common.machine import Rates, commit, measure_rates
+from llava_edge.bench.common.subprocess_runner import run_fresh
+from llava_edge.bench.speed import rows as speed_rows
+from llava_edge.bench.speed import run as speed_run
+from llava_edge.bench.speed.cases import FULL, TEXT, affordable_cases, draw_picture, speed_cases
+from llava_edge.bench.speed.rows import SpeedRow
+from llava_edge.bench.speed.run import DeviceWatch, SpeedRound, SpeedSettings, run_speed
 from llava_edge.profiles.boards.nvml import Gpu, GpuReport
 from llava_edge.profiles.errors import EngineError, LlavaEdgeError, OutputError, OutputExistsError
 from llava_edge.runtime.artifact.open import open_artifact
@@ -380,7 +384,8 @@ def test_the_commit_is_that_of_the_sources(tmp_path: Path) -> None:
 
     assert commit(tmp_path) is None, "outside a checkout"
     git("init")
-    source, results = tmp_path / "machine_card.py", tmp_path / "results" / "bench.json"
+    source, results = tmp_path / "common" / "machine.py", tmp_path / "results" / "bench.json"
+    source.parent.mkdir()
     results.parent.mkdir()
     results.write_text("{}")
     git("add", "results")

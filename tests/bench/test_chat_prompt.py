@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import transformers
 
-from llava_edge.bench.chat_prompt import chat_prompts
+from llava_edge.bench.lab.chat_prompt import chat_prompts
 
-PAGES = Path(__file__).parents[2] / "bench" / "pages" / "llava-next-pages"
+PAGES = Path(__file__).parents[2] / "bench" / "lab" / "pages" / "llava-next-pages"
 
 
 def test_they_are_what_transformers_writes() -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from llava_edge.bench import cli
-from llava_edge.bench.bench_file import read_bench
-from llava_edge.bench.compare import compare, findings_table, machine_change, verdict_of
-from llava_edge.bench.compare_notes import compare_notes
-from llava_edge.bench.student_t import compare_means, t_quantile
+from llava_edge.bench.common.stats import compare_means, t_quantile
+from llava_edge.bench.report.compare import compare, findings_table, machine_change, verdict_of
+from llava_edge.bench.report.compare_notes import compare_notes
+from llava_edge.bench.report.schema import read_bench
 from llava_edge.profiles.errors import RequestError
 from tests.bench.bench_documents import document
 

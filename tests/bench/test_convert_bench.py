@@ -8,16 +8,20 @@ from typing import Any
 import pytest
 import torch
 
-from llava_edge.bench import convert_bench
-from llava_edge.bench.convert_estimate import _peak_bytes, column_blocks, larger_models
-from llava_edge.bench.convert_memory import MemoryStep, measure_conversion, write_checkpoint
-from llava_edge.bench.convert_peer import OURS, THEIRS, holds, summary
-from llava_edge.bench.convert_table import estimate_table, memory_table, peer_table
-from llava_edge.bench.fresh_process import run_fresh
-from llava_edge.bench.ledger import Ledger
-from llava_edge.bench.peer_judge import Judge, read_candidate
-from llava_edge.bench.peer_model import plant
-from llava_edge.bench.peer_prompts import calibration_digest, draw_prompts, write_word_tokenizer
+from llava_edge.bench.common.results_store import Ledger
+from llava_edge.bench.common.subprocess_runner import run_fresh
+from llava_edge.bench.lab.conversion import run as convert_bench
+from llava_edge.bench.lab.conversion.estimate import _peak_bytes, column_blocks, larger_models
+from llava_edge.bench.lab.conversion.memory import MemoryStep, measure_conversion, write_checkpoint
+from llava_edge.bench.lab.conversion.peer import OURS, THEIRS, holds, summary
+from llava_edge.bench.lab.conversion.peer_judge import Judge, read_candidate
+from llava_edge.bench.lab.conversion.peer_model import plant
+from llava_edge.bench.lab.conversion.peer_prompts import (
+    calibration_digest,
+    draw_prompts,
+    write_word_tokenizer,
+)
+from llava_edge.bench.lab.conversion.table import estimate_table, memory_table, peer_table
 from llava_edge.convert.checkpoint.open import open_checkpoint
 from llava_edge.convert.checkpoint.quantized.source import LINEARS, RtnSource, linear_name
 from llava_edge.convert.cli.convert import main as convert_main
@@ -141,7 +145,7 @@ def test_prompts_have_exactly_so_many_ids_and_follow_from_their_seed(words: Path
 def test_a_conversion_calibrates_with_the_very_ids_that_the_peer_gets(
     words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llava_edge.bench.peer_prompts import write_conversations
+    from llava_edge.bench.lab.conversion.peer_prompts import write_conversations
 
     seen: list[str] = []
 

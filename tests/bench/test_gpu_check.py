@@ -16,20 +16,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_edge.bench import gpu_check, gpu_needs, gpu_steps
-from llava_edge.bench.fresh_process import edge_command, run_fresh
-from llava_edge.bench.gpu_card import copy_rate
-from llava_edge.bench.gpu_check import Runner
-from llava_edge.bench.gpu_kernels import LAYOUTS, kernel_sizes, product_model, weight_bytes
-from llava_edge.bench.gpu_models import GPU_MODELS, PRECISIONS, GpuModel
-from llava_edge.bench.gpu_parity import compare
-from llava_edge.bench.gpu_place import GpuPlace, with_int8_cache
-from llava_edge.bench.gpu_round import largest_session
-from llava_edge.bench.gpu_steps import CARD, GpuStep
-from llava_edge.bench.gpu_steps import gpu_steps as all_steps
-from llava_edge.bench.gpu_table import gpu_tables
-from llava_edge.bench.ledger import Ledger
-from llava_edge.bench.speed_run import SpeedSettings
+from llava_edge.bench.common.results_store import Ledger
+from llava_edge.bench.common.subprocess_runner import edge_command, run_fresh
+from llava_edge.bench.lab.gpu import check as gpu_check
+from llava_edge.bench.lab.gpu import requirements as gpu_needs
+from llava_edge.bench.lab.gpu import steps as gpu_steps
+from llava_edge.bench.lab.gpu.card import copy_rate
+from llava_edge.bench.lab.gpu.check import Runner
+from llava_edge.bench.lab.gpu.kernels import LAYOUTS, kernel_sizes, product_model, weight_bytes
+from llava_edge.bench.lab.gpu.models import GPU_MODELS, PRECISIONS, GpuModel
+from llava_edge.bench.lab.gpu.parity import compare
+from llava_edge.bench.lab.gpu.round import largest_session
+from llava_edge.bench.lab.gpu.steps import CARD, GpuStep
+from llava_edge.bench.lab.gpu.steps import gpu_steps as all_steps
+from llava_edge.bench.lab.gpu.table import gpu_tables
+from llava_edge.bench.lab.gpu.workspace import GpuPlace, with_int8_cache
+from llava_edge.bench.speed.run import SpeedSettings
 from llava_edge.convert.testing.random_spec import preset
 from llava_edge.profiles.boards.nvml import GpuReport
 from llava_edge.profiles.errors import EngineError, RequestError
@@ -46,7 +48,7 @@ TINY = GPU_MODELS["tiny"]
 
 @pytest.mark.slow
 def test_the_way_goes_through_with_the_cpu_provider(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "llava_edge.bench.gpu_check", "--device", "cpu"]
+    command = [sys.executable, "-m", "llava_edge.bench.lab.gpu.check", "--device", "cpu"]
     command += ["--models", "tiny", "--precisions", "fp16", "int4", "--work", str(tmp_path)]
     found = run_fresh(command).result()
 
@@ -211,7 +213,7 @@ def test_a_package_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_every_package_that_is_imported_is_asked_for() -> None:
-    folders = Path(gpu_check.__file__).parents[1]
+    folders = Path(gpu_check.__file__).parents[3]
     own = {"llava_edge", *sys.stdlib_module_names}
     # Of other commands: files of configuration before Python 3.11, a peer, videos.
     own |= {"tomli", "gptqmodel", "onnxruntime"}
@@ -399,7 +401,7 @@ def tiny(
 
 
 def test_answers_are_compared_with_those_of_transformers(tiny: tuple[Path, Path]) -> None:
-    from llava_edge.bench.gpu_reference import Reference
+    from llava_edge.bench.lab.gpu.reference import Reference
 
     checkpoint, artifact = tiny
     reference = Reference(checkpoint, "cpu")
@@ -432,7 +434,7 @@ def test_answers_are_compared_with_those_of_transformers(tiny: tuple[Path, Path]
 
 
 def test_the_reference_is_asked_prompts_of_the_same_length(tiny: tuple[Path, Path]) -> None:
-    from llava_edge.bench.gpu_reference import Reference
+    from llava_edge.bench.lab.gpu.reference import Reference
 
     reference = Reference(tiny[0], "cpu")
     case = {"name": "x", "height": 224, "width": 224, "answer_tokens": 3}
@@ -446,7 +448,7 @@ def test_the_reference_is_asked_prompts_of_the_same_length(tiny: tuple[Path, Pat
 def test_memory_of_the_reference_counts_what_the_driver_took_as_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llava_edge.bench import gpu_reference
+    from llava_edge.bench.lab.gpu import reference as gpu_reference
 
     class Nothing:
         measure = staticmethod(lambda case, number: {"name": case["name"]})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_edge.bench.image_memory import asked_bytes, image_cases, measure
+from llava_edge.bench.lab.memory.images import asked_bytes, image_cases, measure
 from llava_edge.profiles.memory.buffers import image_decoding_bytes
 
 CASES = {case.name: case for case in image_cases()}

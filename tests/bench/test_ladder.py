@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from llava_edge.bench import ladder
-from llava_edge.bench.ledger import Ledger, machine
-from llava_edge.bench.machine_card import commit
+from llava_edge.bench.common.machine import commit
+from llava_edge.bench.common.results_store import Ledger, machine
+from llava_edge.bench.lab import suite as ladder
 from llava_edge.convert.testing.random_spec import preset
 from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.profiles.models.parameters import total_parameters

@@ -6,16 +6,16 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from llava_edge.bench import memory_measure
-from llava_edge.bench.memory_cases import MemoryCase, draw_cases, draw_wide_cases
-from llava_edge.bench.memory_fit import MARGIN, MIB, fit, holds, predict, table
-from llava_edge.bench.memory_measure import (
+from llava_edge.bench.lab.memory import measure as memory_measure
+from llava_edge.bench.lab.memory.cases import MemoryCase, draw_cases, draw_wide_cases
+from llava_edge.bench.lab.memory.fit import MARGIN, MIB, fit, holds, predict, table
+from llava_edge.bench.lab.memory.measure import (
     Measurement,
     MeasureSettings,
     fill_tokenizer,
     measure_cases,
 )
-from llava_edge.bench.memory_probe import Steps
+from llava_edge.bench.lab.memory.probe import Steps
 from llava_edge.convert.testing.random_spec import RandomSpec
 from llava_edge.profiles.memory.constants import memory_constants
 from llava_edge.profiles.memory.estimate import Machine, estimate_memory

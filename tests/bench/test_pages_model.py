@@ -10,15 +10,15 @@ import pytest
 import torch
 import transformers
 
-from llava_edge.bench.pages.batch import IGNORED, collate, encode_sample
-from llava_edge.bench.pages.checkpoint import read_weights, write_checkpoint
-from llava_edge.bench.pages.evaluate import Evaluator
-from llava_edge.bench.pages.model import PageModel, to_tensors
-from llava_edge.bench.pages.sample import held_out_sample, training_sample
-from llava_edge.bench.pages.spec import Spec
-from llava_edge.bench.pages.spoil import FAULTS
-from llava_edge.bench.pages.tokenizer import train_tokenizer
-from llava_edge.bench.pages.train import Settings, Trainer, batches_from
+from llava_edge.bench.lab.pages.ablation import FAULTS
+from llava_edge.bench.lab.pages.drawing.sample import held_out_sample, training_sample
+from llava_edge.bench.lab.pages.evaluate import Evaluator
+from llava_edge.bench.lab.pages.training.batch import IGNORED, collate, encode_sample
+from llava_edge.bench.lab.pages.training.checkpoint import read_weights, write_checkpoint
+from llava_edge.bench.lab.pages.training.model import PageModel, to_tensors
+from llava_edge.bench.lab.pages.training.spec import Spec
+from llava_edge.bench.lab.pages.training.tokenizer import train_tokenizer
+from llava_edge.bench.lab.pages.training.train import Settings, Trainer, batches_from
 from llava_edge.convert.checkpoint.open import open_checkpoint
 from llava_edge.profiles.errors import OutputExistsError
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava_edge.bench.pages.draw import FILE, write_questions
-from llava_edge.bench.pages.geometry import ANYRES, PAGE_SIZES, PATCH_SIZE, cell_sizes
-from llava_edge.bench.pages.page import BAR, SHAPES, Page
-from llava_edge.bench.pages.sample import Sample, held_out_sample, training_sample
-from llava_edge.bench.pages.text_page import READING_KINDS
+from llava_edge.bench.lab.pages.drawing.draw import FILE, write_questions
+from llava_edge.bench.lab.pages.drawing.geometry import ANYRES, PAGE_SIZES, PATCH_SIZE, cell_sizes
+from llava_edge.bench.lab.pages.drawing.page import BAR, SHAPES, Page
+from llava_edge.bench.lab.pages.drawing.sample import Sample, held_out_sample, training_sample
+from llava_edge.bench.lab.pages.drawing.text_page import READING_KINDS
 from llava_edge.profiles.errors import OutputExistsError
 
 SAMPLES = [training_sample(index, 99) for index in range(150)]
@@ -175,7 +175,7 @@ def test_lines_to_copy_have_20_to_40_characters_none_twice() -> None:
 
 
 def test_capitals_are_drawn_whole() -> None:
-    from llava_edge.bench.pages.render import _mask
+    from llava_edge.bench.lab.pages.drawing.render import _mask
 
     for side in (12, 14, 16, 18, 21, 24, 28):
         heights = set()

@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_edge.bench.pages.checkpoint import SHIPPED
-from llava_edge.bench.pages.commands import ask, convert
-from llava_edge.bench.pages.contact_sheet import Panel, contact_sheet
-from llava_edge.bench.pages.draw import FILE, write_questions
-from llava_edge.bench.pages.evaluate import Evaluator, held_out
-from llava_edge.bench.pages.sample import Sample
-from llava_edge.bench.pages.spoil import FAULTS, Fault
-from llava_edge.bench.pages.text_page import READING_KINDS
+from llava_edge.bench.lab.pages.ablation import FAULTS, Fault
+from llava_edge.bench.lab.pages.commands import ask, convert
+from llava_edge.bench.lab.pages.contact_sheet import Panel, contact_sheet
+from llava_edge.bench.lab.pages.drawing.draw import FILE, write_questions
+from llava_edge.bench.lab.pages.drawing.sample import Sample
+from llava_edge.bench.lab.pages.drawing.text_page import READING_KINDS
+from llava_edge.bench.lab.pages.evaluate import Evaluator, held_out
+from llava_edge.bench.lab.pages.training.checkpoint import SHIPPED
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from llava_edge.bench.artifact_facts import short_names
-from llava_edge.bench.bench_table import bench_table
-from llava_edge.bench.published import ACCURACY, BENCHMARKS, LABEL, memory_rows, speed_rows
-from llava_edge.bench.report import ladder_page, report_page
-from llava_edge.bench.svg_chart import (
+from llava_edge.bench.common.artifact_facts import short_names
+from llava_edge.bench.common.atomic_write import check_writable, write_whole
+from llava_edge.bench.report.html import ladder_page, report_page
+from llava_edge.bench.report.published import ACCURACY, BENCHMARKS, LABEL, memory_rows, speed_rows
+from llava_edge.bench.report.svg import (
     WIDTH,
     Axis,
     Bar,
@@ -24,7 +24,7 @@ from llava_edge.bench.svg_chart import (
     point_chart,
     tick_texts,
 )
-from llava_edge.bench.whole_file import check_writable, write_whole
+from llava_edge.bench.report.table import bench_table
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.models.variants import load_variants
 from tests.bench.bench_documents import document

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_edge.bench import speed_fit
-from llava_edge.bench.ledger import Ledger
-from llava_edge.bench.speed_cases import speed_cases
-from llava_edge.bench.speed_fit import fit, non_negative, samples
+from llava_edge.bench.common.results_store import Ledger
+from llava_edge.bench.lab import speed_fit
+from llava_edge.bench.lab.speed_fit import fit, non_negative, samples
+from llava_edge.bench.speed.cases import speed_cases
 from llava_edge.profiles.memory.constants import speed_constants
 from llava_edge.runtime.artifact.open import open_artifact
 from tests.bench.bench_documents import MACHINE

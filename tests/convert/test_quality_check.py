@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_edge.bench.pages.checkpoint import SHIPPED
-from llava_edge.bench.pages.draw import FILE, write_questions
+from llava_edge.bench.lab.pages.drawing.draw import FILE, write_questions
+from llava_edge.bench.lab.pages.training.checkpoint import SHIPPED
 from llava_edge.convert import pipeline
 from llava_edge.convert.quality.check import quality_row
 from llava_edge.convert.writing.artifact_builder import PartBuilders

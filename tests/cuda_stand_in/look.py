@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge.bench.gpu_round import largest_session
-from llava_edge.bench.speed_cases import draw_picture
+from llava_edge.bench.lab.gpu.round import largest_session
+from llava_edge.bench.speed.cases import draw_picture
 from llava_edge.profiles.boards.nvml import read_gpus
 from llava_edge.profiles.errors import LlavaEdgeError
 from llava_edge.profiles.memory.buffers import MAX_DRAFT_TOKENS, CacheType

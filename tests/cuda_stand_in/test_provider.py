@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava_edge.bench.gpu_steps import CHOICES
+from llava_edge.bench.lab.gpu.steps import CHOICES
 from llava_edge.profiles.errors import EngineError
 from llava_edge.profiles.memory.speed import steps_read_codes
 from llava_edge.runtime.artifact.open import Artifact, open_artifact

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from llava_edge.bench.gpu_models import GPU_MODELS
-from llava_edge.bench.gpu_steps import CARD, REFERENCE, gpu_steps
+from llava_edge.bench.lab.gpu.models import GPU_MODELS
+from llava_edge.bench.lab.gpu.steps import CARD, REFERENCE, gpu_steps
 from tests.cuda_stand_in.record import StandIn
 
 pytestmark = pytest.mark.stand_in
@@ -30,7 +30,7 @@ def asked(*words: str) -> list[str]:
     ids=" ".join,
 )
 def test_steps_of_the_check_run(cuda: StandIn, work: Path, words: tuple[str, ...]) -> None:
-    command = [sys.executable, "-m", "llava_edge.bench.gpu_check", "--models", "tiny", "--keep"]
+    command = [sys.executable, "-m", "llava_edge.bench.lab.gpu.check", "--models", "tiny", "--keep"]
     command += ["--precisions", *PRECISIONS, "--work", str(work), "--only", *words]
     command += ["--results", str(work / "gpu.json")]
 

@@ -17,7 +17,7 @@ from llava_edge.runtime import Chat, ChatMessage, LlavaEdge
 from llava_edge.runtime.processing.images.image_processor import ImageProcessor
 from llava_edge.runtime.util.arrays import Array
 
-PAGES = Path(__file__).parents[2] / "bench" / "pages" / "llava-next-pages"
+PAGES = Path(__file__).parents[2] / "bench" / "lab" / "pages" / "llava-next-pages"
 FIRST, SECOND = "Which line is SKY on?", "Which line is MOON on?"
 
 

@@ -18,7 +18,7 @@ from llava_edge.runtime.cli import main as cli
 from llava_edge.runtime.generation.decoder.decoder import Decoder
 from llava_edge.runtime.util.arrays import Array
 
-PAGES = Path(__file__).parents[2] / "bench" / "pages" / "llava-next-pages"
+PAGES = Path(__file__).parents[2] / "bench" / "lab" / "pages" / "llava-next-pages"
 QUESTION = "Which line is SKY on?"
 
 

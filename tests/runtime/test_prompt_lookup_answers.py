@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_edge.bench.pages.checkpoint import SHIPPED
-from llava_edge.bench.pages.commands import convert
-from llava_edge.bench.pages.sample import Sample, held_out_sample
+from llava_edge.bench.lab.pages.commands import convert
+from llava_edge.bench.lab.pages.drawing.sample import Sample, held_out_sample
+from llava_edge.bench.lab.pages.training.checkpoint import SHIPPED
 from llava_edge.profiles.errors import EngineError, RequestError
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.cli.run import main

@@ -16,7 +16,7 @@ import sentencepiece
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from llava_edge.bench.pages.checkpoint import SHIPPED
+from llava_edge.bench.lab.pages.training.checkpoint import SHIPPED
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime.processing.text.tokenizer_backend import encode, open_backend
 from llava_edge.runtime.processing.text.tokenizer_validation import tokenizer_faults

@@ -147,7 +147,7 @@ def soak(
 
 def pages_questions(count: int = 24) -> Questions:
     """Pages that the small trained model was made for, and questions about them."""
-    from llava_edge.bench.pages.sample import held_out_sample
+    from llava_edge.bench.lab.pages.drawing.sample import held_out_sample
 
     samples = [held_out_sample(77, index) for index in range(count)]
     texts = [question.text for drawn in samples for question in drawn.questions]
@@ -157,8 +157,8 @@ def pages_questions(count: int = 24) -> Questions:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run on the small trained model; 1 where something grew, failed or changed."""
     # What draws and asks does without torch, whose memory would stand beside the runtime's.
-    from llava_edge.bench.pages import sample as pages
-    from llava_edge.bench.pages.commands import convert
+    from llava_edge.bench.lab.pages.commands import convert
+    from llava_edge.bench.lab.pages.drawing import sample as pages
 
     parser = argparse.ArgumentParser(prog="python -m tests.soak.run")
     parser.add_argument("--requests", type=int, default=10_000)
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     artifact = build / "pages"
     if not artifact.exists():
         build.mkdir(parents=True, exist_ok=True)
-        convert(Path(pages.__file__).with_name("llava-next-pages"), artifact, "fp16")
+        convert(Path(pages.__file__).parents[1] / "llava-next-pages", artifact, "fp16")
     print(f"seed {given.seed}: {given.requests} requests by {given.threads} threads", flush=True)
     with LlavaEdge.load(artifact, threads=1, vision_cache_bytes=4 * MIB) as model:
         first = sample(0)

@@ -1,0 +1,1 @@
+"""What converting costs, beside GPTQModel."""

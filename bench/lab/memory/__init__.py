@@ -1,0 +1,1 @@
+"""Is the plan's memory an upper bound, and a tight one?"""

@@ -1,0 +1,1 @@
+"""Single choices measured: drafts, reuse, the loop, the tower."""

@@ -1,0 +1,1 @@
+"""Results as tables, comparisons and one HTML page."""
