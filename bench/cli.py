@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from llava_edge.bench.common.artifact_facts import artifact_facts, certified_quality, short_names
-from llava_edge.bench.common.atomic_write import check_writable, write_whole
+from llava_edge.bench.common.atomic_write import atomic_write, check_writable
 from llava_edge.bench.common.machine import Rates, machine_card, machine_profile, measure_rates
 from llava_edge.bench.quality import QualityTask, kept_answers, measure_alone
 from llava_edge.bench.report.compare import compare, findings_table, machine_change, verdict_of
@@ -112,7 +112,7 @@ def _write(document: Mapping[str, Any], options: argparse.Namespace) -> None:
         texts[options.html] = report_page(document)
     for path, text in texts.items():
         try:
-            write_whole(path, text)
+            atomic_write(path, text)
         except OutputError as error:
             failed.append(error)
     # Hours of work are not lost with a full disk.

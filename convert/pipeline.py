@@ -39,7 +39,7 @@ from llava_edge.convert.quantization.export_hf import check_emit_hf, write_hf_gp
 from llava_edge.convert.quantization.kv_cache_scales import NUM_SAMPLES as CACHE_SAMPLES
 from llava_edge.convert.quantization.plan import (
     BodyFormat,
-    LightParts,
+    CalibrationInputs,
     calibration_conversations,
     calibration_samples,
     quantize,
@@ -297,7 +297,7 @@ def _write_parts(job: _Job, writer: ArtifactWriter, report: Report) -> _Written:
         )
     writer.part("embeddings", build.embeddings)
     tokens = from_json(TokenIds, writer.part("tokenizer", build.tokenizer))
-    parts = LightParts(
+    parts = CalibrationInputs(
         writer.folder,
         tokens,
         job.prompt,
@@ -327,7 +327,7 @@ def _write_parts(job: _Job, writer: ArtifactWriter, report: Report) -> _Written:
         noted = DigestedSource(weights.source)
         digested = replace(weights, source=noted, head=noted.head(weights.head))
         spec = build.decoder(folder, digested)
-        # Whoever reads the graph back can tell that it holds these very codes.
+        # Anyone who reads the graph back can tell that it holds these very codes.
         return [spec, {**facts, "weights_sha256": noted.digests}]
 
     def gptq(folder: Path) -> None:
@@ -409,7 +409,7 @@ def _looks_at_samples(job: _Job) -> bool:
 
 
 def _planned_again(job: _Job, vision: Mapping[str, Any], writer: ArtifactWriter) -> _Job:
-    """The plan with what calibration left wider in the tower: context gives way first.
+    """The plan with what calibration left wider in the tower: context shrinks first.
 
     The context is decided once, since parts are made for it and other memory may be free later.
 

@@ -21,7 +21,7 @@ from llava_edge.runtime.generation.deadline import TimeBudget
 from llava_edge.runtime.generation.generation_config import OPTION_NAMES, GenerationConfig
 from llava_edge.runtime.generation.output import Answer
 from llava_edge.runtime.generation.stream import AnswerStream, Pieces
-from llava_edge.runtime.processing.degradation import Lowering, Step
+from llava_edge.runtime.processing.degradation import Degradation, Fallback
 from llava_edge.runtime.processing.images.loading import ImageSource
 from llava_edge.runtime.processing.media import PreparedImage
 from llava_edge.runtime.processing.prepared_video import PreparedVideo
@@ -59,7 +59,7 @@ ChatVideo = VideoSource | PreparedVideo
 """A video, or one that ``Chat.prepare_video`` of this very conversation has cut."""
 
 StartAnswer = Callable[
-    [Lowering, GenerationConfig, TimeBudget, WithinTurn, ReportProgress], AnswerStream
+    [Degradation, GenerationConfig, TimeBudget, WithinTurn, ReportProgress], AnswerStream
 ]
 """``LlavaEdge``'s way to begin an answer."""
 
@@ -338,7 +338,7 @@ class Chat:
         message = self._message(text, images, video, num_frames, frame_choice)
         request = self._request([*before, message])
         self._check_length(request, before)
-        lowering = Lowering(lambda: request, lambda: self._steps([*before, message]), capped)
+        degradation = Degradation(lambda: request, lambda: self._steps([*before, message]), capped)
 
         def within_turn(pieces: Pieces) -> Pieces:
             if self.messages != before:
@@ -352,7 +352,7 @@ class Chat:
                 self.messages += [message, said]
             return answer
 
-        return self._start(lowering, config, budget, within_turn, progress)
+        return self._start(degradation, config, budget, within_turn, progress)
 
     def count_tokens(
         self,
@@ -467,7 +467,7 @@ class Chat:
         ]
         return cut, lowered
 
-    def _steps(self, messages: Sequence[ChatMessage]) -> list[Step]:
+    def _steps(self, messages: Sequence[ChatMessage]) -> list[Fallback]:
         """The same with thumbnails of all images; of images that are cut, no other grid is left."""
         base = self._requests.processor("base").anyres
 
@@ -476,7 +476,7 @@ class Chat:
             return self._request(seen)
 
         frames = max((len(m.video.frame_digests) for m in messages if m.video), default=0)
-        return [Step("images lowered to their thumbnails", 1, frames, make)]
+        return [Fallback("images lowered to their thumbnails", 1, frames, make)]
 
     def _check_length(self, request: Request, before: Sequence[ChatMessage]) -> None:
         total, room = request.num_tokens, self._context_tokens()

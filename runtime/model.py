@@ -37,17 +37,21 @@ from llava_edge.runtime.generation.generation_config import OPTION_NAMES, Genera
 from llava_edge.runtime.generation.output import Answer
 from llava_edge.runtime.generation.request_queue import CLOSED, RequestQueue
 from llava_edge.runtime.generation.stream import AnswerStream, Pieces, StreamHandle
-from llava_edge.runtime.generation.teacher_forcing import Replay
-from llava_edge.runtime.loading.components import LoadedParts, nothing_kept_by_errors, open_parts
+from llava_edge.runtime.generation.teacher_forcing import ForcedRun
+from llava_edge.runtime.loading.components import (
+    Components,
+    nothing_kept_by_errors,
+    open_components,
+)
 from llava_edge.runtime.loading.memory_fit import LoadFit, fit_at_load
 from llava_edge.runtime.loading.options import LoadOptions
 from llava_edge.runtime.loading.placement import AskedCache, Device, choose_device
-from llava_edge.runtime.processing.degradation import Lowering
+from llava_edge.runtime.processing.degradation import Degradation
 from llava_edge.runtime.processing.images.loading import ImageSource
 from llava_edge.runtime.processing.request import PromptOptions, Request, VideoInput
 from llava_edge.runtime.processing.video.frame_sampling import FrameChoice
 from llava_edge.runtime.processing.video.video_reader import VideoSource
-from llava_edge.runtime.util.allocation import allocate, refusals
+from llava_edge.runtime.util.allocation import allocate, translate_oom
 from llava_edge.runtime.util.arrays import Array, DeviceKind
 from llava_edge.runtime.util.limits import Limits
 from llava_edge.runtime.util.progress import ReportProgress, no_progress
@@ -58,7 +62,7 @@ from llava_edge.runtime.util.validation import (
     require_flag,
 )
 from llava_edge.runtime.verification.media_reader import MediaReader
-from llava_edge.runtime.verification.self_test_policy import check_verified_here
+from llava_edge.runtime.verification.self_test_policy import self_test_if_needed
 from llava_edge.runtime.vision.select import AskedEngine
 
 _STREAM_OPTIONS = (
@@ -76,7 +80,7 @@ class LlavaEdge:
         threads: of the CPU provider.
         engine: what runs the vision tower.
         cache: type of keys and values.
-        degraded: what was given up to fit the memory that was free at load; empty if nothing.
+        degraded: what was reduced to fit the memory that was free at load; empty if nothing.
         off_device: see ``Answer``.
     """
 
@@ -88,9 +92,9 @@ class LlavaEdge:
         options: LoadOptions,
         progress: ReportProgress,
         gpu: int = 0,
-        parts: LoadedParts | None = None,
+        parts: Components | None = None,
     ) -> None:
-        parts = parts or open_parts(artifact, device, fit, options, progress, gpu)
+        parts = parts or open_components(artifact, device, fit, options, progress, gpu)
         self.artifact = artifact
         self.device = cuda_name(gpu) if device == "cuda" else device
         self.threads = parts.threads
@@ -107,7 +111,7 @@ class LlavaEdge:
         self._table = parts.table
         self._tower = parts.tower
         self._decoder = parts.decoder
-        self._answerer = parts.answerer
+        self._engine = parts.engine
         self._forget = parts.forget
         self._opened = parts.opened
 
@@ -159,8 +163,8 @@ class LlavaEdge:
             trust_engines: open engines that came with the artifact, which runs NVIDIA's library
                 over bytes that its maker chose. Engines built on this machine need no trust.
             prefix_reuse: where a prompt begins as the one before it (same words, same pictures,
-                told by content), compute only the rest. Off, where requests of strangers meet in
-                one model: by the time it takes, one learns what another asked.
+                told by content), compute only the rest. Off, where requests of different users meet
+                in one model: by the time it takes, one learns what another asked.
             vision_cache_bytes: host memory for features of tiles, so that tiles seen before (by
                 content) are not encoded again, whatever was asked in between; 0 keeps none.
                 Beside what the plan counts. Not with a TensorRT tower, whose features stay on
@@ -206,7 +210,7 @@ class LlavaEdge:
             whole = open_artifact(artifact, require_verified=require_verified)
             opened.callback(whole.close)
             model = opened.enter_context(cls.over(whole, device, progress=progress, **options))
-            check_verified_here(model)
+            self_test_if_needed(model)
             opened.pop_all()
         model._opened.callback(whole.close)
         return model
@@ -400,13 +404,13 @@ class LlavaEdge:
             requests.check(prompt, listed, options, clip)
             listed, grid, capped = requests.capped(listed, grid, max_image_tokens)
             options = replace(options, grid=grid)
-        lowering = Lowering(
+        degradation = Degradation(
             lambda: requests.build(prompt, listed, options, video=clip),
             lambda: requests.steps(prompt, listed, options, clip),
             capped,
         )
-        self._check_length(lowering.request)
-        return self._start(lowering, config, budget, progress=progress)
+        self._check_length(degradation.request)
+        return self._start(degradation, config, budget, progress=progress)
 
     def chat(
         self,
@@ -528,7 +532,7 @@ class LlavaEdge:
         on_logits: Callable[[int, Array], None],
         options: PromptOptions | None = None,
         video: VideoInput | None = None,
-    ) -> Replay:
+    ) -> ForcedRun:
         """Answer with given tokens, the way every answer is made, and show what comes up.
 
         Args:
@@ -550,7 +554,7 @@ class LlavaEdge:
         request = self._requests.build(prompt, images, options or PromptOptions(), video=video)
         self._check_length(request)
         with self._queue.turn(), self._unchanged():
-            return self._answerer.replay(request, token_ids, on_logits)
+            return self._engine.replay(request, token_ids, on_logits)
 
     def _open_files(self) -> MediaReader:
         """What opens the files that travel in the artifact, as it opens a user's."""
@@ -568,7 +572,7 @@ class LlavaEdge:
         """
         self._queue.require_open()
         with self._queue.turn(), self._unchanged():
-            return self._answerer.embed_rows(request, positions)
+            return self._engine.embed_rows(request, positions)
 
     @property
     def context_tokens(self) -> int:
@@ -601,7 +605,7 @@ class LlavaEdge:
             self._opened.close()
             self.__dict__.pop("_tower", None)
             # Nobody gets in any more, so nobody misses them.
-            self.__dict__.pop("_answerer", None)
+            self.__dict__.pop("_engine", None)
             self.__dict__.pop("_decoder", None)
             self.__dict__.pop("_forget", None)
 
@@ -635,7 +639,7 @@ class LlavaEdge:
 
     def _start(
         self,
-        lowering: Lowering,
+        degradation: Degradation,
         config: GenerationConfig,
         time: TimeBudget,
         within_turn: WithinTurn | None = None,
@@ -648,8 +652,8 @@ class LlavaEdge:
                 if handle.is_cancelled():
                     return None
                 pieces = self._checked(
-                    self._answerer.pieces(
-                        lowering,
+                    self._engine.stream(
+                        degradation,
                         prepared,
                         config,
                         handle.is_cancelled,
@@ -657,7 +661,7 @@ class LlavaEdge:
                         progress,
                     )
                 )
-                with refusals("in the middle of a request"):
+                with translate_oom("in the middle of a request"):
                     return (yield from pieces if within_turn is None else within_turn(pieces))
 
         return AnswerStream(run)

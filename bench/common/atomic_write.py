@@ -1,4 +1,4 @@
-"""write_whole: a text file that is there whole or not at all."""
+"""atomic_write: a text file that is there whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from uuid import uuid4
 from llava_edge.profiles.errors import OutputError, OutputExistsError, RequestError, plain_reason
 
 
-def write_whole(path: Path, text: str) -> None:
+def atomic_write(path: Path, text: str) -> None:
     """Write, replacing what is there.
 
     Raises:

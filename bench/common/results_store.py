@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llava_edge.bench.common.atomic_write import write_whole
+from llava_edge.bench.common.atomic_write import atomic_write
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -46,7 +46,7 @@ class Ledger:
         # Read again: another step may have ended meanwhile.
         self._entries = self._read()
         self._entries[name] = {"measured": day, "machine": machine(), **result}
-        write_whole(self._path, json.dumps(self._entries, indent=1, sort_keys=True) + "\n")
+        atomic_write(self._path, json.dumps(self._entries, indent=1, sort_keys=True) + "\n")
 
     def _read(self) -> dict[str, Any]:
         if not self._path.exists():

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_edge.bench.common.atomic_write import write_whole
+from llava_edge.bench.common.atomic_write import atomic_write
 from llava_edge.bench.common.machine import commit
 from llava_edge.bench.common.random_models import CLIP_L, DECODER_1B, write_random
 from llava_edge.bench.common.results_store import RESULTS, Ledger, machine
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     held = [(rung.title, entry["bench"]) for rung in RUNGS if (entry := ledger.get(rung.name))]
     report = options.work / "report.html"
-    write_whole(report, ladder_page(held))
+    atomic_write(report, ladder_page(held))
     for title, document in held:
         _say(f"\n{title}\n\n{bench_table(document)}")
     _say(f"\nreport: {report}")

@@ -55,7 +55,7 @@ class Finding:
         new: the same of the other file.
         unit: ``s`` or ``bytes``.
         change: share by which the new one is larger.
-        showable: the smallest change that these rounds could have shown; None where they are too
+        detectable: the smallest change that these rounds could have shown; None where they are too
             few to show any up to ``MOST_SHOWABLE``, and where nothing is judged.
         verdict: see above.
     """
@@ -66,7 +66,7 @@ class Finding:
     new: float
     unit: str
     change: float
-    showable: float | None
+    detectable: float | None
     verdict: Verdict
 
     @property
@@ -114,7 +114,7 @@ def verdict_of(findings: Sequence[Finding]) -> str:
     if any(each.is_worse for each in findings):
         return "worse"
     times = [each for each in findings if each.unit == "s"]
-    return "no loss shown" if any(each.showable for each in times) else "not judged"
+    return "no loss shown" if any(each.detectable for each in times) else "not judged"
 
 
 def machine_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> float:
@@ -138,10 +138,10 @@ def findings_table(findings: Sequence[Finding]) -> str:
         old, new = (_shown(value, each.unit) for value in (each.old, each.new))
         if each.verdict == "not judged":
             sure = "other work shared the cores"
-        elif each.showable is None:
+        elif each.detectable is None:
             sure = "so few rounds show nothing"
         else:
-            sure = f"{each.showable:.0%} could be shown"
+            sure = f"{each.detectable:.0%} could be shown"
         lines.append(
             f"{each.artifact}, {each.figure}: {old} before, {new} now ({each.change:+.1%}; "
             f"{sure}): {each.verdict}"
@@ -150,7 +150,7 @@ def findings_table(findings: Sequence[Finding]) -> str:
 
 
 def _unjudged(finding: Finding) -> Finding:
-    return replace(finding, showable=None, verdict="not judged")
+    return replace(finding, detectable=None, verdict="not judged")
 
 
 def _same_machine(old: Mapping[str, Any], new: Mapping[str, Any], keys: Sequence[str]) -> None:
@@ -254,7 +254,9 @@ def _judge(
         new=math.exp(statistics.fmean(new)),
         unit="s",
         change=math.expm1(difference.mean),
-        showable=(max(LEAST, math.expm1(margin)) if margin <= math.log1p(MOST_SHOWABLE) else None),
+        detectable=(
+            max(LEAST, math.expm1(margin)) if margin <= math.log1p(MOST_SHOWABLE) else None
+        ),
         verdict=verdict,
     )
 
@@ -275,8 +277,8 @@ def _memory(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[F
         verdict: Verdict = "no difference shown"
         if abs(now - was) > least:
             verdict = "larger" if now > was else "smaller"
-        change, showable = now / was - 1, least / was
-        found.append(Finding(name, figure, was, now, "bytes", change, showable, verdict))
+        change, detectable = now / was - 1, least / was
+        found.append(Finding(name, figure, was, now, "bytes", change, detectable, verdict))
     return found
 
 

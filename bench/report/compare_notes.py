@@ -42,7 +42,7 @@ def compare_notes(
                     f"it: {', '.join(left)}"
                 )
     times = [each for each in findings if each.unit == "s" and each.verdict != "not judged"]
-    if blind := [each for each in times if each.showable is None]:
+    if blind := [each for each in times if each.detectable is None]:
         notes.append(
             f"{len(blind)} of {len(times)} times were taken in too few rounds, for how they "
             "scatter, to show even a change of ten times. Measure both with --rounds 10 or more "

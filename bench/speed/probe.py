@@ -1,7 +1,7 @@
 """``python -m llava_edge.bench.speed.probe ARTIFACT``: one round over one artifact, timed.
 
 A process of its own, whose peak memory is the artifact's. It prints one JSON object a line:
-``loaded`` when it can answer, ``begin`` and ``end`` around the timed requests, for whoever keeps
+``loaded`` when it can answer, ``begin`` and ``end`` around the timed requests, for anyone who keeps
 the time outside; the last line holds everything. Nothing is reused between requests: pictures and
 first words differ from one to the next, and reuse by content is switched off.
 """
@@ -30,7 +30,7 @@ from llava_edge.runtime.backends.cuda_options import CudaOptions
 from llava_edge.runtime.cli.arguments import add_cache_argument, asked_cache
 from llava_edge.runtime.generation.output import Answer
 from llava_edge.runtime.util.host_memory import peak_host_bytes
-from llava_edge.runtime.verification.self_test_policy import check_verified_here
+from llava_edge.runtime.verification.self_test_policy import self_test_if_needed
 
 _SENTENCE = "Describe what is shown here, please. "
 _ENOUGH_SECONDS = 0.6
@@ -42,7 +42,7 @@ _RAW = getattr(time, "CLOCK_MONOTONIC_RAW", None)
 def main(argv: list[str] | None = None) -> int:
     """Load, warm up, ask, print; the last line says why where that fails."""
     options = _parser().parse_args(argv)
-    # Whoever starts this has opened the artifact and said what is to be said of it.
+    # Anyone who starts this has opened the artifact and said what is to be said of it.
     logging.disable(logging.WARNING)
     try:
         _run(options)
@@ -73,7 +73,7 @@ def _run(options: argparse.Namespace) -> None:
         strict_device=options.strict_device,
         cuda=CudaOptions(**json.loads(options.cuda)),
     ) as model:
-        check_verified_here(model)
+        self_test_if_needed(model)
         loaded = time.perf_counter()
         _say({"event": "loaded"})
         load = {

@@ -22,7 +22,7 @@ from llava_edge.runtime.util.json_codec import to_json
 from llava_edge.runtime.util.progress import ProgressLine
 from llava_edge.runtime.verification.host import describe_host
 from llava_edge.runtime.verification.report import stage_table, verdict_line, verification_json
-from llava_edge.runtime.verification.self_test import check_on_device
+from llava_edge.runtime.verification.self_test import run_self_test
 from llava_edge.runtime.verification.self_test_cache import keep_result
 from llava_edge.runtime.verification.self_test_policy import result_key
 
@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
             f"--verify {options.mode} and --on-device were both given; --verify says how much is "
             "compared with a checkpoint. Leave it out, or give --against CHECKPOINT."
         )
-    # Both ways hash every file anew: whoever verifies does not want to hear what was true before.
+    # Both ways hash every file anew: anyone who verifies does not want to hear what was true
+    # before.
     artifact = open_artifact(
         options.artifact, hash_everything=True, read_certificate_too=options.on_device
     )
@@ -57,7 +58,7 @@ def _on_device(options: argparse.Namespace, artifact: Artifact) -> int:
         strict_device=options.strict_device,
         progress=progress,
     ) as model:
-        stages = tuple(check_on_device(model, progress))
+        stages = tuple(run_self_test(model, progress))
         host = describe_host(model.device, engine=model.engine)
         key = result_key(model)
     progress.clear()

@@ -65,7 +65,7 @@ def build_decoder_graph(
         context_tokens: positions that the rotary tables cover.
         weights: quantised linear layers; None keeps them in fp16.
         num_best: so many of the largest logits, by falling value, are handed out as well:
-            ``best_logits`` float32 and ``best_ids`` int64 [1, logits_to_keep, num_best].
+            ``topk_logits`` float32 and ``best_ids`` int64 [1, logits_to_keep, num_best].
 
     Raises:
         RequestError: the weights do not go with the operators asked for them.
@@ -121,7 +121,7 @@ def _best(g: GraphBuilder, logits: ir.Value, count: int) -> None:
         "TopK", [logits, g.integers(count)], {"axis": -1, "largest": 1, "sorted": 1}, num_outputs=2
     )
     shape: list[int | str] = [1, "logits_to_keep", count]
-    g.output(values, "best_logits", "float32", shape)
+    g.output(values, "topk_logits", "float32", shape)
     g.output(ids, "best_ids", "int64", shape)
 
 

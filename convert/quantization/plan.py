@@ -99,7 +99,7 @@ class BodyFormat:
 
 
 @dataclass(frozen=True)
-class LightParts:
+class CalibrationInputs:
     """The finished parts that calibration runs samples through."""
 
     folder: Path
@@ -115,7 +115,7 @@ def quantize(
     body: BodyFormat,
     request: QuantizationRequest,
     profile: HardwareProfile,
-    parts: LightParts,
+    parts: CalibrationInputs,
     work: Path,
     digest: str,
     report: Report,
@@ -176,7 +176,7 @@ def calibration_samples(
     checkpoint: Checkpoint,
     request: QuantizationRequest,
     profile: HardwareProfile,
-    parts: LightParts,
+    parts: CalibrationInputs,
 ) -> Iterator[CalibrationSet]:
     """The samples that were asked for, as tokens; they embed themselves as long as this is open.
 

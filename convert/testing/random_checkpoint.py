@@ -43,7 +43,7 @@ from llava_edge.profiles.models.model_dims import ModelDims
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
 RANDOM_KEY = "llava_edge_random_weights"
-"""Entry of ``config.json`` that says so; whoever measures such a model must be able to tell."""
+"""Entry of ``config.json`` that says so; anyone who measures such a model must be able to tell."""
 
 _BLOCK_ELEMENTS = 1 << 22
 _MOST_THREADS = 16

@@ -1,9 +1,10 @@
-"""plant_outliers: loud channels in the tower of a random checkpoint, as trained towers have them.
+"""plant_outliers: outlier channels in the tower of a random checkpoint, as in trained towers.
 
 A few channels become 20 to 60 times as large where a linear layer reads them, and that layer's
 weights for them as much smaller, so that the model says nearly what it said before: outliers of
 trained models are no chaos either. Behind layer norms (gain, bias and columns) this is exact up to
-rounding; in front of ``fc2`` the activation stands between, whose loud channels become straighter.
+rounding; in front of ``fc2`` the activation stands between, whose outlier channels become
+straighter.
 """
 
 from __future__ import annotations

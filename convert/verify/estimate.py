@@ -21,7 +21,7 @@ from llava_edge.convert.util.torch_threads import allowed_torch_threads
 from llava_edge.convert.verify.reference.answer import Positions, Reference
 from llava_edge.convert.verify.reference.probes import NUM_STEPS, Probe, asked_again, rounded_again
 from llava_edge.convert.verify.reference.streamed_model import StreamedModel
-from llava_edge.convert.verify.runner.artifact_runner import Subject
+from llava_edge.convert.verify.runner.artifact_runner import ArtifactRunner
 from llava_edge.convert.verify.weights.quantized_layers import RoundedWeights, SolvedLayers
 from llava_edge.runtime.artifact.certificate import Mode
 from llava_edge.runtime.backends.process import configure_process
@@ -82,7 +82,7 @@ class _Estimate:
 
     def __init__(
         self,
-        subject: Subject,
+        subject: ArtifactRunner,
         reference: Reference,
         solved: SolvedLayers,
         probes: Sequence[Probe],
@@ -124,7 +124,7 @@ class _Estimate:
 
     def _measure(
         self,
-        subject: Subject,
+        subject: ArtifactRunner,
         reference: Reference,
         solved: SolvedLayers,
         probes: Sequence[Probe],
@@ -216,7 +216,7 @@ class _Estimate:
 
 @allowed_torch_threads()
 def estimate_seconds(
-    subject: Subject,
+    subject: ArtifactRunner,
     reference: Reference,
     solved: SolvedLayers,
     probes: Sequence[Probe],

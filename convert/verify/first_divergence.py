@@ -14,13 +14,13 @@ from onnx import helper
 
 from llava_edge.convert.onnx.graph_view import GraphView
 from llava_edge.convert.verify.reference.answer import Reference, ReferenceAnswer
-from llava_edge.convert.verify.runner.artifact_runner import Subject
+from llava_edge.convert.verify.runner.artifact_runner import ArtifactRunner
 from llava_edge.convert.verify.runner.layer_inputs import LayerInputs
 from llava_edge.convert.verify.runner.metrics import statistics, whole_gap
 from llava_edge.convert.verify.runner.vision_values import VisionValues
 from llava_edge.runtime.artifact.certificate import Deviation
 from llava_edge.runtime.artifact.graph_inputs import POOLING
-from llava_edge.runtime.backends.logits_to_keep import kept_logits
+from llava_edge.runtime.backends.logits_to_keep import logits_input
 from llava_edge.runtime.backends.onnxruntime import Session
 from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.verification.tolerances import Bounds
@@ -30,7 +30,7 @@ _STAGE, _METRIC = "tensor", "max_gap_of_range"
 
 
 def first_decoder_deviation(
-    subject: Subject, reference: Reference, answer: ReferenceAnswer, bounds: Bounds
+    subject: ArtifactRunner, reference: Reference, answer: ReferenceAnswer, bounds: Bounds
 ) -> Deviation | None:
     """Compare layer after layer of the decoder, then final norm and head, on one probe.
 
@@ -53,7 +53,7 @@ def first_decoder_deviation(
 
 
 def first_vision_deviation(
-    subject: Subject, reference: Reference, answer: ReferenceAnswer, bounds: Bounds
+    subject: ArtifactRunner, reference: Reference, answer: ReferenceAnswer, bounds: Bounds
 ) -> Deviation | None:
     """Compare the tower's blocks, then the projector, on the tiles of one probe.
 
@@ -69,7 +69,7 @@ def first_vision_deviation(
 
 
 def _vision_difference(
-    subject: Subject,
+    subject: ArtifactRunner,
     reference: Reference,
     answer: ReferenceAnswer,
     values: Mapping[str, str],
@@ -141,7 +141,7 @@ def _layer_tensors(reference: Reference, rows: Array, layer: int) -> dict[str, A
 
 
 def _run_layer(
-    subject: Subject, layer: int, rows: Array, answer: ReferenceAnswer
+    subject: ArtifactRunner, layer: int, rows: Array, answer: ReferenceAnswer
 ) -> dict[str, Array]:
     """Inner tensors of one layer of the artifact, all positions at once."""
     values = subject.graph.layer_values(layer)
@@ -149,11 +149,11 @@ def _run_layer(
     cut = subject.graph.slice(layer, layer + 1, names)
     session = cut.open(subject.options)
     feeds = _feeds(subject, rows, cut.text.num_key_value_heads)
-    feeds |= kept_logits(session, len(answer.positions.kept))
+    feeds |= logits_input(session, len(answer.positions.kept))
     return dict(zip(values, session.run(feeds, names), strict=True))
 
 
-def _feeds(subject: Subject, rows: Array, heads: int) -> dict[str, Array]:
+def _feeds(subject: ArtifactRunner, rows: Array, heads: int) -> dict[str, Array]:
     count = len(rows)
     shape = (1, heads, count, subject.dims.text.head_dim)
     return {

@@ -22,7 +22,7 @@ from llava_edge.convert.verify.quantized.graph_weights import GraphWeights
 from llava_edge.convert.verify.reference.answer import Reference
 from llava_edge.convert.verify.reference.model import REFERENCE
 from llava_edge.convert.verify.reference.probes import Probe, asked_again, probes_for, rounded_again
-from llava_edge.convert.verify.runner.artifact_runner import Subject
+from llava_edge.convert.verify.runner.artifact_runner import ArtifactRunner
 from llava_edge.convert.verify.runner.losses import Losses
 from llava_edge.convert.verify.stages.answer import AnswerStages
 from llava_edge.convert.verify.stages.golden import golden_stage
@@ -143,7 +143,7 @@ class Verifier:
         deviation = None
         whole = self.options.mode == "full"
         budget = None if whole else self.options.memory_bytes
-        with Subject(artifact, budget, self.options.threads) as subject:
+        with ArtifactRunner(artifact, budget, self.options.threads) as subject:
             solved = SolvedLayers(artifact, checkpoint, reference.sketch)
             quantized = artifact.manifest.precision.language_model != "fp16"
             answers = AnswerStages(self.bounds, quantized=quantized, solved=bool(solved.names))
@@ -169,11 +169,11 @@ class Verifier:
         self._stages += answers.loss_rows()
         return self._certificate(deviation, time.perf_counter() - started)
 
-    def _files(self, subject: Subject) -> list[StageResult]:
+    def _files(self, subject: ArtifactRunner) -> list[StageResult]:
         self.reference.render_ahead(self.probes)
         return media_stage(subject, self.reference.media, self.bounds)
 
-    def _answers(self, subject: Subject, answers: AnswerStages) -> list[StageResult]:
+    def _answers(self, subject: ArtifactRunner, answers: AnswerStages) -> list[StageResult]:
         names = {probe.name for probe in self.main}
         for probe in self.probes:
             answer = self.reference.answer(probe, remember=probe.name in names)
@@ -195,18 +195,18 @@ class Verifier:
             answers.rounding[probe.name] = Losses.of(logits, answer.original, answer)
         return rows
 
-    def _layers(self, subject: Subject, layers: LayerStage) -> list[StageResult]:
+    def _layers(self, subject: ArtifactRunner, layers: LayerStage) -> list[StageResult]:
         for probe in self.main:
             layers.measure(subject, self.reference, self.reference.answer(probe))
         return layers.rows()
 
-    def _caches(self, subject: Subject, caches: CacheStage) -> list[StageResult]:
+    def _caches(self, subject: ArtifactRunner, caches: CacheStage) -> list[StageResult]:
         for probe in self.main:
             caches.measure(subject, self.reference.answer(probe))
         return caches.rows()
 
     def _greedy(
-        self, subject: Subject, answers: AnswerStages, layers: LayerStage
+        self, subject: ArtifactRunner, answers: AnswerStages, layers: LayerStage
     ) -> list[StageResult]:
         found = answers.tokens
         ran: list[StageResult] = []
@@ -235,7 +235,7 @@ class Verifier:
             *ran,
         ]
 
-    def _find_deviation(self, subject: Subject, answers: AnswerStages) -> Deviation | None:
+    def _find_deviation(self, subject: ArtifactRunner, answers: AnswerStages) -> Deviation | None:
         """A graph may be too broken to be looked into; a node that is missing is the deviation."""
         try:
             return self._deviation(subject, answers)
@@ -246,7 +246,7 @@ class Verifier:
             self._stages.append(_broken("deviation", error))
             return None
 
-    def _deviation(self, subject: Subject, answers: AnswerStages) -> Deviation | None:
+    def _deviation(self, subject: ArtifactRunner, answers: AnswerStages) -> Deviation | None:
         failed = {stage.name for stage in self._stages if stage.verdict == "fail"}
         found = None
         if "tile_features" in failed:
@@ -333,7 +333,7 @@ def verification_seconds(
 ) -> float | None:
     """About how long verifying will take; see ``estimate_seconds``."""
     budget = None if options.mode == "full" else options.memory_bytes
-    with Subject(artifact, budget, options.threads) as subject:
+    with ArtifactRunner(artifact, budget, options.threads) as subject:
         probes = probes_for(artifact.manifest, options.mode)
         solved = SolvedLayers(artifact, reference.checkpoint, reference.sketch)
         return estimate_seconds(subject, reference, solved, probes, options.mode)

@@ -373,7 +373,7 @@ class ArtifactWriter:
                     remove(failed)
                 self._discard()
                 return self.out
-            # An empty folder gives way to another one by itself.
+            # An empty folder is replaced by another one by itself.
             if os.path.lexists(self.out) and not is_empty_folder(self.out):
                 os.rename(self.out, old)
             try:

@@ -1,9 +1,9 @@
 """Certificate: what verifying an artifact found, as it travels with the artifact.
 
-Plain data. ``convert`` writes it (``write_certificate``), opening an artifact reads it, and whoever
-wants to know how well an artifact keeps its checkpoint reads it too. Two questions are kept apart
-in every row: ``export`` (the artifact against torch with the very same weights; tight) and ``loss``
-(against the weights of the checkpoint; bounded and reported).
+Plain data. ``convert`` writes it (``write_certificate``), opening an artifact reads it, and anyone
+who wants to know how well an artifact keeps its checkpoint reads it too. Two questions are kept
+apart in every row: ``export`` (the artifact against torch with the very same weights; tight) and
+``loss`` (against the weights of the checkpoint; bounded and reported).
 """
 
 from __future__ import annotations

@@ -110,8 +110,8 @@ class DigestCache:
     """Digests of one folder's files, kept in the user's cache folder between runs.
 
     An entry counts only while the file's size, times, inode and device are those it was hashed
-    with. Absence or damage of the cache costs one more hashing, nothing else. Whoever can write the
-    cache can already write the user's other files, so it is trusted as far as the user is.
+    with. Absence or damage of the cache costs one more hashing, nothing else. Anyone who can write
+    the cache can already write the user's other files, so it is trusted as far as the user is.
 
     Args:
         folder: the resolved folder whose files are hashed.

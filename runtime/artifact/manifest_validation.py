@@ -1,7 +1,7 @@
 """What a manifest must fulfil beyond its types, so that no number in it can break the runtime.
 
-The digest in a manifest says that it was not damaged, not that it was written by this tool: whoever
-makes a manifest can make its digest. A head count of zero must end here, not in a division.
+The digest in a manifest says that it was not damaged, not that it was written by this tool: anyone
+who makes a manifest can make its digest. A head count of zero must end here, not in a division.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def open_artifact(
             files are untouched since.
         require_verified: refuse an artifact without a certificate of its own that says passed.
         hash_everything: hash all files anew and do not ask the cache.
-        read_certificate_too: whoever is about to write a new one need not be stopped by the old.
+        read_certificate_too: anyone who is about to write a new one need not be stopped by the old.
 
     Raises:
         ArtifactError: something is missing, damaged, unsafe, unlisted, of a newer schema, or not

@@ -44,7 +44,7 @@ def size_nodes(header: OnnxHeader) -> frozenset[str]:
 
 
 def refusal(graph: str, device: str, nodes: Sequence[str]) -> str:
-    """The sentence for whoever asked for the device alone."""
+    """The sentence for anyone who asked for the device alone."""
     more = f" and {len(nodes) - _SHOWN} more" if len(nodes) > _SHOWN else ""
     return (
         f"{graph} was to run on {device} alone, and ONNX Runtime puts {len(nodes)} of its nodes on "

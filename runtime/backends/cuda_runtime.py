@@ -183,7 +183,7 @@ class CudaRuntime:
             return
         said = f"CUDA failed in {function} with code {code} ({self._meaning(code)})."
         if code == _OUT_OF_MEMORY:
-            # It stays on record and would be taken for the failure of whoever asks next.
+            # It stays on record and would be taken for the failure of the next caller.
             self._library.cudaGetLastError()
             raise OutOfMemoryError(f"{said} Use fewer images, a lower grid, or a smaller context.")
         raise EngineError(said)

@@ -18,7 +18,7 @@ from llava_edge.runtime.backends.onnxruntime import Session
 from llava_edge.runtime.util.arrays import Array
 
 
-def kept_logits(session: Session, count: int) -> dict[str, Array]:
+def logits_input(session: Session, count: int) -> dict[str, Array]:
     """The input that asks for logits of the last ``count`` positions, by its name.
 
     Args:

@@ -409,7 +409,7 @@ class Session:
         return Binding(self, self._session.io_binding())
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        """Run once with everything copied, for whoever looks at a graph instead of using it.
+        """Run once with everything copied, for anyone who looks at a graph instead of using it.
 
         Args:
             feeds: all inputs, by name.

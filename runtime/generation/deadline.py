@@ -9,7 +9,7 @@ from llava_edge.profiles.errors import DeadlineError, RequestError
 from llava_edge.runtime.util.validation import require_number
 
 
-class Pace:
+class ThroughputEstimate:
     """Seconds that a tile and a position of a prompt took lately; None before the first.
 
     Attributes:

@@ -1,10 +1,10 @@
-"""Watch: asks between two pieces of work whether a request is still wanted and still in time."""
+"""DeadlineGuard: between pieces of work, is a request still wanted and in time?"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from llava_edge.runtime.generation.deadline import Pace, TimeBudget
+from llava_edge.runtime.generation.deadline import ThroughputEstimate, TimeBudget
 from llava_edge.runtime.util.progress import ReportProgress
 
 
@@ -16,12 +16,12 @@ class TooSlowError(Exception):
     """The first token will come too late, and less could be asked; stays inside the runtime."""
 
 
-class Watch:
+class DeadlineGuard:
     """A progress report that may end the work it is told about.
 
     What a request may take until its first token is half of its time: an answer has tokens behind
     the first one. That is foreseen before the work begins, from what earlier requests took. Once it
-    runs, it is only given up where the whole time would not do.
+    runs, it is only abandoned where the whole time would not do.
 
     Args:
         budget: time of the request.
@@ -41,7 +41,7 @@ class Watch:
     def __init__(
         self,
         budget: TimeBudget,
-        pace: Pace,
+        pace: ThroughputEstimate,
         num_tiles: int,
         num_tokens: int,
         progress: ReportProgress,

@@ -1,4 +1,4 @@
-"""Answerer: a request goes in, pieces of text come out and the whole answer at the end.
+"""Engine: a request goes in, pieces of text come out and the whole answer at the end.
 
 Everything behind a loaded artifact that one request runs through, in order: embed, prefill, tokens,
 text. It knows neither files nor threads; who may use it when is LlavaEdge's matter.
@@ -19,11 +19,15 @@ from llava_edge.profiles.boards.nvml import process_bytes
 from llava_edge.profiles.errors import OutOfMemoryError
 from llava_edge.runtime.artifact.manifest import TokenIds
 from llava_edge.runtime.artifact.memory_estimate import RequestMemory
-from llava_edge.runtime.generation.deadline import Pace, TimeBudget
-from llava_edge.runtime.generation.deadline_guard import CancelledError, TooSlowError, Watch
+from llava_edge.runtime.generation.deadline import ThroughputEstimate, TimeBudget
+from llava_edge.runtime.generation.deadline_guard import CancelledError, DeadlineGuard, TooSlowError
 from llava_edge.runtime.generation.decoder.decoder import Decoder
-from llava_edge.runtime.generation.decoder.decoding import BestSteps, DraftedSteps, PlainSteps
-from llava_edge.runtime.generation.decoder.prefix_cache import CacheContents
+from llava_edge.runtime.generation.decoder.decoding import (
+    PlainSteps,
+    SpeculativeDecoding,
+    TopkSteps,
+)
+from llava_edge.runtime.generation.decoder.prefix_cache import PrefixCache
 from llava_edge.runtime.generation.decoder.prompt_lookup import PromptLookup
 from llava_edge.runtime.generation.decoder.sampling import Sampler
 from llava_edge.runtime.generation.generation_config import GenerationConfig
@@ -33,18 +37,18 @@ from llava_edge.runtime.generation.inputs.prompt_encoder import PromptEmbedder
 from llava_edge.runtime.generation.loop import LoopResult, generate_tokens
 from llava_edge.runtime.generation.output import Answer, PeakMemory, Timings
 from llava_edge.runtime.generation.stream import Pieces
-from llava_edge.runtime.generation.teacher_forcing import Replay
-from llava_edge.runtime.processing.degradation import Lowering
+from llava_edge.runtime.generation.teacher_forcing import ForcedRun
+from llava_edge.runtime.processing.degradation import Degradation
 from llava_edge.runtime.processing.request import Request
 from llava_edge.runtime.processing.text.tokenizer import Tokenizer
 from llava_edge.runtime.util.allocation import allocate, require_free
 from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.host_memory import peak_host_bytes
 from llava_edge.runtime.util.progress import ReportProgress, no_progress
-from llava_edge.runtime.vision.select import Tower
+from llava_edge.runtime.vision.select import VisionBackend
 
 
-class Answerer:
+class Engine:
     """Answers one request at a time.
 
     Args:
@@ -58,15 +62,15 @@ class Answerer:
         dtype: float32 (cpu flavour) or float16 (cuda flavour) of embeddings.
         memory: what a request takes.
         prefix_reuse: go on behind what a request shares with what the cache holds.
-        least_context: positions that a cache which gives way keeps as long as that suffices.
-        degraded: what was given up when the artifact was loaded.
+        least_context: positions that a cache which degrades keeps as long as that suffices.
+        degraded: what was reduced when the artifact was loaded.
         off_device: nodes that run elsewhere than on ``device``, for the answer.
         pci_bus_id: of the GPU whose memory counts, where there is one.
     """
 
     def __init__(
         self,
-        tower: Tower,
+        tower: VisionBackend,
         device: str,
         embedder: PromptEmbedder,
         decoder: Decoder,
@@ -95,11 +99,11 @@ class Answerer:
         self._degraded = degraded
         self._shortened = ""
         self._planned = decoder.capacity
-        self._pace = Pace()
+        self._pace = ThroughputEstimate()
         self._off_device = off_device
         self._pci_bus_id = pci_bus_id
         self._places = tuple(i for i in (tokens.image, tokens.video) if i is not None)
-        self._contents = CacheContents(self._places)
+        self._contents = PrefixCache(self._places)
 
     def over(
         self,
@@ -109,7 +113,7 @@ class Answerer:
         *,
         prefix_reuse: bool,
         stops: bool = True,
-    ) -> Answerer:
+    ) -> Engine:
         """The same over another decoder that holds nothing yet: for checking the loop.
 
         Args:
@@ -122,15 +126,15 @@ class Answerer:
         other = copy.copy(self)
         other._decoder, other._prefix_reuse = decoder, prefix_reuse
         other._embedder, other._memory = embedder or self._embedder, memory or self._memory
-        other._planned, other._pace = decoder.capacity, Pace()
-        other._contents = CacheContents(self._places)
+        other._planned, other._pace = decoder.capacity, ThroughputEstimate()
+        other._contents = PrefixCache(self._places)
         if not stops:
             other._tokens = replace(self._tokens, stop=())
         return other
 
-    def pieces(
+    def stream(
         self,
-        lowering: Lowering,
+        degradation: Degradation,
         preprocess_seconds: float,
         config: GenerationConfig,
         is_cancelled: Callable[[], bool],
@@ -140,7 +144,7 @@ class Answerer:
         """Answer.
 
         Args:
-            lowering: the request, with pixels, and what it may give up; it fits the context.
+            degradation: the request, with pixels, and what it may give up; it fits the context.
             preprocess_seconds: what the request took to be made ready, from the call on.
             config: how tokens are chosen and how many.
             is_cancelled: asked at each tile, chunk and token; the answer then ends without an
@@ -152,26 +156,26 @@ class Answerer:
             A generator of text whose value is the answer.
 
         Raises:
-            OutOfMemoryError: memory runs out, and nothing is left to be given up.
+            OutOfMemoryError: memory runs out, and nothing is left to reduce.
             DeadlineError: the time is up before the first token.
         """
         started = time.perf_counter()
         while True:
             try:
                 self._decoder.restore()
-                begun = self._begin(lowering, progress, is_cancelled, budget)
+                begun = self._begin(degradation, progress, is_cancelled, budget)
                 break
             except CancelledError:
                 return None
             except (TooSlowError, OutOfMemoryError, MemoryError) as error:
-                room = self._shorter_context(lowering.request.num_tokens + config.max_new_tokens)
+                room = self._shorter_context(degradation.request.num_tokens + config.max_new_tokens)
                 may_shorten = not isinstance(error, TooSlowError) and room is not None
-                if not lowering.can_lower and not may_shorten:
+                if not degradation.can_lower and not may_shorten:
                     raise
                 reason = str(error) or "memory ran out"
             # Behind the handler: an error holds the frames it came through, and their arrays.
-            if lowering.can_lower:
-                lowering.lower(reason)
+            if degradation.can_lower:
+                degradation.lower(reason)
             elif room is not None:
                 # For good, so every answer from here on says so.
                 self._shortened = f"context lowered from {self._planned} to {room} tokens: {reason}"
@@ -179,8 +183,8 @@ class Answerer:
                 with contextlib.suppress(OutOfMemoryError):
                     self._decoder.shorten(room)
         # Tokens take long, and neither pixels nor pictures are needed for them.
-        lowering.settle()
-        request, logits, reused = lowering.request, begun.logits, begun.reused
+        degradation.settle()
+        request, logits, reused = degradation.request, begun.logits, begun.reused
         sampler = Sampler(
             config,
             self._table.vocab_size,
@@ -229,7 +233,7 @@ class Answerer:
             image_tokens=request.image_tokens,
             video_tokens=request.video_tokens,
             reused_tokens=reused,
-            degraded=tuple(filter(None, (*self._degraded, *lowering.degraded, self._shortened))),
+            degraded=tuple(filter(None, (*self._degraded, *degradation.degraded, self._shortened))),
             finish_reason=result.finish_reason,
             timings=timings,
             # ONNX Runtime keeps what it once took, so what it holds now is the most it held.
@@ -248,7 +252,7 @@ class Answerer:
 
     def replay(
         self, request: Request, token_ids: Sequence[int], on_logits: Callable[[int, Array], None]
-    ) -> Replay:
+    ) -> ForcedRun:
         """Answer with given tokens; see ``LlavaEdge.replay``.
 
         Nothing is reused, before or after: this is what certificates are made with.
@@ -261,7 +265,7 @@ class Answerer:
         for index, token in enumerate(token_ids, start=1):
             row = self._table.rows(np.array([token]), dtype=self._dtype)
             on_logits(index, self._decoder.step(row[0]))
-        return Replay(request, embeddings.features[:-1])
+        return ForcedRun(request, embeddings.features[:-1])
 
     def embed_rows(self, request: Request, positions: Array) -> Array:
         """What the decoder reads at some positions of a prompt; see ``LlavaEdge._embed_rows``."""
@@ -292,33 +296,33 @@ class Answerer:
 
         if not most:
             few = needs_few and self._decoder.picks_best
-            return (BestSteps if few else PlainSteps)(self._decoder, embed)
+            return (TopkSteps if few else PlainSteps)(self._decoder, embed)
         lookup = PromptLookup(request.ids.tolist(), self._places)
-        return DraftedSteps(self._decoder, embed, lookup, most)
+        return SpeculativeDecoding(self._decoder, embed, lookup, most)
 
     def _begin(
         self,
-        lowering: Lowering,
+        degradation: Degradation,
         progress: ReportProgress,
         is_cancelled: Callable[[], bool],
         budget: TimeBudget,
     ) -> _Begun:
         """Everything before the first token is chosen."""
-        request = lowering.request
+        request = degradation.request
         reused = 0
         if self._prefix_reuse:
-            reused = self._contents.reusable(request, self._decoder.length)
+            reused = self._contents.match(request, self._decoder.length)
         self._decoder.rewind(reused)
-        self._contents.hold(request)
+        self._contents.commit(request)
         # Tiles and frames of media that the cache holds are not even encoded.
-        rest = request.behind(reused)
+        rest = request.without_prefix(reused)
         work = f"a request of {rest.num_tiles} tiles and {rest.num_tokens} tokens"
         needed = self._memory.host_bytes(
             sum(map(len, rest.pixel_values)), sum(map(len, rest.frame_pixels)), rest.num_tokens
         )
         require_free(needed, work)
         num_tiles = self._embedder.num_to_encode(rest)
-        watch = Watch(
+        watch = DeadlineGuard(
             budget,
             self._pace,
             num_tiles,
@@ -326,7 +330,7 @@ class Answerer:
             progress,
             is_cancelled,
             # Less of a picture that the KV cache holds would be more to compute.
-            may_lower=lowering.can_lower and bool(rest.placed),
+            may_lower=degradation.can_lower and bool(rest.placed),
         )
         watch.require_time(work)
         started = time.perf_counter()

@@ -12,7 +12,7 @@ from typing import Literal
 
 from llava_edge.runtime.generation.decoder.decoding import Steps
 from llava_edge.runtime.generation.decoder.sampling import Sampler
-from llava_edge.runtime.generation.decoder.topk_logits import BestLogits
+from llava_edge.runtime.generation.decoder.topk_logits import TopkLogits
 from llava_edge.runtime.util.arrays import Array
 
 FinishReason = Literal["stop", "length", "context", "deadline"]
@@ -35,7 +35,7 @@ class LoopResult:
 
 def generate_tokens(
     steps: Steps,
-    logits: Array | BestLogits,
+    logits: Array | TopkLogits,
     sampler: Sampler,
     stop_ids: frozenset[int],
     max_new_tokens: int,

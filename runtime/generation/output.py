@@ -13,7 +13,7 @@ class Timings:
 
     ``preprocess_seconds`` runs from the call until prompt and pixels are ready. ``ttft_seconds``
     runs from the call to the first token, without the waiting for other requests; attempts that
-    were given up on the way count here and nowhere else.
+    were dropped on the way count here and nowhere else.
     ``packing_seconds`` is putting text and features in the order of the prompt; it is part of
     neither ``vision_seconds`` nor ``prefill_seconds``. ``decode_tokens_per_second`` counts the
     tokens after the first; None when there is only one.

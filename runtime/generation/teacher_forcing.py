@@ -1,4 +1,4 @@
-"""Replay: what a request came to on its way to the decoder."""
+"""ForcedRun: what a request came to on its way to the decoder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llava_edge.runtime.util.arrays import Array
 
 
 @dataclass(frozen=True)
-class Replay:
+class ForcedRun:
     """Intermediate values of one request, see ``LlavaEdge.replay``.
 
     Attributes:

@@ -41,7 +41,7 @@ def warm_up(
         dims: of the model.
 
     Returns:
-        What was given up and why, a sentence each.
+        What was reduced and why, a sentence each.
 
     Raises:
         EngineError: it does not run.
@@ -65,7 +65,7 @@ def warm_up(
     )
     try:
         decoder.rewind(0)
-        decoder.try_steps(rows)
+        decoder.verify_draft(rows)
     except OutOfMemoryError as error:
         decoder.drafts = False
         said.append(f"no draft is checked ahead: {error}")

@@ -1,4 +1,4 @@
-"""LoadedParts: everything behind a loaded artifact, opened and put together."""
+"""Components: everything behind a loaded artifact, opened and put together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llava_edge.runtime.backends.cuda_runtime import CudaRuntime
 from llava_edge.runtime.backends.logits_to_keep import check_recordable
 from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
 from llava_edge.runtime.generation.decoder.decoder import Decoder
-from llava_edge.runtime.generation.engine import Answerer
+from llava_edge.runtime.generation.engine import Engine
 from llava_edge.runtime.generation.inputs.embedding_table import EmbeddingTable
 from llava_edge.runtime.generation.inputs.prompt_encoder import PromptEmbedder
 from llava_edge.runtime.generation.warmup import warm_up
@@ -32,11 +32,11 @@ from llava_edge.runtime.util.progress import ReportProgress
 from llava_edge.runtime.vision.cached_encoder import CachedEncoder, cached_encoder
 from llava_edge.runtime.vision.cuda_encoder import OrtDeviceEncoder
 from llava_edge.runtime.vision.encoder import VisionEncoder
-from llava_edge.runtime.vision.select import Tower, open_tower
+from llava_edge.runtime.vision.select import VisionBackend, open_tower
 
 
 @dataclass(frozen=True)
-class LoadedParts:
+class Components:
     """What one artifact needs to answer.
 
     Attributes:
@@ -45,8 +45,8 @@ class LoadedParts:
         table: embedding rows, from a file that stays open.
         tower: tower and projector.
         decoder: language model and its cache.
-        answerer: the way of a request through all of them.
-        degraded: what was given up to fit the memory that was free; empty if nothing.
+        engine: the way of a request through all of them.
+        degraded: what was reduced to fit the memory that was free; empty if nothing.
         off_device: nodes that run elsewhere than asked; see ``Answer``.
         threads: of the CPU provider.
         forget: lets no later answer go on with what earlier ones computed.
@@ -56,9 +56,9 @@ class LoadedParts:
     tokenizer: Tokenizer
     requests: RequestBuilder
     table: EmbeddingTable
-    tower: Tower
+    tower: VisionBackend
     decoder: Decoder
-    answerer: Answerer
+    engine: Engine
     degraded: tuple[str, ...]
     off_device: tuple[str, ...]
     threads: int
@@ -66,14 +66,14 @@ class LoadedParts:
     opened: ExitStack
 
 
-def open_parts(
+def open_components(
     artifact: Artifact,
     device: DeviceKind,
     fit: LoadFit,
     options: LoadOptions,
     progress: ReportProgress,
     gpu: int = 0,
-) -> LoadedParts:
+) -> Components:
     """Open files and graphs of an artifact that is checked; where that fails, nothing stays open.
 
     Args:
@@ -121,7 +121,7 @@ def _open_parts(
     progress: ReportProgress,
     gpu: int,
     opened: ExitStack,
-) -> LoadedParts:
+) -> Components:
     manifest = artifact.manifest
     dims, tokens = manifest.model, manifest.tokens
     dtype: type[np.float32] | type[np.float16]
@@ -188,7 +188,7 @@ def _open_parts(
     if device == "cuda" and cuda.warm_up:
         degraded += warm_up(tower.encoder, decoder, dims)
     progress("loading", 3, 3)
-    answerer = Answerer(
+    engine = Engine(
         tower,
         cuda_name(gpu) if device == "cuda" else device,
         embedder,
@@ -206,17 +206,17 @@ def _open_parts(
     )
 
     def forget() -> None:
-        answerer.forget()
+        engine.forget()
         if isinstance(encoder, CachedEncoder):
             encoder.forget()
 
-    return LoadedParts(
+    return Components(
         tokenizer,
         requests,
         table,
         tower,
         decoder,
-        answerer,
+        engine,
         degraded,
         tuple(off_device),
         session.threads,

@@ -32,7 +32,7 @@ class LoadFit:
     Attributes:
         context_tokens: positions of the cache.
         cache: type of its keys and values.
-        degraded: what was given up and why; empty if nothing.
+        degraded: what was reduced and why; empty if nothing.
         gpu: that computes, as it was found; None on the CPU and where the driver lists none.
     """
 

@@ -1,4 +1,4 @@
-"""Lowering: a request that gives way where memory, time or a bound on tokens does not suffice.
+"""Degradation: a request that degrades where memory, time or a bound on tokens does not suffice.
 
 The same question is asked of fewer tiles, or of fewer frames, one step at a time; the answer then
 says so. What each step would be is known from the start, it is made only when it is needed.
@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 from llava_edge.profiles.errors import OutOfMemoryError
 from llava_edge.runtime.processing.request import Request
-from llava_edge.runtime.util.allocation import refusals
+from llava_edge.runtime.util.allocation import translate_oom
 
 
 @dataclass(frozen=True)
-class Step:
+class Fallback:
     """One way to ask for less.
 
     Attributes:
@@ -31,14 +31,14 @@ class Step:
     make: Callable[[], Request]
 
 
-class Lowering:
+class Degradation:
     """A request, and what it can still give up.
 
     Args:
         make: makes it as it was asked.
-        steps: gives ways to ask for less, each less than the one before; asked once the request
+        steps: returns ways to ask for less, each less than the one before; asked once the request
             is known to be sound.
-        lowered: what was given up before that, and why.
+        lowered: what was reduced before that, and why.
 
     Raises:
         OutOfMemoryError: even the last step's pixels find no room.
@@ -47,7 +47,7 @@ class Lowering:
     def __init__(
         self,
         make: Callable[[], Request],
-        steps: Callable[[], Sequence[Step]] = tuple,
+        steps: Callable[[], Sequence[Fallback]] = tuple,
         lowered: str = "",
     ) -> None:
         self._request: Request | None = None
@@ -73,7 +73,7 @@ class Lowering:
 
     @property
     def degraded(self) -> tuple[str, ...]:
-        """What was given up and why; empty if nothing."""
+        """What was reduced and why; empty if nothing."""
         return tuple(given_up for given_up in (self._before, self._lowered) if given_up)
 
     @property
@@ -109,11 +109,11 @@ class Lowering:
             return
 
     def settle(self) -> None:
-        """Nothing more will be given up: let go of pixels, and of the images for other steps."""
+        """Nothing more will be reduced: let go of pixels, and of the images for other steps."""
         self._steps = []
         self._request = replace(self.request, pixel_values=(), frame_pixels=())
 
-    def _is_less(self, step: Step) -> bool:
+    def _is_less(self, step: Fallback) -> bool:
         if self._request is None:
             return True
         tiles = max((layout.num_tiles for layout in self._request.layouts), default=0)
@@ -122,5 +122,5 @@ class Lowering:
 
 
 def _made(make: Callable[[], Request]) -> Request:
-    with refusals("while the request was prepared"):
+    with translate_oom("while the request was prepared"):
         return make()

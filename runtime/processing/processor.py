@@ -23,7 +23,7 @@ from llava_edge.profiles.errors import PromptError, RequestError, VideoError
 from llava_edge.profiles.memory.buffers import video_tokens_per_frame
 from llava_edge.profiles.models.anyres import GRID_NAMES, lower_pinpoints
 from llava_edge.runtime.artifact.manifest import Manifest, PromptFormat, VideoProcessing
-from llava_edge.runtime.processing.degradation import Step
+from llava_edge.runtime.processing.degradation import Fallback
 from llava_edge.runtime.processing.images.image_processor import ImageProcessor
 from llava_edge.runtime.processing.images.loading import (
     ImageSource,
@@ -159,16 +159,16 @@ class RequestBuilder:
         images: Sequence[ImageSource | OpenedImage],
         options: PromptOptions,
         video: VideoInput | None,
-    ) -> list[Step]:
+    ) -> list[Fallback]:
         """Ways to ask the same with fewer tiles, then with fewer frames, each less than the last.
 
         Takes the arguments of ``build``.
         """
-        steps: list[Step] = []
+        steps: list[Fallback] = []
 
         def add(what: str, tiles: int, frames: int) -> None:
             less = partial(self._build, prompt, images, options, video=video)
-            steps.append(Step(what, tiles, frames, less))
+            steps.append(Fallback(what, tiles, frames, less))
 
         frames = 0 if video is None else self._most_frames(video)
         lowered = ""

@@ -131,7 +131,7 @@ class Request:
         """Tokens that stand for videos."""
         return sum(self.video_counts)
 
-    def behind(self, position: int) -> Request:
+    def without_prefix(self, position: int) -> Request:
         """The request, with pixels, from a position on, which lies in no image and no video."""
         if not position:
             return self

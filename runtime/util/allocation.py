@@ -1,8 +1,8 @@
 """Allocation: memory for arrays, asked of the system before it is taken.
 
-A system that overcommits does not refuse memory, it kills whoever touches too much of it. So the
-free memory is read first, and what it does not hold is an ``OutOfMemoryError`` that the caller can
-answer by asking for less.
+A system that overcommits does not refuse memory, it kills the process that touches too much of it.
+So the free memory is read first, and what it does not hold is an ``OutOfMemoryError`` that the
+caller can answer by asking for less.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ def allocate(shape: Sequence[int], dtype: DTypeLike, what: str) -> NDArray[Any]:
     """
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     require_free(size, what)
-    with refusals(f"for {what}, {size / 2**20:.0f} MiB"):
+    with translate_oom(f"for {what}, {size / 2**20:.0f} MiB"):
         return np.empty(tuple(shape), dtype)
 
 
 @contextmanager
-def refusals(where: str) -> Iterator[None]:
-    """Python's own ``MemoryError``, whoever raises it, as ours.
+def translate_oom(where: str) -> Iterator[None]:
+    """Python's own ``MemoryError``, whatever raises it, as ours.
 
     Args:
         where: memory ran out; for the message.

@@ -94,7 +94,7 @@ def parse_strict(data: bytes, where: str, *, judges_numbers: bool = True) -> Any
             parse_float=_finite if judges_numbers else None,
             parse_int=_bounded_int if judges_numbers else None,
         )
-        # A half surrogate parses, and then breaks whoever encodes the string; in UTF-8 itself
+        # A half surrogate parses, and then breaks anyone who encodes the string; in UTF-8 itself
         # there is none.
         if b"\\ud" in data or b"\\uD" in data:
             json.dumps(document, ensure_ascii=False).encode("utf-8")

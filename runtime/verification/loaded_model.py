@@ -11,13 +11,13 @@ from llava_edge.runtime.artifact.open import Artifact
 from llava_edge.runtime.chat import Chat
 from llava_edge.runtime.generation.deadline import TimeBudget
 from llava_edge.runtime.generation.decoder.decoder import Decoder
-from llava_edge.runtime.generation.engine import Answerer
+from llava_edge.runtime.generation.engine import Engine
 from llava_edge.runtime.generation.generation_config import GenerationConfig
 from llava_edge.runtime.generation.inputs.embedding_table import EmbeddingTable
 from llava_edge.runtime.generation.output import Answer
 from llava_edge.runtime.generation.stream import AnswerStream
-from llava_edge.runtime.generation.teacher_forcing import Replay
-from llava_edge.runtime.processing.degradation import Lowering
+from llava_edge.runtime.generation.teacher_forcing import ForcedRun
+from llava_edge.runtime.processing.degradation import Degradation
 from llava_edge.runtime.processing.images.loading import ImageSource
 from llava_edge.runtime.processing.processor import RequestBuilder
 from llava_edge.runtime.processing.request import PromptOptions, Request, VideoInput
@@ -39,7 +39,7 @@ class LoadedModel(Protocol):
     _tokenizer: Tokenizer
     _table: EmbeddingTable
     _decoder: Decoder
-    _answerer: Answerer
+    _engine: Engine
 
     @property
     def context_tokens(self) -> int:
@@ -66,7 +66,7 @@ class LoadedModel(Protocol):
         on_logits: Callable[[int, Array], None],
         options: PromptOptions | None = None,
         video: VideoInput | None = None,
-    ) -> Replay:
+    ) -> ForcedRun:
         """An answer of given tokens, with the logits that come up."""
 
     def _open_files(self) -> MediaReader:
@@ -77,7 +77,7 @@ class LoadedModel(Protocol):
 
     def _start(
         self,
-        lowering: Lowering,
+        degradation: Degradation,
         config: GenerationConfig,
         time: TimeBudget,
         *,

@@ -25,7 +25,7 @@ from llava_edge.runtime.artifact.manifest import Manifest
 from llava_edge.runtime.artifact.prompt_date import COMPARED_NOW
 from llava_edge.runtime.chat import Chat, ChatMessage
 from llava_edge.runtime.generation.stream import AnswerStream
-from llava_edge.runtime.processing.degradation import Lowering
+from llava_edge.runtime.processing.degradation import Degradation
 from llava_edge.runtime.processing.images.image_processor import ImageProcessor, ImageTiles
 from llava_edge.runtime.processing.processor import RequestBuilder
 from llava_edge.runtime.processing.request import PromptOptions, Request, VideoInput
@@ -132,10 +132,10 @@ class MediaReader:
 
     def _turns(self, chat: GoldenChat) -> Request:
         """Through the class that keeps conversations, up to where it would answer."""
-        made: list[Lowering] = []
+        made: list[Degradation] = []
 
-        def start(lowering: Lowering, *_: Any) -> AnswerStream:
-            made.append(lowering)
+        def start(degradation: Degradation, *_: Any) -> AnswerStream:
+            made.append(degradation)
             return cast(AnswerStream, None)
 
         builder = self._builders[False]
@@ -178,7 +178,7 @@ class MediaReader:
         kept = chat.positions >= start
         if not kept.any():
             return SeenChat(packing=packing)
-        found = rows(request.behind(start), chat.positions[kept] - start).astype(np.float32)
+        found = rows(request.without_prefix(start), chat.positions[kept] - start).astype(np.float32)
         spread = float(np.ptp(chat.rows))
         gap = float(np.abs(found - chat.rows[kept]).max())
         share = gap / spread if spread > 0 else float("inf") if gap else 0.0
@@ -191,7 +191,9 @@ class MediaReader:
             return f"{chat.name}: positions show other rows of its tiles and frames"
         # As in a later turn, where the cache holds all that stands before the last medium.
         start = request.placed[-1].start
-        wrong = (numbered_rows(self._manifest, request.behind(start)) != whole[start:]).any(axis=1)
+        wrong = (numbered_rows(self._manifest, request.without_prefix(start)) != whole[start:]).any(
+            axis=1
+        )
         if wrong.any():
             return f"{chat.name}: behind a cached picture {wrong.sum()} positions show other rows"
         return ""

@@ -1,4 +1,4 @@
-"""check_on_device: golden prompts and files of an artifact, by the production path.
+"""run_self_test: golden prompts and files of an artifact, by the production path.
 
 What the reference said of them travels in the artifact (``golden/probes.py``), so this needs no
 torch. The bounds are the tool's own and those of verification.
@@ -49,7 +49,7 @@ def has_golden(artifact: Artifact) -> bool:
     return GOLDEN_FILE in artifact.manifest.files
 
 
-def check_on_device(
+def run_self_test(
     model: LoadedModel,
     progress: ReportProgress = no_progress,
     formats: Sequence[str] = READABLE_FORMATS,

@@ -43,7 +43,7 @@ def read_result(manifest_sha256: str, host: Host) -> DeviceResult | None:
         result = from_json(DeviceResult, document, str(path))
     except ArtifactError:
         return None
-    # The file's name is a digest of the key, but whoever copies files need not know that.
+    # The file's name is a digest of the key, but anyone who copies files need not know that.
     if (result.manifest_sha256, result.host, result.tool) != (manifest_sha256, host, own_version()):
         return None
     return result if result.verdict == overall(result.stages) else None

@@ -14,13 +14,13 @@ from llava_edge.runtime.artifact.certificate import Host, StageResult
 from llava_edge.runtime.artifact.manifest import Manifest
 from llava_edge.runtime.verification.host import describe_host
 from llava_edge.runtime.verification.loaded_model import LoadedModel
-from llava_edge.runtime.verification.self_test import check_on_device, has_golden
+from llava_edge.runtime.verification.self_test import has_golden, run_self_test
 from llava_edge.runtime.verification.self_test_cache import keep_result, read_result
 
 _LOG = logging.getLogger(__name__)
 
 
-def check_verified_here(model: LoadedModel) -> None:
+def self_test_if_needed(model: LoadedModel) -> None:
     """Say where provider or int8 instructions differ from those of the certificate; check these.
 
     Says nothing where the artifact is not verified (opening it has said so), or where its golden
@@ -80,7 +80,7 @@ def _uses_int8(manifest: Manifest, here: Host) -> bool:
 def _run_once(model: LoadedModel, here: Host, message: str) -> str:
     """Run the golden prompts; what is to be said of them."""
     # Nobody asked for this check, so it opens what the caller lets be opened and nothing else.
-    stages = tuple(check_on_device(model, formats=model._requests.limits.image_formats))
+    stages = tuple(run_self_test(model, formats=model._requests.limits.image_formats))
     failed = [stage for stage in stages if stage.verdict == "fail"]
     complete = all(stage.verdict == "pass" for stage in stages if stage.name == "prompt")
     # A context too small for a prompt says nothing of the machine: not to be remembered.

@@ -64,7 +64,7 @@ class CachedEncoder:
                 # The same tile twice in one batch, as of a plain background.
                 out[index] = out[first]
 
-    def num_unknown(self, digests: Iterable[bytes], rows: int) -> int:
+    def num_missing(self, digests: Iterable[bytes], rows: int) -> int:
         """How many of these tiles or frames ``encode`` would have to encode now.
 
         Args:

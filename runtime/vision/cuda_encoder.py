@@ -10,10 +10,10 @@ import numpy as np
 
 from llava_edge.runtime.backends.cuda_runtime import CudaRuntime
 from llava_edge.runtime.backends.onnxruntime import Buffer, Session
-from llava_edge.runtime.vision.gpu_encoder import DeviceBatches
+from llava_edge.runtime.vision.gpu_encoder import GpuEncoder
 
 
-class OrtDeviceEncoder(DeviceBatches):
+class OrtDeviceEncoder(GpuEncoder):
     """Tower and projector behind their graph.
 
     Args:

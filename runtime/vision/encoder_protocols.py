@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 from llava_edge.runtime.util.arrays import Array
-from llava_edge.runtime.vision.gpu_features import DeviceRows
+from llava_edge.runtime.vision.gpu_features import GpuFeatures
 
 
 class TileEncoder(Protocol):
@@ -20,15 +20,15 @@ class TileEncoder(Protocol):
 class DeviceEncoder(Protocol):
     """Tower and projector whose features stay on the device."""
 
-    def new_rows(self, shape: tuple[int, int]) -> DeviceRows:
+    def new_rows(self, shape: tuple[int, int]) -> GpuFeatures:
         """A matrix (rows, hidden) for features."""
 
-    def encode_rows(self, pixel_values: Array, rows: DeviceRows, first_row: int) -> None:
+    def encode_rows(self, pixel_values: Array, rows: GpuFeatures, first_row: int) -> None:
         """Tiles float32 (n, 3, T, T) to features, written from ``first_row`` on."""
 
 
 @runtime_checkable
-class KnowingEncoder(Protocol):
+class CachingEncoder(Protocol):
     """Tower and projector that may have features already."""
 
     def encode(
@@ -36,5 +36,5 @@ class KnowingEncoder(Protocol):
     ) -> None:
         """As ``TileEncoder``, given the digest of each tile."""
 
-    def num_unknown(self, digests: Iterable[bytes], rows: int) -> int:
+    def num_missing(self, digests: Iterable[bytes], rows: int) -> int:
         """How many of these tiles or frames, of so many rows each, are still to be encoded."""

@@ -1,4 +1,4 @@
-"""FeatureCache: features of tiles and frames by digest, the least recently used given up first."""
+"""FeatureCache: features of tiles and frames by digest, the least recently used evicted first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeviceBatches: tiles go through a tower a few at a time, and their features stay on the device.
+"""GpuEncoder: tiles go through a tower a few at a time, and their features stay on the device.
 
 What one batch runs on is left to who inherits: a TensorRT engine or ONNX Runtime's CUDA provider.
 """
@@ -12,10 +12,10 @@ import numpy as np
 from llava_edge.runtime.backends.cuda_runtime import CudaRuntime
 from llava_edge.runtime.backends.onnxruntime import Buffer, Place
 from llava_edge.runtime.util.arrays import Array
-from llava_edge.runtime.vision.gpu_features import DeviceRows
+from llava_edge.runtime.vision.gpu_features import GpuFeatures
 
 
-class DeviceBatches(ABC):
+class GpuEncoder(ABC):
     """Tower and projector whose features stay on the device.
 
     Args:
@@ -40,11 +40,11 @@ class DeviceBatches(ABC):
         self._feature_shape = feature_shape
         self._place: Place = place or ("cuda", cuda.index)
 
-    def new_rows(self, shape: tuple[int, int]) -> DeviceRows:
+    def new_rows(self, shape: tuple[int, int]) -> GpuFeatures:
         """A matrix (rows, hidden) for features."""
-        return DeviceRows(shape, self._cuda)
+        return GpuFeatures(shape, self._cuda)
 
-    def encode_rows(self, pixel_values: Array, rows: DeviceRows, first_row: int) -> None:
+    def encode_rows(self, pixel_values: Array, rows: GpuFeatures, first_row: int) -> None:
         """Write the features of all tiles.
 
         Args:

@@ -1,4 +1,4 @@
-"""DeviceRows: features that stay on the device from the tower to the decoder's input."""
+"""GpuFeatures: features that stay on the device from the tower to the decoder's input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llava_edge.runtime.backends.cuda_runtime import CudaRuntime
 from llava_edge.runtime.util.arrays import Array
 
 
-class DeviceRows:
+class GpuFeatures:
     """A matrix of float16 rows in device memory, of the driver's own, given back with the object.
 
     Each request has its own number of tiles. ONNX Runtime's memory for buffers never shrinks, and

@@ -1,7 +1,7 @@
 """What runs the vision tower: TensorRT, TensorRT-RTX or ONNX Runtime, the first that works here.
 
 The decoder always runs in ONNX Runtime. Why a better engine was passed over is kept in one sentence
-each, for whoever wonders.
+each, for diagnosis.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _KERNELS_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True)
-class Tower:
+class VisionBackend:
     """The encoder that was chosen.
 
     Attributes:
@@ -69,7 +69,7 @@ def open_tower(
     *,
     trust_engines: bool = False,
     gpu: int = 0,
-) -> Tower:
+) -> VisionBackend:
     """Open the first engine that works.
 
     Args:
@@ -78,7 +78,7 @@ def open_tower(
         asked: ``auto``, or the one that is wanted.
         open_ort: opens the graph in ONNX Runtime; called only where nothing better works.
         trust_engines: whether engines that came with the artifact may be opened. Opening one runs
-            NVIDIA's library over bytes that whoever made the artifact chose.
+            NVIDIA's library over bytes that anyone who made the artifact chose.
         gpu: which one, on ``cuda``.
 
     Raises:
@@ -106,8 +106,8 @@ def open_tower(
         )
     encoder = open_ort()
     if isinstance(encoder, OrtDeviceEncoder):
-        return Tower(encoder, "ort", others, encoder.close)
-    return Tower(encoder, "ort", others)
+        return VisionBackend(encoder, "ort", others, encoder.close)
+    return VisionBackend(encoder, "ort", others)
 
 
 def _open_engine(
@@ -116,7 +116,7 @@ def _open_engine(
     name: LibraryName,
     trust_engines: bool,
     others: dict[str, str],
-) -> Tower:
+) -> VisionBackend:
     if place[0] != "cuda":
         flavour = artifact.manifest.flavour
         raise EngineError(
@@ -147,7 +147,7 @@ def _open_engine(
     compiled = engine.kernels()
     if compiled:
         keep_in_cache(kernels, compiled)
-    return Tower(encoder, name, others, cuda.close)
+    return VisionBackend(encoder, name, others, cuda.close)
 
 
 def _find(artifact: Artifact, here: Surroundings, trust_engines: bool) -> StoredEngine:

@@ -8,10 +8,10 @@ from llava_edge.profiles.errors import EngineError
 from llava_edge.runtime.backends.cuda_runtime import CudaRuntime
 from llava_edge.runtime.backends.onnxruntime import Buffer
 from llava_edge.runtime.backends.tensorrt import TensorRTEngine
-from llava_edge.runtime.vision.gpu_encoder import DeviceBatches
+from llava_edge.runtime.vision.gpu_encoder import GpuEncoder
 
 
-class TensorRTEncoder(DeviceBatches):
+class TensorRTEncoder(GpuEncoder):
     """Tower and projector behind their engine.
 
     Args:

@@ -107,7 +107,7 @@ def test_a_single_round_shows_nothing() -> None:
     findings = compare(document(0, rounds=1), document(1, rounds=1, slower=3.0))
     times = [each for each in findings if each.unit == "s"]
     assert {each.verdict for each in times} == {"no difference shown"}
-    assert all(each.showable is None for each in times)
+    assert all(each.detectable is None for each in times)
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
@@ -145,7 +145,7 @@ def test_memory_of_the_gpu_is_compared_as_well() -> None:
 def test_rounds_that_are_too_few_say_so_however_they_scatter() -> None:
     old, new = document(0, rounds=2, noise=0.3), document(1, rounds=2, noise=0.3, slower=3.0)
     findings = compare(old, new)
-    assert {each.showable for each in findings if each.unit == "s"} == {None}
+    assert {each.detectable for each in findings if each.unit == "s"} == {None}
     notes = compare_notes(old, new, findings)
     assert "9 of 9 times" in notes[0]
     assert "so few rounds show nothing" in findings_table(findings)

@@ -94,7 +94,7 @@ def test_what_takes_too_long_is_ended_with_what_it_started(tmp_path: Path) -> No
 
     assert time.perf_counter() - started < 30
     pid = int(noted.read_text())
-    # Nobody of this test waits for it: whoever adopts it may take a moment.
+    # Nobody of this test waits for it: anyone who adopts it may take a moment.
     deadline = time.monotonic() + 10
     while is_alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)

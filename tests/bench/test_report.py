@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llava_edge.bench.common.artifact_facts import short_names
-from llava_edge.bench.common.atomic_write import check_writable, write_whole
+from llava_edge.bench.common.atomic_write import atomic_write, check_writable
 from llava_edge.bench.report.html import ladder_page, report_page
 from llava_edge.bench.report.published import ACCURACY, BENCHMARKS, LABEL, memory_rows, speed_rows
 from llava_edge.bench.report.svg import (
@@ -97,7 +97,7 @@ def test_names_that_are_no_utf8_are_written_all_the_same(tmp_path: Path) -> None
     page = report_page(document(0, precisions=("fp16",), artifact="a/\udcff"))
     # The file's own name is as long as it may be.
     file = tmp_path / ("x" * 255)
-    write_whole(file, page)
+    atomic_write(file, page)
     assert "\\udcff" in file.read_text("utf-8")
     assert list(tmp_path.iterdir()) == [file]
 

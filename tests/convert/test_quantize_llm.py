@@ -615,7 +615,7 @@ def test_image_calibration_beats_text_calibration_and_rounding_on_image_prompts(
 
 
 def _prompts(seed: int, loud: np.ndarray[Any, Any], *, text_only: bool) -> CalibrationSet:
-    """Six prompts: text of one subspace, and image rows of another with loud channels."""
+    """Six prompts: text of one subspace, and image rows of another with outlier channels."""
     fixed = np.random.default_rng(99)
     bases = {kind: fixed.standard_normal((24, 64)) / 5 for kind in ("text", "image")}
     draw = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Code of a checkpoint never runs: whatever its files name, and whoever says yes."""
+"""Code of a checkpoint never runs: whatever its files name, and anyone who says yes."""
 
 from __future__ import annotations
 

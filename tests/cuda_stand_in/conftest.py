@@ -1,4 +1,4 @@
-"""The CUDA provider over the stand-in; whoever asks for these tests without it is told so."""
+"""The CUDA provider over the stand-in; anyone who asks for these tests without it is told so."""
 
 from __future__ import annotations
 

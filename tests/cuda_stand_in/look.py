@@ -115,7 +115,7 @@ def step(model: LlavaEdge) -> Callable[[], object]:
 def tiles(model: LlavaEdge) -> Callable[[], object]:
     """The tiles of a whole picture, with all that a request does of them."""
     request = model._requests.build("What?", [draw_picture((0,), 672, 672)], PromptOptions())
-    return lambda: model._answerer._embedder.features(request.pixel_values)
+    return lambda: model._engine._embedder.features(request.pixel_values)
 
 
 def asked_of(cuda: StandIn, act: Callable[[], object]) -> dict[str, Any]:

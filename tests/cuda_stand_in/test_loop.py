@@ -21,7 +21,7 @@ from llava_edge.runtime.generation.output import Answer
 from tests.cuda_stand_in.record import StandIn
 from tests.cuda_stand_in.test_provider import CONTEXT, SIZES
 from tests.runtime.test_artifact import edit_manifest, relist
-from tests.runtime.test_kept_logits import name_the_number, number_instead_of_start
+from tests.runtime.test_logits_to_keep import name_the_number, number_instead_of_start
 
 pytestmark = pytest.mark.stand_in
 

@@ -16,7 +16,7 @@ from llava_edge.runtime.backends.cuda_options import CudaOptions
 from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
 from llava_edge.runtime.generation.decoder.decoder import Decoder
 from tests.cuda_stand_in.record import Record, StandIn
-from tests.runtime.test_kept_logits import number_instead_of_start
+from tests.runtime.test_logits_to_keep import number_instead_of_start
 
 pytestmark = pytest.mark.stand_in
 
@@ -146,7 +146,7 @@ def test_only_the_rows_of_a_draft_come_back(
     for _ in range(2):
         decoder.rewind(PROMPT)
         with cuda.record() as record:
-            decoder.try_steps(np.zeros((rows, decoder._hidden), np.float16))
+            decoder.verify_draft(np.zeros((rows, decoder._hidden), np.float16))
 
     assert record.copies("device to host") == [4 * rows * SIZES["vocab_size"]]
     assert record.taken() == []

@@ -1,7 +1,7 @@
 """Artifacts to fuzz with: copies of a sound one, damaged and, mostly, sealed again.
 
-Whoever can change a file can change its digest in the manifest and seal that; so most damage here
-is made to pass the digests, and what reads the files must find it.
+Anyone who can change a file can change its digest in the manifest and seal that; so most damage
+here is made to pass the digests, and what reads the files must find it.
 """
 
 from __future__ import annotations

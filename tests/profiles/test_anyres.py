@@ -363,11 +363,11 @@ def test_other_candidates_have_no_grid_name() -> None:
 
 
 @pytest.mark.parametrize("name", GRID_NAMES[: GRID_NAMES.index("3x3") + 1])
-def test_lowering_a_named_grid_gives_the_smaller_one(name: str) -> None:
+def test_lower_a_named_grid_gives_the_smaller_one(name: str) -> None:
     assert lower_pinpoints(grid_pinpoints("3x3", 336), name, 336) == grid_pinpoints(name, 336)
 
 
-def test_lowering_keeps_the_order_of_the_list() -> None:
+def test_lower_keeps_the_order_of_the_list() -> None:
     turned = ((1008, 1008), (672, 336), (336, 672), (672, 672))
     assert lower_pinpoints(turned, "2x2", 336) == ((672, 336), (336, 672), (672, 672))
 
@@ -379,7 +379,7 @@ def test_a_grid_cannot_be_raised() -> None:
         lower_pinpoints((), "1x2", 336)
 
 
-def test_lowering_to_a_grid_without_shared_candidates_is_refused() -> None:
+def test_lower_to_a_grid_without_shared_candidates_is_refused() -> None:
     with pytest.raises(RequestError, match="shares no candidate with 672x672"):
         lower_pinpoints(((672, 672),), "1x2", 336)
 

@@ -65,10 +65,10 @@ def test_what_is_still_to_be_encoded_is_counted_and_that_is_no_use() -> None:
     encoded(encoder, 1, 2)
     first, second, third = digest_tiles(tiles(1, 2, 3))
 
-    assert encoder.num_unknown({first, second, third}, rows=3) == 1
+    assert encoder.num_missing({first, second, third}, rows=3) == 1
     # Pooled rows of a frame are other features.
-    assert encoder.num_unknown({first}, rows=1) == 1
-    encoder.num_unknown({first}, rows=3)
+    assert encoder.num_missing({first}, rows=1) == 1
+    encoder.num_missing({first}, rows=3)
     encoded(encoder, 3)
     assert cache.find((first, 3)) is None
 

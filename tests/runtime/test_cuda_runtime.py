@@ -10,7 +10,7 @@ import pytest
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError
 from llava_edge.runtime.backends import cuda_runtime
 from llava_edge.runtime.backends.cuda_runtime import CudaRuntime
-from llava_edge.runtime.vision.gpu_features import DeviceRows
+from llava_edge.runtime.vision.gpu_features import GpuFeatures
 from tests.fake_cuda import STREAM, FakeCudart
 
 
@@ -46,7 +46,7 @@ def test_copies_carry_their_bytes_and_kind() -> None:
 def test_rows_of_features_are_given_back_with_their_object() -> None:
     library = FakeCudart()
     cuda = CudaRuntime(library)
-    rows = DeviceRows((3, 4), cuda)
+    rows = GpuFeatures((3, 4), cuda)
     assert [len(memory) for memory in library.held.values()] == [24]
     rows.write(1, np.arange(4, dtype=np.float32))
     assert rows.read()[1].tolist() == [0, 1, 2, 3]
@@ -63,7 +63,7 @@ def test_what_fails_or_belongs_to_another_process_is_not_given_back_aloud(
 ) -> None:
     library = FakeCudart()
     cuda = CudaRuntime(library)
-    rows, others = DeviceRows((3, 4), cuda), DeviceRows((3, 4), cuda)
+    rows, others = GpuFeatures((3, 4), cuda), GpuFeatures((3, 4), cuda)
     library.fails["cudaFree"] = 700
     # Warnings are errors here, and so is what a finalizer does not catch.
     del rows
@@ -81,7 +81,7 @@ def test_memory_that_is_not_there_is_not_held_against_the_next_call() -> None:
     library.fails["cudaMalloc"] = 2
 
     with pytest.raises(OutOfMemoryError, match=r"cudaMalloc with code 2 .*Use fewer images"):
-        DeviceRows((3, 4), cuda)
+        GpuFeatures((3, 4), cuda)
 
     assert library.calls[-1] == ("cudaGetLastError",)
 

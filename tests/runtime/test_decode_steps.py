@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from llava_edge.runtime.generation.decoder.decoding import DraftedSteps, PlainSteps
+from llava_edge.runtime.generation.decoder.decoding import PlainSteps, SpeculativeDecoding
 from llava_edge.runtime.generation.decoder.prompt_lookup import PromptLookup
 from llava_edge.runtime.generation.decoder.sampling import Sampler
 from llava_edge.runtime.generation.generation_config import GenerationConfig
@@ -47,9 +47,9 @@ class ToyDecoder:
         return logits_behind(*([0, 0, *ids][-2:]))
 
     def step(self, row: Array) -> Array:
-        return self.try_steps(row[None])[0]
+        return self.verify_draft(row[None])[0]
 
-    def try_steps(self, rows: Array) -> Array:
+    def verify_draft(self, rows: Array) -> Array:
         tokens = [int(row[0]) for row in rows]
         assert self.length + len(tokens) <= self.capacity
         assert PLACE not in tokens[1:]
@@ -60,7 +60,7 @@ class ToyDecoder:
         self._trial = tokens[1:]
         return np.stack(found)
 
-    def confirm(self) -> None:
+    def accept(self) -> None:
         self.ids.append(self._trial.pop(0))
 
 
@@ -80,7 +80,7 @@ def answer(
     decoder: Any = ToyDecoder(prompt, capacity)
     steps = PlainSteps(decoder, embed)
     if most:
-        steps = DraftedSteps(decoder, embed, PromptLookup(prompt, [PLACE]), most)
+        steps = SpeculativeDecoding(decoder, embed, PromptLookup(prompt, [PLACE]), most)
     sampler = Sampler(options, WORDS, WORDS, np.array(prompt), [PLACE])
     result = LoopResult()
     first = decoder._logits(prompt)

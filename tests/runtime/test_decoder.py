@@ -136,10 +136,10 @@ def test_positions_tried_together_have_the_logits_of_steps(graph: tuple[Path, Te
     # Widest last, then narrower again: memory is bound anew once and shared from then on.
     tried = []
     for start, stop in ((20, 21), (21, 23), (23, 28), (28, 30)):
-        tried.append(decoder.try_steps(rows[start:stop]).copy())
+        tried.append(decoder.verify_draft(rows[start:stop]).copy())
         assert decoder.length == start + 1
         for _ in range(stop - start - 1):
-            decoder.confirm()
+            decoder.accept()
         assert decoder.length == stop
 
     assert np.abs(np.concatenate(tried) - stepped).max() <= CHUNK_BOUND
@@ -150,21 +150,21 @@ def test_positions_on_trial_are_forgotten_unless_confirmed(graph: tuple[Path, Te
     rows, others = embeddings(graph[1], 30), embeddings(graph[1], 30, seed=1)
     decoder = make_decoder(graph, 64)
     decoder.prefill(20, filler(rows))
-    decoder.try_steps(np.concatenate([rows[20:22], others[22:26]]))
-    decoder.confirm()
+    decoder.verify_draft(np.concatenate([rows[20:22], others[22:26]]))
+    decoder.accept()
 
     found = decoder.step(rows[22]).copy()
 
     assert decoder.length == 23
     with pytest.raises(ValueError, match="no position is on trial"):
-        decoder.confirm()
+        decoder.accept()
     decoder.rewind(0)
     whole = decoder.prefill(23, filler(rows))[0]
     assert np.abs(found - whole).max() <= CHUNK_BOUND
-    decoder.try_steps(rows[23:26])
+    decoder.verify_draft(rows[23:26])
     decoder.rewind(23)
     with pytest.raises(ValueError, match="no position is on trial"):
-        decoder.confirm()
+        decoder.accept()
 
 
 def test_a_trial_that_does_not_fit_or_fails_leaves_the_length(
@@ -175,21 +175,21 @@ def test_a_trial_that_does_not_fit_or_fails_leaves_the_length(
     decoder.prefill(CONTEXT - 3, filler(rows))
 
     with pytest.raises(PromptError, match="4 tokens were asked behind 93; the context holds 96"):
-        decoder.try_steps(rows[:4])
+        decoder.verify_draft(rows[:4])
 
     def fail(*_: object, **__: object) -> None:
         raise EngineError("out of luck")
 
     monkeypatch.setattr(Session, "run_bound", fail)
     with pytest.raises(EngineError, match="out of luck"):
-        decoder.try_steps(rows[CONTEXT - 3 : CONTEXT])
+        decoder.verify_draft(rows[CONTEXT - 3 : CONTEXT])
     monkeypatch.undo()
     assert decoder.length == CONTEXT - 3
     with pytest.raises(ValueError, match="no position is on trial"):
-        decoder.confirm()
+        decoder.accept()
     # A step still gives one row of logits.
     assert decoder.step(rows[CONTEXT - 3]).shape == (graph[1].vocab_size,)
-    assert decoder.try_steps(rows[CONTEXT - 2 : CONTEXT]).shape == (2, graph[1].vocab_size)
+    assert decoder.verify_draft(rows[CONTEXT - 2 : CONTEXT]).shape == (2, graph[1].vocab_size)
 
 
 def test_a_shortened_decoder_is_one_made_so_and_keeps_nothing_of_before(
@@ -198,7 +198,7 @@ def test_a_shortened_decoder_is_one_made_so_and_keeps_nothing_of_before(
     rows, others = embeddings(graph[1], 30), embeddings(graph[1], 30, seed=1)
     decoder = make_decoder(graph, 64)
     decoder.prefill(20, filler(rows))
-    expected = decoder.try_steps(rows[20:24]).copy()
+    expected = decoder.verify_draft(rows[20:24]).copy()
     decoder.rewind(0)
     decoder.prefill(20, filler(others))
     old = weakref.ref(decoder.cache._buffers["0.key"])
@@ -208,7 +208,7 @@ def test_a_shortened_decoder_is_one_made_so_and_keeps_nothing_of_before(
     assert old() is None
     assert (decoder.capacity, decoder.length) == (26, 0)
     decoder.prefill(20, filler(rows))
-    np.testing.assert_array_equal(decoder.try_steps(rows[20:24]), expected)
+    np.testing.assert_array_equal(decoder.verify_draft(rows[20:24]), expected)
     decoder.rewind(20)
     for row in rows[20:26]:
         decoder.step(row)
@@ -380,7 +380,7 @@ def test_the_total_is_the_true_one_except_in_what_is_recorded(
         decoder._session.captures = captures
         decoder.prefill(80, filler(rows))
         decoder.step(rows[80])
-        decoder.try_steps(rows[81:84])
+        decoder.verify_draft(rows[81:84])
         decoder.rewind(3)
         decoder.step(rows[84])
         decoder.prefill(2, filler(rows[85:87]))
@@ -403,7 +403,7 @@ def test_only_steps_are_replayed(
 
     monkeypatch.setattr(Session, "run_bound", run_bound)
     decoder.prefill(20, filler(rows))
-    decoder.try_steps(rows[20:23])
+    decoder.verify_draft(rows[20:23])
     decoder.prefill(1, filler(rows[23:24]))
     decoder.step(rows[24])
 

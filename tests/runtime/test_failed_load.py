@@ -14,7 +14,7 @@ from llava_edge.profiles.errors import ArtifactError, EngineError, OutOfMemoryEr
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime import model as pipeline
 from llava_edge.runtime.backends.onnxruntime import Session
-from llava_edge.runtime.loading import components as loaded_parts
+from llava_edge.runtime.loading import components
 
 PARTS = (
     "RequestBuilder",
@@ -25,7 +25,7 @@ PARTS = (
     "PromptEmbedder",
     "Decoder",
     "RequestMemory",
-    "Answerer",
+    "Engine",
     "least_context",
 )
 
@@ -72,7 +72,7 @@ def test_a_load_that_fails_at_any_part_leaves_nothing_open(
     def fail(*_: object, **__: object) -> None:
         raise EngineError(f"{part} fails")
 
-    monkeypatch.setattr(loaded_parts, part, fail)
+    monkeypatch.setattr(components, part, fail)
     with pytest.raises(EngineError, match=f"{part} fails") as failed:
         load(artifact)
     # The error is still there, and with it the frames that it came through.
@@ -113,7 +113,7 @@ def test_a_progress_that_raises_leaves_nothing_open(
     assert held(artifact) == before, failed
 
 
-@pytest.mark.parametrize("step", ["check_interfaces", "fit_at_load", "check_verified_here"])
+@pytest.mark.parametrize("step", ["check_interfaces", "fit_at_load", "self_test_if_needed"])
 def test_a_load_that_fails_before_or_after_its_parts_leaves_nothing_open(
     artifact: Path, before: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -140,7 +140,7 @@ def test_memory_of_a_failed_load_is_free_while_its_error_is_looked_at(
     import weakref
 
     made: list[weakref.ref[Any]] = []
-    real = loaded_parts.Decoder
+    real = components.Decoder
 
     def make(*arguments: Any, **options: Any) -> Any:
         decoder = real(*arguments, **options)
@@ -150,8 +150,8 @@ def test_memory_of_a_failed_load_is_free_while_its_error_is_looked_at(
     def fail(*_: object) -> None:
         raise OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(loaded_parts, "Decoder", make)
-    monkeypatch.setattr(loaded_parts, "RequestMemory", fail)
+    monkeypatch.setattr(components, "Decoder", make)
+    monkeypatch.setattr(components, "RequestMemory", fail)
     with pytest.raises(OutOfMemoryError) as failed:
         load(artifact)
     assert [ref() for ref in made] == [None], failed

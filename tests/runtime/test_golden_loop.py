@@ -175,9 +175,9 @@ def test_a_small_context_is_enough_for_scripted_requests(
 
 def test_a_model_is_as_before_after_the_check(model: LlavaEdge, loop: GoldenLoop) -> None:
     before = model.generate("Say it.", max_new_tokens=6)
-    answerer, decoder = model._answerer, model._decoder
+    engine, decoder = model._engine, model._decoder
 
     check_loop(model, loop)
 
-    assert (model._answerer, model._decoder) == (answerer, decoder)
+    assert (model._engine, model._decoder) == (engine, decoder)
     assert model.generate("Say it.", max_new_tokens=6).token_ids == before.token_ids

@@ -19,7 +19,7 @@ from llava_edge.runtime.backends.cuda_options import CudaOptions
 from llava_edge.runtime.backends.cuda_runtime import CudaRuntime
 from llava_edge.runtime.backends.onnxruntime import Buffer
 from llava_edge.runtime.cli import main as cli
-from llava_edge.runtime.generation import engine as answerer
+from llava_edge.runtime.generation import engine
 from llava_edge.runtime.loading import memory_fit as load_fit
 from llava_edge.runtime.loading.placement import choose_device
 from llava_edge.runtime.verification import host as this_machine
@@ -79,7 +79,7 @@ def test_sessions_buffers_and_memory_are_those_of_the_gpu_that_is_named(
         asked.append(pci_bus_id)
         return 5 * GIB
 
-    monkeypatch.setattr(answerer, "process_bytes", process_bytes)
+    monkeypatch.setattr(engine, "process_bytes", process_bytes)
     real = session._on_device
     places = set()
     monkeypatch.setattr(

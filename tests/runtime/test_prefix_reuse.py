@@ -20,13 +20,13 @@ from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.errors import EngineError
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.generation import engine as answerer
+from llava_edge.runtime.generation import engine
 from llava_edge.runtime.generation.deadline import TimeBudget
 from llava_edge.runtime.generation.generation_config import GenerationConfig
 from llava_edge.runtime.generation.output import Answer
 from llava_edge.runtime.generation.stream import Pieces
 from llava_edge.runtime.loading.placement import AskedCache
-from llava_edge.runtime.processing.degradation import Lowering
+from llava_edge.runtime.processing.degradation import Degradation
 from llava_edge.runtime.processing.request import PromptOptions
 from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.progress import no_progress
@@ -69,13 +69,13 @@ class Pair:
         self.reusing = LlavaEdge.load(artifact, threads=1, cache=cache)
         self.plain = LlavaEdge.load(artifact, threads=1, cache=cache, prefix_reuse=False)
         self.seen: list[Array] = []
-        real = answerer.Sampler.choose
+        real = engine.Sampler.choose
 
-        def choose(sampler: answerer.Sampler, logits: Array) -> int:
+        def choose(sampler: engine.Sampler, logits: Array) -> int:
             self.seen.append(logits.copy())
             return real(sampler, logits)
 
-        monkeypatch.setattr(answerer.Sampler, "choose", choose)
+        monkeypatch.setattr(engine.Sampler, "choose", choose)
 
     def ask(self, model: LlavaEdge, prompt: str, images: object = ()) -> tuple[Answer, Array]:
         self.seen.clear()
@@ -156,8 +156,8 @@ def test_a_prompt_that_goes_on_behind_an_answer_reuses_it(pair: Pair) -> None:
     for model in (pair.reusing, pair.plain):
         pair.seen.clear()
         with model._queue.turn():
-            pieces = model._answerer.pieces(
-                Lowering(lambda: longer),
+            pieces = model._engine.stream(
+                Degradation(lambda: longer),
                 0.0,
                 GenerationConfig(max_new_tokens=NUM_TOKENS),
                 lambda: False,

@@ -18,7 +18,7 @@ from llava_edge.bench.lab.pages.training.checkpoint import SHIPPED
 from llava_edge.profiles.errors import EngineError, RequestError
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.cli.run import main
-from llava_edge.runtime.generation import engine as answerer
+from llava_edge.runtime.generation import engine
 from llava_edge.runtime.generation.decoder.decoder import Decoder
 from llava_edge.runtime.generation.decoder.prompt_lookup import PromptLookup
 
@@ -110,7 +110,7 @@ def plant(patch: pytest.MonkeyPatch, answer: Sequence[int]) -> None:
     def planted(ids: Sequence[int], places: Sequence[int]) -> PromptLookup:
         return PromptLookup([*answer, *ids], places)
 
-    patch.setattr(answerer, "PromptLookup", planted)
+    patch.setattr(engine, "PromptLookup", planted)
 
 
 def test_a_random_model_chooses_what_is_best_or_as_good(
@@ -194,7 +194,7 @@ def test_a_failure_while_drafts_are_checked_ends_this_request_only(
         raise EngineError("the engine broke")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Decoder, "try_steps", broken)
+        patch.setattr(Decoder, "verify_draft", broken)
         with pytest.raises(EngineError, match="the engine broke"):
             model.generate(QUESTION, max_new_tokens=30, prompt_lookup_num_tokens=LOOKUP)
 

@@ -10,7 +10,7 @@ import pytest
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact.certificate import overall
 from llava_edge.runtime.artifact.open import READERS, open_artifact
-from llava_edge.runtime.verification.self_test import check_on_device
+from llava_edge.runtime.verification.self_test import run_self_test
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -35,7 +35,7 @@ def test_it_opens_and_answers_as_it_did(version: int) -> None:
     for cache in manifest.decoders:
         with LlavaEdge.load(folder, threads=1, cache=cache) as model:
             answer = model.generate("What is this?", [picture], max_new_tokens=4)
-            rows = check_on_device(model)
+            rows = run_self_test(model)
 
         assert len(answer.token_ids) == 4
         assert answer.image_tokens > 0

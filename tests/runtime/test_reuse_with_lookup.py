@@ -21,13 +21,13 @@ from PIL import Image
 
 from llava_edge.profiles.errors import EngineError
 from llava_edge.runtime import LlavaEdge
-from llava_edge.runtime.generation import engine as answerer
+from llava_edge.runtime.generation import engine
 from llava_edge.runtime.generation.deadline import TimeBudget
 from llava_edge.runtime.generation.decoder.decoder import Decoder
 from llava_edge.runtime.generation.decoder.prompt_lookup import PromptLookup
 from llava_edge.runtime.generation.generation_config import GenerationConfig
 from llava_edge.runtime.loading.placement import AskedCache
-from llava_edge.runtime.processing.degradation import Lowering
+from llava_edge.runtime.processing.degradation import Degradation
 from llava_edge.runtime.processing.request import PromptOptions, Request, VideoInput
 from llava_edge.runtime.util.arrays import Array
 
@@ -81,7 +81,7 @@ HISTORY = st.lists(
         kept=st.none() | st.integers(0, NUM_TOKENS),
         wrong=st.frozensets(st.integers(1, NUM_TOKENS - 1), max_size=3),
         most=st.sampled_from([0, 2, 5, 10]),
-        end=st.sampled_from(["whole", "whole", "whole", "close", "try_steps", "step"]),
+        end=st.sampled_from(["whole", "whole", "whole", "close", "verify_draft", "step"]),
     ),
     min_size=2,
     max_size=6,
@@ -115,7 +115,7 @@ class Pair:
     def check(self, asked: Asked, request: Request) -> tuple[int, ...]:
         """Answer, compare, and return the tokens of the model with neither."""
         plainly = GenerationConfig(max_new_tokens=NUM_TOKENS)
-        with self.plain._start(Lowering(lambda: request), plainly, TimeBudget()) as stream:
+        with self.plain._start(Degradation(lambda: request), plainly, TimeBudget()) as stream:
             list(stream)
         expected = stream.answer.token_ids
         # Random weights copy nothing from a prompt; so drafts come from what will be said.
@@ -125,14 +125,14 @@ class Pair:
         ]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                answerer,
+                engine,
                 "PromptLookup",
                 lambda ids, places: PromptLookup([*drafts, *ids], places),
             )
-            if asked.end in ("try_steps", "step"):
+            if asked.end in ("verify_draft", "step"):
                 fail(patch, asked.end)
             options = replace(plainly, prompt_lookup_num_tokens=asked.most)
-            stream = self.ours._start(Lowering(lambda: request), options, TimeBudget())
+            stream = self.ours._start(Degradation(lambda: request), options, TimeBudget())
             with contextlib.suppress(EngineError), stream:
                 if asked.end == "close":
                     for _ in range(4):
@@ -159,7 +159,7 @@ class Pair:
     def logits(self, request: Request, token_ids: tuple[int, ...]) -> Array:
         rows: list[Array] = []
         with self.plain._queue.turn():
-            self.plain._answerer.replay(
+            self.plain._engine.replay(
                 request, token_ids, lambda _, logits: rows.append(logits.copy())
             )
         return np.array(rows)

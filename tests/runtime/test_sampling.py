@@ -17,7 +17,7 @@ from transformers import (
 
 from llava_edge.profiles.errors import EngineError, RequestError
 from llava_edge.runtime.generation.decoder.sampling import Sampler
-from llava_edge.runtime.generation.decoder.topk_logits import BestLogits
+from llava_edge.runtime.generation.decoder.topk_logits import TopkLogits
 from llava_edge.runtime.generation.generation_config import GenerationConfig
 
 VOCAB = 50
@@ -157,11 +157,11 @@ def test_all_wrong_options_are_named_together() -> None:
         assert name in str(caught.value)
 
 
-def best_of(row: np.ndarray, count: int, backwards: bool) -> BestLogits:
+def best_of(row: np.ndarray, count: int, backwards: bool) -> TopkLogits:
     """What a TopK gives; among equal logits any order and any choice is allowed."""
     ids = np.arange(row.size)
     order = np.lexsort((-ids if backwards else ids, -row))[:count]
-    return BestLogits(row[order], order, lambda: row)
+    return TopkLogits(row[order], order, lambda: row)
 
 
 @settings(max_examples=400, deadline=None)
@@ -201,14 +201,14 @@ def test_all_logits_are_not_read_where_the_best_decide(asked: dict[str, Any]) ->
 
     assert sampler.needs_few
     assert (
-        sampler.choose(BestLogits(best_of(logits(1), 8, False).values, np.arange(8), read_all)) < 8
+        sampler.choose(TopkLogits(best_of(logits(1), 8, False).values, np.arange(8), read_all)) < 8
     )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_best_logits_that_are_not_finite_are_an_error(value: float) -> None:
     row = np.array([value, 1.0, 0.0], np.float32)
-    best = BestLogits(row[:2], np.arange(2), lambda: row)
+    best = TopkLogits(row[:2], np.arange(2), lambda: row)
 
     with pytest.raises(EngineError, match="not finite"):
         Sampler(GenerationConfig(), 3, 3).choose(best)

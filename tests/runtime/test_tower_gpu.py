@@ -1,4 +1,4 @@
-"""The same as ``test_tower.py``, on a GPU that is there: make test-gpu."""
+"""The same as ``test_select.py``, on a GPU that is there: make test-gpu."""
 
 from __future__ import annotations
 

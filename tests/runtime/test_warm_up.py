@@ -30,7 +30,7 @@ class Asked:
         self.prompts: list[tuple[int, int]] = []
         self.steps: list[int] = []
         encode, chunk = VisionEncoder._encode_batch, Decoder._run_chunk
-        try_steps, step = Decoder.try_steps, Decoder.step
+        verify_draft, step = Decoder.verify_draft, Decoder.step
 
         def note_encode(encoder: VisionEncoder, tiles: Any, out: Any) -> None:
             self.tiles.append(len(tiles))
@@ -42,7 +42,7 @@ class Asked:
 
         def note_several(decoder: Decoder, rows: Any) -> Any:
             self.steps.append(len(rows))
-            return try_steps(decoder, rows)
+            return verify_draft(decoder, rows)
 
         def note_step(decoder: Decoder, row: Any) -> Any:
             self.steps.append(1)
@@ -50,7 +50,7 @@ class Asked:
 
         monkeypatch.setattr(VisionEncoder, "_encode_batch", note_encode)
         monkeypatch.setattr(Decoder, "_run_chunk", note_chunk)
-        monkeypatch.setattr(Decoder, "try_steps", note_several)
+        monkeypatch.setattr(Decoder, "verify_draft", note_several)
         monkeypatch.setattr(Decoder, "step", note_step)
 
 
@@ -118,7 +118,7 @@ class Scarce:
         encode, chunk, several = (
             VisionEncoder._encode_batch,
             Decoder._run_chunk,
-            Decoder.try_steps,
+            Decoder.verify_draft,
         )
 
         def allow(asked: int, most: int) -> None:
@@ -133,13 +133,13 @@ class Scarce:
             allow(num_tokens, tokens)
             return chunk(decoder, rows, num_tokens, keep)
 
-        def try_steps(decoder: Decoder, rows: Any) -> Any:
+        def verify_draft(decoder: Decoder, rows: Any) -> Any:
             allow(len(rows), logits)
             return several(decoder, rows)
 
         patch.setattr(VisionEncoder, "_encode_batch", encode_batch)
         patch.setattr(Decoder, "_run_chunk", run_chunk)
-        patch.setattr(Decoder, "try_steps", try_steps)
+        patch.setattr(Decoder, "verify_draft", verify_draft)
 
 
 def test_what_does_not_fit_is_done_in_smaller_parts(

@@ -1,6 +1,6 @@
 """What the check on a GPU needs of a machine, asked before a minute of it is spent.
 
-Nothing can be installed on some borrowed machines, so what is missing is said at once and together.
+Nothing can be installed on some machines, so what is missing is said at once and together.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """GpuPlace: the folder that the check on a GPU works in, and the models it makes there.
 
 Models are made by the project's commands when a step needs them and removed when none does any
-more: a borrowed machine has room for one or two. What a command takes of time and memory is noted.
+more: a rented machine has room for one or two. What a command takes of time and memory is noted.
 """
 
 from __future__ import annotations

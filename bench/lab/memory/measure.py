@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from llava_edge.bench.common.atomic_write import write_whole
+from llava_edge.bench.common.atomic_write import atomic_write
 from llava_edge.bench.common.subprocess_runner import edge_command
 from llava_edge.bench.lab.memory.cases import MemoryCase
 from llava_edge.profiles.memory.buffers import CACHE_FLAGS
@@ -113,7 +113,7 @@ def measure_cases(
             report(f"{case.name}: measuring")
             entry = {"settings": asked, **measure_case(case, work / case.name, settings)}
             kept[case.name] = entry
-            write_whole(results, json.dumps(kept, indent=1) + "\n")
+            atomic_write(results, json.dumps(kept, indent=1) + "\n")
         measurement = Measurement(
             case,
             entry["config"],

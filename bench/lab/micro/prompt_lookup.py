@@ -35,10 +35,10 @@ from llava_edge.runtime.artifact.open import open_artifact
 from llava_edge.runtime.backends.cpu_isa import needs_wide_sums
 from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
 from llava_edge.runtime.generation.decoder.decoder import Decoder
-from llava_edge.runtime.generation.decoder.decoding import DraftedSteps, PlainSteps
+from llava_edge.runtime.generation.decoder.decoding import PlainSteps, SpeculativeDecoding
 from llava_edge.runtime.generation.decoder.prompt_lookup import PromptLookup
 from llava_edge.runtime.generation.decoder.sampling import Sampler
-from llava_edge.runtime.generation.decoder.topk_logits import BestLogits
+from llava_edge.runtime.generation.decoder.topk_logits import TopkLogits
 from llava_edge.runtime.generation.generation_config import GenerationConfig
 from llava_edge.runtime.generation.inputs.embedding_table import EmbeddingTable
 from llava_edge.runtime.generation.loop import LoopResult, generate_tokens
@@ -134,7 +134,7 @@ def _ask(precision: str, artifact: Path, options: argparse.Namespace) -> list[di
             turns, same = _Turns([], []), 0
             for sample in _questions(options.questions, copies=copies):
                 question, images = sample.questions[0].text, [sample.image]
-                # Whoever comes second finds other caches, so both do in turn.
+                # The one that comes second finds other caches, so both do in turn.
                 ways = [0, options.lookup] if len(turns.plain) % 2 else [options.lookup, 0]
                 found = {
                     most: model.generate(question, images, prompt_lookup_num_tokens=most)
@@ -171,7 +171,7 @@ class _Forced(Sampler):
         super().__init__(GenerationConfig(), vocab_size, vocab_size)
         self._answer = iter(answer)
 
-    def choose(self, logits: Array | BestLogits) -> int:
+    def choose(self, logits: Array | TopkLogits) -> int:
         super().choose(logits)
         return next(self._answer)
 
@@ -211,7 +211,7 @@ class _Large:
         steps = PlainSteps(self._decoder, self._embed)
         if most:
             lookup = PromptLookup(self._prompt.tolist())
-            steps = DraftedSteps(self._decoder, self._embed, lookup, most)
+            steps = SpeculativeDecoding(self._decoder, self._embed, lookup, most)
         forced = _Forced(self._vocab_size, told.tolist())
         started = time.process_time()
         list(generate_tokens(steps, self._first, forced, frozenset(), len(told), LoopResult()))
@@ -228,12 +228,12 @@ class _Large:
             for count in _CHECKED:
                 self._decoder.rewind(len(self._prompt))
                 started = time.process_time()
-                tried = self._decoder.try_steps(rows[:count])
+                tried = self._decoder.verify_draft(rows[:count])
                 seconds[count].append(time.process_time() - started)
                 gap = max(gap, float(np.abs(tried - stepped[:count]).max()) / scale)
         # A plain step behind positions that were checked together, beside one behind steps.
         for _ in range(max(_CHECKED) - 1):
-            self._decoder.confirm()
+            self._decoder.accept()
         behind = float(np.abs(self._decoder.step(rows[-1]) - stepped[-1]).max()) / scale
         single = min(seconds[1])
         costs = {str(count): min(took) / single for count, took in seconds.items()}
@@ -253,7 +253,7 @@ def _force(precision: str, artifact: Path, options: argparse.Namespace) -> list[
     for name, told in (("copied", large.copied), ("new", large.new)):
         turns = _Turns([], [])
         for turn in range(options.rounds + 1):
-            # Whoever comes second finds other caches, so both do in turn.
+            # The one that comes second finds other caches, so both do in turn.
             ways = [0, options.lookup] if turn % 2 else [options.lookup, 0]
             found = {most: large.answer(told, most) for most in ways}
             # The first turn warms up.

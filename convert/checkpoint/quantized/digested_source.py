@@ -1,7 +1,7 @@
 """DigestedSource: remembers a digest of every quantised weight on its way into a graph.
 
-The digests go into the manifest. Whoever reads the graph back can then tell that it holds the very
-codes and scales that the source gave, whatever layout they lie in.
+The digests go into the manifest. Anyone who reads the graph back can then tell that it holds the
+very codes and scales that the source gave, whatever layout they lie in.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class HessianLayout:
     ``edges`` are the borders of the column blocks: (0, K) for one whole matrix, more for a block
     diagonal that ignores what lies between blocks, empty where nothing useful fits and the layer
     must be rounded to nearest. ``note`` says so in words, for the journal; None when nothing is
-    given up. ``num_bytes`` is the peak while solving: all blocks and one factor.
+    released. ``num_bytes`` is the peak while solving: all blocks and one factor.
     """
 
     edges: tuple[int, ...]

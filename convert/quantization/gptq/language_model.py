@@ -48,7 +48,7 @@ from llava_edge.convert.checkpoint.quantized.store import (
 )
 from llava_edge.convert.quantization.activation_file import ITEM_BYTES, ActivationFile
 from llava_edge.convert.quantization.calibration.calibration_set import CalibrationSet
-from llava_edge.convert.quantization.gptq.layer import LayerSolver, Tokens
+from llava_edge.convert.quantization.gptq.layer import LayerQuantizer, Tokens
 from llava_edge.convert.quantization.gptq.settings import QuantizeSettings
 from llava_edge.convert.util.files import check_free_space
 from llava_edge.convert.util.torch_threads import torch_threads
@@ -214,7 +214,7 @@ class _Run:
             if not self._journal.prepared:
                 self._embed(samples, hidden[0])
             samples.embedded()
-            solver = LayerSolver(self._checkpoint, self._settings, tokens, inner)
+            solver = LayerQuantizer(self._checkpoint, self._settings, tokens, inner)
             for layer in range(len(self._journal.layers), self._journal.num_layers):
                 started = time.perf_counter()
                 source, target = hidden[layer % 2], hidden[(layer + 1) % 2]
@@ -353,7 +353,7 @@ def _check_request(
 def _damage(
     folder: Path, journal: Journal, samples: CalibrationSet | None, hidden_size: int
 ) -> str | None:
-    """Why a folder cannot be gone on with; None where it can."""
+    """Why a folder cannot be resumed; None where it can."""
     damaged = damaged_layers(folder, journal)
     if damaged:
         return f"{', '.join(damaged)} differ from the journal"

@@ -1,4 +1,4 @@
-"""LayerSolver: GPTQ on one decoder layer, its samples streamed from file to file.
+"""LayerQuantizer: GPTQ on one decoder layer, its samples streamed from file to file.
 
 hidden → input norm        → H → q, k, v          rows of hidden, some at a time
 hidden → attention → inner → H → o                sample by sample
@@ -95,7 +95,7 @@ class Tokens:
             yield start, min(start + _TOKENS_AT_A_TIME, self.count)
 
 
-class LayerSolver:
+class LayerQuantizer:
     """Solves layers of one checkpoint.
 
     Args:

@@ -4,7 +4,7 @@ A piece is a block of the tower, what lies before the first, or the projector. O
 loaded at a time, and its inner values are handed out tile by tile, so that a full-size tower is
 looked into within the memory of one block.
 
-Whoever looks may add nodes to a piece, to have sums of its values computed where they arise.
+Anyone who looks may add nodes to a piece, to have sums of its values computed where they arise.
 """
 
 from __future__ import annotations

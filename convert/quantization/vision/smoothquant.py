@@ -1,9 +1,9 @@
 """InputScales: outlier channels of the tower's activations, moved into the weights where it helps.
 
 A linear layer gives the same numbers when its input channels are divided by ``s`` and its weight's
-columns multiplied by it. One loud channel then no longer takes the steps of all others. Factors are
-powers of two, so that in float32 this is exact; behind a layer norm the norm's gain and bias take
-the division, elsewhere one multiplication in front of the layer does.
+columns multiplied by it. One outlier channel then no longer takes the steps of all others. Factors
+are powers of two, so that in float32 this is exact; behind a layer norm the norm's gain and bias
+take the division, elsewhere one multiplication in front of the layer does.
 
 Source of the idea: Xiao et al., SmoothQuant, arXiv 2211.10438. Here factors only grow from 1, and
 for each layer the strength is chosen that gives the least output error on calibration rows.

@@ -1,4 +1,4 @@
-"""Subject: the artifact under test, run by the runtime's own code, whole or in groups of layers."""
+"""ArtifactRunner: the artifact under test, run by the runtime's code, whole or layer by layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llava_edge.runtime.artifact.memory_estimate import stored_isa
 from llava_edge.runtime.artifact.open import Artifact
 from llava_edge.runtime.artifact.prompt_date import COMPARED_NOW
 from llava_edge.runtime.backends.cpu_isa import needs_wide_sums
-from llava_edge.runtime.backends.logits_to_keep import kept_logits
+from llava_edge.runtime.backends.logits_to_keep import logits_input
 from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
 from llava_edge.runtime.generation.decoder.decoder import Decoder, FillEmbeddings
 from llava_edge.runtime.generation.decoder.kv_cache import KVCache
@@ -35,7 +35,7 @@ from llava_edge.runtime.vision.encoder import VisionEncoder
 from llava_edge.runtime.vision.encoder_protocols import TileEncoder
 
 
-class Subject:
+class ArtifactRunner:
     """An opened artifact and the sessions that its stages need; use as a context manager.
 
     Args:
@@ -209,7 +209,7 @@ class Subject:
                 "inputs_embeds": rows[None, start:stop].astype(self.dtype),
                 "seqlens_k": np.array([stop - 1], np.int32),
                 "total_sequence_length": np.array(positions.total, np.int32),
-                **kept_logits(session, 1),
+                **logits_input(session, 1),
                 "past_key_values.0.key": caches[0],
                 "past_key_values.0.value": caches[1],
             }
@@ -226,7 +226,7 @@ class Subject:
         session = self.graph.slice(count, count).open(self.options)
         feeds = {
             "inputs_embeds": states[None].astype(self.dtype),
-            **kept_logits(session, 0),
+            **logits_input(session, 0),
         }
         (logits,) = session.run(feeds, ["logits"])
         found: Array = logits[0]
@@ -256,7 +256,7 @@ class Subject:
         """Give the embedding file back."""
         self.table.close()
 
-    def __enter__(self) -> Subject:
+    def __enter__(self) -> ArtifactRunner:
         return self
 
     def __exit__(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge.convert.onnx.decoder_slice import DecoderGraph
-from llava_edge.convert.verify.runner.artifact_runner import Subject
+from llava_edge.convert.verify.runner.artifact_runner import ArtifactRunner
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact.manifest import GraphSpec, Manifest
 from llava_edge.runtime.artifact.open import Artifact
@@ -71,7 +71,7 @@ class LoopCut:
 
 
 @contextmanager
-def loop_cut(subject: Subject) -> Iterator[LoopCut]:
+def loop_cut(subject: ArtifactRunner) -> Iterator[LoopCut]:
     """The artifact whole where its decoder fits the subject's memory, else a cut of it.
 
     The cut has as many layers as fit beside the head, one at least.

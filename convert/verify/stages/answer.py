@@ -8,7 +8,7 @@ import numpy as np
 
 from llava_edge.convert.onnx.float16_emulation import emulate_float16
 from llava_edge.convert.verify.reference.answer import ReferenceAnswer
-from llava_edge.convert.verify.runner.artifact_runner import Subject
+from llava_edge.convert.verify.runner.artifact_runner import ArtifactRunner
 from llava_edge.convert.verify.runner.losses import Losses
 from llava_edge.convert.verify.runner.metrics import GAP, row_gaps, whole_gap
 from llava_edge.runtime.artifact.certificate import StageResult, bounded, exact
@@ -56,7 +56,7 @@ class AnswerStages:
     rounding: dict[str, Losses] = field(default_factory=dict)
     """What rounding to nearest costs, by probe."""
 
-    def measure(self, subject: Subject, answer: ReferenceAnswer) -> None:
+    def measure(self, subject: ArtifactRunner, answer: ReferenceAnswer) -> None:
         """Run one probe through the artifact and compare it with the reference's answer."""
         name, positions = answer.probe.name, answer.positions
         self.num_probes += 1
@@ -144,7 +144,7 @@ class AnswerStages:
         if worst is None or not gap <= worst[0]:
             self.worst[stage] = (gap, probe)
 
-    def _embeddings(self, subject: Subject, answer: ReferenceAnswer, rows: Array) -> None:
+    def _embeddings(self, subject: ArtifactRunner, answer: ReferenceAnswer, rows: Array) -> None:
         """Text rows are equal; image rows are compared through the rows that they come from."""
         name = answer.probe.name
         ids = np.concatenate([answer.inputs.ids.numpy(), answer.forced])
@@ -175,7 +175,7 @@ class AnswerStages:
         self.tokens += compare_choices(logits.argmax(-1), answer.export, bound, name)
 
 
-def _half_loss(subject: Subject, request: Request, theirs: Array) -> float:
+def _half_loss(subject: ArtifactRunner, request: Request, theirs: Array) -> float:
     """What float16 costs a probe's tiles; the CPU provider would not show it."""
     tiles = np.concatenate(request.pixel_values)
     ours = emulate_float16(subject.vision_path(), subject.dims, tiles)

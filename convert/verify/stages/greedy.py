@@ -23,7 +23,7 @@ import numpy as np
 
 from llava_edge.convert.verify.reference.answer import Reference
 from llava_edge.convert.verify.reference.probes import NUM_STEPS, Probe
-from llava_edge.convert.verify.runner.artifact_runner import Subject
+from llava_edge.convert.verify.runner.artifact_runner import ArtifactRunner
 from llava_edge.convert.verify.runner.loop_cut import loop_cut
 from llava_edge.convert.verify.runner.metrics import GAP
 from llava_edge.convert.verify.stages.answer import compare_choices
@@ -40,7 +40,7 @@ _FEATURE_BYTES = 128 << 20
 
 
 def greedy_tokens(
-    subject: Subject,
+    subject: ArtifactRunner,
     probes: Sequence[Probe],
     reference: Reference,
     bounds: Bounds,

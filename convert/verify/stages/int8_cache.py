@@ -31,7 +31,7 @@ from llava_edge.convert.onnx.decoder import rope_tables
 from llava_edge.convert.onnx.graph_file import GraphFile
 from llava_edge.convert.onnx.int8_kv_cache import LARGEST_CODE
 from llava_edge.convert.verify.reference.answer import Positions, ReferenceAnswer
-from llava_edge.convert.verify.runner.artifact_runner import Subject
+from llava_edge.convert.verify.runner.artifact_runner import ArtifactRunner
 from llava_edge.convert.verify.runner.losses import Losses
 from llava_edge.convert.verify.runner.metrics import GAP, row_gaps, whole_gap
 from llava_edge.convert.verify.structure.int8_cache import read_scales
@@ -72,7 +72,7 @@ class CacheStage:
     scales: Sequence[Array] = ()
     logits: tuple[float, str] = (0.0, "")
 
-    def measure(self, subject: Subject, answer: ReferenceAnswer) -> None:
+    def measure(self, subject: ArtifactRunner, answer: ReferenceAnswer) -> None:
         """Run one probe with both caches, prompt in chunks and answer in steps."""
         name, positions = answer.probe.name, answer.positions
         given = answer.embeddings.astype(subject.dtype)
@@ -130,7 +130,7 @@ class CacheStage:
 
     def _layer(
         self,
-        subject: Subject,
+        subject: ArtifactRunner,
         layer: int,
         rows: Array,
         positions: Positions,

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from llava_edge.convert.verify.reference.answer import Reference, ReferenceAnswer
-from llava_edge.convert.verify.runner.artifact_runner import Subject
+from llava_edge.convert.verify.runner.artifact_runner import ArtifactRunner
 from llava_edge.convert.verify.runner.layer_inputs import LayerInputs
 from llava_edge.convert.verify.runner.metrics import row_gaps
 from llava_edge.convert.verify.stages.answer import compare_choices
@@ -61,7 +61,9 @@ class LayerStage:
     head: tuple[float, str] = (0.0, "")
     tokens: TokenComparison = field(default_factory=lambda: TokenComparison(0, 0, 0))
 
-    def measure(self, subject: Subject, reference: Reference, answer: ReferenceAnswer) -> None:
+    def measure(
+        self, subject: ArtifactRunner, reference: Reference, answer: ReferenceAnswer
+    ) -> None:
         """Run the layers of one probe, prompt in chunks and answer in steps."""
         count, name = subject.dims.text.num_hidden_layers, answer.probe.name
         embeddings = torch.from_numpy(answer.embeddings)

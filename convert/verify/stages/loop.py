@@ -24,10 +24,10 @@ from llava_edge.runtime.artifact.certificate import StageResult, exact
 from llava_edge.runtime.artifact.memory_estimate import RequestMemory
 from llava_edge.runtime.artifact.open import Artifact
 from llava_edge.runtime.artifact.prompt_date import COMPARED_NOW
-from llava_edge.runtime.generation.engine import Answerer
+from llava_edge.runtime.generation.engine import Engine
 from llava_edge.runtime.generation.inputs.embedding_table import EmbeddingTable
 from llava_edge.runtime.generation.inputs.prompt_encoder import PromptEmbedder
-from llava_edge.runtime.loading.components import LoadedParts
+from llava_edge.runtime.loading.components import Components
 from llava_edge.runtime.loading.memory_fit import LoadFit
 from llava_edge.runtime.loading.options import LoadOptions
 from llava_edge.runtime.processing.processor import RequestBuilder
@@ -40,7 +40,7 @@ from llava_edge.runtime.verification.loop.bench import CAPACITY
 from llava_edge.runtime.verification.loop.check import check_loop
 from llava_edge.runtime.verification.loop.model import STAGE, LoopOnModel, check_loop_on_model
 from llava_edge.runtime.verification.loop.scripted_decoder import DigestEncoder, ScriptedDecoder
-from llava_edge.runtime.vision.select import Tower
+from llava_edge.runtime.vision.select import VisionBackend
 
 
 def golden_loop(artifact: Artifact, reference: Reference) -> GoldenLoop:
@@ -100,14 +100,14 @@ def open_without_graphs(artifact: Artifact) -> Iterator[LlavaEdge]:
         tokenizer = artifact_tokenizer(artifact)
         table = EmbeddingTable(artifact.files[manifest.embeddings], dims)
         opened.callback(table.close)
-        tower = Tower(DigestEncoder(), "ort")
+        tower = VisionBackend(DigestEncoder(), "ort")
         decoder: Any = ScriptedDecoder(
             table.vocab_size, table.hidden_size, dtype, CAPACITY, manifest.prefill_chunk
         )
         embedder = PromptEmbedder(
             dims, tokens.image, table, tower.encoder, dtype, None, tokens.video
         )
-        answerer = Answerer(
+        engine = Engine(
             tower,
             "cpu",
             embedder,
@@ -120,17 +120,17 @@ def open_without_graphs(artifact: Artifact) -> Iterator[LlavaEdge]:
             prefix_reuse=True,
             least_context=manifest.context_tokens,
         )
-        parts = LoadedParts(
+        parts = Components(
             tokenizer=tokenizer,
             requests=RequestBuilder(manifest, tokenizer, Limits()),
             table=table,
             tower=tower,
             decoder=decoder,
-            answerer=answerer,
+            engine=engine,
             degraded=(),
             off_device=(),
             threads=1,
-            forget=answerer.forget,
+            forget=engine.forget,
             opened=opened.pop_all(),
         )
     fit = LoadFit(CAPACITY, manifest.precision.computes)

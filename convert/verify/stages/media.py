@@ -12,7 +12,7 @@ import numpy as np
 
 from llava_edge.convert.verify.media.video_files import can_decode
 from llava_edge.convert.verify.reference.media import MediaReference
-from llava_edge.convert.verify.runner.artifact_runner import Subject
+from llava_edge.convert.verify.runner.artifact_runner import ArtifactRunner
 from llava_edge.convert.verify.runner.metrics import GAP, whole_gap
 from llava_edge.runtime.artifact.certificate import StageResult, bounded, exact
 from llava_edge.runtime.processing.request import Request
@@ -25,7 +25,9 @@ MEDIA_GAP = "files_max_gap_of_range"
 """Of what the decoder reads of pictures from files; held to the bound of ``GAP``."""
 
 
-def media_stage(subject: Subject, media: MediaReference, bounds: Bounds) -> list[StageResult]:
+def media_stage(
+    subject: ArtifactRunner, media: MediaReference, bounds: Bounds
+) -> list[StageResult]:
     """Read every file and conversation as a user's, and compare."""
     context = subject.artifact.manifest.context_tokens
     with MediaReader(subject.artifact.manifest, subject.tokenizer) as reader:
@@ -49,7 +51,7 @@ def media_stage(subject: Subject, media: MediaReference, bounds: Bounds) -> list
     ]
 
 
-def _rows(subject: Subject, request: Request, positions: Array) -> Array:
+def _rows(subject: ArtifactRunner, request: Request, positions: Array) -> Array:
     return subject.embed(request).at(positions, subject.dtype)
 
 

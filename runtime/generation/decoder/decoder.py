@@ -15,10 +15,10 @@ import numpy as np
 from llava_edge.profiles.errors import PromptError
 from llava_edge.profiles.memory.buffers import MAX_DRAFT_TOKENS
 from llava_edge.profiles.models.model_dims import TextDims
-from llava_edge.runtime.backends.logits_to_keep import kept_logits
+from llava_edge.runtime.backends.logits_to_keep import logits_input
 from llava_edge.runtime.backends.onnxruntime import Buffer, Session
 from llava_edge.runtime.generation.decoder.kv_cache import KVCache
-from llava_edge.runtime.generation.decoder.topk_logits import BestLogits
+from llava_edge.runtime.generation.decoder.topk_logits import TopkLogits
 from llava_edge.runtime.util.allocation import allocate
 from llava_edge.runtime.util.arrays import Array
 
@@ -72,7 +72,7 @@ class Decoder:
         # Lengths: total minus one on the device, the total itself in host memory.
         self._last = Buffer((1,), np.int32, *place)
         self._total = Buffer.over(np.array(capacity, np.int32))
-        ((self._keep_name, one),) = kept_logits(session, 1).items()
+        ((self._keep_name, one),) = logits_input(session, 1).items()
         self._keep = Buffer.over(one)
         self._logits = Buffer((1, 1, text.vocab_size), np.float32, *place)
         self._row = Buffer((1, 1, text.hidden_size), dtype, *place)
@@ -177,7 +177,7 @@ class Decoder:
 
     def _ask_logits(self, count: int) -> None:
         """Of the last ``count`` positions of the next run."""
-        self._keep.write(kept_logits(self._session, count)[self._keep_name])
+        self._keep.write(logits_input(self._session, count)[self._keep_name])
 
     @property
     def picks_best(self) -> bool:
@@ -189,13 +189,13 @@ class Decoder:
         self._append(row)
         return self._last_logits()
 
-    def step_best(self, row: Array) -> BestLogits:
+    def step_best(self, row: Array) -> TopkLogits:
         """As ``step``; on another device only the best logits are copied from there."""
         if self._best is None:
             raise ValueError("this graph does not pick logits out")
         self._append(row)
         values, ids = (buffer.read()[0, 0] for buffer in self._best)
-        return BestLogits(values, ids, self._last_logits)
+        return TopkLogits(values, ids, self._last_logits)
 
     def _append(self, row: Array) -> None:
         if self.length >= self.capacity:
@@ -211,10 +211,10 @@ class Decoder:
         last: Array = self._logits.read()[0, 0]
         return last
 
-    def try_steps(self, rows: Array) -> Array:
+    def verify_draft(self, rows: Array) -> Array:
         """Append one position, and compute those that may follow it in the same run.
 
-        Only the first counts from here on. The others are on trial: ``confirm`` appends the next of
+        Only the first counts from here on. The others are on trial: ``accept`` appends the next of
         them without computing anything; any other call forgets them. So the length is right at
         every moment, whatever ends the request.
 
@@ -249,7 +249,7 @@ class Decoder:
         kept: Array = bound.logits.read()[0]
         return kept
 
-    def confirm(self) -> None:
+    def accept(self) -> None:
         """Append the next of the positions on trial."""
         if not self._on_trial:
             raise ValueError("no position is on trial")
@@ -302,7 +302,7 @@ class Decoder:
             place = self._session.place
             kinds: tuple[type[np.generic], ...] = (np.float32, np.int64)
             values, ids = (Buffer((1, 1, self._num_best), kind, *place) for kind in kinds)
-            self._step.output("best_logits", values)
+            self._step.output("topk_logits", values)
             self._step.output("best_ids", ids)
             self._best = values, ids
         self._prefill = self._bind()

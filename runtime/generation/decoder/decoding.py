@@ -3,7 +3,7 @@
 The loop asks for one token's logits at a time and need not know how they came about. Whatever is
 drafted, every token is chosen by the sampler from the model's own logits, in order: greedy takes
 the largest, sampling draws the same random numbers as without drafts, and the repetition penalty
-has seen the same tokens. Only the last bits of logits differ, see ``Decoder.try_steps``.
+has seen the same tokens. Only the last bits of logits differ, see ``Decoder.verify_draft``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol
 
 from llava_edge.runtime.generation.decoder.decoder import Decoder
 from llava_edge.runtime.generation.decoder.prompt_lookup import DraftPace, PromptLookup
-from llava_edge.runtime.generation.decoder.topk_logits import BestLogits
+from llava_edge.runtime.generation.decoder.topk_logits import TopkLogits
 from llava_edge.runtime.util.arrays import Array
 
 EmbedTokens = Callable[[Sequence[int]], Array]
@@ -35,7 +35,7 @@ class Steps(Protocol):
     def is_full(self) -> bool:
         """Whether the context has no room for a token."""
 
-    def step(self, token: int, may_follow: int) -> Array | BestLogits:
+    def step(self, token: int, may_follow: int) -> Array | TopkLogits:
         """Append a token; float32 (vocab,) logits behind it, valid until the next call.
 
         Args:
@@ -59,20 +59,20 @@ class PlainSteps:
         """Whether the context has no room for a token."""
         return self._decoder.length >= self._decoder.capacity
 
-    def step(self, token: int, may_follow: int) -> Array | BestLogits:
+    def step(self, token: int, may_follow: int) -> Array | TopkLogits:
         """Append a token; see ``Steps``."""
         return self._decoder.step(self._embed([token])[0])
 
 
-class BestSteps(PlainSteps):
+class TopkSteps(PlainSteps):
     """One run of the decoder a token, of which the best logits come to the host."""
 
-    def step(self, token: int, may_follow: int) -> BestLogits:
+    def step(self, token: int, may_follow: int) -> TopkLogits:
         """Append a token; see ``Steps``."""
         return self._decoder.step_best(self._embed([token])[0])
 
 
-class DraftedSteps(PlainSteps):
+class SpeculativeDecoding(PlainSteps):
     """A token and its draft in one run; the draft's logits are handed out while it holds.
 
     Args:
@@ -94,12 +94,12 @@ class DraftedSteps(PlainSteps):
         self._matched = 0
         self._rows: Array | None = None
 
-    def step(self, token: int, may_follow: int) -> Array | BestLogits:
+    def step(self, token: int, may_follow: int) -> Array | TopkLogits:
         """Append a token; see ``Steps``."""
         self._lookup.append(token)
         if self._held < len(self._draft):
             if token == self._draft[self._held]:
-                self._decoder.confirm()
+                self._decoder.accept()
                 self._held += 1
                 self.accepted += 1
                 return self._row()
@@ -110,7 +110,7 @@ class DraftedSteps(PlainSteps):
         draft = self._lookup.draft(length)
         if not draft:
             return super().step(token, may_follow)
-        self._rows = self._decoder.try_steps(self._embed([token, *draft]))
+        self._rows = self._decoder.verify_draft(self._embed([token, *draft]))
         self._draft, self._held, self._matched = draft, 0, matched
         self.drafted += len(draft)
         return self._row()

@@ -44,7 +44,7 @@ class KVCache:
     def part(self, layer: int, name: str) -> Array:
         """Keys (``key``) or values (``value``) of a layer so far, [kv_heads, length, head_dim].
 
-        For whoever looks at a cache; on the CPU the memory itself.
+        For anyone who looks at a cache; on the CPU the memory itself.
         """
         return self._buffers[f"{layer}.{name}"].read()[0, :, : self.length]
 

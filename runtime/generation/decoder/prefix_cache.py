@@ -1,4 +1,4 @@
-"""CacheContents: what the positions of the KV cache stand for, so that a prompt can go on there.
+"""PrefixCache: what the positions of the KV cache stand for, so that a prompt can go on there.
 
 A prompt that begins like the last one, with the same pictures and videos in the same places, needs
 only its new tokens computed. Text is compared by its ids, pictures by geometry and digests of their
@@ -17,13 +17,13 @@ from llava_edge.runtime.util.arrays import Array
 _ALWAYS_COMPUTED = 2
 
 
-class CacheContents:
+class PrefixCache:
     """Ids and media of the prompt and the answer that went into the cache last.
 
     What is written here is what goes in, in order; how far it got, the cache alone knows, and
-    ``reusable`` asks it. So a run that fails, is cancelled or raises needs no repair here. The one
-    rule for whoever fills the cache: a position that holds anything else than what is written for
-    it is rewound before the next token is written.
+    ``match`` asks it. So a run that fails, is cancelled or raises needs no repair here. The one
+    rule for anyone who fills the cache: a position that holds anything else than what is written
+    for it is rewound before the next token is written.
 
     Args:
         place_ids: ids that stand for an image's or a video's features and not for a word.
@@ -34,12 +34,12 @@ class CacheContents:
         self.clear()
 
     def clear(self) -> None:
-        """The cache holds nothing that may be gone on with."""
+        """The cache holds nothing that may be reused."""
         self._ids: Array = np.empty(0, np.int64)
         self._answer: list[int] = []
         self._placed: tuple[PlacedMedium, ...] = ()
 
-    def hold(self, request: Request) -> None:
+    def commit(self, request: Request) -> None:
         """A prompt goes in, over what the cache held before; say so once that is rewound."""
         self._ids, self._answer, self._placed = request.ids, [], request.placed
 
@@ -47,7 +47,7 @@ class CacheContents:
         """A token of the answer goes in behind the rest."""
         self._answer.append(token)
 
-    def reusable(self, request: Request, num_valid: int) -> int:
+    def match(self, request: Request, num_valid: int) -> int:
         """How many positions of the cache are the beginning of this request.
 
         Never a part of a picture or video, whose features would be made for the rest of it all the

@@ -1,6 +1,6 @@
 """PromptLookup: guesses the next tokens by finding the last ones earlier in prompt or answer.
 
-Answers that copy, quote or edit what stands in the prompt repeat it token by token. What followed
+Answers that quote, copy or edit what stands in the prompt repeat it token by token. What followed
 the same few tokens before is a draft of what follows now; the model then checks it in one run.
 
 Source: Saxena, "Prompt Lookup Decoding", 2023; transformers

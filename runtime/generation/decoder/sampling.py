@@ -15,7 +15,7 @@ import numpy as np
 
 from llava_edge.profiles.errors import EngineError
 from llava_edge.profiles.memory.buffers import BEST_TOKENS
-from llava_edge.runtime.generation.decoder.topk_logits import BestLogits
+from llava_edge.runtime.generation.decoder.topk_logits import TopkLogits
 from llava_edge.runtime.generation.generation_config import GenerationConfig
 from llava_edge.runtime.util.arrays import Array
 
@@ -57,7 +57,7 @@ class Sampler:
         few = options.is_greedy or 0 < options.top_k < BEST_TOKENS
         return few and options.repetition_penalty == 1.0
 
-    def choose(self, logits: Array | BestLogits) -> int:
+    def choose(self, logits: Array | TopkLogits) -> int:
         """The next token id from float32 (vocab,) logits, which are left unchanged.
 
         Where the best of them decide, the token is the one that all of them would give.
@@ -66,7 +66,7 @@ class Sampler:
             EngineError: the largest logit is no finite number; the model overflowed.
         """
         options = self._options
-        if isinstance(logits, BestLogits):
+        if isinstance(logits, TopkLogits):
             found = self._choose_of_best(logits) if self.needs_few else None
             if found is not None:
                 return found
@@ -114,7 +114,7 @@ class Sampler:
             ids, weights = ids[:last], weights[:last] / weights[:last].sum()
         return ids, weights
 
-    def _choose_of_best(self, best: BestLogits) -> int | None:
+    def _choose_of_best(self, best: TopkLogits) -> int | None:
         """The token, or None where tokens that are not among the best might be it."""
         options, values = self._options, best.values
         if not math.isfinite(float(values[0])):

@@ -1,4 +1,4 @@
-"""BestLogits: the largest logits of a step, and all of them for whoever asks."""
+"""TopkLogits: the largest logits of a step, and all of them for callers that ask."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llava_edge.runtime.util.arrays import Array
 
 
 @dataclass(frozen=True)
-class BestLogits:
+class TopkLogits:
     """What a graph picked out on its device.
 
     Attributes:

@@ -16,7 +16,7 @@ from llava_edge.profiles.models.anyres import TileLayout
 from llava_edge.runtime.processing.image_packing import packing_index
 from llava_edge.runtime.util.allocation import allocate
 from llava_edge.runtime.util.arrays import Array
-from llava_edge.runtime.vision.gpu_features import DeviceRows
+from llava_edge.runtime.vision.gpu_features import GpuFeatures
 
 
 class Rows(Protocol):
@@ -51,7 +51,7 @@ class PromptEmbeddings:
         image_token_id: int,
         layouts: Sequence[TileLayout],
         patches_per_side: int,
-        features: Array | DeviceRows,
+        features: Array | GpuFeatures,
         table: Rows,
         video_token_id: int | None = None,
     ) -> None:
@@ -81,16 +81,16 @@ class PromptEmbeddings:
     def features(self) -> Array:
         """(rows, hidden) in host memory, copied where they are on the device."""
         features = self._features
-        return features.read() if isinstance(features, DeviceRows) else features
+        return features.read() if isinstance(features, GpuFeatures) else features
 
     @property
     def on_device(self) -> bool:
         """Whether features lie on a device, for as long as this object is there."""
-        return isinstance(self._features, DeviceRows)
+        return isinstance(self._features, GpuFeatures)
 
     def place(self, start: int, stop: int, address: int) -> None:
         """Copy what ``fill`` left out, features on the device, to the rows at ``address``."""
-        if not isinstance(self._features, DeviceRows):
+        if not isinstance(self._features, GpuFeatures):
             return
         started = time.perf_counter()
         rows = self._feature_rows[start:stop]
@@ -112,7 +112,7 @@ class PromptEmbeddings:
         out = allocate((len(positions), self._features.shape[1]), dtype, "embeddings to compare")
         for place, position in enumerate(positions.tolist()):
             self.fill(position, position + 1, out[place : place + 1])
-        if isinstance(self._features, DeviceRows):
+        if isinstance(self._features, GpuFeatures):
             rows = self._feature_rows[positions]
             out[rows >= 0] = self._features.read()[rows[rows >= 0]]
         return out
@@ -120,7 +120,7 @@ class PromptEmbeddings:
     def _fill(self, start: int, stop: int, out: Array) -> None:
         rows = self._feature_rows[start:stop]
         is_image = rows >= 0
-        features = None if isinstance(self._features, DeviceRows) else self._features
+        features = None if isinstance(self._features, GpuFeatures) else self._features
         if is_image.all():
             if features is not None:
                 np.take(features, rows, axis=0, out=out)

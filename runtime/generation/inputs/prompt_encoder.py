@@ -19,8 +19,8 @@ from llava_edge.runtime.processing.tile_pixels import Pixels, digests_of
 from llava_edge.runtime.util.allocation import allocate
 from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.progress import ReportProgress, no_progress
-from llava_edge.runtime.vision.encoder_protocols import DeviceEncoder, KnowingEncoder, TileEncoder
-from llava_edge.runtime.vision.gpu_features import DeviceRows
+from llava_edge.runtime.vision.encoder_protocols import CachingEncoder, DeviceEncoder, TileEncoder
+from llava_edge.runtime.vision.gpu_features import GpuFeatures
 
 
 class PromptEmbedder:
@@ -57,21 +57,21 @@ class PromptEmbedder:
 
     def num_to_encode(self, request: Request) -> int:
         """Tiles and frames of a request, with pixels, that ``embed`` would not find encoded."""
-        if not isinstance(self._encoder, KnowingEncoder):
+        if not isinstance(self._encoder, CachingEncoder):
             return request.num_tiles
         vision = self._dims.vision
         rows = {True: video_tokens_per_frame(vision), False: vision.num_patches}
         digests: dict[bool, set[bytes]] = {True: set(), False: set()}
         for medium in request.placed:
             digests[medium.layout is None].update(medium.digests)
-        return sum(self._encoder.num_unknown(digests[kind], rows[kind]) for kind in rows)
+        return sum(self._encoder.num_missing(digests[kind], rows[kind]) for kind in rows)
 
     def features(
         self,
         pixel_values: Sequence[Pixels],
         progress: ReportProgress = no_progress,
         frame_pixels: Sequence[Pixels] = (),
-    ) -> Array | DeviceRows:
+    ) -> Array | GpuFeatures:
         """Features of all tiles of all images, and of all frames of all videos.
 
         Args:
@@ -101,7 +101,7 @@ class PromptEmbedder:
     def _encode_frames(
         self,
         frame_pixels: Sequence[Pixels],
-        features: Array | DeviceRows,
+        features: Array | GpuFeatures,
         first: int,
         progress: ReportProgress,
     ) -> None:
@@ -120,14 +120,14 @@ class PromptEmbedder:
 
     def _encode(self, pixels: Array, digests: tuple[bytes, ...], out: Array) -> None:
         assert not isinstance(self._encoder, DeviceEncoder)
-        if isinstance(self._encoder, KnowingEncoder):
+        if isinstance(self._encoder, CachingEncoder):
             self._encoder.encode(pixels, out, digests)
         else:
             self._encoder.encode(pixels, out)
 
     def _batches(self, media: Sequence[Pixels]) -> Iterator[tuple[Array, tuple[bytes, ...]]]:
         """Pixels as float32, batch by batch, with their digests where the encoder asks for them."""
-        known = isinstance(self._encoder, KnowingEncoder)
+        known = isinstance(self._encoder, CachingEncoder)
         for parts in _batches(media, self._batch_tiles):
             pixels = [media[index][part] for index, part in parts]
             digests = [digests_of(media[index])[part] for index, part in parts] if known else []
@@ -135,7 +135,7 @@ class PromptEmbedder:
 
     def _room(
         self, shape: tuple[int, int]
-    ) -> tuple[Array | DeviceRows, Callable[[Array, tuple[bytes, ...], int], None]]:
+    ) -> tuple[Array | GpuFeatures, Callable[[Array, tuple[bytes, ...], int], None]]:
         """A matrix that ends with the newline row, and what writes tiles into it from a row on."""
         # Only models without tiles have no newline row, and then nothing refers to it.
         newline = self._table.image_newline

@@ -21,7 +21,7 @@ from llava_edge.runtime.generation.inputs.prompt_encoder import PromptEmbedder
 from llava_edge.runtime.generation.loop import FinishReason
 from llava_edge.runtime.generation.output import Answer
 from llava_edge.runtime.generation.stream import AnswerStream
-from llava_edge.runtime.processing.degradation import Lowering
+from llava_edge.runtime.processing.degradation import Degradation
 from llava_edge.runtime.processing.request import PromptOptions, Request, VideoInput
 from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.progress import ReportProgress, no_progress
@@ -112,12 +112,12 @@ class LoopBench:
         """Within it the model runs a fresh scripted decoder, which is given.
 
         Args:
-            prefix_reuse: as for ``Answerer``.
+            prefix_reuse: as for ``Engine``.
             picks_best: the decoder gives its best logits alone.
             vision_cache: tiles whose features are kept.
             capacity: positions of the context.
         """
-        real, loaded = self.model._answerer, self.model._decoder
+        real, loaded = self.model._engine, self.model._decoder
         decoder: Any = ScriptedDecoder(
             self.table.vocab_size,
             self.table.hidden_size,
@@ -134,7 +134,7 @@ class LoopBench:
         features = FeatureCache(vision_cache * tile_bytes)
         cached = CachedEncoder(encoder, features) if vision_cache else encoder
         memory: Any = _NoMemory()
-        self.model._answerer = real.over(
+        self.model._engine = real.over(
             decoder, self._embedder(cached), memory, prefix_reuse=prefix_reuse
         )
         # Its capacity is the context then, however little was loaded.
@@ -142,7 +142,7 @@ class LoopBench:
         try:
             yield decoder
         finally:
-            self.model._answerer, self.model._decoder = real, loaded
+            self.model._engine, self.model._decoder = real, loaded
 
     def request(
         self, prompt: str, images: Sequence[Any] = (), video: Any = None, grid: str | None = None
@@ -194,7 +194,7 @@ class LoopBench:
     ) -> AnswerStream:
         """The stream of a request that is ready."""
         return self.model._start(
-            Lowering(lambda: request), config, budget or TimeBudget(), progress=progress
+            Degradation(lambda: request), config, budget or TimeBudget(), progress=progress
         )
 
     def run(

@@ -10,7 +10,7 @@ import numpy as np
 from llava_edge.profiles.errors import EngineError
 from llava_edge.profiles.memory.buffers import BEST_TOKENS
 from llava_edge.runtime.generation.decoder.sampling import Sampler
-from llava_edge.runtime.generation.decoder.topk_logits import BestLogits
+from llava_edge.runtime.generation.decoder.topk_logits import TopkLogits
 from llava_edge.runtime.generation.generation_config import GenerationConfig
 from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.verification.golden.loop import DrawCase, drawn_logits
@@ -69,10 +69,10 @@ def _sampler(case: DrawCase, uniform: Callable[[], float] | None = None) -> Samp
     )
 
 
-def _best(row: Array) -> BestLogits:
+def _best(row: Array) -> TopkLogits:
     """The best of a row as a graph may give them: of equal ones the highest id first."""
     order = np.lexsort((-np.arange(row.size), -row))[:BEST_TOKENS]
-    return BestLogits(row[order], order.astype(np.int64), row.copy)
+    return TopkLogits(row[order], order.astype(np.int64), row.copy)
 
 
 def _seed_faults() -> Iterable[str]:

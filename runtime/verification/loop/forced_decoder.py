@@ -56,19 +56,19 @@ class ForcedDecoder:
         self._give_up()
         return self._named(self._decoder.step(row))
 
-    def try_steps(self, rows: Array) -> Array:
-        """See ``Decoder.try_steps``."""
+    def verify_draft(self, rows: Array) -> Array:
+        """See ``Decoder.verify_draft``."""
         self._give_up()
-        found = self._decoder.try_steps(rows)
+        found = self._decoder.verify_draft(rows)
         first = self._named(found[0])
         self._on_trial = [row.copy() for row in found[1:]]
         number = self._decoder.length - self._num_prompt
         others = [self._name(number + 1 + index) for index in range(len(self._on_trial))]
         return np.stack([first, *others])
 
-    def confirm(self) -> None:
-        """See ``Decoder.confirm``."""
-        self._decoder.confirm()
+    def accept(self) -> None:
+        """See ``Decoder.accept``."""
+        self._decoder.accept()
         self.accepted += 1
         self._named(self._on_trial.pop(0))
 

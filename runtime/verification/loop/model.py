@@ -19,7 +19,7 @@ from llava_edge.runtime.artifact.certificate import StageResult, bounded, exact
 from llava_edge.runtime.generation.deadline import TimeBudget
 from llava_edge.runtime.generation.generation_config import GenerationConfig
 from llava_edge.runtime.generation.output import Answer
-from llava_edge.runtime.processing.degradation import Lowering
+from llava_edge.runtime.processing.degradation import Degradation
 from llava_edge.runtime.processing.request import PromptOptions, Request
 from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.verification.loaded_model import LoadedModel
@@ -154,7 +154,7 @@ class _Paths:
         """Tokens that the model chooses, by the logits that follow them."""
         model = self.model
         chosen = GenerationConfig.merged(None, max_new_tokens=count, **options)
-        with self._answering(model._answerer.over(model._decoder, prefix_reuse=False, stops=False)):
+        with self._answering(model._engine.over(model._decoder, prefix_reuse=False, stops=False)):
             answer = self._asked(self.base, chosen)
         rows: list[Array] = []
         model.replay(
@@ -188,7 +188,7 @@ class _Paths:
 
     def _over(self, decoder: Any, *, prefix_reuse: bool) -> Any:
         self.model._decoder.rewind(0)
-        return self.model._answerer.over(decoder, prefix_reuse=prefix_reuse, stops=False)
+        return self.model._engine.over(decoder, prefix_reuse=prefix_reuse, stops=False)
 
     def _answer(
         self,
@@ -196,29 +196,29 @@ class _Paths:
         count: int,
         decoder: ForcedDecoder,
         name: str,
-        answerer: Any = None,
+        engine: Any = None,
         lookup: int = 0,
     ) -> Answer:
         options = GenerationConfig(max_new_tokens=count, prompt_lookup_num_tokens=lookup)
-        with self._answering(answerer or self._over(decoder, prefix_reuse=False)):
+        with self._answering(engine or self._over(decoder, prefix_reuse=False)):
             answer = self._asked(request, options)
         if answer.token_ids != decoder._ids:
             self.found.faults.append(f"{name}: tokens {answer.token_ids}, not {decoder._ids}")
         return answer
 
     def _asked(self, request: Request, options: GenerationConfig) -> Answer:
-        with self.model._start(Lowering(lambda: request), options, TimeBudget()) as stream:
+        with self.model._start(Degradation(lambda: request), options, TimeBudget()) as stream:
             for _ in stream:
                 pass
             return stream.answer
 
     @contextmanager
-    def _answering(self, answerer: Any) -> Iterator[None]:
-        real, self.model._answerer = self.model._answerer, answerer
+    def _answering(self, engine: Any) -> Iterator[None]:
+        real, self.model._engine = self.model._engine, engine
         try:
             yield
         finally:
-            self.model._answerer = real
+            self.model._engine = real
             real.forget()
 
     @contextmanager

@@ -62,7 +62,7 @@ def _texts(bench: LoopBench) -> None:
         bench.ask_ids(name, request, expected, max_new_tokens=4)
     request = requests[0][1]
     for name, before in (
-        ("after everything was forgotten", bench.model._answerer.forget),
+        ("after everything was forgotten", bench.model._engine.forget),
         ("after given tokens", lambda: _forced(bench)),
     ):
         before()

@@ -15,7 +15,7 @@ import numpy as np
 
 from llava_edge.profiles.errors import EngineError
 from llava_edge.runtime.generation.decoder.decoder import FillEmbeddings, PlaceEmbeddings
-from llava_edge.runtime.generation.decoder.topk_logits import BestLogits
+from llava_edge.runtime.generation.decoder.topk_logits import TopkLogits
 from llava_edge.runtime.util.arrays import Array
 
 _HIGH = 8.0
@@ -115,14 +115,14 @@ class ScriptedDecoder:
         self._take(row.reshape(1, -1))
         return self._answer(self.length)
 
-    def step_best(self, row: Array) -> BestLogits:
+    def step_best(self, row: Array) -> TopkLogits:
         """See ``Decoder.step_best``."""
         logits = self.step(row)
         order = np.argsort(-logits, kind="stable")[:_BEST]
-        return BestLogits(logits[order], order.astype(np.int64), logits.copy)
+        return TopkLogits(logits[order], order.astype(np.int64), logits.copy)
 
-    def try_steps(self, rows: Array) -> Array:
-        """See ``Decoder.try_steps``."""
+    def verify_draft(self, rows: Array) -> Array:
+        """See ``Decoder.verify_draft``."""
         first = self.length + 1
         self._take(rows)
         found = np.stack([self._answer(first + index) for index in range(len(rows))])
@@ -131,8 +131,8 @@ class ScriptedDecoder:
         self.longest = max(self.longest, len(rows) - 1)
         return found
 
-    def confirm(self) -> None:
-        """See ``Decoder.confirm``."""
+    def accept(self) -> None:
+        """See ``Decoder.accept``."""
         if not self._on_trial:
             raise ValueError("no position is on trial")
         self.length += 1

@@ -56,7 +56,7 @@ def clean_models(seed: int = 1) -> dict[str, Model]:
 
 
 def solved_models(seed: int = 1) -> dict[str, Model]:
-    """All backbones in all quantised forms, solved with GPTQ, without and with loud channels.
+    """All backbones in all quantised forms, solved with GPTQ, without and with outlier channels.
 
     Heads are decided: of random ones too many positions are too close to call.
     """

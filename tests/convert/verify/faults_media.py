@@ -277,13 +277,13 @@ def _second_picture_not_encoded(patch: _Patch) -> None:
 
 def _rest_with_first_picture(patch: _Patch) -> None:
     """What is left of a prompt once a picture is cached keeps the pixels of the first one."""
-    real = Request.behind
+    real = Request.without_prefix
 
-    def behind(self: Request, position: int) -> Request:
+    def without_prefix(self: Request, position: int) -> Request:
         left = real(self, position)
         return replace(left, pixel_values=self.pixel_values[: len(left.pixel_values)])
 
-    patch.setattr(Request, "behind", behind)
+    patch.setattr(Request, "without_prefix", without_prefix)
 
 
 def _array_alpha_dropped(patch: _Patch) -> None:

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from llava_edge.runtime.chat import Chat, ChatMessage
-from llava_edge.runtime.generation import engine as answerer
+from llava_edge.runtime.generation import engine
 from llava_edge.runtime.generation.decoder import decoding as decode_steps
-from llava_edge.runtime.generation.decoder import prefix_cache as cache_contents
+from llava_edge.runtime.generation.decoder import prefix_cache
 from llava_edge.runtime.generation.decoder.decoder import Decoder
-from llava_edge.runtime.generation.decoder.decoding import DraftedSteps
-from llava_edge.runtime.generation.decoder.prefix_cache import CacheContents
+from llava_edge.runtime.generation.decoder.decoding import SpeculativeDecoding
+from llava_edge.runtime.generation.decoder.prefix_cache import PrefixCache
 from llava_edge.runtime.generation.decoder.prompt_lookup import PromptLookup
-from llava_edge.runtime.generation.engine import Answerer
+from llava_edge.runtime.generation.engine import Engine
 from llava_edge.runtime.generation.inputs.input_embeds import PromptEmbeddings
 from llava_edge.runtime.processing.processor import RequestBuilder
 from llava_edge.runtime.processing.request import PlacedMedium, Request
@@ -31,26 +31,26 @@ _Patch = pytest.MonkeyPatch
 
 
 def _reusable(
-    change: Callable[[CacheContents, Request, int, int], int],
+    change: Callable[[PrefixCache, Request, int, int], int],
 ) -> Callable[[_Patch], None]:
     """Another number of positions; ``change(contents, request, valid, right)``."""
 
     def plant(patch: _Patch) -> None:
-        real = CacheContents.reusable
+        real = PrefixCache.match
 
-        def reusable(self: CacheContents, request: Request, num_valid: int) -> int:
+        def match(self: PrefixCache, request: Request, num_valid: int) -> int:
             return change(self, request, num_valid, real(self, request, num_valid))
 
-        patch.setattr(CacheContents, "reusable", reusable)
+        patch.setattr(PrefixCache, "match", match)
 
     return plant
 
 
-def _one_more(contents: CacheContents, request: Request, valid: int, right: int) -> int:
+def _one_more(contents: PrefixCache, request: Request, valid: int, right: int) -> int:
     return min(right + 1, valid, request.num_tokens - 1)
 
 
-def _ids_alone(contents: CacheContents, request: Request, valid: int, right: int) -> int:
+def _ids_alone(contents: PrefixCache, request: Request, valid: int, right: int) -> int:
     """Pictures are told by their places only."""
     held = np.concatenate((contents._ids, np.array(contents._answer, np.int64)))
     most = max(0, min(valid, held.size, request.num_tokens - 2))
@@ -58,7 +58,7 @@ def _ids_alone(contents: CacheContents, request: Request, valid: int, right: int
     return int(differs[0]) if differs.size else most
 
 
-def _within_pictures(contents: CacheContents, request: Request, valid: int, right: int) -> int:
+def _within_pictures(contents: PrefixCache, request: Request, valid: int, right: int) -> int:
     """Positions of an equal picture count one by one, up to the last two of the prompt."""
     for wanted, known in zip(request.placed, contents._placed, strict=False):
         if wanted == known and right == wanted.start:
@@ -66,13 +66,13 @@ def _within_pictures(contents: CacheContents, request: Request, valid: int, righ
     return right
 
 
-def _never_compared(contents: CacheContents, request: Request, valid: int, right: int) -> int:
+def _never_compared(contents: PrefixCache, request: Request, valid: int, right: int) -> int:
     """A prompt that is as long as the last one is taken for it."""
     return valid if right and contents._ids.size == request.num_tokens > valid - 9 else right
 
 
 def _all_but_one(patch: _Patch) -> None:
-    patch.setattr(cache_contents, "_ALWAYS_COMPUTED", 1)
+    patch.setattr(prefix_cache, "_ALWAYS_COMPUTED", 1)
 
 
 def _first_digest_only(patch: _Patch) -> None:
@@ -111,112 +111,112 @@ def _digests_of_geometry(patch: _Patch) -> None:
 
 
 def _answer_forgotten(patch: _Patch) -> None:
-    patch.setattr(CacheContents, "append", lambda self, token: None)
+    patch.setattr(PrefixCache, "append", lambda self, token: None)
 
 
 def _answer_late(patch: _Patch) -> None:
     """Each token of the answer is written down one later."""
-    real = CacheContents.append
+    real = PrefixCache.append
     waiting: dict[int, int] = {}
 
-    def append(self: CacheContents, token: int) -> None:
+    def append(self: PrefixCache, token: int) -> None:
         if not self._answer:
             waiting.pop(id(self), None)
         real(self, waiting.get(id(self), token))
         waiting[id(self)] = token
 
-    patch.setattr(CacheContents, "append", append)
+    patch.setattr(PrefixCache, "append", append)
 
 
 def _prompt_not_held(patch: _Patch) -> None:
     """After the first request the cache is thought to hold the first prompt."""
-    real = CacheContents.hold
+    real = PrefixCache.commit
 
-    def hold(self: CacheContents, request: Request) -> None:
+    def commit(self: PrefixCache, request: Request) -> None:
         if self._ids.size:
             self._answer = []
         else:
             real(self, request)
 
-    patch.setattr(CacheContents, "hold", hold)
+    patch.setattr(PrefixCache, "commit", commit)
 
 
 def _pictures_not_held(patch: _Patch) -> None:
     """Pictures of the first request stay written down."""
-    real = CacheContents.hold
+    real = PrefixCache.commit
 
-    def hold(self: CacheContents, request: Request) -> None:
+    def commit(self: PrefixCache, request: Request) -> None:
         before = self._placed
         real(self, request)
         self._placed = before or request.placed
 
-    patch.setattr(CacheContents, "hold", hold)
+    patch.setattr(PrefixCache, "commit", commit)
 
 
 def _not_cleared(patch: _Patch) -> None:
-    patch.setattr(Answerer, "forget", lambda self: None)
+    patch.setattr(Engine, "forget", lambda self: None)
 
 
 def _replay_forgets_nothing(patch: _Patch) -> None:
     """After given tokens the cache is thought to hold what it held before."""
-    real = Answerer.replay
+    real = Engine.replay
 
-    def replay(self: Answerer, *given: Any) -> Any:
+    def replay(self: Engine, *given: Any) -> Any:
         contents = copy.copy(self._contents)
         found = real(self, *given)
         self._contents = contents
         return found
 
-    patch.setattr(Answerer, "replay", replay)
+    patch.setattr(Engine, "replay", replay)
 
 
 def _held_afterwards(patch: _Patch) -> None:
     """What goes in is written down once all of it is in."""
-    begin, hold = Answerer._begin, CacheContents.hold
+    begin, commit = Engine._begin, PrefixCache.commit
 
-    def begun(self: Answerer, lowering: Any, *rest: Any) -> Any:
-        found = begin(self, lowering, *rest)
-        hold(self._contents, lowering.request)
+    def begun(self: Engine, degradation: Any, *rest: Any) -> Any:
+        found = begin(self, degradation, *rest)
+        commit(self._contents, degradation.request)
         return found
 
-    patch.setattr(CacheContents, "hold", lambda self, request: None)
-    patch.setattr(Answerer, "_begin", begun)
+    patch.setattr(PrefixCache, "commit", lambda self, request: None)
+    patch.setattr(Engine, "_begin", begun)
 
 
 def _reuse_always(patch: _Patch) -> None:
-    real = Answerer.over
+    real = Engine.over
 
-    def over(self: Answerer, *given: Any, **more: Any) -> Answer:
+    def over(self: Engine, *given: Any, **more: Any) -> Answer:
         return real(self, *given, **{**more, "prefix_reuse": True})
 
-    patch.setattr(Answerer, "over", over)
+    patch.setattr(Engine, "over", over)
 
 
 Answer = Any
 
 
-def _begun(change: Callable[[Answerer], None]) -> Callable[[_Patch], None]:
+def _begun(change: Callable[[Engine], None]) -> Callable[[_Patch], None]:
     def plant(patch: _Patch) -> None:
-        real = Answerer._begin
+        real = Engine._begin
 
-        def begin(self: Answerer, *given: Any) -> Any:
+        def begin(self: Engine, *given: Any) -> Any:
             change(self)
             return real(self, *given)
 
-        patch.setattr(Answerer, "_begin", begin)
+        patch.setattr(Engine, "_begin", begin)
 
     return plant
 
 
-def _reuse_off(at: Answerer) -> None:
+def _reuse_off(at: Engine) -> None:
     at._prefix_reuse = False
 
 
 def _not_rewound(patch: _Patch) -> None:
     """What a request has of its own is written after all that the cache holds."""
-    real = Answerer._begin
+    real = Engine._begin
 
-    def begin(self: Answerer, *given: Any) -> Any:
+    def begin(self: Engine, *given: Any) -> Any:
         decoder: Any = self._decoder
         rewind = decoder.rewind
         decoder.rewind = lambda length: rewind(decoder.length if length else 0)
@@ -225,20 +225,20 @@ def _not_rewound(patch: _Patch) -> None:
         finally:
             del decoder.rewind
 
-    patch.setattr(Answerer, "_begin", begin)
+    patch.setattr(Engine, "_begin", begin)
 
 
 def _reported(**changes: Callable[[Any], Any]) -> Callable[[_Patch], None]:
     def plant(patch: _Patch) -> None:
-        real = Answerer.pieces
+        real = Engine.stream
 
-        def pieces(self: Answerer, *given: Any, **more: Any) -> Any:
+        def stream(self: Engine, *given: Any, **more: Any) -> Any:
             answer = yield from real(self, *given, **more)
             if answer is None:
                 return None
             return replace(answer, **{name: make(answer) for name, make in changes.items()})
 
-        patch.setattr(Answerer, "pieces", pieces)
+        patch.setattr(Engine, "stream", stream)
 
     return plant
 
@@ -247,13 +247,13 @@ def _rest(change: Callable[[Request, int, Request], Request]) -> Callable[[_Patc
     """Another rest of a request; ``change(request, position, right)``."""
 
     def plant(patch: _Patch) -> None:
-        real = Request.behind
+        real = Request.without_prefix
 
-        def behind(self: Request, position: int) -> Request:
+        def without_prefix(self: Request, position: int) -> Request:
             right = real(self, position)
             return change(self, position, right) if position else right
 
-        patch.setattr(Request, "behind", behind)
+        patch.setattr(Request, "without_prefix", without_prefix)
 
     return plant
 
@@ -274,54 +274,54 @@ def _shifted_rest(request: Request, position: int, right: Request) -> Request:
 
 def _accepts_last(patch: _Patch) -> None:
     """The last token of a draft is taken for chosen."""
-    real = DraftedSteps.step
+    real = SpeculativeDecoding.step
 
-    def step(self: DraftedSteps, token: int, may_follow: int) -> Any:
+    def step(self: SpeculativeDecoding, token: int, may_follow: int) -> Any:
         if self._draft and self._held == len(self._draft) - 1:
             token = self._draft[self._held]
         return real(self, token, may_follow)
 
-    patch.setattr(DraftedSteps, "step", step)
+    patch.setattr(SpeculativeDecoding, "step", step)
 
 
 def _accepts_all(patch: _Patch) -> None:
-    real = DraftedSteps.step
+    real = SpeculativeDecoding.step
 
-    def step(self: DraftedSteps, token: int, may_follow: int) -> Any:
+    def step(self: SpeculativeDecoding, token: int, may_follow: int) -> Any:
         if self._held < len(self._draft):
             token = self._draft[self._held]
         return real(self, token, may_follow)
 
-    patch.setattr(DraftedSteps, "step", step)
+    patch.setattr(SpeculativeDecoding, "step", step)
 
 
 def _row_before(patch: _Patch) -> None:
     """Logits of a draft are handed out one late."""
-    real = DraftedSteps._row
+    real = SpeculativeDecoding._row
 
-    def row(self: DraftedSteps) -> Array:
+    def row(self: SpeculativeDecoding) -> Array:
         assert self._rows is not None
         self._rows, rows = np.concatenate((self._rows[:1], self._rows[:-1])), self._rows
         found = real(self)
         self._rows = rows
         return found
 
-    patch.setattr(DraftedSteps, "_row", row)
+    patch.setattr(SpeculativeDecoding, "_row", row)
 
 
 def _not_confirmed(patch: _Patch) -> None:
     """A draft that holds is not appended to the cache."""
 
-    def step(self: DraftedSteps, token: int, may_follow: int) -> Any:
+    def step(self: SpeculativeDecoding, token: int, may_follow: int) -> Any:
         decoder: Any = self._decoder
-        self._decoder = _Without(decoder, "confirm")  # type: ignore[assignment]
+        self._decoder = _Without(decoder, "accept")  # type: ignore[assignment]
         try:
             return real(self, token, may_follow)
         finally:
             self._decoder = decoder
 
-    real = DraftedSteps.step
-    patch.setattr(DraftedSteps, "step", step)
+    real = SpeculativeDecoding.step
+    patch.setattr(SpeculativeDecoding, "step", step)
 
 
 class _Without:
@@ -336,23 +336,23 @@ class _Without:
 
 def _draft_kept(patch: _Patch) -> None:
     """After a token that was not drafted the rest of the draft is still compared."""
-    real = DraftedSteps._end_draft
+    real = SpeculativeDecoding._end_draft
 
-    def end(self: DraftedSteps) -> None:
+    def end(self: SpeculativeDecoding) -> None:
         if self._held == len(self._draft):
             real(self)
         else:
             self._draft = self._draft[self._held + 1 :]
             self._held = 0
 
-    patch.setattr(DraftedSteps, "_end_draft", end)
+    patch.setattr(SpeculativeDecoding, "_end_draft", end)
 
 
 def _no_bound(patch: _Patch) -> None:
     """Drafts are made as if the answer never ended, and as if the context did not."""
-    real = DraftedSteps.step
+    real = SpeculativeDecoding.step
 
-    def step(self: DraftedSteps, token: int, may_follow: int) -> Any:
+    def step(self: SpeculativeDecoding, token: int, may_follow: int) -> Any:
         decoder: Any = self._decoder
         self._decoder = _Endless(decoder)  # type: ignore[assignment]
         try:
@@ -360,7 +360,7 @@ def _no_bound(patch: _Patch) -> None:
         finally:
             self._decoder = decoder
 
-    patch.setattr(DraftedSteps, "step", step)
+    patch.setattr(SpeculativeDecoding, "step", step)
 
 
 class _Endless:
@@ -377,8 +377,8 @@ def _longer_drafts(patch: _Patch) -> None:
 
 
 def _lookup_without_prompt(patch: _Patch) -> None:
-    real = answerer.PromptLookup
-    patch.setattr(answerer, "PromptLookup", lambda ids, places: real([], places))
+    real = engine.PromptLookup
+    patch.setattr(engine, "PromptLookup", lambda ids, places: real([], places))
 
 
 def _draft_late(patch: _Patch) -> None:
@@ -388,96 +388,96 @@ def _draft_late(patch: _Patch) -> None:
 
 
 def _lookup_off(patch: _Patch) -> None:
-    real = Answerer._steps
-    patch.setattr(Answerer, "_steps", lambda self, request, most, few: real(self, request, 0, few))
+    real = Engine._steps
+    patch.setattr(Engine, "_steps", lambda self, request, most, few: real(self, request, 0, few))
 
 
 def _lookup_on(patch: _Patch) -> None:
-    real = Answerer._steps
+    real = Engine._steps
     patch.setattr(
-        Answerer, "_steps", lambda self, request, most, few: real(self, request, most or 4, few)
+        Engine, "_steps", lambda self, request, most, few: real(self, request, most or 4, few)
     )
 
 
 def _draft_embedded_late(patch: _Patch) -> None:
     """The rows of a draft are those of the tokens before."""
-    real = Answerer._steps
+    real = Engine._steps
 
-    def steps(self: Answerer, *given: Any) -> Any:
+    def steps(self: Engine, *given: Any) -> Any:
         made: Any = real(self, *given)
         embed = made._embed
         made._embed = lambda ids: embed([ids[0], *ids[:-1]])
         return made
 
-    patch.setattr(Answerer, "_steps", steps)
+    patch.setattr(Engine, "_steps", steps)
 
 
 def _number_per_draft(patch: _Patch) -> None:
     """Every drafted token takes a random number of the answer."""
-    real = DraftedSteps.step
+    real = SpeculativeDecoding.step
     samplers: list[Any] = []
-    make = answerer.Sampler
+    make = engine.Sampler
 
     def sampler(*given: Any) -> Any:
         samplers.append(make(*given))
         return samplers[-1]
 
-    def step(self: DraftedSteps, token: int, may_follow: int) -> Any:
+    def step(self: SpeculativeDecoding, token: int, may_follow: int) -> Any:
         before = self.drafted
         found = real(self, token, may_follow)
         for _ in range(self.drafted - before):
             samplers[-1]._uniform()
         return found
 
-    patch.setattr(answerer, "Sampler", sampler)
-    patch.setattr(DraftedSteps, "step", step)
+    patch.setattr(engine, "Sampler", sampler)
+    patch.setattr(SpeculativeDecoding, "step", step)
 
 
 def _trial_counts(patch: _Patch) -> None:
     """All positions on trial count, whether they hold or not."""
-    real = Decoder.try_steps
+    real = Decoder.verify_draft
 
-    def try_steps(self: Decoder, rows: Array) -> Array:
+    def verify_draft(self: Decoder, rows: Array) -> Array:
         found = real(self, rows)
         self.cache.length += len(rows) - 1
         self._on_trial = 0
         return found
 
-    patch.setattr(Decoder, "try_steps", try_steps)
-    patch.setattr(Decoder, "confirm", lambda self: None)
+    patch.setattr(Decoder, "verify_draft", verify_draft)
+    patch.setattr(Decoder, "accept", lambda self: None)
 
 
 def _trial_rows_shifted(patch: _Patch) -> None:
-    real = Decoder.try_steps
+    real = Decoder.verify_draft
 
-    def try_steps(self: Decoder, rows: Array) -> Array:
+    def verify_draft(self: Decoder, rows: Array) -> Array:
         found = real(self, rows)
         return np.concatenate((found[:1], found[:-1]))
 
-    patch.setattr(Decoder, "try_steps", try_steps)
+    patch.setattr(Decoder, "verify_draft", verify_draft)
 
 
 def _trial_overwrites(patch: _Patch) -> None:
     """A run of several positions begins at the last one of before."""
-    real = Decoder.try_steps
+    real = Decoder.verify_draft
 
-    def try_steps(self: Decoder, rows: Array) -> Array:
+    def verify_draft(self: Decoder, rows: Array) -> Array:
         self.cache.length -= 1
         found = real(self, rows)
         self.cache.length += 1
         return found
 
-    patch.setattr(Decoder, "try_steps", try_steps)
+    patch.setattr(Decoder, "verify_draft", verify_draft)
 
 
 def _confirm_twice(patch: _Patch) -> None:
-    real = Decoder.confirm
+    real = Decoder.accept
 
-    def confirm(self: Decoder) -> None:
+    def accept(self: Decoder) -> None:
         real(self)
         self.cache.length += 1
 
-    patch.setattr(Decoder, "confirm", confirm)
+    patch.setattr(Decoder, "accept", accept)
 
 
 def _decoder_not_rewound(patch: _Patch) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llava_edge.runtime.backends.onnxruntime import Buffer
-from llava_edge.runtime.generation import engine as answerer
+from llava_edge.runtime.generation import engine
 from llava_edge.runtime.generation.decoder.decoder import Decoder
 from llava_edge.runtime.generation.inputs.embedding_table import EmbeddingTable
 from llava_edge.runtime.generation.inputs.input_embeds import PromptEmbeddings
@@ -169,7 +169,7 @@ def _text_is_control(patch: _Patch) -> None:
 
 def _token_of_before(patch: _Patch) -> None:
     """The loop feeds the token before the one that was chosen."""
-    real = answerer.generate_tokens
+    real = engine.generate_tokens
 
     def generate(steps: Any, *rest: Any) -> Any:
         before: list[int] = []
@@ -183,7 +183,7 @@ def _token_of_before(patch: _Patch) -> None:
         steps.step = late
         return real(steps, *rest)
 
-    patch.setattr(answerer, "generate_tokens", generate)
+    patch.setattr(engine, "generate_tokens", generate)
 
 
 def _manifest(change: Callable[[dict[str, Any]], None]) -> Callable[[Tampered], None]:

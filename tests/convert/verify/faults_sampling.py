@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_edge.runtime.generation import engine as answerer
+from llava_edge.runtime.generation import engine
 from llava_edge.runtime.generation.decoder import sampling
 from llava_edge.runtime.generation.decoder.decoder import Decoder
 from llava_edge.runtime.generation.decoder.sampling import Sampler
-from llava_edge.runtime.generation.decoder.topk_logits import BestLogits
+from llava_edge.runtime.generation.decoder.topk_logits import TopkLogits
 from llava_edge.runtime.util.arrays import Array
 from tests.convert.verify.fault import loop_faults
 
@@ -177,24 +177,24 @@ def _forgets_prompt(patch: _Patch) -> None:
 
 
 def _prompt_not_given(patch: _Patch) -> None:
-    """The sampler counts what it is given, and the answerer gives nothing."""
-    real = answerer.Sampler
+    """The sampler counts what it is given, and the engine gives nothing."""
+    real = engine.Sampler
 
     def make(
         options: Any, vocab: int, words: int, seen: Array | None = None, never: Any = ()
     ) -> Sampler:
         return real(options, vocab, words, None, never)
 
-    patch.setattr(answerer, "Sampler", make)
+    patch.setattr(engine, "Sampler", make)
 
 
 def _last_of_prompt_only(patch: _Patch) -> None:
-    real = answerer.Sampler
+    real = engine.Sampler
 
     def make(options: Any, vocab: int, words: int, seen: Array, never: Any = ()) -> Sampler:
         return real(options, vocab, words, seen[-4:], never)
 
-    patch.setattr(answerer, "Sampler", make)
+    patch.setattr(engine, "Sampler", make)
 
 
 def _after(change: Callable[[Sampler, int, Array], None]) -> Callable[[_Patch], None]:
@@ -295,7 +295,7 @@ def _greedy_masks_padding(patch: _Patch) -> None:
     real = Sampler.choose
 
     def choose(self: Sampler, logits: Any) -> int:
-        if self._options.is_greedy and not isinstance(logits, BestLogits):
+        if self._options.is_greedy and not isinstance(logits, TopkLogits):
             logits = logits[: self._num_text_tokens]
             self._seen = self._seen[: self._num_text_tokens]
         return real(self, logits)
@@ -307,7 +307,7 @@ def _first_of_the_best(patch: _Patch) -> None:
     """Of equal logits the first that the graph gave is taken."""
     real = Sampler._choose_of_best
 
-    def choose(self: Sampler, best: BestLogits) -> int | None:
+    def choose(self: Sampler, best: TopkLogits) -> int | None:
         return int(best.ids[0]) if self._options.is_greedy else real(self, best)
 
     patch.setattr(Sampler, "_choose_of_best", choose)
@@ -316,7 +316,7 @@ def _first_of_the_best(patch: _Patch) -> None:
 def _best_are_enough(patch: _Patch) -> None:
     """Ties that reach beyond the best are cut with them."""
 
-    def choose(self: Sampler, best: BestLogits) -> int:
+    def choose(self: Sampler, best: TopkLogits) -> int:
         order = np.argsort(best.ids)
         ids, logits = best.ids[order], best.values[order].astype(np.float64)
         if self._options.is_greedy:
@@ -352,13 +352,13 @@ def _options_lost(**lost: Any) -> Callable[[_Patch], None]:
     """The request's option does not reach the sampler."""
 
     def plant(patch: _Patch) -> None:
-        real = answerer.Sampler
+        real = engine.Sampler
 
         def make(options: Any, *rest: Any) -> Sampler:
             values = {**options.__dict__, **lost}
             return real(type(options)(**values), *rest)
 
-        patch.setattr(answerer, "Sampler", make)
+        patch.setattr(engine, "Sampler", make)
 
     return plant
 
@@ -366,12 +366,12 @@ def _options_lost(**lost: Any) -> Callable[[_Patch], None]:
 def _best_of_before(patch: _Patch) -> None:
     """The graph's best logits are those of the step before."""
     real = Decoder.step_best
-    kept: dict[int, BestLogits] = {}
+    kept: dict[int, TopkLogits] = {}
 
-    def step(self: Decoder, row: Array) -> BestLogits:
+    def step(self: Decoder, row: Array) -> TopkLogits:
         found = real(self, row)
         before = kept.get(id(self), found)
-        kept[id(self)] = BestLogits(found.values.copy(), found.ids.copy(), found.read_all)
+        kept[id(self)] = TopkLogits(found.values.copy(), found.ids.copy(), found.read_all)
         return before
 
     patch.setattr(Decoder, "step_best", step)
@@ -380,9 +380,9 @@ def _best_of_before(patch: _Patch) -> None:
 def _best_shifted(patch: _Patch) -> None:
     real = Decoder.step_best
 
-    def step(self: Decoder, row: Array) -> BestLogits:
+    def step(self: Decoder, row: Array) -> TopkLogits:
         found = real(self, row)
-        return BestLogits(found.values, np.roll(found.ids, 1), found.read_all)
+        return TopkLogits(found.values, np.roll(found.ids, 1), found.read_all)
 
     patch.setattr(Decoder, "step_best", step)
 
@@ -405,7 +405,7 @@ FAULTS = loop_faults(
     ("penalty subtracted", "the penalty's logarithm is subtracted", _penalty(_subtracted)),
     ("penalty in place", "the model's logits are changed", _penalty(_in_place)),
     ("penalty forgets the prompt", "only the answer counts", _forgets_prompt),
-    ("prompt not handed to penalty", "the answerer gives no ids", _prompt_not_given),
+    ("prompt not handed to penalty", "the engine gives no ids", _prompt_not_given),
     ("penalty sees a window", "only the prompt's end counts", _last_of_prompt_only),
     ("penalty forgets the answer", "only the prompt counts", _after(_forgets_generated)),
     ("penalty sees one token", "only the last token counts", _after(_forgets_all_but_last)),

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from llava_edge.profiles.errors import LlavaEdgeError
-from llava_edge.runtime.generation import engine as answerer
+from llava_edge.runtime.generation import engine
 from llava_edge.runtime.generation.decoder.decoding import PlainSteps
-from llava_edge.runtime.generation.engine import Answerer
+from llava_edge.runtime.generation.engine import Engine
 from llava_edge.runtime.generation.loop import LoopResult
 from llava_edge.runtime.generation.stream import AnswerStream, StreamHandle
 from llava_edge.runtime.processing.text import detokenizer as stream_decoder
@@ -32,8 +32,8 @@ def _around(make: Callable[[_Loop, tuple[Any, ...]], Iterator[int]]) -> Callable
     """
 
     def plant(patch: _Patch) -> None:
-        real = answerer.generate_tokens
-        patch.setattr(answerer, "generate_tokens", lambda *given: make(real, given))
+        real = engine.generate_tokens
+        patch.setattr(engine, "generate_tokens", lambda *given: make(real, given))
 
     return plant
 
@@ -203,13 +203,13 @@ def _answered(change: Callable[[Any], Any]) -> Callable[[_Patch], None]:
     """The whole answer is another one than what was streamed."""
 
     def plant(patch: _Patch) -> None:
-        real = Answerer.pieces
+        real = Engine.stream
 
-        def pieces(self: Answerer, *given: Any, **more: Any) -> Any:
+        def stream(self: Engine, *given: Any, **more: Any) -> Any:
             answer = yield from real(self, *given, **more)
             return None if answer is None else change(answer)
 
-        patch.setattr(Answerer, "pieces", pieces)
+        patch.setattr(Engine, "stream", stream)
 
     return plant
 
@@ -218,9 +218,9 @@ def _pieces(change: Callable[[Iterator[str]], Iterator[str]]) -> Callable[[_Patc
     """Other pieces than the answer has."""
 
     def plant(patch: _Patch) -> None:
-        real = Answerer.pieces
+        real = Engine.stream
 
-        def pieces(self: Answerer, *given: Any, **more: Any) -> Any:
+        def stream(self: Engine, *given: Any, **more: Any) -> Any:
             kept: list[Any] = []
 
             def inner() -> Iterator[str]:
@@ -229,7 +229,7 @@ def _pieces(change: Callable[[Iterator[str]], Iterator[str]]) -> Callable[[_Patc
             yield from change(inner())
             return kept[0] if kept else None
 
-        patch.setattr(Answerer, "pieces", pieces)
+        patch.setattr(Engine, "stream", stream)
 
     return plant
 
@@ -268,10 +268,10 @@ def _stop_text(patch: _Patch) -> None:
         return decoder
 
     patch.setattr(Tokenizer, "stream", stream)
-    loop = answerer.generate_tokens
+    loop = engine.generate_tokens
 
     def generate(*given: Any) -> Iterator[int]:
-        # The answerer is to hold no token for a stop: the loop has ended all the same.
+        # The engine is to hold no token for a stop: the loop has ended all the same.
         stops, result = given[3], given[5]
         for token in loop(*given):
             if token in stops and result.finish_reason == "stop":
@@ -279,7 +279,7 @@ def _stop_text(patch: _Patch) -> None:
             else:
                 yield token
 
-    patch.setattr(answerer, "generate_tokens", generate)
+    patch.setattr(engine, "generate_tokens", generate)
 
 
 class _Shown(int):

@@ -1,4 +1,4 @@
-"""Faults in weights of realistic scale: a wide model, loud channels, gains from 0.3 to 1.5."""
+"""Faults in weights of realistic scale: a wide model, outlier channels, gains from 0.3 to 1.5."""
 
 from __future__ import annotations
 

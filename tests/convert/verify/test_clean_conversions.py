@@ -15,7 +15,7 @@ SOLVED: Mapping[str, Model] = {
     for seed in range(10)
     for name, model in solved_models(seed).items()
 }
-"""By GPTQ: three backbones, ten seeds, without and with loud channels."""
+"""By GPTQ: three backbones, ten seeds, without and with outlier channels."""
 MODELS: Mapping[str, Model] = {**CLEAN, **RELEASED, **SOLVED}
 SOLVED_IN_SHORT = "mistral int4 gptq, seed 0"
 IN_SHORT = "qwen2 fp16 336/14"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llava_edge.convert.verify.reference.answer import Positions
-from llava_edge.convert.verify.runner.artifact_runner import Subject
+from llava_edge.convert.verify.runner.artifact_runner import ArtifactRunner
 from llava_edge.runtime.artifact.open import open_artifact
 from llava_edge.runtime.util.arrays import Array
 
@@ -17,22 +17,22 @@ from llava_edge.runtime.util.arrays import Array
 @pytest.fixture
 def subject_of(
     make_checkpoint: Callable[..., Path], make_artifact: Callable[..., Path]
-) -> Callable[..., Subject]:
-    def make(memory_bytes: int | None, backbone: str = "qwen2", **wishes: object) -> Subject:
+) -> Callable[..., ArtifactRunner]:
+    def make(memory_bytes: int | None, backbone: str = "qwen2", **wishes: object) -> ArtifactRunner:
         artifact = make_artifact(make_checkpoint("odd", backbone=backbone), **wishes)
-        return Subject(open_artifact(artifact), memory_bytes, threads=1)
+        return ArtifactRunner(open_artifact(artifact), memory_bytes, threads=1)
 
     return make
 
 
-def rows_of(subject: Subject, count: int) -> Array:
+def rows_of(subject: ArtifactRunner, count: int) -> Array:
     random = np.random.default_rng(3)
     return random.normal(0, 0.5, (count, subject.dims.text.hidden_size)).astype(subject.dtype)
 
 
 @pytest.mark.parametrize("backbone", ["llama", "mistral", "qwen2"])
 def test_groups_of_layers_give_the_logits_of_the_whole(
-    subject_of: Callable[..., Subject], backbone: str
+    subject_of: Callable[..., ArtifactRunner], backbone: str
 ) -> None:
     positions = Positions.of(21, 6, largest_chunk=512)
     with subject_of(None, backbone) as whole, subject_of(1, backbone) as groups:
@@ -47,7 +47,7 @@ def test_groups_of_layers_give_the_logits_of_the_whole(
 
 
 def test_the_head_alone_gives_the_logits_of_the_last_group(
-    subject_of: Callable[..., Subject],
+    subject_of: Callable[..., ArtifactRunner],
 ) -> None:
     positions = Positions.of(9, 3, largest_chunk=512)
     with subject_of(None) as subject:
@@ -62,7 +62,7 @@ def test_the_head_alone_gives_the_logits_of_the_last_group(
 
 
 def test_inner_values_of_every_layer_have_names_and_shapes(
-    subject_of: Callable[..., Subject],
+    subject_of: Callable[..., ArtifactRunner],
 ) -> None:
     with subject_of(None) as subject:
         text = subject.dims.text
@@ -87,7 +87,7 @@ def test_a_prompt_is_cut_so_that_its_kept_rows_lie_in_the_last_chunk() -> None:
 
 @pytest.mark.parametrize("profile", ["cpu-16gb", "a100"])
 def test_a_tower_in_halves_gives_the_features_of_the_whole(
-    subject_of: Callable[..., Subject], profile: str
+    subject_of: Callable[..., ArtifactRunner], profile: str
 ) -> None:
     with subject_of(None, profile=profile) as whole, subject_of(1, profile=profile) as halves:
         vision = whole.dims.vision

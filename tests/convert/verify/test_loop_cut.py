@@ -11,7 +11,7 @@ import pytest
 from llava_edge.convert.verify.reference.answer import Reference
 from llava_edge.convert.verify.reference.probes import probes_for
 from llava_edge.convert.verify.reference.streamed_model import StreamedModel
-from llava_edge.convert.verify.runner.artifact_runner import Subject
+from llava_edge.convert.verify.runner.artifact_runner import ArtifactRunner
 from llava_edge.convert.verify.runner.loop_cut import LoopCut, loop_cut
 from llava_edge.convert.verify.stages.greedy import greedy_tokens
 from llava_edge.convert.verify.verifier import VerifyOptions, open_reference, verify_artifact
@@ -53,7 +53,7 @@ def test_a_cut_answers_as_the_reference_cut_at_the_same_layer(
     reference = open_reference(artifact, made.checkpoint)
     probe = probes_for(artifact.manifest, "quick")[1]
     forced = np.arange(20, 36)
-    with Subject(artifact, _BYTES, threads=1) as subject, loop_cut(subject) as cut:
+    with ArtifactRunner(artifact, _BYTES, threads=1) as subject, loop_cut(subject) as cut:
         assert (cut.num_layers, cut.reference_layers) == (1, 1)
         check_interfaces(cut.artifact)
         for spec in cut.artifact.manifest.decoders.values():
@@ -77,7 +77,7 @@ def test_a_cut_answers_as_the_reference_cut_at_the_same_layer(
 def test_an_artifact_that_fits_runs_whole(models: FaultModels) -> None:
     artifact = open_artifact(models["qwen2"].artifact, verify_digests=False)
 
-    with Subject(artifact, None, threads=1) as subject, loop_cut(subject) as cut:
+    with ArtifactRunner(artifact, None, threads=1) as subject, loop_cut(subject) as cut:
         assert cut.artifact is artifact
         assert str(cut) == "the loop ran on all 3 layers"
         assert cut.reference_layers is None
@@ -85,7 +85,7 @@ def test_an_artifact_that_fits_runs_whole(models: FaultModels) -> None:
 
 def test_what_a_cut_opened_is_closed_and_the_artifact_stays_open(models: FaultModels) -> None:
     artifact = open_artifact(models["qwen2"].artifact, verify_digests=False)
-    with Subject(artifact, _BYTES, threads=1) as subject:
+    with ArtifactRunner(artifact, _BYTES, threads=1) as subject:
         with loop_cut(subject) as cut:
             graph = cut.artifact.files[cut.artifact.manifest.decoder.file]
             assert graph.path.exists()
@@ -181,7 +181,7 @@ def test_the_loop_runs_each_tower_once_a_picture(
     monkeypatch.setattr(VisionEncoder, "encode", encode)
     monkeypatch.setattr(StreamedModel, "embed", embed)
     bounds = bounds_for(artifact.manifest.flavour, artifact.manifest.precision)
-    with Subject(artifact, _BYTES, threads=1) as subject:
+    with ArtifactRunner(artifact, _BYTES, threads=1) as subject:
         _, row = greedy_tokens(subject, probes, reference, bounds, threads=1)
 
     assert row.verdict == "pass"

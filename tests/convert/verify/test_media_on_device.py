@@ -25,7 +25,7 @@ from llava_edge.runtime.verification.golden.probes import (
     read_golden_media,
 )
 from llava_edge.runtime.verification.host import describe_host
-from llava_edge.runtime.verification.self_test import check_on_device
+from llava_edge.runtime.verification.self_test import run_self_test
 from tests.convert.verify import faults_clips, faults_media
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.fault_models import MODELS, FaultModels, Model
@@ -76,7 +76,7 @@ def test_a_fault_of_files_is_found_on_a_device(
     model = loaded(fault.model)
     with pytest.MonkeyPatch.context() as patch:
         fault.plant(patch)
-        rows = {row.name: row for row in check_on_device(model)}
+        rows = {row.name: row for row in run_self_test(model)}
 
     # What stands where in a prompt has no stage of its own here.
     stage = "prompt" if fault.stage == "packing" else fault.stage
@@ -87,7 +87,7 @@ def test_a_fault_of_files_is_found_on_a_device(
 def test_sound_artifacts_pass_on_a_device_with_all_their_files(
     name: str, loaded: Callable[[str], LlavaEdge]
 ) -> None:
-    rows = check_on_device(loaded(name))
+    rows = run_self_test(loaded(name))
 
     assert overall(rows) == "pass", rows
     (pixels,) = (row for row in rows if row.name == "preprocessing")
@@ -102,7 +102,7 @@ def test_files_are_held_to_the_same_pixels_in_every_form(
     for fault in FAULTS[:2]:
         with pytest.MonkeyPatch.context() as patch:
             fault.plant(patch)
-            rows = {row.name: row for row in check_on_device(model)}
+            rows = {row.name: row for row in run_self_test(model)}
         assert rows["preprocessing"].verdict == "fail"
 
 
@@ -143,5 +143,5 @@ def test_at_load_no_format_is_opened_that_the_caller_leaves_out(
     assert opened
     assert "TIFF" not in opened
 
-    check_on_device(model)
+    run_self_test(model)
     assert "TIFF" in opened

@@ -78,11 +78,11 @@ class Failing:
 
 
 def _modules_that_ask() -> list[Any]:
-    from llava_edge.runtime.generation import engine as answerer
+    from llava_edge.runtime.generation import engine
     from llava_edge.runtime.processing.images import loading as images
     from llava_edge.runtime.processing.video import video_reader
 
-    return [allocation, answerer, images, video_reader]
+    return [allocation, engine, images, video_reader]
 
 
 def never(_: int) -> bool:
@@ -94,7 +94,7 @@ def test_tiles_are_given_up_until_the_request_fits(
 ) -> None:
     answers = {grid: expected(model, wide, grid) for grid in (None, "1x2", "base")}
     assert len(set(answers.values())) == 3
-    memory = model._answerer._memory
+    memory = model._engine._memory
     tokens = {g: model.count_tokens(QUESTION, [wide], grid=g) for g in ("1x2", "base")}
     monkeypatch.setattr(allocation, "_ASKED_FROM", 0)
 
@@ -239,7 +239,7 @@ def test_memory_that_fails_anywhere_is_an_answer_and_the_next_request_is_normal(
         def ask() -> Any:
             # As a file, so that decoding asks as well; from an empty cache.
             model.teacher_forced_logits("x", raw=True)
-            model._answerer._embedder._encoder._cache.__init__(1 << 20)
+            model._engine._embedder._encoder._cache.__init__(1 << 20)
             return model.generate(QUESTION, [png(wide)], **options)
 
         with monkeypatch.context() as patch:
@@ -460,7 +460,7 @@ def test_tiles_that_are_kept_take_no_time(
     Slow(monkeypatch)
     with LlavaEdge.load(artifact, threads=1, vision_cache_bytes=1 << 20) as model:
         normal = expected(model, wide)
-        pace = model._answerer._pace.tile_seconds
+        pace = model._engine._pace.tile_seconds
         assert pace is not None
         assert pace >= 0.1
         for _ in range(3):
@@ -470,7 +470,7 @@ def test_tiles_that_are_kept_take_no_time(
             assert (answer.reused_tokens, answer.degraded) == (0, ())
             assert answer.token_ids == normal
         # What took no time says nothing of how long the next picture takes.
-        assert model._answerer._pace.tile_seconds == pace
+        assert model._engine._pace.tile_seconds == pace
         other = wide.rotate(180)
         answer = model.generate(QUESTION, [other], max_new_tokens=TOKENS, deadline_seconds=0.9)
         assert answer.degraded[0].startswith("grid lowered to ")
@@ -480,7 +480,7 @@ def test_what_the_kv_cache_holds_is_not_lowered(model: LlavaEdge, wide: Image.Im
     chat = model.chat()
     chat.send(QUESTION, [wide], max_new_tokens=TOKENS)
     # By this pace the new words alone take too long; thumbnails would add all words before them.
-    model._answerer._pace.token_seconds = 10.0
+    model._engine._pace.token_seconds = 10.0
     answer = chat.send("And now?", max_new_tokens=TOKENS, deadline_seconds=60.0)
 
     assert answer.reused_tokens > answer.image_tokens > 37

@@ -36,13 +36,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[LlavaEdge]:
     """Models whose golden prompts were really run."""
     models: list[LlavaEdge] = []
-    real = verified_here.check_on_device
+    real = verified_here.run_self_test
 
     def spy(model: LlavaEdge, **given: Any) -> list[StageResult]:
         models.append(model)
         return real(model, **given)
 
-    monkeypatch.setattr(verified_here, "check_on_device", spy)
+    monkeypatch.setattr(verified_here, "run_self_test", spy)
     return models
 
 
@@ -199,7 +199,7 @@ def test_a_machine_on_which_they_fail_is_refused_each_time_and_the_stage_named(
     closed: list[LlavaEdge] = []
     close = LlavaEdge.close
     monkeypatch.setattr(LlavaEdge, "close", lambda self: (closed.append(self), close(self)))
-    monkeypatch.setattr(verified_here, "check_on_device", lambda model, **_: [failed])
+    monkeypatch.setattr(verified_here, "run_self_test", lambda model, **_: [failed])
 
     for _ in range(2):
         with pytest.raises(EngineError, match=r"fail here: stage decode_logits.*0\.08.*there"):
@@ -209,7 +209,7 @@ def test_a_machine_on_which_they_fail_is_refused_each_time_and_the_stage_named(
     # Looked at again, and sound this time: no old verdict stands in the way.
     monkeypatch.undo()
     sound = dataclasses.replace(failed, value=0.0, verdict="pass")
-    monkeypatch.setattr(verified_here, "check_on_device", lambda model, **_: [sound])
+    monkeypatch.setattr(verified_here, "run_self_test", lambda model, **_: [sound])
     load(folder)
 
 
@@ -221,7 +221,7 @@ def test_what_stays_open_is_told_once(
         StageResult("prompt", "differing_prompts", 0.0, 0.0, "pass"),
         StageResult("greedy", "differing_tokens", 0.0, 0.0, "inconclusive", detail="4 positions"),
     ]
-    monkeypatch.setattr(verified_here, "check_on_device", lambda model, **_: rows)
+    monkeypatch.setattr(verified_here, "run_self_test", lambda model, **_: rows)
 
     load(folder)
     assert "none fails, open is stage greedy" in caplog.text

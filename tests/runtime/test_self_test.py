@@ -18,7 +18,7 @@ from llava_edge.runtime.artifact.manifest import Manifest
 from llava_edge.runtime.artifact.open import open_artifact
 from llava_edge.runtime.verification import self_test as on_device_module
 from llava_edge.runtime.verification.golden.probes import GoldenProbe
-from llava_edge.runtime.verification.self_test import check_on_device
+from llava_edge.runtime.verification.self_test import run_self_test
 
 STAGES = [
     "prompt",
@@ -76,7 +76,7 @@ def verdicts(rows: list[StageResult]) -> dict[str, str]:
 def test_sound_prompts_pass_every_stage(model: LlavaEdge) -> None:
     said: list[tuple[str, int, int]] = []
 
-    rows = check_on_device(model, lambda *report: said.append(report))
+    rows = run_self_test(model, lambda *report: said.append(report))
 
     assert verdicts(rows) == dict.fromkeys(STAGES, "pass")
     assert [row.name for row in rows] == STAGES
@@ -92,7 +92,7 @@ def test_it_runs_what_answers_questions(model: LlavaEdge, monkeypatch: pytest.Mo
     real = model._decoder.step
     monkeypatch.setattr(model._decoder, "step", lambda row: real(-row))
 
-    rows = check_on_device(model)
+    rows = run_self_test(model)
 
     failed = {name for name, verdict in verdicts(rows).items() if verdict == "fail"}
     assert failed == {"decode_logits", "greedy"}
@@ -141,7 +141,7 @@ def test_each_difference_fails_its_stage_and_says_where(
     planted = (probes[0], fault(probes[1]))
     monkeypatch.setattr(on_device_module, "read_golden", lambda path, manifest: planted)
 
-    rows = {row.name: row for row in check_on_device(model)}
+    rows = {row.name: row for row in run_self_test(model)}
 
     assert [name for name, row in rows.items() if row.verdict == "fail"] == [stage]
     assert detail in rows[stage].detail
@@ -157,7 +157,7 @@ def test_logits_that_are_no_numbers_fail(model: LlavaEdge, monkeypatch: pytest.M
 
     monkeypatch.setattr(model._decoder, "step", broken)
 
-    rows = {row.name: row for row in check_on_device(model)}
+    rows = {row.name: row for row in run_self_test(model)}
 
     assert rows["decode_logits"].verdict == "fail"
     assert "the value is nan" in rows["decode_logits"].detail
@@ -169,7 +169,7 @@ def test_a_prompt_that_is_refused_fails_its_stage_and_not_the_check(
     planted = tuple(dataclasses.replace(probe, prompt="<image> <image>") for probe in probes)
     monkeypatch.setattr(on_device_module, "read_golden", lambda path, manifest: planted)
 
-    rows = {row.name: row for row in check_on_device(model)}
+    rows = {row.name: row for row in run_self_test(model)}
 
     assert rows["prompt"].verdict == "fail"
     assert "picture 0 is refused" in rows["prompt"].detail
@@ -178,7 +178,7 @@ def test_a_prompt_that_is_refused_fails_its_stage_and_not_the_check(
 
 def test_a_context_too_small_for_the_prompts_proves_nothing(golden: Path) -> None:
     with LlavaEdge.load(golden, threads=1, context_tokens=40) as small:
-        rows = check_on_device(small)
+        rows = run_self_test(small)
 
     assert set(verdicts(rows).values()) == {"inconclusive"}
     assert "loaded are 40" in rows[0].detail
@@ -189,7 +189,7 @@ def test_too_few_positions_are_not_enough_evidence(
 ) -> None:
     monkeypatch.setattr(on_device_module, "read_golden", lambda path, manifest: probes[:1])
 
-    rows = verdicts(check_on_device(model))
+    rows = verdicts(run_self_test(model))
 
     assert rows == {**dict.fromkeys(STAGES, "pass"), "greedy": "inconclusive"}
 
@@ -199,4 +199,4 @@ def test_an_artifact_without_golden_prompts_says_what_to_do(plain: Path) -> None
         LlavaEdge.load(plain, threads=1) as bare,
         pytest.raises(ArtifactError, match=r"golden\.safetensors.*--against"),
     ):
-        check_on_device(bare)
+        run_self_test(bare)

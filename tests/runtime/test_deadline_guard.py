@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from llava_edge.profiles.errors import DeadlineError, RequestError
-from llava_edge.runtime.generation.deadline import Pace, TimeBudget
-from llava_edge.runtime.generation.deadline_guard import CancelledError, TooSlowError, Watch
+from llava_edge.runtime.generation.deadline import ThroughputEstimate, TimeBudget
+from llava_edge.runtime.generation.deadline_guard import CancelledError, DeadlineGuard, TooSlowError
 from llava_edge.runtime.util.progress import no_progress
 
 
@@ -28,16 +28,16 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def watch(clock: Clock) -> Callable[..., Watch]:
+def watch(clock: Clock) -> Callable[..., DeadlineGuard]:
     """``watch(seconds, tiles, tokens)`` at a pace of 1 s a tile and 0.01 s a token."""
-    pace = Pace()
+    pace = ThroughputEstimate()
     pace.report(1, 1.0, 100, 1.0)
 
     def make(
         seconds: float | None, tiles: int = 5, tokens: int = 100, may_lower: bool = True
-    ) -> Watch:
+    ) -> DeadlineGuard:
         budget = TimeBudget(seconds, clock)
-        return Watch(budget, pace, tiles, tokens, no_progress, never, may_lower=may_lower)
+        return DeadlineGuard(budget, pace, tiles, tokens, no_progress, never, may_lower=may_lower)
 
     return make
 
@@ -60,7 +60,7 @@ def test_without_a_deadline_there_is_all_the_time(clock: Clock) -> None:
 
 
 def test_the_pace_follows_what_was_seen_lately() -> None:
-    pace = Pace()
+    pace = ThroughputEstimate()
     assert pace.foresee(10, 1000) == 0
 
     pace.report(2, 1.0, 100, 1.0)
@@ -69,7 +69,7 @@ def test_the_pace_follows_what_was_seen_lately() -> None:
     assert pace.foresee(10, 1000) == pytest.approx(10 + 10)
 
 
-def test_the_first_token_may_take_half_of_the_time(watch: Callable[..., Watch]) -> None:
+def test_the_first_token_may_take_half_of_the_time(watch: Callable[..., DeadlineGuard]) -> None:
     watch(12.0).require_time("all")
 
     with pytest.raises(TooSlowError, match=r"all takes about 6.00 s .* 11.90 s are left"):
@@ -77,7 +77,7 @@ def test_the_first_token_may_take_half_of_the_time(watch: Callable[..., Watch]) 
 
 
 def test_nothing_is_too_slow_where_nothing_can_be_lowered(
-    watch: Callable[..., Watch], clock: Clock
+    watch: Callable[..., DeadlineGuard], clock: Clock
 ) -> None:
     lowest = watch(0.5, may_lower=False)
     lowest.require_time("all")
@@ -88,7 +88,7 @@ def test_nothing_is_too_slow_where_nothing_can_be_lowered(
 
 def test_a_pace_that_will_not_do_is_noticed_on_the_way(clock: Clock) -> None:
     budget = TimeBudget(4.0, clock)
-    watch = Watch(budget, Pace(), 5, 100, no_progress, never, may_lower=True)
+    watch = DeadlineGuard(budget, ThroughputEstimate(), 5, 100, no_progress, never, may_lower=True)
     watch.require_time("all")
     watch("tiles", 0, 5)
     clock.now += 0.7
@@ -98,7 +98,9 @@ def test_a_pace_that_will_not_do_is_noticed_on_the_way(clock: Clock) -> None:
         watch("tiles", 2, 5)
 
 
-def test_the_prompt_behind_the_tiles_counts(watch: Callable[..., Watch], clock: Clock) -> None:
+def test_the_prompt_behind_the_tiles_counts(
+    watch: Callable[..., DeadlineGuard], clock: Clock
+) -> None:
     hurried = watch(10.5, tiles=3, tokens=200)
     hurried("tiles", 0, 3)
     clock.now += 3.0
@@ -107,7 +109,9 @@ def test_the_prompt_behind_the_tiles_counts(watch: Callable[..., Watch], clock: 
         hurried("tiles", 1, 3)
 
 
-def test_when_the_time_is_up_the_work_ends(watch: Callable[..., Watch], clock: Clock) -> None:
+def test_when_the_time_is_up_the_work_ends(
+    watch: Callable[..., DeadlineGuard], clock: Clock
+) -> None:
     late = watch(1.0, may_lower=False)
     clock.now += 1.0
 
@@ -118,15 +122,25 @@ def test_when_the_time_is_up_the_work_ends(watch: Callable[..., Watch], clock: C
 
 
 def test_a_request_that_nobody_wants_ends(clock: Clock) -> None:
-    watch = Watch(TimeBudget(), Pace(), 1, 1, no_progress, lambda: True, may_lower=True)
+    watch = DeadlineGuard(
+        TimeBudget(), ThroughputEstimate(), 1, 1, no_progress, lambda: True, may_lower=True
+    )
 
     with pytest.raises(CancelledError):
         watch("tiles", 0, 1)
 
 
-def test_what_is_watched_is_reported(watch: Callable[..., Watch]) -> None:
+def test_what_is_watched_is_reported(watch: Callable[..., DeadlineGuard]) -> None:
     seen: list[tuple[str, int, int]] = []
-    told = Watch(TimeBudget(), Pace(), 1, 1, lambda *what: seen.append(what), never, may_lower=True)
+    told = DeadlineGuard(
+        TimeBudget(),
+        ThroughputEstimate(),
+        1,
+        1,
+        lambda *what: seen.append(what),
+        never,
+        may_lower=True,
+    )
     told("tiles", 0, 2)
     told("tiles", 2, 2)
 

@@ -1,4 +1,4 @@
-"""What may be gone on with, by ids and digests alone."""
+"""What may be reused, by ids and digests alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llava_edge.profiles.models.anyres import AnyRes, TileLayout
-from llava_edge.runtime.generation.decoder.prefix_cache import CacheContents
+from llava_edge.runtime.generation.decoder.prefix_cache import PrefixCache
 from llava_edge.runtime.processing.request import PlacedMedium, Request
 
 IMAGE, VIDEO = 90, 91
@@ -46,9 +46,9 @@ def request(*parts: int | str, layout: TileLayout = SMALL) -> Request:
 
 
 def shared(first: Request, second: Request, valid: int | None = None) -> int:
-    contents = CacheContents((IMAGE, VIDEO))
-    contents.hold(first)
-    return contents.reusable(second, first.num_tokens if valid is None else valid)
+    contents = PrefixCache((IMAGE, VIDEO))
+    contents.commit(first)
+    return contents.match(second, first.num_tokens if valid is None else valid)
 
 
 @pytest.mark.parametrize(
@@ -109,19 +109,19 @@ def test_images_of_other_counts_that_fill_the_same_places_differ() -> None:
 
 
 def test_tokens_of_the_answer_count_as_far_as_they_are_in_the_cache() -> None:
-    contents = CacheContents((IMAGE,))
-    contents.hold(request(1, 2))
+    contents = PrefixCache((IMAGE,))
+    contents.commit(request(1, 2))
     for token in (7, 8, 9):
         contents.append(token)
     again = request(1, 2, 7, 8, 9, 3, 4)
 
     # The last token of an answer is chosen but never run.
-    assert contents.reusable(again, 4) == 4
-    assert contents.reusable(request(1, 2, 7, 5, 9, 3), 4) == 3
-    contents.hold(request(1, 2))
-    assert contents.reusable(again, 4) == 2
+    assert contents.match(again, 4) == 4
+    assert contents.match(request(1, 2, 7, 5, 9, 3), 4) == 3
+    contents.commit(request(1, 2))
+    assert contents.match(again, 4) == 2
     contents.clear()
-    assert contents.reusable(again, 4) == 0
+    assert contents.match(again, 4) == 0
 
 
 def test_a_request_without_digests_is_never_known() -> None:
@@ -137,7 +137,7 @@ def test_the_rest_of_a_request_keeps_the_media_behind() -> None:
         frame_pixels=(np.full(1, 2), np.full(1, 3)),
     )
 
-    rest = whole.behind(1 + COST + VIDEO_COST)
+    rest = whole.without_prefix(1 + COST + VIDEO_COST)
 
     assert rest.ids.tolist() == [2, *[VIDEO] * VIDEO_COST, *[IMAGE] * COST, 3]
     assert [(p.start, p.stop) for p in rest.placed] == [
@@ -147,4 +147,4 @@ def test_the_rest_of_a_request_keeps_the_media_behind() -> None:
     assert [p.digests for p in rest.placed] == [p.digests for p in whole.placed[2:]]
     assert (rest.image_tokens, rest.video_tokens) == (COST, VIDEO_COST)
     assert [float(pixels[0]) for pixels in (*rest.pixel_values, *rest.frame_pixels)] == [1, 3]
-    assert whole.behind(0) is whole
+    assert whole.without_prefix(0) is whole

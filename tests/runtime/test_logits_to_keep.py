@@ -17,7 +17,7 @@ from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact.graph_inputs import LOGITS_START, LOGITS_TO_KEEP
 from llava_edge.runtime.artifact.graph_signature import check_interfaces
 from llava_edge.runtime.artifact.open import open_artifact
-from llava_edge.runtime.backends.logits_to_keep import check_recordable, kept_logits
+from llava_edge.runtime.backends.logits_to_keep import check_recordable, logits_input
 from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
 from tests.runtime.test_artifact import edit_manifest, relist
 
@@ -43,7 +43,7 @@ def test_each_flavour_has_its_input(
     made = artifact_for(profile, make_checkpoint, make_artifact)
     session = Session(made / "decoder" / "model.onnx", SessionOptions())
 
-    ((found, value),) = kept_logits(session, 3).items()
+    ((found, value),) = logits_input(session, 3).items()
 
     assert found == name
     assert value.dtype == np.int64
