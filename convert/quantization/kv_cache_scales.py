@@ -37,7 +37,7 @@ NUM_SAMPLES = 8
 
 HEADROOM = 2.0
 """The largest code stands for so many times the largest value seen: what is cut off costs far more
-than a coarser step does, see DECISIONS.md."""
+than a coarser step does, see docs/decisions."""
 
 QUIET = 2.0
 """A channel is taken to reach at least so many times what the median channel of its head reached:

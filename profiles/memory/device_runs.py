@@ -1,7 +1,7 @@
 """Device runs: what tower and decoder take in their arenas on a GPU, by the order of their nodes.
 
 The decoder's nodes are gone through as ONNX Runtime plans them, so that its arena comes out region
-by region as the CUDA provider 1.31.1 takes it; the tower's tensors are summed. DECISIONS.md has
+by region as the CUDA provider 1.31.1 takes it; the tower's tensors are summed. docs/decisions has
 what was measured. Activations are float16.
 """
 

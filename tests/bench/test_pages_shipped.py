@@ -1,4 +1,4 @@
-"""The checkpoint that ships, on a few held-out questions; the figures are in DECISIONS.md."""
+"""The checkpoint that ships, on a few held-out questions; the figures are in docs/decisions."""
 
 from collections.abc import Iterator
 from pathlib import Path

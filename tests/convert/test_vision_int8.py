@@ -140,7 +140,7 @@ def test_ordinary_weights_need_no_layer_in_float(tower: Tower) -> None:
 
 def test_a_tile_has_the_same_features_alone_and_among_others(tower: Tower) -> None:
     tower.write()
-    # Float arithmetic between the products may differ in its last bits, see DECISIONS.md.
+    # Float arithmetic between the products may differ in its last bits, see docs/decisions.
     gap = np.abs(tower.run(1) - tower.run(4)).max() / np.ptp(tower.trace.features)
     assert gap < 0.01
 
