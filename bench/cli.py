@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import reduce
 from pathlib import Path
 from typing import Any, TextIO
@@ -259,7 +259,7 @@ def _document(
     names = short_names(tuple(rows))
     found = {
         "schema_version": SCHEMA_VERSION,
-        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine_card(read_machine(), rates),
         "settings": asdict(_settings(options)),
         "rows": [{"name": names[folder], **row} for folder, row in rows.items() if "device" in row],

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Ledger:
 
     def put(self, name: str, result: Mapping[str, Any]) -> None:
         """Write an entry, with the machine and the day."""
-        day = datetime.now(timezone.utc).date().isoformat()
+        day = datetime.now(UTC).date().isoformat()
         # Read again: another step may have ended meanwhile.
         self._entries = self._read()
         self._entries[name] = {"measured": day, "machine": machine(), **result}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from llava_edge.runtime.artifact.prompt_date import DATE_MARK, is_date_form
 from llava_edge.runtime.processing.text.chat_prompt import MARKS, Piece, compose_turns, rendered
 
 CLOCKS = tuple(
-    datetime(*moment, tzinfo=timezone.utc).timestamp()
+    datetime(*moment, tzinfo=UTC).timestamp()
     for moment in ((2024, 2, 29, 23, 59), (2025, 7, 4, 0, 5), (2033, 11, 30, 13, 30))
 )
 """Times at which a template is rendered, seconds since 1970."""
@@ -176,7 +176,7 @@ def _difference(
         draft,
         conversation.messages,
         image_marks=False,
-        now=datetime.fromtimestamp(clock, timezone.utc),
+        now=datetime.fromtimestamp(clock, UTC),
     )
     ours = rendered(piece for _, pieces in turns for piece in pieces)
     if answer.text == ours:

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -292,7 +292,7 @@ def _own_renderer(template: str, clock: Callable[[], float | None]) -> Render:
         now = clock()
         if now is None:
             return DATE_MARK.format(form)
-        return datetime.fromtimestamp(now, timezone.utc).strftime(form)
+        return datetime.fromtimestamp(now, UTC).strftime(form)
 
     def to_json(
         value: Any,
@@ -332,7 +332,7 @@ def _library_renderer(template: str, clock: Callable[[], float | None]) -> Rende
     class Clock(datetime):
         @classmethod
         def now(cls, tz: Any = None) -> Clock:
-            return cls.fromtimestamp(clock() or 0.0, tz or timezone.utc)
+            return cls.fromtimestamp(clock() or 0.0, tz or UTC)
 
     library.datetime = Clock  # type: ignore[attr-defined]
 

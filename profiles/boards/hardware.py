@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -13,11 +13,6 @@ from typing import Any, Literal, get_args
 from llava_edge.profiles.boards.engines import RTX_CAPABILITIES, rtx_target
 from llava_edge.profiles.errors import ProfileError, RequestError, plain_reason, shorten
 from llava_edge.profiles.sizes import parse_bytes
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 Kind = Literal["cpu", "cuda", "unified"]
 Flavour = Literal["cpu", "cuda"]

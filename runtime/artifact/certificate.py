@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from llava_edge.runtime.artifact.manifest import Flavour
@@ -148,7 +148,7 @@ class Certificate:
 
 def utc_now() -> str:
     """The time as certificates and records have it: UTC, ISO 8601, whole seconds."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def overall(stages: Iterable[StageResult]) -> Verdict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 DATE_MARK = "<date:{}>"
 """How a date stands in compiled segments; the form is one of ``strftime``."""
@@ -12,7 +12,7 @@ DATE_MARK = "<date:{}>"
 _FORM = re.compile(r"(?:[^%\x00-\x1f]|%-?[aAbBdHIjmMpSyY]|%%){1,64}")
 _DIRECTIVE = re.compile(r"%(-?)(.)")
 
-COMPARED_NOW = datetime(2025, 6, 15, 12, 0, tzinfo=timezone.utc)
+COMPARED_NOW = datetime(2025, 6, 15, 12, 0, tzinfo=UTC)
 """The clock of prompts whose answers are compared with stored ones."""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from llava_edge.profiles.errors import ArtifactError
@@ -59,7 +59,7 @@ def keep_result(
         tool=own_version(),
         verdict=overall(stages),
         stages=stages,
-        issued=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        issued=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     path = _path(manifest_sha256, host)
     keep_in_cache(path, json.dumps(to_json(result), indent=2, allow_nan=False) + "\n")

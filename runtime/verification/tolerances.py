@@ -5,18 +5,13 @@ They ship with the tool and are never read from the artifact that is judged.
 
 from __future__ import annotations
 
-import sys
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
 from llava_edge.runtime.artifact.manifest import Flavour, Precision
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ANY = "any"
 GAP = "max_gap_of_range"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -65,10 +65,10 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> datetime:
     class Clock(datetime):
         @classmethod
         def now(cls, tz: Any = None) -> Clock:
-            return cls.fromtimestamp(seconds, timezone.utc)
+            return cls.fromtimestamp(seconds, UTC)
 
     monkeypatch.setattr(chat_template_utils, "datetime", Clock)
-    return datetime.fromtimestamp(seconds, timezone.utc)
+    return datetime.fromtimestamp(seconds, UTC)
 
 
 @pytest.mark.parametrize("name", ALL)

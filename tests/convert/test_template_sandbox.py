@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ ENVIRONMENTS: tuple[Environment, ...] = ("own", "transformers")
 QUICK = TemplateLimits(seconds=1)
 HELLO = ({"role": "user", "content": "hello"},)
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-NOW = datetime(2026, 11, 30, 12, 5, tzinfo=timezone.utc).timestamp()
+NOW = datetime(2026, 11, 30, 12, 5, tzinfo=UTC).timestamp()
 
 
 def render(template: str, environment: Environment = "own", **options: Any) -> Rendering:
@@ -114,7 +114,7 @@ def test_both_environments_have_the_rules_of_transformers(monkeypatch: pytest.Mo
     class Clock(datetime):
         @classmethod
         def now(cls, tz: Any = None) -> Clock:
-            return cls.fromtimestamp(NOW, timezone.utc)
+            return cls.fromtimestamp(NOW, UTC)
 
     monkeypatch.setattr(chat_template_utils, "datetime", Clock)
     (theirs,), _ = chat_template_utils.render_jinja_template(  # type: ignore[str-unpack]

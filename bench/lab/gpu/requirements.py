@@ -21,7 +21,7 @@ PACKAGES = (
 )
 """Imported by the light half, by conversion and verification, and by the reference."""
 
-_OLDEST_PYTHON = (3, 10)
+_OLDEST_PYTHON = (3, 11)
 _AT_LEAST = re.compile(r"([\w.-]+)>=([\d.]+)(?: *; *extra == ['\"]convert['\"])?")
 """A requirement of the light half or of conversion, as the installed metadata write it."""
 
@@ -36,7 +36,7 @@ def missing(device: DeviceKind) -> list[str]:
     if not found:
         found = _too_old()
     if sys.version_info < _OLDEST_PYTHON:
-        found.append("Python 3.10")
+        found.append("Python 3.11")
     if device == "cuda":
         if "cuda" not in available_devices():
             found.append(f"a CUDA provider in ONNX Runtime {ENGINE_VERSION} (onnxruntime-gpu)")

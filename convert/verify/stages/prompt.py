@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from llava_edge.convert.checkpoint.open import Checkpoint
 from llava_edge.convert.text.builtin_templates import detect_family, stop_tokens
@@ -160,7 +160,7 @@ def _template_faults(
 
 def current_time() -> datetime:
     """What half of the conversations take for now; the other half is at ``COMPARED_NOW``."""
-    return datetime.now(timezone.utc)
+    return datetime.now(UTC)
 
 
 def _bos_fits(artifact: Artifact, reference: ReferenceProcessor) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ PLAIN = (
     "{% endfor %}{{ '\n' }}{% endfor %}{{ 'assistant:' }}"
 )
 DATED = "{{ strftime_now('%d %b %Y') + '\n' }}" + PLAIN
-THIS_YEAR = datetime.now(timezone.utc).year
+THIS_YEAR = datetime.now(UTC).year
 # Harmless at every time that conversion tries.
 BOMB = f"{{% if strftime_now('%Y') == '{THIS_YEAR}' %}}{{{{ 'a' * 9000000000 }}}}{{% endif %}}"
 
@@ -115,7 +115,7 @@ def test_a_lost_newline_is_found(verify: Callable[..., StageResult]) -> None:
 
 
 @pytest.mark.skipif(
-    THIS_YEAR in {datetime.fromtimestamp(clock, timezone.utc).year for clock in CLOCKS},
+    THIS_YEAR in {datetime.fromtimestamp(clock, UTC).year for clock in CLOCKS},
     reason="conversion tries this year and refuses the template itself",
 )
 def test_a_template_that_waited_for_today_is_stopped_at_verification(
