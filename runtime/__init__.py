@@ -8,7 +8,6 @@ The public names are loaded when first used, so that reading a manifest needs no
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from llava_edge.profiles.errors import (
@@ -107,7 +106,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return version("llava-edge")
+        return import_module("importlib.metadata").version("llava-edge")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
