@@ -140,10 +140,12 @@ def test_the_service_answers_and_refuses(python: Path, artifact: Path, folder: P
     with service(python, artifact, folder) as address:
         good = (folder / "pictures" / "red.png").read_bytes()
         asked = urllib.request.Request(f"{address}/ask?question=What%20is%20it", data=good)
-        answer = urllib.request.urlopen(asked, timeout=60).read().decode()
+        with urllib.request.urlopen(asked, timeout=60) as response:
+            answer = response.read().decode()
         bad = urllib.request.Request(f"{address}/ask?question=What", data=b"no picture")
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(bad, timeout=60)
+        refused.value.close()
 
     assert answer.strip()
     assert refused.value.code == 422
