@@ -42,7 +42,7 @@ def test_steps_of_the_check_run(cuda: StandIn, work: Path, words: tuple[str, ...
     assert "Stand-in" in entries[CARD]["gpus"][0]["name"]
     for name in asked(*words):
         if "parity" in name or REFERENCE in name:
-            assert "gpu_reference" in entries[name]["error"], "torch has no CUDA here"
+            assert "gpu.reference" in entries[name]["error"], "torch has no CUDA here"
             continue
         assert "error" not in entries[name], entries[name]
         assert entries[name].get("off_device", []) == []
