@@ -121,7 +121,7 @@ def _best(g: GraphBuilder, logits: ir.Value, count: int) -> None:
         "TopK", [logits, g.integers(count)], {"axis": -1, "largest": 1, "sorted": 1}, num_outputs=2
     )
     shape: list[int | str] = [1, "logits_to_keep", count]
-    g.output(values, "topk_logits", "float32", shape)
+    g.output(values, "best_logits", "float32", shape)
     g.output(ids, "best_ids", "int64", shape)
 
 

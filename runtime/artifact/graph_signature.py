@@ -22,7 +22,7 @@ Expected = dict[str, tuple[str, tuple[int | None, ...]]]
 
 ROPE_TABLES = ("cos_cache", "sin_cache")
 MAX_LAYERS = 1024
-_BEST = ("topk_logits", "best_ids")
+_BEST = ("best_logits", "best_ids")
 
 
 def check_interfaces(artifact: Artifact) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime import LlavaEdge
+from llava_edge.runtime.artifact import graph_signature
 from llava_edge.runtime.util.checksummed_json import seal
 
 Change = Callable[[dict[str, Any]], None]
@@ -87,3 +88,8 @@ def test_a_manifest_whose_numbers_are_not_its_graphs_is_refused_at_load(
 
     with pytest.raises(ArtifactError, match=message):
         LlavaEdge.load(artifact)
+
+
+def test_outputs_of_the_best_logits_have_the_names_of_the_format() -> None:
+    # Artifacts that exist have them: another name would make all of them unreadable.
+    assert graph_signature._BEST == ("best_logits", "best_ids")

@@ -86,11 +86,11 @@ def read_decoder(walk: GraphWalk) -> DecoderAttributes:
 
 def _best(walk: GraphWalk) -> None:
     """Where the graph picks its best logits out, they are the largest of those it hands out."""
-    if not any(walk.graph.producer(name) for name in ("topk_logits", "best_ids")):
+    if not any(walk.graph.producer(name) for name in ("best_logits", "best_ids")):
         return
-    node = walk.made_by("topk_logits", "TopK")
+    node = walk.made_by("best_logits", "TopK")
     walk.expect(node, "what it orders", node.input[0], "logits")
-    walk.expect(node, "what it hands out", list(node.output), ["topk_logits", "best_ids"])
+    walk.expect(node, "what it hands out", list(node.output), ["best_logits", "best_ids"])
     for name, want in (("axis", -1), ("largest", 1), ("sorted", 1)):
         walk.expect(node, name, walk.attribute(node, name), want)
 

@@ -302,7 +302,7 @@ class Decoder:
             place = self._session.place
             kinds: tuple[type[np.generic], ...] = (np.float32, np.int64)
             values, ids = (Buffer((1, 1, self._num_best), kind, *place) for kind in kinds)
-            self._step.output("topk_logits", values)
+            self._step.output("best_logits", values)
             self._step.output("best_ids", ids)
             self._best = values, ids
         self._prefill = self._bind()
