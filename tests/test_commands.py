@@ -264,6 +264,7 @@ def test_an_existing_output_is_kept_unless_forced(
     assert json.loads((out / "manifest.json").read_bytes())["context_tokens"] == 1024
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_artifact_and_the_same_command_resumes(
     checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -62,6 +62,7 @@ def test_a_command_that_fails_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+@pytest.mark.slow
 def test_a_conversion_is_measured_and_leaves_nothing_behind(tmp_path: Path, quantizer: str) -> None:
     step = MemoryStep(quantizer, quantizer, 2, 1 << 30, ("--samples", "2"))
     found = measure_conversion(step, SMALL, tmp_path / "work", lambda _: None)
@@ -79,6 +80,7 @@ def test_a_conversion_is_measured_and_leaves_nothing_behind(tmp_path: Path, quan
     assert f"| {found['peak_bytes'] / 2**30:.2f} |" in memory_table({quantizer: found})
 
 
+@pytest.mark.slow
 def test_a_bound_that_is_exceeded_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

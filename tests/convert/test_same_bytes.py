@@ -62,6 +62,7 @@ def run(jobs: list[Any]) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_conversions_that_were_killed_at_any_place_end_with_the_same_bytes(
     make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

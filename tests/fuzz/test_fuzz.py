@@ -23,6 +23,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_fuzzed_inputs_are_answered_or_refused(artifacts: Path, tmp_path: Path) -> None:
     shares = {name: CHECKPOINT_SHARE if "checkpoint-" in name else SHARE for name in COUNTS}
     numbers = [(name, i) for name, n in COUNTS.items() for i in range(round(n * shares[name]))]
