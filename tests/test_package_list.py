@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-FOLDERS = ("profiles", "runtime", "convert", "bench")
+from tests.wheel import FOLDERS, ROOT, build_wheel
+
 LAB = ROOT / "bench" / "lab"
 
 
@@ -37,20 +33,7 @@ def test_every_folder_with_modules_is_a_package() -> None:
 
 
 def test_the_wheel_holds_what_users_run_and_nothing_else(tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    for name in (*FOLDERS, "pyproject.toml", "README.md", "LICENSE"):
-        source = ROOT / name
-        if source.is_dir():
-            ignored = shutil.ignore_patterns("__pycache__", "llava-next-pages", "results")
-            shutil.copytree(source, tree / name, ignore=ignored)
-        else:
-            shutil.copy(source, tree)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
-    command += ["--no-build-isolation", "--disable-pip-version-check"]
-    env = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    subprocess.run([*command, "--wheel-dir", str(tmp_path), str(tree)], check=True, env=env)
-    (wheel,) = tmp_path.glob("*.whl")
+    wheel = build_wheel(tmp_path)
 
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
