@@ -26,7 +26,12 @@ from llava_edge.convert.checkpoint.source import resolve_source
 from llava_edge.convert.checkpoint.transformers_loader import meta_model
 from llava_edge.convert.onnx.engine_plan import write_vision_engine
 from llava_edge.convert.onnx.linear import QuantizedLayers
-from llava_edge.convert.planning import (
+from llava_edge.convert.output.artifact_writer import (
+    ArtifactWriter,
+    refuse_existing,
+    unfinished_request,
+)
+from llava_edge.convert.planning.artifact_plan import (
     ArtifactPlan,
     as_variant,
     choose,
@@ -34,6 +39,8 @@ from llava_edge.convert.planning import (
     plan_artifact,
     seen_of_board,
 )
+from llava_edge.convert.planning.conversion_inputs import CalibrationFiles, environment
+from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quality.check import QualityCheck
 from llava_edge.convert.quantization.export_hf import check_emit_hf, write_hf_gptq
 from llava_edge.convert.quantization.kv_cache_scales import NUM_SAMPLES as CACHE_SAMPLES
@@ -46,12 +53,11 @@ from llava_edge.convert.quantization.plan import (
     tile_conversations,
 )
 from llava_edge.convert.quantization.vision.calibration_tiles import cut_tiles
-from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.testing.random_checkpoint import RANDOM_KEY
 from llava_edge.convert.text.chat_template import compile_chat_template
 from llava_edge.convert.util.files import check_free_space
 from llava_edge.convert.util.torch_threads import allowed_torch_threads, torch_threads
-from llava_edge.convert.verification import Verification
+from llava_edge.convert.verify.conversion import Verification
 from llava_edge.convert.verify.reference.model import REFERENCE
 from llava_edge.convert.verify.weights.stage import DIGESTS
 from llava_edge.convert.writing.artifact_builder import (
@@ -60,13 +66,7 @@ from llava_edge.convert.writing.artifact_builder import (
     PartBuilders,
     Report,
 )
-from llava_edge.convert.writing.artifact_writer import (
-    ArtifactWriter,
-    refuse_existing,
-    unfinished_request,
-)
 from llava_edge.convert.writing.card import write_card
-from llava_edge.convert.writing.conversion_inputs import CalibrationFiles, environment
 from llava_edge.profiles.boards.detect import detect_profile
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.errors import BudgetError, RequestError

@@ -56,7 +56,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointMaker
 def make_artifact(tmp_path_factory: pytest.TempPathFactory) -> ArtifactMaker:
     """``make_artifact(checkpoint, profile=…, **wishes)``: an artifact of it, converted once."""
     from llava_edge.convert.pipeline import convert_checkpoint
-    from llava_edge.convert.request import ConvertRequest
+    from llava_edge.convert.planning.request import ConvertRequest
     from llava_edge.profiles.boards.hardware import load_profile
     from llava_edge.profiles.planner import PlanRequest
     from llava_edge.runtime.util.progress import no_progress

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 from llava_edge.convert.pipeline import convert_checkpoint
+from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quality.request import QualityRequest
 from llava_edge.convert.quantization.plan import NUM_SAMPLES, QuantizationRequest
-from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.util.progress import StageBars
 from llava_edge.profiles.cli import add_plan_arguments, build_request, choose_profile
 from llava_edge.profiles.errors import RequestError

@@ -18,6 +18,7 @@ from llava_edge.convert.checkpoint.files import (
 from llava_edge.convert.checkpoint.hub.download import fetch_checkpoint
 from llava_edge.convert.checkpoint.open import open_checkpoint
 from llava_edge.convert.checkpoint.source import resolve_source
+from llava_edge.convert.output.artifact_writer import write_certificate
 from llava_edge.convert.util.files import refusal, write_atomic
 from llava_edge.convert.util.progress import StageBars
 from llava_edge.convert.verify.estimate import spoken
@@ -28,7 +29,6 @@ from llava_edge.convert.verify.verifier import (
     verification_seconds,
     verify_artifact,
 )
-from llava_edge.convert.writing.artifact_writer import write_certificate
 from llava_edge.convert.writing.card import write_card
 from llava_edge.profiles.boards.device_name import parse_device
 from llava_edge.profiles.errors import ArtifactError, ExportError, RequestError, shorten

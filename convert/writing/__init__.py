@@ -1,1 +1,1 @@
-"""Writing an artifact: its parts, its card, and the folder that appears whole or not at all."""
+"""The parts of an artifact, its manifest and its card."""

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge.convert.pipeline import convert_checkpoint
+from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest
-from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.planner import PlanRequest
 
 

@@ -13,6 +13,7 @@ from llava_edge.convert import pipeline
 from llava_edge.convert.onnx.graph_file import GraphFile
 from llava_edge.convert.onnx.int8_kv_cache import scales_digest
 from llava_edge.convert.pipeline import convert_checkpoint
+from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization import kv_cache_scales as cache_scales
 from llava_edge.convert.quantization.calibration.calibration_set import (
     CalibrationSample,
@@ -24,7 +25,6 @@ from llava_edge.convert.quantization.kv_cache_scales import (
     QUIET,
     calibrate_cache,
 )
-from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.verify.structure.int8_cache import read_scales
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.errors import CheckpointError, RequestError

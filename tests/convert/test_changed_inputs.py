@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from llava_edge.convert import pipeline
 from llava_edge.convert.checkpoint.files import CheckpointFiles
+from llava_edge.convert.output.artifact_writer import ArtifactWriter
 from llava_edge.convert.pipeline import convert_checkpoint
+from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest
-from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.writing.artifact_builder import PartBuilders
-from llava_edge.convert.writing.artifact_writer import ArtifactWriter
 from llava_edge.profiles.errors import CheckpointError, RequestError
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact.manifest_validation import MANIFEST, UNLISTED

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from llava_edge.convert.output import volume_output
+from llava_edge.convert.output.artifact_writer import ArtifactWriter, refuse_existing
 from llava_edge.convert.util.files import is_mount_point, refusal
-from llava_edge.convert.writing import volume_output
-from llava_edge.convert.writing.artifact_writer import ArtifactWriter, refuse_existing
 from llava_edge.profiles.errors import ExportError, OutputExistsError
 from llava_edge.runtime.artifact.manifest import Manifest
 from llava_edge.runtime.artifact.open import open_artifact

@@ -8,8 +8,8 @@ import pytest
 
 from llava_edge.convert.checkpoint.open import open_checkpoint
 from llava_edge.convert.pipeline import convert_checkpoint
-from llava_edge.convert.planning import lasting_plan, plan_artifact, variant_name
-from llava_edge.convert.request import ConvertRequest
+from llava_edge.convert.planning.artifact_plan import lasting_plan, plan_artifact, variant_name
+from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.errors import BudgetError, CheckpointError
 from llava_edge.profiles.models.variants import read_folder

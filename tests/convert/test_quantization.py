@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from llava_edge.convert.checkpoint.open import open_checkpoint
 from llava_edge.convert.pipeline import Conversion, convert_checkpoint
+from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import BodyFormat, QuantizationRequest
-from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.errors import CheckpointError, RequestError
 from llava_edge.profiles.planner import PlanRequest

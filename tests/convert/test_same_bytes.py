@@ -16,8 +16,8 @@ from PIL import Image
 
 from llava_edge.convert import pipeline
 from llava_edge.convert.pipeline import convert_checkpoint
+from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest
-from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact.conversion_record import read_conversion

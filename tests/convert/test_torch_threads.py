@@ -7,7 +7,7 @@ import torch
 
 from llava_edge.convert import pipeline
 from llava_edge.convert.pipeline import convert_checkpoint
-from llava_edge.convert.request import ConvertRequest
+from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.util import torch_threads
 from llava_edge.profiles.boards.cpu_limit import CpuLimit
 from llava_edge.profiles.errors import CheckpointError

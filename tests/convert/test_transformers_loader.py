@@ -25,7 +25,7 @@ from llava_edge.convert.checkpoint.transformers_loader import (
     reduced_config,
 )
 from llava_edge.convert.pipeline import convert_checkpoint
-from llava_edge.convert.request import ConvertRequest
+from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.testing.random_checkpoint import write_random_checkpoint
 from llava_edge.convert.testing.random_spec import preset
 from llava_edge.profiles.errors import CheckpointError

@@ -13,8 +13,8 @@ import pytest
 
 from llava_edge.convert.checkpoint.open import open_checkpoint
 from llava_edge.convert.pipeline import Conversion, convert_checkpoint
-from llava_edge.convert.planning import plan_artifact
-from llava_edge.convert.request import ConvertRequest
+from llava_edge.convert.planning.artifact_plan import plan_artifact
+from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.errors import DependencyError, EngineError
 from llava_edge.profiles.planner import PlanRequest

@@ -17,6 +17,7 @@ from llava_edge.convert.checkpoint.config.image import read_image_processing
 from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
 from llava_edge.convert.onnx.vision import build_vision_graph
 from llava_edge.convert.pipeline import convert_checkpoint
+from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.calibration.conversations import Conversation
 from llava_edge.convert.quantization.calibration.synthetic import draw_conversations
 from llava_edge.convert.quantization.plan import QuantizationRequest
@@ -29,9 +30,8 @@ from llava_edge.convert.quantization.vision.int8 import (
     write_int8_vision,
 )
 from llava_edge.convert.quantization.vision.smoothquant import AT_A_COST, FREE, scale_inputs
-from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.testing.random_outliers import plant_outliers
-from llava_edge.convert.verification import Verification
+from llava_edge.convert.verify.conversion import Verification
 from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.errors import BudgetError, ExportError, RequestError
 from llava_edge.profiles.models.anyres import AnyRes

@@ -20,6 +20,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from llava_edge.convert.onnx.embeddings import write_embeddings
+from llava_edge.convert.output import artifact_writer as write_artifact
+from llava_edge.convert.output.artifact_writer import ArtifactWriter, write_certificate
 from llava_edge.convert.util import files as disk
 from llava_edge.convert.util.files import (
     check_free_space,
@@ -27,8 +29,6 @@ from llava_edge.convert.util.files import (
     show_bytes,
     write_atomic,
 )
-from llava_edge.convert.writing import artifact_writer as write_artifact
-from llava_edge.convert.writing.artifact_writer import ArtifactWriter, write_certificate
 from llava_edge.profiles.errors import (
     ArtifactError,
     CheckpointError,
@@ -356,7 +356,7 @@ def test_a_disk_full_at_the_manifest_leaves_all_parts(
 CHILD = """
 import os, resource, signal, sys
 from pathlib import Path
-from llava_edge.convert.writing.artifact_writer import ArtifactWriter
+from llava_edge.convert.output.artifact_writer import ArtifactWriter
 from llava_edge.profiles.errors import ExportError
 
 def small(folder):

@@ -20,7 +20,7 @@ SPECS: Mapping[str, Mapping[str, Any]] = {
 def make_artifact(name: str, folder: Path, say: Callable[[str], None] = print) -> Path:
     """The artifact of a spec below a folder; converted and verified unless it is there."""
     from llava_edge.convert.pipeline import convert_checkpoint
-    from llava_edge.convert.request import ConvertRequest
+    from llava_edge.convert.planning.request import ConvertRequest
     from llava_edge.convert.testing.random_checkpoint import write_random_checkpoint
     from llava_edge.convert.testing.random_spec import preset
     from llava_edge.profiles.boards.hardware import load_profile

@@ -343,8 +343,8 @@ def _checkpoint(damage: str) -> Callable[[Bench, Random, int], Case]:
 def convert(checkpoint: Path, out: Path, precision: str, *, verify: bool) -> object:
     """Convert a checkpoint for a CPU board, as the command would."""
     from llava_edge.convert.pipeline import convert_checkpoint
+    from llava_edge.convert.planning.request import ConvertRequest
     from llava_edge.convert.quantization.plan import QuantizationRequest
-    from llava_edge.convert.request import ConvertRequest
     from llava_edge.profiles.boards.hardware import load_profile
     from llava_edge.profiles.planner import PlanRequest
 

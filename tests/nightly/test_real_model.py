@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from llava_edge.convert.pipeline import convert_checkpoint
+from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest, Quantizer
-from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact.open import open_artifact

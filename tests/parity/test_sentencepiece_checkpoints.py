@@ -14,7 +14,7 @@ import transformers
 
 from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
 from llava_edge.convert.pipeline import convert_checkpoint
-from llava_edge.convert.request import ConvertRequest
+from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.testing.random_checkpoint import write_random_checkpoint
 from llava_edge.convert.testing.random_spec import preset
 from llava_edge.convert.text.sentencepiece import probe_texts

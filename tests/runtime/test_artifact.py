@@ -18,7 +18,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from llava_edge.convert.onnx.embeddings import write_embeddings
-from llava_edge.convert.writing.artifact_writer import ArtifactWriter, write_certificate
+from llava_edge.convert.output.artifact_writer import ArtifactWriter, write_certificate
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.profiles.models.model_dims import ModelDims, TextDims, VisionDims
 from llava_edge.runtime.artifact import open as artifact_module

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_edge.convert.writing.artifact_writer import write_certificate
+from llava_edge.convert.output.artifact_writer import write_certificate
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact import hashing as digests

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava_edge.convert.pipeline import convert_checkpoint
-from llava_edge.convert.request import ConvertRequest, QuantizationRequest
+from llava_edge.convert.planning.request import ConvertRequest, QuantizationRequest
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.errors import EngineError
 from llava_edge.profiles.planner import PlanRequest

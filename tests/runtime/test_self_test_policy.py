@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llava_edge.convert.writing.artifact_writer import write_certificate
+from llava_edge.convert.output.artifact_writer import write_certificate
 from llava_edge.profiles.errors import EngineError
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact.certificate import Certificate, StageResult

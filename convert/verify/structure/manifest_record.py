@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llava_edge.convert.checkpoint.open import Checkpoint
-from llava_edge.convert.planning import variant_name
+from llava_edge.convert.planning.artifact_plan import variant_name
 from llava_edge.convert.testing.random_checkpoint import RANDOM_KEY
 from llava_edge.convert.verify.weights.stage import DIGESTS
 from llava_edge.convert.verify.weights.tensor_mapping import linear_layers

@@ -12,8 +12,8 @@ import pytest
 
 from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
 from llava_edge.convert.pipeline import convert_checkpoint
+from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest
-from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.text import template_sandbox
 from llava_edge.convert.verify.stages import prompt as prompt_stage
 from llava_edge.profiles.boards.hardware import load_profile

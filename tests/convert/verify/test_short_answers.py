@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llava_edge.convert.pipeline import convert_checkpoint
-from llava_edge.convert.request import ConvertRequest
+from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.verify.reference.probes import Probe, probes_for
 from llava_edge.convert.verify.runner.losses import Losses
 from llava_edge.convert.verify.stages import greedy as greedy_stage

@@ -17,8 +17,8 @@ import pytest
 from llava_edge.convert.cli import verify_checkpoint as command
 from llava_edge.convert.onnx import vision as vision_graph
 from llava_edge.convert.pipeline import Conversion, convert_checkpoint
+from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest
-from llava_edge.convert.request import ConvertRequest
 from llava_edge.profiles.errors import ArtifactError, VerificationError
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge

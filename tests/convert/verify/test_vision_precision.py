@@ -13,9 +13,9 @@ from onnx import TensorProto, helper
 
 from llava_edge.convert.checkpoint.open import open_checkpoint
 from llava_edge.convert.pipeline import convert_checkpoint
+from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest
 from llava_edge.convert.quantization.vision.fp16_overflow import Float16Ranges
-from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.testing.random_outliers import plant_outliers
 from llava_edge.convert.verify.structure.stage import structure_stage
 from llava_edge.convert.verify.verifier import VerifyOptions, verify_artifact

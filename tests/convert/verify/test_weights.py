@@ -19,8 +19,8 @@ from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
 from llava_edge.convert.checkpoint.quantized.digested_source import DigestedSource
 from llava_edge.convert.checkpoint.quantized.source import RtnSource, quantize_head
 from llava_edge.convert.pipeline import convert_checkpoint
+from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest
-from llava_edge.convert.request import ConvertRequest
 from llava_edge.convert.verify.weights.stage import weights_stage
 from llava_edge.convert.verify.weights.tensor_mapping import linear_layers
 from llava_edge.profiles.boards.hardware import load_profile

@@ -34,15 +34,7 @@ from types import TracebackType
 from typing import Any
 
 from llava_edge.convert.checkpoint.files import changed_names
-from llava_edge.convert.util.files import (
-    free_bytes,
-    full_disk_reason,
-    refusal,
-    show_bytes,
-    sync,
-    write_atomic,
-)
-from llava_edge.convert.writing.partial_folder import (
+from llava_edge.convert.output.partial_folder import (
     ARTIFACT,
     JOURNAL,
     LOCK,
@@ -51,11 +43,19 @@ from llava_edge.convert.writing.partial_folder import (
     lock_partial,
     remove,
 )
-from llava_edge.convert.writing.volume_output import (
+from llava_edge.convert.output.volume_output import (
     is_empty_folder,
     move_up,
     settle_move,
     works_inside,
+)
+from llava_edge.convert.util.files import (
+    free_bytes,
+    full_disk_reason,
+    refusal,
+    show_bytes,
+    sync,
+    write_atomic,
 )
 from llava_edge.profiles.errors import (
     ArtifactError,

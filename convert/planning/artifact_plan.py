@@ -13,7 +13,7 @@ from typing import Any
 from llava_edge.convert.checkpoint.open import Checkpoint
 from llava_edge.convert.checkpoint.quantized.gptq_checkpoint import open_gptq
 from llava_edge.convert.onnx.engine_plan import EngineTarget, plan_engine
-from llava_edge.convert.request import ConvertRequest
+from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.profiles.errors import BudgetError, RequestError
 from llava_edge.profiles.models.grids import GridChoice, asked_grid, asked_pinpoints
 from llava_edge.profiles.models.model_dims import ModelDims

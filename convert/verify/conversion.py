@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llava_edge.convert.checkpoint.open import Checkpoint
+from llava_edge.convert.output.artifact_writer import ArtifactWriter, write_certificate
 from llava_edge.convert.quality.check import QualityCheck
 from llava_edge.convert.util.files import write_atomic
 from llava_edge.convert.util.progress import spoken_seconds
@@ -27,7 +28,6 @@ from llava_edge.convert.verify.verifier import (
     verification_seconds,
     verify_artifact,
 )
-from llava_edge.convert.writing.artifact_writer import ArtifactWriter, write_certificate
 from llava_edge.convert.writing.card import write_card
 from llava_edge.profiles.errors import LlavaEdgeError, VerificationError
 from llava_edge.runtime.artifact.certificate import Certificate, Mode, Quality, StageResult

@@ -13,14 +13,14 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from llava_edge.convert.util.files import is_mount_point, sync, write_atomic
-from llava_edge.convert.writing.partial_folder import (
+from llava_edge.convert.output.partial_folder import (
     ARTIFACT,
     PUBLISHING,
     REPLACED,
     lock_partial,
     remove,
 )
+from llava_edge.convert.util.files import is_mount_point, sync, write_atomic
 from llava_edge.profiles.errors import RequestError
 from llava_edge.runtime.artifact.manifest_validation import LOST_AND_FOUND, MANIFEST, is_safe_name
 from llava_edge.runtime.util.checksummed_json import parse_strict

@@ -1,0 +1,1 @@
+"""The output folder: an artifact appears whole or not at all."""

@@ -1,0 +1,1 @@
+"""What one conversion will do, decided before anything is written."""
