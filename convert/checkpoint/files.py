@@ -25,6 +25,9 @@ Progress = Callable[[int, int], None]
 SETTINGS = "checkpoint_files"
 """Where ``manifest.conversion`` keeps ``setting_digests``."""
 
+WEIGHT_DIGESTS = "weights_sha256"
+"""Where ``manifest.conversion`` keeps what ``DigestedSource`` noted."""
+
 _SETTINGS = (".json", ".jinja", ".model", "merges.txt", "vocab.txt")
 """Ends of names of files that transformers, tokenizers and this project read settings from.
 

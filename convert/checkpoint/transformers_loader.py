@@ -46,6 +46,9 @@ from llava_edge.convert.checkpoint.config.tokenizer_source import (
 from llava_edge.convert.util.text_files import read_object, read_text
 from llava_edge.profiles.errors import CheckpointError
 
+REFERENCE = f"transformers {transformers.__version__}"
+"""What artifacts are compared with."""
+
 _MODELS: Mapping[str, tuple[str, str]] = {
     "llava": ("LlavaConfig", "LlavaForConditionalGeneration"),
     "llava_next": ("LlavaNextConfig", "LlavaNextForConditionalGeneration"),

@@ -25,15 +25,22 @@ import logging
 import math
 import os
 import shutil
-import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from llava_edge.convert.checkpoint.files import changed_names
+from llava_edge.convert.output.journal import Journal, Part, read_journal
+from llava_edge.convert.output.output_path import output_path, partial_of, refuse_existing
+from llava_edge.convert.output.part_files import (
+    file_stamps,
+    is_intact,
+    remove_unlisted,
+    seal_new_files,
+)
 from llava_edge.convert.output.partial_folder import (
     ARTIFACT,
     JOURNAL,
@@ -46,8 +53,6 @@ from llava_edge.convert.output.partial_folder import (
 from llava_edge.convert.output.volume_output import (
     is_empty_folder,
     move_up,
-    settle_move,
-    works_inside,
 )
 from llava_edge.convert.util.files import (
     free_bytes,
@@ -71,105 +76,22 @@ from llava_edge.runtime.artifact.conversion_record import (
     ConversionRecord,
     PartRecord,
 )
-from llava_edge.runtime.artifact.hashing import hash_files
 from llava_edge.runtime.artifact.manifest import FileEntry, Manifest
 from llava_edge.runtime.artifact.manifest_validation import (
     CARD,
     CERTIFICATE,
     CONVERSION,
     MANIFEST,
-    UNLISTED,
-    is_safe_name,
 )
 from llava_edge.runtime.artifact.open import check_graphs, check_listing, read_manifest
 from llava_edge.runtime.artifact.opened_files import OpenedFiles
-from llava_edge.runtime.util.checksummed_json import parse_strict, seal
+from llava_edge.runtime.util.checksummed_json import seal
 from llava_edge.runtime.util.host_memory import peak_host_bytes
-from llava_edge.runtime.util.json_codec import from_json, to_json
-from llava_edge.runtime.util.safe_open import read_bounded
+from llava_edge.runtime.util.json_codec import to_json
 from llava_edge.runtime.verification.host import describe_host
 
 _LOG = logging.getLogger(__name__)
 _REPORT = "failure.json"
-_JOURNAL_LIMIT = 64 << 20
-
-Stamp = tuple[int, int, int]
-"""size, mtime_ns and inode of a file in the making."""
-
-
-@dataclass
-class _Part:
-    """A finished part: its files, the JSON value that its builder returned, and what it took."""
-
-    files: dict[str, FileEntry]
-    value: Any = None
-    took: PartRecord = field(default_factory=PartRecord)
-
-
-@dataclass
-class _Journal:
-    request: dict[str, Any]
-    inputs: dict[str, str]
-    parts: dict[str, _Part] = field(default_factory=dict)
-    threads: int = 1
-    began: str = field(default_factory=utc_now)
-    runs: int = 1
-
-    @property
-    def files(self) -> dict[str, FileEntry]:
-        return {name: entry for part in self.parts.values() for name, entry in part.files.items()}
-
-
-def output_path(out: str | os.PathLike[str]) -> Path:
-    """An output as an absolute path; a link to a folder stands for that folder."""
-    # The name is needed, and "." has none.
-    path = Path(os.path.abspath(out))
-    return path.resolve() if os.path.islink(path) and os.path.isdir(path) else path
-
-
-def refuse_existing(out: Path, *, force: bool) -> None:
-    """Refuse an output that must not be replaced; callers do so before work starts.
-
-    Raises:
-        OutputExistsError: ``out`` exists and ``force`` is not set.
-        RequestError: ``out`` is something else than an artifact, which ``force`` does not replace.
-        ExportError: the system refuses the output.
-    """
-    out = output_path(out)
-    try:
-        settle_move(out)
-    except OSError as error:
-        raise ExportError(f"the output {out!s:.300} cannot be used: {refusal(error)}.") from error
-    if not os.path.lexists(out) or is_empty_folder(out):
-        return
-    if not out.is_dir():
-        raise OutputExistsError(f"{out} is no folder, and an artifact is one. Name another output.")
-    if not force:
-        raise OutputExistsError(
-            f"{out} exists. Nothing is overwritten unasked: add --force to replace it, or "
-            "name another output."
-        )
-    if not (out / MANIFEST).is_file():
-        raise RequestError(
-            f"{out} is no artifact (it holds no {MANIFEST}), so --force does not replace "
-            "it. Name another output, or remove it yourself."
-        )
-
-
-def unfinished_request(out: str | os.PathLike[str]) -> dict[str, Any]:
-    """The ``request_key`` of an unfinished conversion into ``out``; empty where there is none."""
-    path = _partial_of(output_path(out)) / JOURNAL
-    try:
-        document = parse_strict(read_bounded(path, _JOURNAL_LIMIT), str(path))
-    except ArtifactError:
-        return {}
-    request = document.get("request") if isinstance(document, dict) else None
-    return request if isinstance(request, dict) else {}
-
-
-def _partial_of(out: Path) -> Path:
-    inside = out.is_dir() and works_inside(out)
-    return (out if inside else out.parent) / f"{out.name}.partial"
 
 
 class ArtifactWriter:
@@ -217,7 +139,7 @@ class ArtifactWriter:
         if not self.out.name:
             raise RequestError(f"{self.out} cannot be an output folder. Name a folder below it.")
         self._was_there = os.path.lexists(self.out)
-        self._partial = _partial_of(self.out)
+        self._partial = partial_of(self.out)
         self._beside = self._partial.parent
         self.folder = self._partial / ARTIFACT
         self.work = self._partial / WORK
@@ -227,7 +149,7 @@ class ArtifactWriter:
         self._asked: set[str] = set()
         self._check_inputs = check_inputs
         self._say = say
-        self._journal = _Journal({}, dict(inputs or {}), threads=threads)
+        self._journal = Journal({}, dict(inputs or {}), threads=threads)
         request = json.loads(json.dumps(dict(request_key), allow_nan=False))
         self._refuse_existing()
         try:
@@ -294,19 +216,19 @@ class ArtifactWriter:
         self._asked.add(name)
         finished = self._journal.parts.get(name)
         if finished is not None:
-            if self._intact(finished):
+            if is_intact(self.folder, finished.files):
                 _LOG.info("part %s is taken from %s", name, self._partial)
                 return finished.value
             _LOG.warning("part %s in %s was changed and is built again", name, self._partial)
             del self._journal.parts[name]
             self._remove_unfinished()
         with self._cleaning(f"part {name!r}"):
-            before = self._stamps()
+            before = file_stamps(self.folder)
             started = time.perf_counter()
             value = json.loads(json.dumps(build(self.folder), allow_nan=False))
             took = PartRecord(round(time.perf_counter() - started, 3), peak_host_bytes())
             self._require_inputs()
-            self._journal.parts[name] = _Part(self._seal_files(before), value, took)
+            self._journal.parts[name] = Part(seal_new_files(self.folder, before), value, took)
             try:
                 self._write_journal()
             except BaseException:
@@ -451,40 +373,15 @@ class ArtifactWriter:
         else:
             os.rename(old, self.out)
 
-    def _open_journal(self, request: dict[str, Any], inputs: dict[str, str]) -> _Journal:
+    def _open_journal(self, request: dict[str, Any], inputs: dict[str, str]) -> Journal:
         path = self._partial / JOURNAL
         if self._force or not path.exists():
             return self._begin_anew(request, inputs)
-        discard = "Add --force to discard it, or name another output."
-        try:
-            document = parse_strict(read_bounded(path, _JOURNAL_LIMIT), str(path))
-            if not isinstance(document, dict) or not {"request", "parts"} <= set(document):
-                raise ArtifactError(f"{path} is no journal of this version")
-            # Journals that note no inputs differ in all of them, so their parts are made again.
-            noted = {"inputs": {}, "threads": self._journal.threads, **document}
-            found = from_json(_Journal, noted, "journal")
-        except ArtifactError as error:
-            raise RequestError(
-                f"{self._partial} holds an unfinished conversion whose journal cannot be read "
-                f"({error}). {discard}"
-            ) from error
-        there, parts = found.request, found.parts
-        if there != request:
-            differing = [
-                f"{key} was {_brief(there.get(key))} and is now {_brief(request.get(key))}"
-                for key in sorted(set(there) | set(request))
-                if there.get(key) != request.get(key)
-            ]
-            raise RequestError(
-                f"{self._partial} holds an unfinished conversion of another request: "
-                f"{shorten(differing)}. {discard}"
-            )
-        if not all(is_safe_name(name) for part in parts.values() for name in part.files):
-            raise RequestError(f"{path} names files outside the artifact. {discard}")
+        found = read_journal(path, request, self._journal.threads)
         changed = changed_names(found.inputs, inputs)
         if changed:
             # What one part is made of goes into the others through calibration and golden prompts.
-            made = ", ".join(sorted(parts)) or "nothing so far"
+            made = ", ".join(sorted(found.parts)) or "nothing so far"
             self._say(
                 f"changed since the interrupted run: {shorten(changed)}. Made again: {made}, and "
                 "what was begun."
@@ -493,10 +390,10 @@ class ArtifactWriter:
         found.runs += 1
         return found
 
-    def _begin_anew(self, request: dict[str, Any], inputs: dict[str, str]) -> _Journal:
+    def _begin_anew(self, request: dict[str, Any], inputs: dict[str, str]) -> Journal:
         remove(self.folder)
         remove(self.work)
-        return _Journal(request, inputs, threads=self._journal.threads)
+        return Journal(request, inputs, threads=self._journal.threads)
 
     def _require_inputs(self) -> None:
         """Make sure that inputs are unchanged; else what was begun is a mixture and goes."""
@@ -509,54 +406,6 @@ class ArtifactWriter:
     def _write_journal(self) -> None:
         text = json.dumps(to_json(self._journal), indent=1, allow_nan=False)
         write_atomic(self._partial / JOURNAL, text.encode("utf-8"))
-
-    def _stamps(self) -> dict[str, Stamp]:
-        """All files below ``folder``; links and the like too, so that they are noticed."""
-        stamps: dict[str, Stamp] = {}
-        for place, _, names in os.walk(self.folder):
-            for name in names:
-                path = Path(place, name)
-                status = path.lstat()
-                key = path.relative_to(self.folder).as_posix()
-                stamps[key] = (status.st_size, status.st_mtime_ns, status.st_ino)
-        return stamps
-
-    def _intact(self, part: _Part) -> bool:
-        paths = {name: self.folder / name for name in part.files}
-        try:
-            if any(path.lstat().st_size != part.files[n].bytes for n, path in paths.items()):
-                return False
-            digests = hash_files(paths.values())
-        except (OSError, ArtifactError):
-            return False
-        return all(digests[path] == part.files[name].sha256 for name, path in paths.items())
-
-    def _seal_files(self, before: Mapping[str, Stamp]) -> dict[str, FileEntry]:
-        """Flush the files that appeared since ``before`` and take their digests."""
-        after = self._stamps()
-        touched = sorted(name for name in before if after.get(name) != before[name])
-        if touched:
-            raise ExportError(f"the part changed files of another part: {shorten(touched)}")
-        fresh = sorted(set(after) - set(before))
-        unfit = [
-            name
-            for name in fresh
-            if name in UNLISTED
-            or not is_safe_name(name)
-            or not stat.S_ISREG((self.folder / name).lstat().st_mode)
-        ]
-        if unfit:
-            raise ExportError(f"an artifact cannot hold these files: {shorten(unfit)}")
-        paths = [self.folder / name for name in fresh]
-        for path in paths:
-            sync(path)
-        for place in sorted({path.parent for path in paths}):
-            sync(place)
-        digests = hash_files(paths)
-        return {
-            name: FileEntry(bytes=after[name][0], sha256=digests[path])
-            for name, path in zip(fresh, paths, strict=True)
-        }
 
     @contextlib.contextmanager
     def _cleaning(self, doing: str) -> Iterator[None]:
@@ -578,22 +427,13 @@ class ArtifactWriter:
     def _unfinished_bytes(self) -> int:
         listed = self._journal.files
         with contextlib.suppress(OSError):
-            return sum(stamp[0] for name, stamp in self._stamps().items() if name not in listed)
+            return sum(
+                stamp[0] for name, stamp in file_stamps(self.folder).items() if name not in listed
+            )
         return 0
 
     def _remove_unfinished(self) -> None:
-        """Remove what no finished part lists, and folders that are empty then."""
-        listed = self._journal.files
-        for place, _, names in os.walk(self.folder, topdown=False):
-            for name in names:
-                path = Path(place, name)
-                if path.relative_to(self.folder).as_posix() not in listed:
-                    path.unlink()
-            for link in Path(place).iterdir():
-                if link.is_symlink():
-                    link.unlink()
-            if Path(place) != self.folder and not any(Path(place).iterdir()):
-                Path(place).rmdir()
+        remove_unlisted(self.folder, self._journal.files)
 
     def _export_error(self, doing: str, error: BaseException, written: int = 0) -> LlavaEdgeError:
         reason = full_disk_reason(error)
@@ -654,11 +494,6 @@ def write_certificate(folder: Path, certificate: Mapping[str, Any]) -> Path:
     except OSError as error:
         raise ExportError(f"the certificate cannot be written: {refusal(error)}.") from error
     return path
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _finite(value: Any) -> Any:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from llava_edge.convert.checkpoint.open import Checkpoint
 from llava_edge.convert.checkpoint.quantized.gptq_checkpoint import open_gptq
 from llava_edge.convert.onnx.engine_plan import EngineTarget, plan_engine
 from llava_edge.convert.planning.request import ConvertRequest
+from llava_edge.convert.util.progress import Say
 from llava_edge.profiles.errors import BudgetError, RequestError
 from llava_edge.profiles.models.grids import GridChoice, asked_grid, asked_pinpoints
 from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.profiles.models.parameters import total_parameters
-from llava_edge.profiles.models.variants import Variant, kind_of
+from llava_edge.profiles.models.variants import Variant, find_variant, kind_of, load_variants
 from llava_edge.profiles.plan import DeploymentPlan
 from llava_edge.profiles.planner import DEFAULT_FRAMES, PlanRequest, nearest_fit, plan_deployment
 from llava_edge.profiles.sizes import format_bytes
@@ -64,6 +66,40 @@ def plan_artifact(request: ConvertRequest, checkpoint: Checkpoint) -> ArtifactPl
     )
     grid = _grid(checkpoint.dims, request, plan)
     return ArtifactPlan(plan, grid, reference, (*notes, *more), engine, wishes.num_frames)
+
+
+def default_output(planned: ArtifactPlan) -> Path:
+    """``artifacts/<variant>-<precision>-<profile>``."""
+    plan = planned.plan
+    return Path("artifacts") / f"{plan.variant}-{plan.precision}-{plan.profile}"
+
+
+def choose_hub_id(request: ConvertRequest, say: Say) -> str:
+    """Hub id of the variant that the planner chooses where no checkpoint was named.
+
+    Raises:
+        BudgetError: nothing fits.
+        RequestError: what fits was not released on the hub.
+    """
+    plan, _ = choose(request, request.wishes)
+    hub_id = find_variant(plan.variant).hub_id
+    if hub_id is None:
+        raise RequestError(
+            f"{plan.variant} was chosen and has no hub id. Give CHECKPOINT, a folder or a hub id."
+        )
+    say(f"{request.profile.name} takes {plan.variant} at {plan.precision}, grid {plan.grid}")
+    return hub_id
+
+
+def refuse_misfit_by_id(request: ConvertRequest, repo_id: str) -> None:
+    """Refuse a released variant that cannot fit, before it is downloaded.
+
+    Raises:
+        BudgetError: it does not fit.
+    """
+    for variant in load_variants():
+        if repo_id in (variant.hub_id, variant.original_id):
+            choose(request, replace(request.wishes, variants=(variant,)))
 
 
 def lasting_plan(plan: DeploymentPlan) -> dict[str, Any]:

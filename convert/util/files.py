@@ -43,6 +43,11 @@ def free_bytes(folder: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def check_free_space(folder: Path, needed_bytes: int) -> None:
     """Refuse to start what cannot end.
 

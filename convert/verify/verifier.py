@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from llava_edge.convert.checkpoint.files import SETTINGS
+from llava_edge.convert.checkpoint.files import SETTINGS, WEIGHT_DIGESTS
 from llava_edge.convert.checkpoint.open import Checkpoint
+from llava_edge.convert.checkpoint.transformers_loader import REFERENCE
 from llava_edge.convert.onnx.graph_view import MissingNodeError
 from llava_edge.convert.util.torch_threads import allowed_torch_threads
 from llava_edge.convert.verify.estimate import estimate_seconds
@@ -20,7 +21,6 @@ from llava_edge.convert.verify.first_divergence import (
 )
 from llava_edge.convert.verify.quantized.graph_weights import GraphWeights
 from llava_edge.convert.verify.reference.answer import Reference
-from llava_edge.convert.verify.reference.model import REFERENCE
 from llava_edge.convert.verify.reference.probes import Probe, asked_again, probes_for, rounded_again
 from llava_edge.convert.verify.runner.artifact_runner import ArtifactRunner
 from llava_edge.convert.verify.runner.losses import Losses
@@ -39,7 +39,7 @@ from llava_edge.convert.verify.stages.prompt import prompt_stage
 from llava_edge.convert.verify.stages.tokenizer import tokenizer_stage
 from llava_edge.convert.verify.structure.stage import structure_stage
 from llava_edge.convert.verify.weights.quantized_layers import RoundedWeights, SolvedLayers
-from llava_edge.convert.verify.weights.stage import DIGESTS, weights_stage
+from llava_edge.convert.verify.weights.stage import weights_stage
 from llava_edge.convert.verify.weights.vision_weights import ArtifactWeights, VisionWeights
 from llava_edge.profiles.errors import OutOfMemoryError
 from llava_edge.runtime.artifact.certificate import (
@@ -370,4 +370,4 @@ def unverified(artifact: Artifact) -> Certificate:
 def _quoted(manifest: Manifest) -> dict[str, Any]:
     """Facts of the conversion, less digests of single weights and files."""
     facts = manifest.conversion.items()
-    return {key: value for key, value in facts if key not in (DIGESTS, SETTINGS)}
+    return {key: value for key, value in facts if key not in (WEIGHT_DIGESTS, SETTINGS)}

@@ -6,8 +6,8 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from llava_edge.convert.checkpoint.weights import Array
 from llava_edge.convert.onnx.builder import GraphBuilder
 from llava_edge.convert.onnx.decoder import build_decoder_graph
 from llava_edge.convert.onnx.embeddings import write_embeddings
+from llava_edge.convert.onnx.graph_part import GraphPart
 from llava_edge.convert.onnx.int8_kv_cache import write_int8_cache_graph
 from llava_edge.convert.onnx.linear import QuantizedLayers
 from llava_edge.convert.onnx.vision import build_vision_graph
@@ -28,9 +29,8 @@ from llava_edge.convert.quantization.vision.int8 import Int8Calibration, write_i
 from llava_edge.convert.text.tokenizer import prepare_tokenizer
 from llava_edge.profiles.memory.buffers import BEST_TOKENS
 from llava_edge.runtime.artifact.graph_inputs import POOLING
-from llava_edge.runtime.artifact.manifest import Flavour, GraphSpec, Precision
+from llava_edge.runtime.artifact.manifest import Flavour, GraphSpec, Precision, TokenIds
 from llava_edge.runtime.backends.process import configure_process
-from llava_edge.runtime.util.json_codec import to_json
 from llava_edge.runtime.vision.pooling import pooling_index
 
 Report = Callable[[str, int, int], None]
@@ -44,7 +44,7 @@ _EMBEDDING_ROWS = 4096
 
 
 class PartBuilders:
-    """Builders for one checkpoint and one board; what they return is JSON.
+    """Builders for one checkpoint and one board.
 
     Args:
         checkpoint: where tensors are read from.
@@ -63,13 +63,13 @@ class PartBuilders:
             np.float32 if flavour == "cpu" else np.float16
         )
 
-    def vision(self, folder: Path) -> Any:
-        """Tower and projector as they are; returns their GraphSpec and nothing to say of them."""
+    def vision(self, folder: Path) -> GraphPart:
+        """Tower and projector as they are."""
         graph = build_vision_graph(self._checkpoint.dims, self._checkpoint, self._compute)
-        return [self._save(graph, folder, "vision"), {}]
+        return GraphPart(self._save(graph, folder, "vision"))
 
-    def int8_vision(self, folder: Path, tiles: CalibrationTiles, work: Path) -> Any:
-        """Tower and projector at 8 bits; returns their GraphSpec and what was decided.
+    def int8_vision(self, folder: Path, tiles: CalibrationTiles, work: Path) -> GraphPart:
+        """Tower and projector at 8 bits.
 
         Args:
             folder: of the artifact.
@@ -80,16 +80,16 @@ class PartBuilders:
             calibration = Int8Calibration(
                 self._checkpoint, trace, lambda done, of: self._report("look at tiles", done, of)
             )
-        spec, facts = write_int8_vision(
+        part = write_int8_vision(
             self._checkpoint,
             calibration,
             tiles.pixel_values,
             folder,
             lambda graph: self._save(graph, folder, "vision"),
         )
-        return [spec, {**facts, "calibration": tiles.report}]
+        return replace(part, facts={**part.facts, "calibration": tiles.report})
 
-    def guarded_vision(self, folder: Path, tiles: CalibrationTiles, work: Path) -> Any:
+    def guarded_vision(self, folder: Path, tiles: CalibrationTiles, work: Path) -> GraphPart:
         """Tower and projector in float16, with islands of float32 where tiles overflow it.
 
         Args:
@@ -98,14 +98,14 @@ class PartBuilders:
             work: where the float32 graph lies meanwhile.
         """
         with self._traced(tiles, work) as trace:
-            guarded = write_guarded_vision(
+            part = write_guarded_vision(
                 self._checkpoint,
                 trace,
                 tiles.pixel_values,
                 folder,
                 lambda graph: self._save(graph, folder, "vision"),
             )
-        return [guarded.saved, {**guarded.facts, "calibration": tiles.report}]
+        return replace(part, facts={**part.facts, "calibration": tiles.report})
 
     @contextmanager
     def _traced(self, tiles: CalibrationTiles, work: Path) -> Iterator[VisionTrace]:
@@ -127,8 +127,8 @@ class PartBuilders:
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
-    def decoder(self, folder: Path, weights: QuantizedLayers | None = None) -> Any:
-        """The language model without its embeddings; returns its GraphSpec."""
+    def decoder(self, folder: Path, weights: QuantizedLayers | None = None) -> GraphSpec:
+        """The language model without its embeddings."""
         text = self._checkpoint.dims.text
         graph = build_decoder_graph(
             text,
@@ -148,8 +148,8 @@ class PartBuilders:
         precision: Precision,
         samples: CalibrationSet,
         work: Path,
-    ) -> Any:
-        """The decoder with an int8 KV cache; returns its GraphSpec and what was decided.
+    ) -> GraphPart:
+        """The decoder with an int8 KV cache.
 
         Args:
             folder: of the artifact.
@@ -163,7 +163,7 @@ class PartBuilders:
             folder / decoder.file, dims, precision, samples, work, self._report
         )
         spec = write_int8_cache_graph(folder, decoder, dims.text, scales)
-        return [to_json(spec), facts]
+        return GraphPart(spec, facts)
 
     def embeddings(self, folder: Path) -> None:
         """Embedding rows and the newline."""
@@ -172,9 +172,9 @@ class PartBuilders:
             newline = self._checkpoint.read("image_newline")
         write_embeddings(folder / EMBEDDINGS_FILE, self._embedding_rows(), newline)
 
-    def tokenizer(self, folder: Path) -> Any:
-        """``tokenizer.json``; returns the TokenIds."""
-        tokens = prepare_tokenizer(
+    def tokenizer(self, folder: Path) -> TokenIds:
+        """``tokenizer.json``."""
+        return prepare_tokenizer(
             self._checkpoint.folder,
             self._checkpoint.config,
             folder / TOKENIZER_FILE,
@@ -182,9 +182,8 @@ class PartBuilders:
             source_id=self._checkpoint.source_id,
             report=_LOG.warning,
         )
-        return to_json(tokens)
 
-    def _save(self, graph: GraphBuilder, folder: Path, name: str) -> Any:
+    def _save(self, graph: GraphBuilder, folder: Path, name: str) -> GraphSpec:
         (folder / name).mkdir()
         done = 0
 
@@ -194,7 +193,7 @@ class PartBuilders:
             self._report(name, done, graph.nbytes)
 
         graph.save(folder / name, progress)
-        return to_json(graph.spec(f"{name}/model.onnx"))
+        return graph.spec(f"{name}/model.onnx")
 
     def _embedding_rows(self) -> Iterator[Array]:
         text = self._checkpoint.dims.text

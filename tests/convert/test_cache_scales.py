@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava_edge.convert import pipeline
 from llava_edge.convert.onnx.graph_file import GraphFile
 from llava_edge.convert.onnx.int8_kv_cache import scales_digest
 from llava_edge.convert.pipeline import convert_checkpoint
@@ -26,6 +25,7 @@ from llava_edge.convert.quantization.kv_cache_scales import (
     calibrate_cache,
 )
 from llava_edge.convert.verify.structure.int8_cache import read_scales
+from llava_edge.convert.writing.artifact_builder import PartBuilders
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.errors import CheckpointError, RequestError
 from llava_edge.profiles.planner import PlanRequest
@@ -157,9 +157,9 @@ def test_a_conversion_that_was_stopped_goes_on_and_calibrates_once_more(
         wishes=PlanRequest(precision="fp16", cache="int8"),
         verify="none",
     )
-    real = pipeline.PartBuilders.int8_cache
+    real = PartBuilders.int8_cache
     built: list[str] = []
-    real_decoder = pipeline.PartBuilders.decoder
+    real_decoder = PartBuilders.decoder
 
     def decoder(*given: object) -> object:
         built.append("decoder")
@@ -169,9 +169,9 @@ def test_a_conversion_that_was_stopped_goes_on_and_calibrates_once_more(
         real(*given)  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline.PartBuilders, "decoder", decoder)
+    monkeypatch.setattr(PartBuilders, "decoder", decoder)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.PartBuilders, "int8_cache", stopped)
+        patch.setattr(PartBuilders, "int8_cache", stopped)
         with pytest.raises(KeyboardInterrupt):
             convert_checkpoint(request, no_progress, print)
     parts = json.loads((tmp_path / "artifact.partial" / "journal.json").read_text())["parts"]

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llava_edge.convert import pipeline
 from llava_edge.convert.checkpoint.files import CheckpointFiles
 from llava_edge.convert.output.artifact_writer import ArtifactWriter
 from llava_edge.convert.pipeline import convert_checkpoint
+from llava_edge.convert.planning import conversion_plan
 from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest
+from llava_edge.convert.verify.conversion import Verification
 from llava_edge.convert.writing.artifact_builder import PartBuilders
 from llava_edge.profiles.errors import CheckpointError, RequestError
 from llava_edge.profiles.planner import PlanRequest
@@ -226,10 +227,10 @@ def test_another_library_or_processor_makes_parts_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     request = request_of(folder, tmp_path / "a")
-    known = pipeline.environment()
+    known = conversion_plan.environment()
     assert name in known
     interrupt_after("embeddings", request)
-    monkeypatch.setattr(pipeline, "environment", lambda: {**known, name: "another"})
+    monkeypatch.setattr(conversion_plan, "environment", lambda: {**known, name: "another"})
 
     said = convert(request)
 
@@ -272,14 +273,14 @@ def test_an_input_that_changes_while_a_part_is_built_ends_in_an_error(
 def test_a_file_that_appears_during_verification_leaves_no_certified_artifact(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    certify = pipeline.Verification.certify
+    certify = Verification.certify
 
     def changing(self: Any, *given: Any) -> Any:
         (folder / "special_tokens_map.json").write_text("{}")
         return certify(self, *given)
 
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
-    monkeypatch.setattr(pipeline.Verification, "certify", changing)
+    monkeypatch.setattr(Verification, "certify", changing)
 
     with pytest.raises(CheckpointError, match=r"in use: special_tokens_map\.json"):
         convert(request_of(folder, tmp_path / "a"))

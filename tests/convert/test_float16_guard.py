@@ -23,6 +23,7 @@ from llava_edge.convert.quantization.vision.fp16_overflow import write_guarded_v
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.runtime.artifact.graph_inputs import POOLING
+from llava_edge.runtime.artifact.manifest import GraphSpec
 from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
 from llava_edge.runtime.vision.pooling import pooling_index
 from tests.convert.test_vision_int8 import tiles_of
@@ -73,9 +74,10 @@ def guard(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[...,
             given=given if checkpoint.dims.takes_video else None,
         )
 
-        def save(graph: GraphBuilder) -> None:
+        def save(graph: GraphBuilder) -> GraphSpec:
             (tmp_path / "vision").mkdir()
             graph.save(tmp_path / "vision")
+            return graph.spec("vision/model.onnx")
 
         facts = write_guarded_vision(checkpoint, trace, tiles.pixel_values, tmp_path, save).facts
         build_vision_graph(checkpoint.dims, checkpoint, np.float16).save(paths["bare"])

@@ -15,8 +15,10 @@ import pytest
 
 from llava_edge.bench.lab.pages.drawing.draw import FILE, write_questions
 from llava_edge.bench.lab.pages.training.checkpoint import SHIPPED
-from llava_edge.convert import pipeline
+from llava_edge.convert.planning import replanning
+from llava_edge.convert.planning.conversion_plan import ConversionPlan
 from llava_edge.convert.quality.check import quality_row
+from llava_edge.convert.writing import artifact_parts
 from llava_edge.convert.writing.artifact_builder import PartBuilders
 from llava_edge.profiles.errors import RequestError
 from llava_edge.runtime.artifact.certificate import Quality
@@ -54,7 +56,7 @@ def quality_of(out: Path) -> Quality:
 
 def plant_damage(monkeypatch: pytest.MonkeyPatch) -> None:
     """All rows of every quantised layer change places."""
-    quantize = pipeline.quantize
+    quantize = artifact_parts.quantize
 
     class Damaged:
         def __init__(self, source: Any) -> None:
@@ -71,7 +73,7 @@ def plant_damage(monkeypatch: pytest.MonkeyPatch) -> None:
         layers, facts = quantize(*given)
         return replace(layers, source=Damaged(layers.source)), facts
 
-    monkeypatch.setattr(pipeline, "quantize", damaging)
+    monkeypatch.setattr(artifact_parts, "quantize", damaging)
 
 
 def test_right_answers_before_and_after_stand_in_certificate_card_and_output(
@@ -257,7 +259,7 @@ def test_questions_that_fp16_answers_wrong_end_a_conversion_with_a_bound_at_once
     def never(*_: Any) -> None:
         raise AssertionError("quantised before fp16 was asked")
 
-    monkeypatch.setattr(pipeline, "quantize", never)
+    monkeypatch.setattr(artifact_parts, "quantize", never)
 
     assert convert(tmp_path / "out", file, "--max-loss", "0.1") == 2
 
@@ -267,13 +269,13 @@ def test_questions_that_fp16_answers_wrong_end_a_conversion_with_a_bound_at_once
 def test_too_little_memory_for_fp16_is_found_before_anything_is_written(
     pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    detect = pipeline.detect_profile
+    detect = replanning.detect_profile
 
     def small(**given: Any) -> Any:
         found = detect(**given)
         return replace(found, system_reserve_bytes=found.memory_bytes - (60 << 20))
 
-    monkeypatch.setattr(pipeline, "detect_profile", small)
+    monkeypatch.setattr(replanning, "detect_profile", small)
 
     assert convert(tmp_path / "out", pages) == 2
 
@@ -321,11 +323,11 @@ def test_the_share_of_right_answers_decides(
 def test_a_quantised_checkpoint_has_no_fp16_to_compare_with(
     make_checkpoint: Callable[..., Path], pages: Path, tmp_path: Path
 ) -> None:
-    job = pipeline._Job.__new__(pipeline._Job)
+    plan_to_convert = ConversionPlan.__new__(ConversionPlan)
     plan = type("Plan", (), {"precision": "int4", "vision_precision": "fp16"})
     checkpoint = type("Checkpoint", (), {"gptq": object(), "source_id": "toy-gptq"})
-    object.__setattr__(job, "planned", type("Planned", (), {"plan": plan}))
-    object.__setattr__(job, "checkpoint", checkpoint)
+    object.__setattr__(plan_to_convert, "planned", type("Planned", (), {"plan": plan}))
+    object.__setattr__(plan_to_convert, "checkpoint", checkpoint)
 
     with pytest.raises(RequestError, match="toy-gptq is quantised already"):
-        pipeline._fp16_of(job)
+        plan_to_convert.at_fp16()

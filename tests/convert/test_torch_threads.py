@@ -35,7 +35,7 @@ def test_conversion_computes_with_as_many_threads_as_are_allowed(
         raise CheckpointError("enough was seen")
 
     monkeypatch.setattr(torch_threads, "read_cpu_limit", lambda: limit)
-    monkeypatch.setattr(pipeline, "_open", opened)
+    monkeypatch.setattr(pipeline, "inspect_checkpoint", opened)
     with pytest.raises(CheckpointError):
         convert_checkpoint(ConvertRequest("x"), lambda *_: None, print)
     assert seen == [threads]

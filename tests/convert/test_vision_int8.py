@@ -15,6 +15,7 @@ import torch
 
 from llava_edge.convert.checkpoint.config.image import read_image_processing
 from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
+from llava_edge.convert.onnx.builder import GraphBuilder
 from llava_edge.convert.onnx.vision import build_vision_graph
 from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.planning.request import ConvertRequest
@@ -36,7 +37,7 @@ from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.errors import BudgetError, ExportError, RequestError
 from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.profiles.planner import PlanRequest
-from llava_edge.runtime.artifact.manifest import Manifest
+from llava_edge.runtime.artifact.manifest import GraphSpec, Manifest
 from llava_edge.runtime.artifact.open import open_artifact
 from llava_edge.runtime.backends.cpu_isa import sums_saturate
 from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
@@ -59,16 +60,14 @@ class Tower:
     def write(self) -> dict[str, Any]:
         """Write the int8 graph into ``folder / vision``; what there is to say of it."""
 
-        def save(graph: Any) -> str:
+        def save(graph: GraphBuilder) -> GraphSpec:
             (self.folder / "vision").mkdir()
             graph.save(self.folder / "vision")
-            return "spec"
+            return graph.spec("vision/model.onnx")
 
-        spec, facts = write_int8_vision(
+        return write_int8_vision(
             self.checkpoint, self.calibration, self.tiles.pixel_values, self.folder, save
-        )
-        assert spec == "spec"
-        return facts
+        ).facts
 
     def run(self, batch: int) -> np.ndarray[Any, Any]:
         """Features by the int8 graph, ``batch`` tiles at a time."""
@@ -385,10 +384,10 @@ def test_a_tower_that_was_looked_at_on_other_images_is_not_gone_on_with(
 def test_a_plan_that_fitted_only_at_8_bits_is_refused_once_layers_stay_in_float(
     make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llava_edge.convert import pipeline
+    from llava_edge.convert.planning import replanning
 
     monkeypatch.setattr(vision_int8, "_MARGIN", 0.0)
-    real = pipeline.choose
+    real = replanning.choose
 
     def small(request: ConvertRequest, wishes: PlanRequest) -> Any:
         # As if the board's budget lay between both plans.
@@ -396,7 +395,7 @@ def test_a_plan_that_fitted_only_at_8_bits_is_refused_once_layers_stay_in_float(
             wishes = PlanRequest(**{**vars(wishes), "vision_wide_weights": 1 << 40})
         return real(request, wishes)
 
-    monkeypatch.setattr(pipeline, "choose", small)
+    monkeypatch.setattr(replanning, "choose", small)
     with pytest.raises(BudgetError, match="needs"):
         convert(make_checkpoint("tiny"), tmp_path / "out")
     assert not (tmp_path / "out").exists()

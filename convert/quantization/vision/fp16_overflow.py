@@ -24,6 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from llava_edge.convert.checkpoint.open import Checkpoint
 from llava_edge.convert.onnx.builder import GraphBuilder
 from llava_edge.convert.onnx.float16_emulation import emulate_float16
+from llava_edge.convert.onnx.graph_part import GraphPart
 from llava_edge.convert.onnx.mixed_precision import add_islands
 from llava_edge.convert.onnx.vision import build_vision_graph
 from llava_edge.convert.quantization.vision.activations import (
@@ -33,12 +34,13 @@ from llava_edge.convert.quantization.vision.activations import (
     VisionTrace,
 )
 from llava_edge.profiles.errors import RequestError
+from llava_edge.runtime.artifact.manifest import GraphSpec
 from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.verification.cosine import TileCosine
 
 _LOG = logging.getLogger(__name__)
 
-Save = Callable[[GraphBuilder], Any]
+Save = Callable[[GraphBuilder], GraphSpec]
 
 LARGEST = float(np.finfo(np.float16).max)
 HEADROOM = 4.0
@@ -286,22 +288,9 @@ def _larger(a: float, b: float) -> float:
     return a if a != a or b <= a else b
 
 
-@dataclass(frozen=True)
-class Guarded:
-    """A float16 graph that is near enough, or as near as the guard can make it.
-
-    Attributes:
-        saved: what saving it returned.
-        facts: plain JSON for manifest and certificate.
-    """
-
-    saved: Any
-    facts: dict[str, Any]
-
-
 def write_guarded_vision(
     checkpoint: Checkpoint, trace: VisionTrace, pixel_values: Array, folder: Path, save: Save
-) -> Guarded:
+) -> GraphPart:
     """Write the float16 graph with as few islands as keep its features.
 
     Args:
@@ -362,7 +351,7 @@ def write_guarded_vision(
         "largest_by_layer": ranges.per_piece(),
         "tile_cosine_loss": tried,
     }
-    return Guarded(saved, facts)
+    return GraphPart(saved, facts)
 
 
 def _json_number(value: float) -> float:

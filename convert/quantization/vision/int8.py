@@ -30,6 +30,7 @@ from llava_edge.convert.checkpoint.open import Checkpoint
 from llava_edge.convert.checkpoint.quantized.digested_source import DigestedSource
 from llava_edge.convert.checkpoint.weights import as_float16
 from llava_edge.convert.onnx.builder import GraphBuilder
+from llava_edge.convert.onnx.graph_part import GraphPart
 from llava_edge.convert.onnx.linear import QuantizedLayers, QuantizedLinear
 from llava_edge.convert.onnx.vision import build_vision_graph
 from llava_edge.convert.quantization.vision.activations import Additions, Piece, VisionTrace
@@ -40,6 +41,7 @@ from llava_edge.convert.quantization.vision.smoothquant import (
     scale_inputs,
 )
 from llava_edge.profiles.models.model_dims import ModelDims
+from llava_edge.runtime.artifact.manifest import GraphSpec
 from llava_edge.runtime.backends.cpu_isa import sums_saturate
 from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
 from llava_edge.runtime.util.arrays import Array
@@ -55,7 +57,7 @@ _MARGIN = 0.5
 _NORMS = {".self_attn.q_proj": ".layer_norm1", ".mlp.fc1": ".layer_norm2"}
 """Layers that read a layer norm alone, by how their names end."""
 
-Save = Callable[[GraphBuilder], Any]
+Save = Callable[[GraphBuilder], GraphSpec]
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ def write_int8_vision(
     pixel_values: Array,
     folder: Path,
     save: Save,
-) -> tuple[Any, dict[str, Any]]:
+) -> GraphPart:
     """Write the graph with layers in float until the features keep their bound.
 
     From the layer that is thought to cost most downwards, so where an estimate is wrong there may
@@ -247,11 +249,11 @@ def write_int8_vision(
         calibration: what was seen on the tiles.
         pixel_values: the tiles, float32 [tiles, 3, T, T].
         folder: where ``save`` puts the graph's own folder ``vision``.
-        save: writes a graph; what it returns for the last one is returned.
+        save: writes a graph.
 
     Returns:
-        That, and plain JSON for the manifest: layers in float and why, what they cost, how near the
-        features are, digests.
+        The last graph; its facts are layers in float and why, what they cost, how near the features
+        are, digests.
     """
     scales = {n: layer.scale for n, layer in calibration.layers.items() if layer.scale is not None}
     order = sorted(calibration.shares, key=lambda name: -calibration.shares[name])
@@ -272,7 +274,7 @@ def write_int8_vision(
     if last[2] != count:
         attempt(count)
     vision = Int8Vision(scales, frozenset(order[:count]))
-    return last[0], _facts(checkpoint, calibration, vision, tried, last[1].digests)
+    return GraphPart(last[0], _facts(checkpoint, calibration, vision, tried, last[1].digests))
 
 
 def _fewest(works: Callable[[int], bool], most: int) -> int:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from PIL.Image import Image
 
 from llava_edge.convert.checkpoint.transformers_loader import load_model, load_processor
@@ -20,8 +19,6 @@ from llava_edge.convert.text.tokenizer import build_tokenizer_json
 from llava_edge.convert.util.text_files import read_object
 from llava_edge.convert.verify.reference.video import frame_pixels
 from llava_edge.profiles.errors import CheckpointError
-
-REFERENCE = f"transformers {transformers.__version__}"
 
 
 class ReferenceModel:

@@ -21,10 +21,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from llava_edge.convert.checkpoint.files import WEIGHT_DIGESTS
 from llava_edge.convert.checkpoint.open import Checkpoint
 from llava_edge.convert.planning.artifact_plan import variant_name
 from llava_edge.convert.testing.random_checkpoint import RANDOM_KEY
-from llava_edge.convert.verify.weights.stage import DIGESTS
 from llava_edge.convert.verify.weights.tensor_mapping import linear_layers
 from llava_edge.profiles.boards.hardware import load_profile, profile_names
 from llava_edge.profiles.errors import RequestError
@@ -123,8 +123,8 @@ def _conversion_faults(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[s
             yield f"{_NAME}, conversion.{name}: it is {facts[name]!r:.40}; it must be {want}"
     if manifest.precision.language_model == "fp16":
         return
-    if not facts.get(DIGESTS):
-        yield f"{_NAME}, conversion.{DIGESTS}: no digest of any weight is recorded"
+    if not facts.get(WEIGHT_DIGESTS):
+        yield f"{_NAME}, conversion.{WEIGHT_DIGESTS}: no digest of any weight is recorded"
     bits = int(manifest.precision.language_model.removeprefix("int"))
     if facts.get("bits") != bits:
         yield f"{_NAME}, conversion.bits: it is {facts.get('bits')}; codes have {bits}"

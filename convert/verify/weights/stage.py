@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from llava_edge.convert.checkpoint.files import WEIGHT_DIGESTS
 from llava_edge.convert.checkpoint.open import Checkpoint
 from llava_edge.convert.checkpoint.quantized.digested_source import weight_digest
 from llava_edge.convert.onnx.graph_file import GraphFile
@@ -47,8 +48,6 @@ from llava_edge.runtime.artifact.open import Artifact
 from llava_edge.runtime.generation.inputs.embedding_table import EMBED_TOKENS, IMAGE_NEWLINE
 
 STAGE = "weights"
-DIGESTS = "weights_sha256"
-"""Where ``manifest.conversion`` keeps what ``DigestedSource`` noted."""
 
 Array = NDArray[Any]
 Progress = Callable[[int, int], None]
@@ -117,7 +116,7 @@ class _Comparison:
 
     def _codes_seen(self) -> str:
         layers = self._num_layers
-        recorded = self._artifact.manifest.conversion.get(DIGESTS)
+        recorded = self._artifact.manifest.conversion.get(WEIGHT_DIGESTS)
         if recorded:
             return f"{layers} quantised weights by their digests"
         return f"{layers} quantised weights; the manifest has no digests of them"
@@ -192,7 +191,7 @@ class _Comparison:
     ) -> None:
         if not codes.has_default_zero:
             self._code_faults.append(f"{name}: zero points other than {2 ** (codes.bits - 1)}")
-        recorded = self._artifact.manifest.conversion.get(DIGESTS) or {}
+        recorded = self._artifact.manifest.conversion.get(WEIGHT_DIGESTS) or {}
         if recorded:
             fault = _digest_fault(codes, recorded.get(name))
             self._code_faults += [f"{name}: {fault}"] * (fault is not None)
