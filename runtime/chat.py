@@ -488,7 +488,7 @@ class Chat:
             f"with this message the conversation takes {total} tokens: {earlier} for {turns} "
             f"earlier turns and {total - earlier} for this one ({request.image_tokens} of all "
             f"stand for {len(request.layouts)} images, {request.video_tokens} for "
-            f"{len(request.video_counts)} videos); the context holds {room} and the answer needs "
+            f"{len(request.videos)} videos); the context holds {room} and the answer needs "
             "at least one. Take turns back (undo), start anew (reset), show fewer images or "
             "frames, lower the grid, or load or convert with a larger context."
         )

@@ -22,7 +22,7 @@ import numpy as np
 from PIL.Image import Image
 
 from llava_edge.profiles.boards.cuda_devices import start_cuda
-from llava_edge.profiles.boards.device_name import cuda_name, parse_device
+from llava_edge.profiles.boards.device_name import parse_device
 from llava_edge.profiles.boards.engines import EngineName
 from llava_edge.profiles.errors import EngineError, PromptError, RequestError
 from llava_edge.profiles.memory.buffers import CacheType
@@ -31,19 +31,17 @@ from llava_edge.runtime.artifact.open import Artifact, open_artifact
 from llava_edge.runtime.backends.cuda_options import CudaOptions
 from llava_edge.runtime.backends.process import configure_process
 from llava_edge.runtime.chat import Chat, WithinTurn
+from llava_edge.runtime.generation.components import Components
 from llava_edge.runtime.generation.deadline import TimeBudget
 from llava_edge.runtime.generation.decoder.decoder import Decoder
+from llava_edge.runtime.generation.engine import Engine
 from llava_edge.runtime.generation.generation_config import OPTION_NAMES, GenerationConfig
 from llava_edge.runtime.generation.output import Answer
 from llava_edge.runtime.generation.request_queue import CLOSED, RequestQueue
 from llava_edge.runtime.generation.stream import AnswerStream, Pieces, StreamHandle
 from llava_edge.runtime.generation.teacher_forcing import ForcedRun
-from llava_edge.runtime.loading.components import (
-    Components,
-    nothing_kept_by_errors,
-    open_components,
-)
-from llava_edge.runtime.loading.memory_fit import LoadFit, fit_at_load
+from llava_edge.runtime.loading.memory_fit import fit_at_load
+from llava_edge.runtime.loading.open_components import nothing_kept_by_errors, open_components
 from llava_edge.runtime.loading.options import LoadOptions
 from llava_edge.runtime.loading.placement import AskedCache, Device, choose_device
 from llava_edge.runtime.processing.degradation import Degradation
@@ -52,7 +50,7 @@ from llava_edge.runtime.processing.request import PromptOptions, Request, VideoI
 from llava_edge.runtime.processing.video.frame_sampling import FrameChoice
 from llava_edge.runtime.processing.video.video_reader import VideoSource
 from llava_edge.runtime.util.allocation import allocate, translate_oom
-from llava_edge.runtime.util.arrays import Array, DeviceKind
+from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.limits import Limits
 from llava_edge.runtime.util.progress import ReportProgress, no_progress
 from llava_edge.runtime.util.validation import (
@@ -84,36 +82,25 @@ class LlavaEdge:
         off_device: see ``Answer``.
     """
 
-    def __init__(
-        self,
-        artifact: Artifact,
-        device: DeviceKind,
-        fit: LoadFit,
-        options: LoadOptions,
-        progress: ReportProgress,
-        gpu: int = 0,
-        parts: Components | None = None,
-    ) -> None:
-        parts = parts or open_components(artifact, device, fit, options, progress, gpu)
+    def __init__(self, artifact: Artifact, components: Components) -> None:
         self.artifact = artifact
-        self.device = cuda_name(gpu) if device == "cuda" else device
-        self.threads = parts.threads
-        self.engine: EngineName = parts.tower.engine
-        self.cache: CacheType = fit.cache
-        self.degraded = parts.degraded
-        self.off_device = parts.off_device
-        self._loaded_context = fit.context_tokens
+        self.device = components.device
+        self.threads = components.threads
+        self.engine: EngineName = components.tower.engine
+        self.cache: CacheType = components.cache
+        self.degraded = components.degraded
+        self.off_device = components.off_device
+        self._loaded_context = components.decoder.capacity
         self._dims = artifact.manifest.model
         self._tokens = artifact.manifest.tokens
         self._queue = RequestQueue()
-        self._tokenizer = parts.tokenizer
-        self._requests = parts.requests
-        self._table = parts.table
-        self._tower = parts.tower
-        self._decoder = parts.decoder
-        self._engine = parts.engine
-        self._forget = parts.forget
-        self._opened = parts.opened
+        self._tokenizer = components.tokenizer
+        self._requests = components.requests
+        self._table = components.table
+        self._tower = components.tower
+        self._decoder = components.decoder
+        self._engine = Engine(components)
+        self._opened = components.opened
 
     @classmethod
     def load(
@@ -247,11 +234,12 @@ class LlavaEdge:
         fit = fit_at_load(
             artifact, chosen, how.context_tokens, how.vision_cache_bytes, how.cache, gpu
         )
-        with ExitStack() as opened, nothing_kept_by_errors():
+        with nothing_kept_by_errors(), ExitStack() as opened:
             with artifact.files.unchanged():
-                model = opened.enter_context(cls(artifact, chosen, fit, how, progress, gpu))
+                components = open_components(artifact, chosen, fit, how, progress, gpu)
+                opened.callback(components.opened.close)
             opened.pop_all()
-        return model
+        return cls(artifact, components)
 
     def generate(
         self,
@@ -607,7 +595,6 @@ class LlavaEdge:
             # Nobody gets in any more, so nobody misses them.
             self.__dict__.pop("_engine", None)
             self.__dict__.pop("_decoder", None)
-            self.__dict__.pop("_forget", None)
 
     def __setattr__(self, name: str, value: object) -> None:
         if not name.startswith("_") and name in self.__dict__:
@@ -625,7 +612,7 @@ class LlavaEdge:
 
     def _unchanged(self) -> AbstractContextManager[None]:
         """See to it that no file of the artifact changes while a request is answered."""
-        return self.artifact.files.unchanged(self._forget)
+        return self.artifact.files.unchanged(self._engine.forget)
 
     def _check_length(self, request: Request) -> None:
         if request.num_tokens < self.context_tokens:

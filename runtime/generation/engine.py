@@ -7,7 +7,6 @@ text. It knows neither files nor threads; who may use it when is LlavaEdge's mat
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,8 +16,8 @@ import numpy as np
 
 from llava_edge.profiles.boards.nvml import process_bytes
 from llava_edge.profiles.errors import OutOfMemoryError
-from llava_edge.runtime.artifact.manifest import TokenIds
 from llava_edge.runtime.artifact.memory_estimate import RequestMemory
+from llava_edge.runtime.generation.components import Components
 from llava_edge.runtime.generation.deadline import ThroughputEstimate, TimeBudget
 from llava_edge.runtime.generation.deadline_guard import CancelledError, DeadlineGuard, TooSlowError
 from llava_edge.runtime.generation.decoder.decoder import Decoder
@@ -31,7 +30,6 @@ from llava_edge.runtime.generation.decoder.prefix_cache import PrefixCache
 from llava_edge.runtime.generation.decoder.prompt_lookup import PromptLookup
 from llava_edge.runtime.generation.decoder.sampling import Sampler
 from llava_edge.runtime.generation.generation_config import GenerationConfig
-from llava_edge.runtime.generation.inputs.embedding_table import EmbeddingTable
 from llava_edge.runtime.generation.inputs.input_embeds import PromptEmbeddings
 from llava_edge.runtime.generation.inputs.prompt_encoder import PromptEmbedder
 from llava_edge.runtime.generation.loop import LoopResult, generate_tokens
@@ -40,68 +38,33 @@ from llava_edge.runtime.generation.stream import Pieces
 from llava_edge.runtime.generation.teacher_forcing import ForcedRun
 from llava_edge.runtime.processing.degradation import Degradation
 from llava_edge.runtime.processing.request import Request
-from llava_edge.runtime.processing.text.tokenizer import Tokenizer
 from llava_edge.runtime.util.allocation import allocate, require_free
 from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.host_memory import peak_host_bytes
 from llava_edge.runtime.util.progress import ReportProgress, no_progress
-from llava_edge.runtime.vision.select import VisionBackend
 
 
 class Engine:
     """Answers one request at a time.
 
     Args:
-        tower: what ran the tiles, for the answer.
-        device: where the decoder runs, for the answer.
-        embedder: everything before the decoder.
-        decoder: with its cache.
-        table: rows of answered tokens.
-        tokenizer: ids to text.
-        tokens: ids that end an answer or are no words.
-        dtype: float32 (cpu flavour) or float16 (cuda flavour) of embeddings.
-        memory: what a request takes.
-        prefix_reuse: go on behind what a request shares with what the cache holds.
-        least_context: positions that a cache which degrades keeps as long as that suffices.
-        degraded: what was reduced when the artifact was loaded.
-        off_device: nodes that run elsewhere than on ``device``, for the answer.
-        pci_bus_id: of the GPU whose memory counts, where there is one.
+        components: of a loaded artifact.
     """
 
-    def __init__(
-        self,
-        tower: VisionBackend,
-        device: str,
-        embedder: PromptEmbedder,
-        decoder: Decoder,
-        table: EmbeddingTable,
-        tokenizer: Tokenizer,
-        tokens: TokenIds,
-        dtype: type[np.float32] | type[np.float16],
-        memory: RequestMemory,
-        prefix_reuse: bool,
-        least_context: int,
-        degraded: tuple[str, ...] = (),
-        off_device: tuple[str, ...] = (),
-        pci_bus_id: str | None = None,
-    ) -> None:
-        self._tower = tower
-        self._device = device
-        self._embedder = embedder
-        self._decoder = decoder
-        self._table = table
-        self._tokenizer = tokenizer
-        self._tokens = tokens
-        self._dtype = dtype
-        self._memory = memory
-        self._prefix_reuse = prefix_reuse
-        self._least_context = least_context
-        self._degraded = degraded
+    def __init__(self, components: Components) -> None:
+        self._components = components
+        self._tower = components.tower
+        self._embedder = components.embedder
+        self._decoder = components.decoder
+        self._table = components.table
+        self._tokenizer = components.tokenizer
+        self._tokens = components.tokens
+        self._dtype = components.dtype
+        self._memory = components.memory
         self._shortened = ""
-        self._planned = decoder.capacity
+        self._planned = components.decoder.capacity
         self._pace = ThroughputEstimate()
-        self._off_device = off_device
-        self._pci_bus_id = pci_bus_id
+        tokens = components.tokens
         self._places = tuple(i for i in (tokens.image, tokens.video) if i is not None)
         self._contents = PrefixCache(self._places)
 
@@ -120,17 +83,19 @@ class Engine:
             decoder: runs in place of the own one.
             embedder: in place of the own one, where given.
             memory: in place of the own one, where given.
-            prefix_reuse: as for the class.
+            prefix_reuse: as for ``Components``.
             stops: whether stop tokens end an answer.
         """
-        other = copy.copy(self)
-        other._decoder, other._prefix_reuse = decoder, prefix_reuse
-        other._embedder, other._memory = embedder or self._embedder, memory or self._memory
-        other._planned, other._pace = decoder.capacity, ThroughputEstimate()
-        other._contents = PrefixCache(self._places)
-        if not stops:
-            other._tokens = replace(self._tokens, stop=())
-        return other
+        return Engine(
+            replace(
+                self._components,
+                decoder=decoder,
+                embedder=embedder or self._embedder,
+                memory=memory or self._memory,
+                prefix_reuse=prefix_reuse,
+                tokens=self._tokens if stops else replace(self._tokens, stop=()),
+            )
+        )
 
     def stream(
         self,
@@ -233,7 +198,9 @@ class Engine:
             image_tokens=request.image_tokens,
             video_tokens=request.video_tokens,
             reused_tokens=reused,
-            degraded=tuple(filter(None, (*self._degraded, *degradation.degraded, self._shortened))),
+            degraded=tuple(
+                filter(None, (*self._components.degraded, *degradation.degraded, self._shortened))
+            ),
             finish_reason=result.finish_reason,
             timings=timings,
             # ONNX Runtime keeps what it once took, so what it holds now is the most it held.
@@ -241,12 +208,12 @@ class Engine:
                 host_bytes=peak_host_bytes(),
                 device_bytes=max(begun.device_bytes, self._device_bytes()) or None,
             ),
-            device=self._device,
+            device=self._components.device,
             engine=self._tower.engine,
             other_engines=dict(self._tower.other_engines),
             draft_tokens=steps.drafted,
             accepted_tokens=steps.accepted,
-            off_device=self._off_device,
+            off_device=self._components.off_device,
             notes=request.notes,
         )
 
@@ -274,6 +241,7 @@ class Engine:
     def forget(self) -> None:
         """Let no later answer reuse what was computed so far."""
         self._contents.clear()
+        self._embedder.forget()
 
     def _shorter_context(self, needed: int) -> int | None:
         """Positions to cut the cache to for a request of that many; None where it cannot be cut.
@@ -283,7 +251,7 @@ class Engine:
         capacity = self._decoder.capacity
         if not self._decoder.can_shorten or needed >= capacity:
             return None
-        roomy = max(needed, self._least_context)
+        roomy = max(needed, self._components.least_context)
         return roomy if roomy < capacity else needed
 
     def _steps(self, request: Request, most: int, needs_few: bool) -> PlainSteps:
@@ -310,7 +278,7 @@ class Engine:
         """Everything before the first token is chosen."""
         request = degradation.request
         reused = 0
-        if self._prefix_reuse:
+        if self._components.prefix_reuse:
             reused = self._contents.match(request, self._decoder.length)
         self._decoder.rewind(reused)
         self._contents.commit(request)
@@ -330,7 +298,7 @@ class Engine:
             progress,
             is_cancelled,
             # Less of a picture that the KV cache holds would be more to compute.
-            may_lower=degradation.can_lower and bool(rest.placed),
+            may_lower=degradation.can_lower and bool(rest.media),
         )
         watch.require_time(work)
         started = time.perf_counter()
@@ -353,9 +321,9 @@ class Engine:
         return begun
 
     def _device_bytes(self) -> int:
-        if self._device == "cpu":
+        if self._components.device == "cpu":
             return 0
-        return process_bytes(os.getpid(), pci_bus_id=self._pci_bus_id) or 0
+        return process_bytes(os.getpid(), pci_bus_id=self._components.pci_bus_id) or 0
 
     def _prefill(
         self, request: Request, embeddings: PromptEmbeddings, progress: ReportProgress

@@ -7,7 +7,7 @@ says so. What each step would be is known from the start, it is made only when i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from llava_edge.profiles.errors import OutOfMemoryError
 from llava_edge.runtime.processing.request import Request
@@ -111,7 +111,7 @@ class Degradation:
     def settle(self) -> None:
         """Nothing more will be reduced: let go of pixels, and of the images for other steps."""
         self._steps = []
-        self._request = replace(self.request, pixel_values=(), frame_pixels=())
+        self._request = self.request.without_pixels()
 
     def _is_less(self, step: Fallback) -> bool:
         if self._request is None:

@@ -21,7 +21,7 @@ from PIL.Image import Image
 
 from llava_edge.profiles.errors import PromptError, RequestError, VideoError
 from llava_edge.profiles.memory.buffers import video_tokens_per_frame
-from llava_edge.profiles.models.anyres import GRID_NAMES, lower_pinpoints
+from llava_edge.profiles.models.anyres import GRID_NAMES, TileLayout, lower_pinpoints
 from llava_edge.runtime.artifact.manifest import Manifest, PromptFormat, VideoProcessing
 from llava_edge.runtime.processing.degradation import Fallback
 from llava_edge.runtime.processing.images.image_processor import ImageProcessor
@@ -33,7 +33,13 @@ from llava_edge.runtime.processing.images.loading import (
 )
 from llava_edge.runtime.processing.media import PreparedImage
 from llava_edge.runtime.processing.prepared_video import PreparedVideo
-from llava_edge.runtime.processing.request import PlacedMedium, PromptOptions, Request, VideoInput
+from llava_edge.runtime.processing.request import (
+    Medium,
+    PromptOptions,
+    Request,
+    VideoInput,
+    place_media,
+)
 from llava_edge.runtime.processing.text.chat_prompt import Piece, compose, raw_pieces, user_message
 from llava_edge.runtime.processing.text.finished_prompt import warn_if_finished
 from llava_edge.runtime.processing.text.tokenizer import Tokenizer
@@ -120,13 +126,13 @@ class RequestBuilder:
             videos = [] if video is None else [self.prepare_video(video)]
             return self.assemble(pieces, prepared, videos)
         opened = (open_image(source, self._limits) for source in images)
-        layouts = tuple(processor.anyres.layout(image.height, image.width) for image in opened)
+        layouts = [processor.anyres.layout(image.height, image.width) for image in opened]
         counts: tuple[int, ...] = ()
         if video is not None:
             with self._opened(video) as opened_video:
                 counts = (self._video_tokens(self._num_frames(video, opened_video)),)
         ids = self._expand(pieces, [layout.num_image_tokens for layout in layouts], counts)
-        return Request(ids, layouts, (), video_counts=counts)
+        return Request(ids, self._placed(ids, layouts, counts))
 
     def check(
         self,
@@ -370,35 +376,39 @@ class RequestBuilder:
         videos: Sequence[PreparedVideo] = (),
     ) -> Request:
         """A request of a composed prompt and its media, one for each of its marks, in order."""
-        layouts = tuple(image.layout for image in images)
-        image_counts = [layout.num_image_tokens for layout in layouts]
-        video_counts = tuple(video.num_tokens for video in videos)
-        ids = self._expand(pieces, image_counts, video_counts)
-        placed = [
-            PlacedMedium(start, start + count, image.tile_digests, image.layout)
-            for image, (start, count) in zip(
-                images, _spans(ids, self._tokenizer.image_id, image_counts), strict=True
-            )
-        ]
-        placed += [
-            PlacedMedium(start, start + count, video.frame_digests)
-            for video, (start, count) in zip(
-                videos, _spans(ids, self._tokenizer.video_id, video_counts), strict=True
-            )
-        ]
+        layouts = [image.layout for image in images]
+        counts = [video.num_tokens for video in videos]
+        ids = self._expand(pieces, [layout.num_image_tokens for layout in layouts], counts)
+        shown = iter(images), iter(videos)
+        media = []
+        for medium in self._placed(ids, layouts, counts):
+            if medium.layout is None:
+                video = next(shown[1])
+                digests, pixels = video.frame_digests, video.frame_pixels
+            else:
+                image = next(shown[0])
+                digests, pixels = image.tile_digests, image.pixel_values
+            media.append(replace(medium, digests=digests, pixels=pixels))
         return Request(
-            ids=ids,
-            layouts=layouts,
-            pixel_values=tuple(image.pixel_values for image in images),
-            frame_pixels=tuple(video.frame_pixels for video in videos),
-            video_counts=video_counts,
-            placed=tuple(sorted(placed, key=lambda medium: medium.start)),
+            ids,
+            tuple(media),
             notes=tuple(
                 note
                 for notes in (*(i.notes for i in images), *(v.notes for v in videos))
                 for note in notes
             ),
         )
+
+    def _placed(
+        self, ids: Array, layouts: Sequence[TileLayout], video_counts: Sequence[int]
+    ) -> tuple[Medium, ...]:
+        """Where images and videos stand, in order of appearance."""
+        counts = [layout.num_image_tokens for layout in layouts]
+        images = place_media(ids, self._tokenizer.image_id, counts)
+        videos = place_media(ids, self._tokenizer.video_id, video_counts)
+        media = [Medium(*place, layout) for place, layout in zip(images, layouts, strict=True)]
+        media += [Medium(*place) for place in videos]
+        return tuple(sorted(media, key=lambda medium: medium.start))
 
     def _expand(
         self, pieces: Sequence[Piece], image_counts: Sequence[int], video_counts: Sequence[int]
@@ -493,10 +503,3 @@ def _image_tokens(image: OpenedImage | PreparedImage, processor: ImageProcessor)
         return image.layout.num_image_tokens
     size = image.image.height, image.image.width
     return processor.anyres.layout(*size).num_image_tokens
-
-
-def _spans(ids: Array, media_id: int | None, counts: Sequence[int]) -> list[tuple[int, int]]:
-    """First position and number of ids of each medium of one kind, in order."""
-    places = np.flatnonzero(ids == media_id)
-    firsts = np.cumsum((0, *counts))[: len(counts)]
-    return [(int(places[first]), count) for first, count in zip(firsts, counts, strict=True)]

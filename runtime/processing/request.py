@@ -1,12 +1,15 @@
-"""Request: a question made ready for the model: ids, and the pixels behind some of them.
+"""Request: a question made ready for the model: ids, and what some of them stand for.
 
 Every image and frame is expanded to its exact cost already. ``RequestBuilder`` makes requests.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+
+import numpy as np
 
 from llava_edge.profiles.models.anyres import TileLayout
 from llava_edge.runtime.processing.tile_pixels import Pixels
@@ -72,20 +75,30 @@ class VideoInput:
 
 
 @dataclass(frozen=True)
-class PlacedMedium:
-    """An image or a video of a prompt by content: equal ones have equal features at equal places.
+class Medium:
+    """An image or a video of a prompt: where it stands, and what it shows.
+
+    Two are equal where equal contents stand at equal places. Pixels are not compared, digests are.
 
     Attributes:
         start: position of its first token.
-        stop: position behind its last one.
-        digests: of its tiles or frames.
+        num_tokens: tokens that stand for it.
         layout: geometry of an image; None for a video, whose frames have but one.
+        digests: of its tiles or frames; empty when only counted.
+        pixels: tiles or frames, float32 (num_tiles or num_frames, 3, T, T); None when only counted
+            or no longer needed.
     """
 
     start: int
-    stop: int
-    digests: tuple[bytes, ...]
+    num_tokens: int
     layout: TileLayout | None = None
+    digests: tuple[bytes, ...] = ()
+    pixels: Pixels | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def stop(self) -> int:
+        """Position after its last token."""
+        return self.start + self.num_tokens
 
 
 @dataclass(frozen=True)
@@ -94,21 +107,12 @@ class Request:
 
     Attributes:
         ids: int64 (num_tokens,), each image and frame as many ids as it costs.
-        layouts: geometry of each image, in order of appearance.
-        pixel_values: tiles of each image, float32 (num_tiles, 3, T, T); empty when only counted.
-        frame_pixels: frames of each video, float32 (num_frames, 3, T, T), in order of appearance;
-            empty when only counted.
-        video_counts: tokens of each video.
-        placed: what each image and video is and where it stands, in order; empty when only counted.
+        media: images and videos in order of appearance.
         notes: what was done to images and videos that a user should know; goes into the answer.
     """
 
     ids: Array
-    layouts: tuple[TileLayout, ...]
-    pixel_values: tuple[Pixels, ...]
-    frame_pixels: tuple[Pixels, ...] = ()
-    video_counts: tuple[int, ...] = ()
-    placed: tuple[PlacedMedium, ...] = ()
+    media: tuple[Medium, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -117,35 +121,65 @@ class Request:
         return int(self.ids.size)
 
     @property
+    def layouts(self) -> tuple[TileLayout, ...]:
+        """Geometry of each image."""
+        return tuple(medium.layout for medium in self.media if medium.layout is not None)
+
+    @property
+    def videos(self) -> tuple[Medium, ...]:
+        """The videos."""
+        return tuple(medium for medium in self.media if medium.layout is None)
+
+    @property
+    def pixel_values(self) -> tuple[Pixels, ...]:
+        """Tiles of each image that has pixels here, float32 (num_tiles, 3, T, T)."""
+        images = (medium for medium in self.media if medium.layout is not None)
+        return tuple(image.pixels for image in images if image.pixels is not None)
+
+    @property
+    def frame_pixels(self) -> tuple[Pixels, ...]:
+        """Frames of each video that has pixels here, float32 (num_frames, 3, T, T)."""
+        return tuple(video.pixels for video in self.videos if video.pixels is not None)
+
+    @property
     def image_tokens(self) -> int:
         """Tokens that stand for images."""
-        return sum(layout.num_image_tokens for layout in self.layouts)
+        return sum(medium.num_tokens for medium in self.media) - self.video_tokens
+
+    @property
+    def video_tokens(self) -> int:
+        """Tokens that stand for videos."""
+        return sum(video.num_tokens for video in self.videos)
 
     @property
     def num_tiles(self) -> int:
         """Tiles of all images and frames of all videos that have pixels here."""
         return sum(map(len, self.pixel_values)) + sum(map(len, self.frame_pixels))
 
-    @property
-    def video_tokens(self) -> int:
-        """Tokens that stand for videos."""
-        return sum(self.video_counts)
-
     def without_prefix(self, position: int) -> Request:
-        """The request, with pixels, from a position on, which lies in no image and no video."""
+        """The request from a position on, which lies in no image and no video; without notes."""
         if not position:
             return self
-        before = [medium for medium in self.placed if medium.start < position]
-        videos = sum(medium.layout is None for medium in before)
-        images = len(before) - videos
-        return Request(
-            self.ids[position:],
-            self.layouts[images:],
-            self.pixel_values[images:],
-            self.frame_pixels[videos:],
-            self.video_counts[videos:],
-            tuple(
-                replace(medium, start=medium.start - position, stop=medium.stop - position)
-                for medium in self.placed[len(before) :]
-            ),
-        )
+        rest = (medium for medium in self.media if medium.start >= position)
+        media = tuple(replace(medium, start=medium.start - position) for medium in rest)
+        return Request(self.ids[position:], media)
+
+    def without_pixels(self) -> Request:
+        """The same, which keeps no pixels alive."""
+        return replace(self, media=tuple(replace(medium, pixels=None) for medium in self.media))
+
+
+def place_media(ids: Array, token_id: int | None, counts: Sequence[int]) -> list[tuple[int, int]]:
+    """Where each medium of one kind stands.
+
+    Args:
+        ids: of the prompt.
+        token_id: that stands for media of this kind.
+        counts: tokens of each, in order.
+
+    Returns:
+        First position and number of tokens of each.
+    """
+    places = np.flatnonzero(ids == token_id)
+    firsts = np.cumsum((0, *counts))[: len(counts)]
+    return [(int(places[first]), count) for first, count in zip(firsts, counts, strict=True)]

@@ -174,7 +174,7 @@ class MediaReader:
         packing = faults[0] if faults else packing
         if faults or not len(chat.positions):
             return SeenChat(packing=packing)
-        start = request.placed[-1].start if request.num_tokens > context_tokens else 0
+        start = request.media[-1].start if request.num_tokens > context_tokens else 0
         kept = chat.positions >= start
         if not kept.any():
             return SeenChat(packing=packing)
@@ -190,7 +190,7 @@ class MediaReader:
         if pixel_digest([whole]) != chat.packing_sha256:
             return f"{chat.name}: positions show other rows of its tiles and frames"
         # As in a later turn, where the cache holds all that stands before the last medium.
-        start = request.placed[-1].start
+        start = request.media[-1].start
         wrong = (numbered_rows(self._manifest, request.without_prefix(start)) != whole[start:]).any(
             axis=1
         )

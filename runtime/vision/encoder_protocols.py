@@ -38,3 +38,6 @@ class CachingEncoder(Protocol):
 
     def num_missing(self, digests: Iterable[bytes], rows: int) -> int:
         """How many of these tiles or frames, of so many rows each, are still to be encoded."""
+
+    def forget(self) -> None:
+        """Have no features any more."""

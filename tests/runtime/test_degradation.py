@@ -8,7 +8,7 @@ import pytest
 from llava_edge.profiles.errors import ImageError, OutOfMemoryError
 from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.runtime.processing.degradation import Degradation, Fallback
-from llava_edge.runtime.processing.request import Request
+from llava_edge.runtime.processing.request import Medium, Request
 
 GRID = AnyRes(28, 14, ((56, 56), (28, 56), (56, 28)))
 
@@ -16,8 +16,11 @@ GRID = AnyRes(28, 14, ((56, 56), (28, 56), (56, 28)))
 def request(grid: AnyRes = GRID, size: int = 100, frames: int = 0) -> Request:
     layout = grid.layout(size, size)
     pixels = np.zeros((layout.num_tiles, 3, 28, 28), np.float32)
-    videos = (np.zeros((frames, 3, 28, 28), np.float32),) if frames else ()
-    return Request(np.zeros(1, np.int64), (layout,), (pixels,), videos)
+    media = [Medium(0, layout.num_image_tokens, layout, pixels=pixels)]
+    if frames:
+        shown = np.zeros((frames, 3, 28, 28), np.float32)
+        media.append(Medium(layout.num_image_tokens, 4 * frames, pixels=shown))
+    return Request(np.zeros(1, np.int64), tuple(media))
 
 
 def out_of_memory() -> Request:

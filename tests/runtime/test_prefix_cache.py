@@ -9,7 +9,7 @@ import pytest
 
 from llava_edge.profiles.models.anyres import AnyRes, TileLayout
 from llava_edge.runtime.generation.decoder.prefix_cache import PrefixCache
-from llava_edge.runtime.processing.request import PlacedMedium, Request
+from llava_edge.runtime.processing.request import Medium, Request
 
 IMAGE, VIDEO = 90, 91
 SMALL = AnyRes(28, 14, ((28, 28),)).layout(28, 28)
@@ -20,7 +20,7 @@ VIDEO_COST = 6
 def request(*parts: int | str, layout: TileLayout = SMALL) -> Request:
     """Ids as they are; a small letter is an image of that content, a large one a video."""
     ids: list[int] = []
-    layouts, counts, placed = [], [], []
+    media = []
     for part in parts:
         if isinstance(part, int):
             ids.append(part)
@@ -28,21 +28,13 @@ def request(*parts: int | str, layout: TileLayout = SMALL) -> Request:
         start = len(ids)
         if part.isupper():
             ids += [VIDEO] * VIDEO_COST
-            counts.append(VIDEO_COST)
             frames = tuple(f"{part}{i}".encode() for i in range(2))
-            placed.append(PlacedMedium(start, len(ids), frames))
+            media.append(Medium(start, VIDEO_COST, None, frames))
         else:
             ids += [IMAGE] * layout.num_image_tokens
-            layouts.append(layout)
             tiles = tuple(f"{part}{i}".encode() for i in range(layout.num_tiles))
-            placed.append(PlacedMedium(start, len(ids), tiles, layout))
-    return Request(
-        np.array(ids),
-        tuple(layouts),
-        (),
-        video_counts=tuple(counts),
-        placed=tuple(placed),
-    )
+            media.append(Medium(start, layout.num_image_tokens, layout, tiles))
+    return Request(np.array(ids), tuple(media))
 
 
 def shared(first: Request, second: Request, valid: int | None = None) -> int:
@@ -125,26 +117,26 @@ def test_tokens_of_the_answer_count_as_far_as_they_are_in_the_cache() -> None:
 
 
 def test_a_request_without_digests_is_never_known() -> None:
-    plain = replace(request(1, "a", 2, 3, 4), placed=())
+    known = request(1, "a", 2, 3, 4)
+    plain = replace(known, media=(replace(known.media[0], digests=()),))
 
     assert shared(plain, plain) == 1
 
 
 def test_the_rest_of_a_request_keeps_the_media_behind() -> None:
-    whole = replace(
-        request(1, "a", "V", 2, "W", "b", 3),
-        pixel_values=(np.zeros(1), np.ones(1)),
-        frame_pixels=(np.full(1, 2), np.full(1, 3)),
-    )
+    named = request(1, "a", "V", 2, "W", "b", 3)
+    shown = (np.zeros(1), np.full(1, 2), np.full(1, 3), np.ones(1))
+    media = zip(named.media, shown, strict=True)
+    whole = replace(named, media=tuple(replace(medium, pixels=each) for medium, each in media))
 
     rest = whole.without_prefix(1 + COST + VIDEO_COST)
 
     assert rest.ids.tolist() == [2, *[VIDEO] * VIDEO_COST, *[IMAGE] * COST, 3]
-    assert [(p.start, p.stop) for p in rest.placed] == [
+    assert [(p.start, p.stop) for p in rest.media] == [
         (1, 1 + VIDEO_COST),
         (1 + VIDEO_COST, 1 + VIDEO_COST + COST),
     ]
-    assert [p.digests for p in rest.placed] == [p.digests for p in whole.placed[2:]]
+    assert [p.digests for p in rest.media] == [p.digests for p in whole.media[2:]]
     assert (rest.image_tokens, rest.video_tokens) == (COST, VIDEO_COST)
     assert [float(pixels[0]) for pixels in (*rest.pixel_values, *rest.frame_pixels)] == [1, 3]
     assert whole.without_prefix(0) is whole

@@ -15,7 +15,7 @@ from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.profiles.models.model_dims import ModelDims, TextDims, VisionDims
 from llava_edge.runtime.generation.inputs.embedding_table import EmbeddingTable
 from llava_edge.runtime.generation.inputs.prompt_encoder import PromptEmbedder
-from llava_edge.runtime.processing.request import Request
+from llava_edge.runtime.processing.request import Medium, Request
 from llava_edge.runtime.util.opened_file import OpenedFile
 
 IMAGE = 6
@@ -116,7 +116,7 @@ def test_without_images_the_encoder_is_not_asked(table: EmbeddingTable) -> None:
     embedder = PromptEmbedder(DIMS, IMAGE, table, encoder, np.float32)
     rows = np.empty((3, HIDDEN), np.float32)
 
-    embedder.embed(Request(np.array([1, 5, 2]), (), ())).fill(0, 3, rows)
+    embedder.embed(Request(np.array([1, 5, 2]))).fill(0, 3, rows)
 
     assert encoder.calls == []
     assert rows[:, 0].tolist() == [101, 105, 102]
@@ -128,7 +128,9 @@ def test_image_positions_read_features_and_the_others_the_table(table: Embedding
     embedder = PromptEmbedder(DIMS, IMAGE, table, Encoder(), np.float32)
     rows = np.empty((len(ids), HIDDEN), np.float32)
 
-    embedder.embed(Request(ids, (layout,), (tiles(1, 2, 3),))).fill(0, len(ids), rows)
+    medium = Medium(1, layout.num_image_tokens, layout, pixels=tiles(1, 2, 3))
+
+    embedder.embed(Request(ids, (medium,))).fill(0, len(ids), rows)
 
     # The thumbnail, then two rows of the two tiles side by side, each with its newline.
     packed = [*[1] * 4, *[2, 2, 3, 3, 9] * 2]

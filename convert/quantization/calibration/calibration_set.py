@@ -39,7 +39,7 @@ from llava_edge.runtime.generation.inputs.embedding_table import EmbeddingTable
 from llava_edge.runtime.generation.inputs.prompt_encoder import PromptEmbedder
 from llava_edge.runtime.processing.images.image_processor import ImageProcessor
 from llava_edge.runtime.processing.images.loading import open_image
-from llava_edge.runtime.processing.request import Request
+from llava_edge.runtime.processing.request import Medium, Request, place_media
 from llava_edge.runtime.processing.text.chat_prompt import (
     MARKS,
     Message,
@@ -338,11 +338,15 @@ class CalibrationModel:
     def _embed(
         self, conversation: Conversation, ids: NDArray[np.int64], layouts: tuple[TileLayout, ...]
     ) -> NDArray[np.float32]:
-        pixel_values = tuple(
-            self._processor.preprocess(open_image(image(), conversation.limits)).pixel_values
-            for image in conversation.images
+        places = place_media(
+            ids, self._tokenizer.image_id, [layout.num_image_tokens for layout in layouts]
         )
-        request = Request(ids, layouts, pixel_values)
+        media = []
+        for place, layout, image in zip(places, layouts, conversation.images, strict=True):
+            opened = open_image(image(), conversation.limits)
+            pixels = self._processor.preprocess(opened).pixel_values
+            media.append(Medium(*place, layout, pixels=pixels))
+        request = Request(ids, tuple(media))
         rows = np.empty((len(ids), self._dims.text.hidden_size), self._dtype)
         self._embedder.embed(request).fill(0, len(ids), rows)
         return rows.astype(np.float32, copy=False)

@@ -24,16 +24,12 @@ from llava_edge.runtime.artifact.certificate import StageResult, exact
 from llava_edge.runtime.artifact.memory_estimate import RequestMemory
 from llava_edge.runtime.artifact.open import Artifact
 from llava_edge.runtime.artifact.prompt_date import COMPARED_NOW
-from llava_edge.runtime.generation.engine import Engine
+from llava_edge.runtime.generation.components import Components
 from llava_edge.runtime.generation.inputs.embedding_table import EmbeddingTable
 from llava_edge.runtime.generation.inputs.prompt_encoder import PromptEmbedder
-from llava_edge.runtime.loading.components import Components
-from llava_edge.runtime.loading.memory_fit import LoadFit
-from llava_edge.runtime.loading.options import LoadOptions
 from llava_edge.runtime.processing.processor import RequestBuilder
 from llava_edge.runtime.processing.text.chat_prompt import at_time
 from llava_edge.runtime.util.limits import Limits
-from llava_edge.runtime.util.progress import no_progress
 from llava_edge.runtime.verification.golden.loop import GoldenLoop, parse_loop
 from llava_edge.runtime.verification.golden.probes import GOLDEN_FILE, read_golden_loop
 from llava_edge.runtime.verification.loop.bench import CAPACITY
@@ -107,32 +103,21 @@ def open_without_graphs(artifact: Artifact) -> Iterator[LlavaEdge]:
         embedder = PromptEmbedder(
             dims, tokens.image, table, tower.encoder, dtype, None, tokens.video
         )
-        engine = Engine(
-            tower,
-            "cpu",
-            embedder,
-            decoder,
-            table,
-            tokenizer,
-            tokens,
-            dtype,
-            RequestMemory(manifest, "cpu", 1),
-            prefix_reuse=True,
-            least_context=manifest.context_tokens,
-        )
-        parts = Components(
-            tokenizer=tokenizer,
+        components = Components(
             requests=RequestBuilder(manifest, tokenizer, Limits()),
+            tokenizer=tokenizer,
+            tokens=tokens,
             table=table,
             tower=tower,
+            embedder=embedder,
             decoder=decoder,
-            engine=engine,
-            degraded=(),
-            off_device=(),
+            dtype=dtype,
+            memory=RequestMemory(manifest, "cpu", 1),
+            device="cpu",
             threads=1,
-            forget=engine.forget,
+            cache=manifest.precision.computes,
+            least_context=manifest.context_tokens,
             opened=opened.pop_all(),
         )
-    fit = LoadFit(CAPACITY, manifest.precision.computes)
-    with LlavaEdge(artifact, "cpu", fit, LoadOptions(), no_progress, parts=parts) as model:
+    with LlavaEdge(artifact, components) as model:
         yield model

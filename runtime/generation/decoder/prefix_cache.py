@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llava_edge.runtime.processing.request import PlacedMedium, Request
+from llava_edge.runtime.processing.request import Medium, Request
 from llava_edge.runtime.util.arrays import Array
 
 _ALWAYS_COMPUTED = 2
@@ -37,11 +37,12 @@ class PrefixCache:
         """The cache holds nothing that may be reused."""
         self._ids: Array = np.empty(0, np.int64)
         self._answer: list[int] = []
-        self._placed: tuple[PlacedMedium, ...] = ()
+        self._media: tuple[Medium, ...] = ()
 
     def commit(self, request: Request) -> None:
         """A prompt goes in, over what the cache held before; say so once that is rewound."""
-        self._ids, self._answer, self._placed = request.ids, [], request.placed
+        self._ids, self._answer = request.ids, []
+        self._media = request.without_pixels().media
 
     def append(self, token: int) -> None:
         """A token of the answer goes in behind the rest."""
@@ -64,8 +65,8 @@ class PrefixCache:
         shared = int(differs[0]) if differs.size else most
         # Places count as different until a medium is found that fills them as it did before.
         different = np.isin(request.ids[:shared], self._place_ids)
-        for wanted, known in zip(request.placed, self._placed, strict=False):
-            if wanted != known or wanted.stop > shared:
+        for wanted, known in zip(request.media, self._media, strict=False):
+            if not wanted.digests or wanted != known or wanted.stop > shared:
                 break
             different[wanted.start : wanted.stop] = False
         first = np.flatnonzero(different)

@@ -62,9 +62,14 @@ class PromptEmbedder:
         vision = self._dims.vision
         rows = {True: video_tokens_per_frame(vision), False: vision.num_patches}
         digests: dict[bool, set[bytes]] = {True: set(), False: set()}
-        for medium in request.placed:
+        for medium in request.media:
             digests[medium.layout is None].update(medium.digests)
         return sum(self._encoder.num_missing(digests[kind], rows[kind]) for kind in rows)
+
+    def forget(self) -> None:
+        """Let no later request reuse features that were computed so far."""
+        if isinstance(self._encoder, CachingEncoder):
+            self._encoder.forget()
 
     def features(
         self,

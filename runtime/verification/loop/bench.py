@@ -256,11 +256,11 @@ class LoopBench:
     def _rows(self, request: Request, ids: Sequence[int]) -> Array:
         answer = self.table.rows(np.array(ids, np.int64), dtype=self.dtype)
         key = request.ids.tobytes()
-        prompt = None if request.placed else self._prompts.get(key)
+        prompt = None if request.media else self._prompts.get(key)
         if prompt is None:
             prompt = np.empty((request.num_tokens, self.table.hidden_size), self.dtype)
             self._embedder(DigestEncoder()).embed(request).fill(0, len(prompt), prompt)
-            if not request.placed:
+            if not request.media:
                 self._prompts[key] = prompt
         return np.concatenate((prompt, answer))
 
@@ -283,9 +283,10 @@ class LoopBench:
         """First position of each picture and video, and the position after its last."""
         images = np.flatnonzero(request.ids == self.tokens.image)
         videos = np.flatnonzero(request.ids == self.tokens.video)
+        # Found in the ids again, since the positions that a request records are what is checked.
         for positions, counts in (
             (images, [layout.num_image_tokens for layout in request.layouts]),
-            (videos, request.video_counts),
+            (videos, [video.num_tokens for video in request.videos]),
         ):
             first = 0
             for count in counts:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from llava_edge.runtime.processing.request import Request
 
 Where = Literal["conversion", "artifact", "runtime"]
 
@@ -42,6 +44,16 @@ class Fault:
 
 LoopFault = tuple[str, str, Callable[[Any], None]]
 """Name, what is wrong, and what plants it."""
+
+
+def with_tiles(request: Request, tiles: Sequence[Any]) -> Request:
+    """A request whose pictures show other tiles, one entry a picture."""
+    shown = iter(tiles)
+    media = tuple(
+        medium if medium.layout is None else replace(medium, pixels=next(shown))
+        for medium in request.media
+    )
+    return replace(request, media=media)
 
 
 def loop_faults(part: str, *faults: LoopFault, model: str = "") -> tuple[Fault, ...]:

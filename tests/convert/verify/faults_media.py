@@ -22,7 +22,7 @@ from llava_edge.runtime.processing.processor import RequestBuilder
 from llava_edge.runtime.processing.request import Request
 from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.vision.encoder import VisionEncoder
-from tests.convert.verify.fault import Fault
+from tests.convert.verify.fault import Fault, with_tiles
 
 _Patch = pytest.MonkeyPatch
 _Transpose = Image.Transpose
@@ -201,7 +201,7 @@ def _first_tiles_again(patch: _Patch) -> None:
     def assemble(self: RequestBuilder, pieces: Any, images: Sequence[Any], *rest: Any) -> Request:
         request = real(self, pieces, images, *rest)
         same = [request.pixel_values[0]] * len(images) if images else []
-        return replace(request, pixel_values=tuple(same))
+        return with_tiles(request, same)
 
     patch.setattr(RequestBuilder, "assemble", assemble)
 
@@ -281,7 +281,7 @@ def _rest_with_first_picture(patch: _Patch) -> None:
 
     def without_prefix(self: Request, position: int) -> Request:
         left = real(self, position)
-        return replace(left, pixel_values=self.pixel_values[: len(left.pixel_values)])
+        return with_tiles(left, self.pixel_values[: len(left.pixel_values)])
 
     patch.setattr(Request, "without_prefix", without_prefix)
 

@@ -21,11 +21,11 @@ from llava_edge.runtime.generation.decoder.prompt_lookup import PromptLookup
 from llava_edge.runtime.generation.engine import Engine
 from llava_edge.runtime.generation.inputs.input_embeds import PromptEmbeddings
 from llava_edge.runtime.processing.processor import RequestBuilder
-from llava_edge.runtime.processing.request import PlacedMedium, Request
+from llava_edge.runtime.processing.request import Medium, Request
 from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.vision.cached_encoder import CachedEncoder
 from llava_edge.runtime.vision.feature_cache import FeatureCache
-from tests.convert.verify.fault import loop_faults
+from tests.convert.verify.fault import loop_faults, with_tiles
 
 _Patch = pytest.MonkeyPatch
 
@@ -60,7 +60,7 @@ def _ids_alone(contents: PrefixCache, request: Request, valid: int, right: int) 
 
 def _within_pictures(contents: PrefixCache, request: Request, valid: int, right: int) -> int:
     """Positions of an equal picture count one by one, up to the last two of the prompt."""
-    for wanted, known in zip(request.placed, contents._placed, strict=False):
+    for wanted, known in zip(request.media, contents._media, strict=False):
         if wanted == known and right == wanted.start:
             return max(right, min(wanted.stop, valid, request.num_tokens - 2))
     return right
@@ -78,25 +78,25 @@ def _all_but_one(patch: _Patch) -> None:
 def _first_digest_only(patch: _Patch) -> None:
     """Two pictures are equal where their first tiles are."""
 
-    def equal(self: PlacedMedium, other: object) -> bool:
-        return isinstance(other, PlacedMedium) and (self.start, self.stop) == (
+    def equal(self: Medium, other: object) -> bool:
+        return isinstance(other, Medium) and (self.start, self.stop) == (
             other.start,
             other.stop,
         )
 
-    patch.setattr(PlacedMedium, "__eq__", equal)
-    patch.setattr(PlacedMedium, "__hash__", lambda self: self.start)
+    patch.setattr(Medium, "__eq__", equal)
+    patch.setattr(Medium, "__hash__", lambda self: self.start)
 
 
 def _any_tile_equal(patch: _Patch) -> None:
-    def equal(self: PlacedMedium, other: object) -> bool:
-        return isinstance(other, PlacedMedium) and (self.start, self.layout) == (
+    def equal(self: Medium, other: object) -> bool:
+        return isinstance(other, Medium) and (self.start, self.layout) == (
             other.start,
             other.layout,
         )
 
-    patch.setattr(PlacedMedium, "__eq__", equal)
-    patch.setattr(PlacedMedium, "__hash__", lambda self: self.start)
+    patch.setattr(Medium, "__eq__", equal)
+    patch.setattr(Medium, "__hash__", lambda self: self.start)
 
 
 def _digests_of_geometry(patch: _Patch) -> None:
@@ -104,8 +104,8 @@ def _digests_of_geometry(patch: _Patch) -> None:
 
     def assemble(self: RequestBuilder, *given: Any) -> Request:
         request = real(self, *given)
-        placed = tuple(replace(each, digests=()) for each in request.placed)
-        return replace(request, placed=placed)
+        media = tuple(replace(each, digests=(b"",) * len(each.digests)) for each in request.media)
+        return replace(request, media=media)
 
     patch.setattr(RequestBuilder, "assemble", assemble)
 
@@ -146,9 +146,9 @@ def _pictures_not_held(patch: _Patch) -> None:
     real = PrefixCache.commit
 
     def commit(self: PrefixCache, request: Request) -> None:
-        before = self._placed
+        before = self._media
         real(self, request)
-        self._placed = before or request.placed
+        self._media = before or request.media
 
     patch.setattr(PrefixCache, "commit", commit)
 
@@ -260,8 +260,7 @@ def _rest(change: Callable[[Request, int, Request], Request]) -> Callable[[_Patc
 
 def _first_pictures(request: Request, position: int, right: Request) -> Request:
     """The rest shows the request's first pictures."""
-    count = len(right.pixel_values)
-    return replace(right, pixel_values=request.pixel_values[:count])
+    return with_tiles(right, request.pixel_values[: len(right.pixel_values)])
 
 
 def _same_length(request: Request, position: int, right: Request) -> Request:

@@ -1,11 +1,11 @@
-"""Components: everything behind a loaded artifact, opened and put together."""
+"""Opening the components of an artifact: all of them, or none stays open."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from traceback import clear_frames
 
 import numpy as np
@@ -18,8 +18,8 @@ from llava_edge.runtime.backends.cpu_isa import needs_wide_sums
 from llava_edge.runtime.backends.cuda_runtime import CudaRuntime
 from llava_edge.runtime.backends.logits_to_keep import check_recordable
 from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
+from llava_edge.runtime.generation.components import Components
 from llava_edge.runtime.generation.decoder.decoder import Decoder
-from llava_edge.runtime.generation.engine import Engine
 from llava_edge.runtime.generation.inputs.embedding_table import EmbeddingTable
 from llava_edge.runtime.generation.inputs.prompt_encoder import PromptEmbedder
 from llava_edge.runtime.generation.warmup import warm_up
@@ -29,41 +29,10 @@ from llava_edge.runtime.processing.processor import RequestBuilder
 from llava_edge.runtime.processing.text.tokenizer import Tokenizer
 from llava_edge.runtime.util.arrays import DeviceKind
 from llava_edge.runtime.util.progress import ReportProgress
-from llava_edge.runtime.vision.cached_encoder import CachedEncoder, cached_encoder
+from llava_edge.runtime.vision.cached_encoder import cached_encoder
 from llava_edge.runtime.vision.cuda_encoder import OrtDeviceEncoder
 from llava_edge.runtime.vision.encoder import VisionEncoder
-from llava_edge.runtime.vision.select import VisionBackend, open_tower
-
-
-@dataclass(frozen=True)
-class Components:
-    """What one artifact needs to answer.
-
-    Attributes:
-        tokenizer: text to ids and back.
-        requests: makes requests.
-        table: embedding rows, from a file that stays open.
-        tower: tower and projector.
-        decoder: language model and its cache.
-        engine: the way of a request through all of them.
-        degraded: what was reduced to fit the memory that was free; empty if nothing.
-        off_device: nodes that run elsewhere than asked; see ``Answer``.
-        threads: of the CPU provider.
-        forget: lets no later answer go on with what earlier ones computed.
-        opened: closes everything that was opened, once nothing runs any more.
-    """
-
-    tokenizer: Tokenizer
-    requests: RequestBuilder
-    table: EmbeddingTable
-    tower: VisionBackend
-    decoder: Decoder
-    engine: Engine
-    degraded: tuple[str, ...]
-    off_device: tuple[str, ...]
-    threads: int
-    forget: Callable[[], None]
-    opened: ExitStack
+from llava_edge.runtime.vision.select import open_tower
 
 
 def open_components(
@@ -188,38 +157,23 @@ def _open_parts(
     if device == "cuda" and cuda.warm_up:
         degraded += warm_up(tower.encoder, decoder, dims)
     progress("loading", 3, 3)
-    engine = Engine(
-        tower,
-        cuda_name(gpu) if device == "cuda" else device,
-        embedder,
-        decoder,
-        table,
-        tokenizer,
-        tokens,
-        dtype,
-        RequestMemory(manifest, device, batch),
-        options.prefix_reuse,
-        least_context(manifest),
-        degraded,
-        tuple(off_device),
-        None if fit.gpu is None else fit.gpu.pci_bus_id,
-    )
-
-    def forget() -> None:
-        engine.forget()
-        if isinstance(encoder, CachedEncoder):
-            encoder.forget()
-
     return Components(
-        tokenizer,
-        requests,
-        table,
-        tower,
-        decoder,
-        engine,
-        degraded,
-        tuple(off_device),
-        session.threads,
-        forget,
-        opened.pop_all(),
+        requests=requests,
+        tokenizer=tokenizer,
+        tokens=tokens,
+        table=table,
+        tower=tower,
+        embedder=embedder,
+        decoder=decoder,
+        dtype=dtype,
+        memory=RequestMemory(manifest, device, batch),
+        device=cuda_name(gpu) if device == "cuda" else device,
+        threads=session.threads,
+        cache=fit.cache,
+        least_context=least_context(manifest),
+        prefix_reuse=options.prefix_reuse,
+        degraded=degraded,
+        off_device=tuple(off_device),
+        pci_bus_id=None if fit.gpu is None else fit.gpu.pci_bus_id,
+        opened=opened.pop_all(),
     )
