@@ -61,6 +61,7 @@ class Engine:
         self._tokens = components.tokens
         self._dtype = components.dtype
         self._memory = components.memory
+        self._prefix_reuse = components.prefix_reuse
         self._shortened = ""
         self._planned = components.decoder.capacity
         self._pace = ThroughputEstimate()
@@ -278,7 +279,7 @@ class Engine:
         """Everything before the first token is chosen."""
         request = degradation.request
         reused = 0
-        if self._components.prefix_reuse:
+        if self._prefix_reuse:
             reused = self._contents.match(request, self._decoder.length)
         self._decoder.rewind(reused)
         self._contents.commit(request)
