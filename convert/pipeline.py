@@ -21,7 +21,7 @@ from llava_edge.convert.quality.check import QualityCheck
 from llava_edge.convert.util.files import check_free_space, folder_bytes
 from llava_edge.convert.util.progress import Say
 from llava_edge.convert.util.torch_threads import allowed_torch_threads, torch_threads
-from llava_edge.convert.verify.conversion import Verification
+from llava_edge.convert.verification.conversion import Verification
 from llava_edge.convert.writing.artifact_parts import build_parts
 from llava_edge.convert.writing.card import write_card
 from llava_edge.convert.writing.manifest import make_manifest

@@ -125,7 +125,7 @@ def reference_probes() -> Callable[..., tuple[GoldenProbe, ...]]:
     def make(checkpoint: Path, manifest: Any, steps: int = 40) -> tuple[GoldenProbe, ...]:
         import torch
 
-        from llava_edge.convert.verify.reference.model import ReferenceModel
+        from llava_edge.convert.verification.reference.model import ReferenceModel
 
         reference = ReferenceModel(checkpoint)
         side = manifest.image_processing.tile_size

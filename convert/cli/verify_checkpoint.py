@@ -21,8 +21,8 @@ from llava_edge.convert.checkpoint.source import resolve_source
 from llava_edge.convert.output.artifact_writer import write_certificate
 from llava_edge.convert.util.files import refusal, write_atomic
 from llava_edge.convert.util.progress import StageBars
-from llava_edge.convert.verify.estimate import spoken
-from llava_edge.convert.verify.verifier import (
+from llava_edge.convert.verification.estimate import spoken
+from llava_edge.convert.verification.verifier import (
     QUICK_BYTES,
     VerifyOptions,
     open_reference,

@@ -24,7 +24,7 @@ from llava_edge.convert.quantization.kv_cache_scales import (
     QUIET,
     calibrate_cache,
 )
-from llava_edge.convert.verify.structure.int8_cache import read_scales
+from llava_edge.convert.verification.structure.int8_cache import read_scales
 from llava_edge.convert.writing.artifact_builder import PartBuilders
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.errors import CheckpointError, RequestError

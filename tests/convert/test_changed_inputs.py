@@ -20,7 +20,7 @@ from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.planning import conversion_plan
 from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest
-from llava_edge.convert.verify.conversion import Verification
+from llava_edge.convert.verification.conversion import Verification
 from llava_edge.convert.writing.artifact_builder import PartBuilders
 from llava_edge.profiles.errors import CheckpointError, RequestError
 from llava_edge.profiles.planner import PlanRequest

@@ -13,7 +13,7 @@ import pytest
 
 from llava_edge.convert.checkpoint.transformers_loader import load_tokenizer
 from llava_edge.convert.text.sentencepiece import SentencePieceModel
-from llava_edge.convert.verify.tokenizer.reference import reference_tokenizer
+from llava_edge.convert.verification.tokenizer.reference import reference_tokenizer
 from llava_edge.profiles.errors import CheckpointError
 from tests.convert.test_tokenizer_files import byte_level, hub_config, prepare, train, write
 

@@ -152,7 +152,7 @@ from llava_edge.convert.checkpoint.open import open_checkpoint
 from llava_edge.convert.checkpoint.transformers_loader import load_model, load_processor
 from llava_edge.convert.checkpoint.transformers_loader import load_tokenizer
 from llava_edge.convert.checkpoint.transformers_loader import meta_model
-from llava_edge.convert.verify.reference.processor import ReferenceProcessor
+from llava_edge.convert.verification.reference.processor import ReferenceProcessor
 for folder in map(Path, sys.argv[1:]):
     checkpoint = open_checkpoint(folder)
     found = [load_tokenizer(folder), meta_model(checkpoint.config)]

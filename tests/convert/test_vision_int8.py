@@ -32,7 +32,7 @@ from llava_edge.convert.quantization.vision.int8 import (
 )
 from llava_edge.convert.quantization.vision.smoothquant import AT_A_COST, FREE, scale_inputs
 from llava_edge.convert.testing.random_outliers import plant_outliers
-from llava_edge.convert.verify.conversion import Verification
+from llava_edge.convert.verification.conversion import Verification
 from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.errors import BudgetError, ExportError, RequestError
 from llava_edge.profiles.models.anyres import AnyRes

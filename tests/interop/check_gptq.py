@@ -28,7 +28,7 @@ from llava_edge.convert.checkpoint.quantized.source import (
 from llava_edge.convert.quantization.export_hf import check_emit_hf, write_hf_gptq
 from llava_edge.convert.testing.random_checkpoint import write_random_checkpoint
 from llava_edge.convert.testing.random_spec import preset
-from llava_edge.convert.verify.reference.model import ReferenceModel
+from llava_edge.convert.verification.reference.model import ReferenceModel
 
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "heads": 4, "vocab_size": 416, "layers": 2}
 CASES = {

@@ -22,7 +22,7 @@ import transformers
 from numpy.typing import NDArray
 
 from llava_edge.convert.checkpoint.formats.rounding import round_to_nearest
-from llava_edge.convert.verify.quantized.graph_weights import GraphWeights
+from llava_edge.convert.verification.quantized.graph_weights import GraphWeights
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact.open import open_artifact
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.planning.request import ConvertRequest
-from llava_edge.convert.verify.reference.model import ReferenceModel
+from llava_edge.convert.verification.reference.model import ReferenceModel
 from llava_edge.profiles.models.anyres import AnyRes, grid_pinpoints
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge

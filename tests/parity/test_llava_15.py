@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_edge.convert.verify.reference.model import ReferenceModel
+from llava_edge.convert.verification.reference.model import ReferenceModel
 from llava_edge.profiles.errors import ImageError, RequestError
 from llava_edge.runtime import LlavaEdge
 from tests.parity.test_random_weights import FP16_LOGIT_BOUND, LOGIT_BOUND, assert_within

@@ -19,9 +19,9 @@ from llava_edge.convert.testing.random_checkpoint import write_random_checkpoint
 from llava_edge.convert.testing.random_spec import preset
 from llava_edge.convert.text.sentencepiece import probe_texts
 from llava_edge.convert.text.tokenizer import build_tokenizer_json
-from llava_edge.convert.verify.reference.processor import ReferenceProcessor
-from llava_edge.convert.verify.stages.prompt import prompt_stage
-from llava_edge.convert.verify.stages.tokenizer import tokenizer_stage
+from llava_edge.convert.verification.reference.processor import ReferenceProcessor
+from llava_edge.convert.verification.stages.prompt import prompt_stage
+from llava_edge.convert.verification.stages.tokenizer import tokenizer_stage
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact.certificate import StageResult

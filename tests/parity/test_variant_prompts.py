@@ -26,8 +26,8 @@ from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.testing.random_checkpoint import write_random_checkpoint
 from llava_edge.convert.testing.random_spec import preset
-from llava_edge.convert.verify.reference.processor import ReferenceProcessor
-from llava_edge.convert.verify.stages.prompt import prompt_stage
+from llava_edge.convert.verification.reference.processor import ReferenceProcessor
+from llava_edge.convert.verification.stages.prompt import prompt_stage
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact.open import Artifact, open_artifact

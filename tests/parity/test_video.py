@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_edge.convert.verify.reference.model import ReferenceModel
+from llava_edge.convert.verification.reference.model import ReferenceModel
 from llava_edge.profiles.errors import BudgetError, PromptError, VideoError
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.cli import main as cli

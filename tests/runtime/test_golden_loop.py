@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_edge.convert.verify.reference.sampling import choose_by_reference, draw_cases
+from llava_edge.convert.verification.reference.sampling import choose_by_reference, draw_cases
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact.manifest import Manifest

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_edge.convert.verify.reference.video import frame_pixels
+from llava_edge.convert.verification.reference.video import frame_pixels
 from llava_edge.profiles.errors import ImageError
 from llava_edge.runtime.artifact.manifest import VideoProcessing
 from llava_edge.runtime.processing.video.video_processor import VideoProcessor

@@ -15,7 +15,7 @@ from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest
 from llava_edge.convert.text import template_sandbox
-from llava_edge.convert.verify.stages import prompt as prompt_stage
+from llava_edge.convert.verification.stages import prompt as prompt_stage
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact.open import Artifact, open_artifact

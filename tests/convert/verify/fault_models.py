@@ -17,9 +17,9 @@ from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest
 from llava_edge.convert.testing.random_checkpoint import write_random_checkpoint
 from llava_edge.convert.testing.random_spec import preset
-from llava_edge.convert.verify.reference.answer import Reference
-from llava_edge.convert.verify.reference.probes import draw_probes
-from llava_edge.convert.verify.verifier import VerifyOptions, open_reference, verify_artifact
+from llava_edge.convert.verification.reference.answer import Reference
+from llava_edge.convert.verification.reference.probes import draw_probes
+from llava_edge.convert.verification.verifier import VerifyOptions, open_reference, verify_artifact
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact.certificate import Certificate, Mode

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from llava_edge.convert.verify.tokenizer.artifact import artifact_tokenizer
+from llava_edge.convert.verification.tokenizer.artifact import artifact_tokenizer
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime.artifact.open import open_artifact
 from tests.convert.verify.fault_models import FaultModels

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava_edge.convert.verify.reference.answer import Positions
-from llava_edge.convert.verify.runner.artifact_runner import ArtifactRunner
+from llava_edge.convert.verification.reference.answer import Positions
+from llava_edge.convert.verification.runner.artifact_runner import ArtifactRunner
 from llava_edge.runtime.artifact.open import open_artifact
 from llava_edge.runtime.util.arrays import Array
 

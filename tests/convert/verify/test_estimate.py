@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from llava_edge.convert.verify import estimate, verifier
-from llava_edge.convert.verify.reference.streamed_model import StreamedModel, _PassThrough
-from llava_edge.convert.verify.verifier import (
+from llava_edge.convert.verification import estimate, verifier
+from llava_edge.convert.verification.reference.streamed_model import StreamedModel, _PassThrough
+from llava_edge.convert.verification.verifier import (
     VerifyOptions,
     open_reference,
     verification_seconds,

@@ -24,7 +24,11 @@ from llava_edge.convert.checkpoint.quantized.source import (
 from llava_edge.convert.onnx.decoder import build_decoder_graph
 from llava_edge.convert.onnx.graph_file import GraphFile
 from llava_edge.convert.onnx.linear import QuantizedLayers
-from llava_edge.convert.verify.quantized.graph_weights import TWO_TERMS, WHOLE_ROW, GraphWeights
+from llava_edge.convert.verification.quantized.graph_weights import (
+    TWO_TERMS,
+    WHOLE_ROW,
+    GraphWeights,
+)
 from llava_edge.profiles.errors import ArtifactError, CheckpointError
 from llava_edge.profiles.memory.formats import Int8Route
 from llava_edge.runtime.artifact.open import open_artifact

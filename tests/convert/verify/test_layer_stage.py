@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from llava_edge.convert.verify.stages.layers import LayerStage
+from llava_edge.convert.verification.stages.layers import LayerStage
 from llava_edge.profiles.models.variants import find_variant
 from llava_edge.runtime.verification.tolerances import Bounds, bound_rows
 

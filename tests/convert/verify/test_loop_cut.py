@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_edge.convert.verify.reference.answer import Reference
-from llava_edge.convert.verify.reference.probes import probes_for
-from llava_edge.convert.verify.reference.streamed_model import StreamedModel
-from llava_edge.convert.verify.runner.artifact_runner import ArtifactRunner
-from llava_edge.convert.verify.runner.loop_cut import LoopCut, loop_cut
-from llava_edge.convert.verify.stages.greedy import greedy_tokens
-from llava_edge.convert.verify.verifier import VerifyOptions, open_reference, verify_artifact
+from llava_edge.convert.verification.reference.answer import Reference
+from llava_edge.convert.verification.reference.probes import probes_for
+from llava_edge.convert.verification.reference.streamed_model import StreamedModel
+from llava_edge.convert.verification.runner.artifact_runner import ArtifactRunner
+from llava_edge.convert.verification.runner.loop_cut import LoopCut, loop_cut
+from llava_edge.convert.verification.stages.greedy import greedy_tokens
+from llava_edge.convert.verification.verifier import VerifyOptions, open_reference, verify_artifact
 from llava_edge.profiles.errors import OutOfMemoryError
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact.certificate import Certificate, StageResult

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from llava_edge.convert.verify.reference.answer import Reference
-from llava_edge.convert.verify.reference.sampling import choose_by_reference
-from llava_edge.convert.verify.stages.loop import golden_loop, loop_stage
+from llava_edge.convert.verification.reference.answer import Reference
+from llava_edge.convert.verification.reference.sampling import choose_by_reference
+from llava_edge.convert.verification.stages.loop import golden_loop, loop_stage
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact.certificate import StageResult
 from llava_edge.runtime.artifact.open import Artifact, open_artifact

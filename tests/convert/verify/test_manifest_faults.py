@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from llava_edge.convert.checkpoint.open import open_checkpoint
-from llava_edge.convert.verify.stages.prompt import prompt_stage
-from llava_edge.convert.verify.structure.manifest_record import manifest_record_faults
-from llava_edge.convert.verify.structure.stage import structure_stage
-from llava_edge.convert.verify.verifier import VerifyOptions, open_reference, verify_artifact
+from llava_edge.convert.verification.stages.prompt import prompt_stage
+from llava_edge.convert.verification.structure.manifest_record import manifest_record_faults
+from llava_edge.convert.verification.structure.stage import structure_stage
+from llava_edge.convert.verification.verifier import VerifyOptions, open_reference, verify_artifact
 from llava_edge.runtime.artifact.open import open_artifact
 from llava_edge.runtime.util.opened_file import OpenedFile
 from llava_edge.runtime.util.progress import no_progress

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_edge.convert.verify.media import image_files as pictures
-from llava_edge.convert.verify.media import video_files as clips
-from llava_edge.convert.verify.media.image_files import picture_files
-from llava_edge.convert.verify.media.video_files import clip_files
-from llava_edge.convert.verify.reference.media import golden_clip, read_clip, read_picture
+from llava_edge.convert.verification.media import image_files as pictures
+from llava_edge.convert.verification.media import video_files as clips
+from llava_edge.convert.verification.media.image_files import picture_files
+from llava_edge.convert.verification.media.video_files import clip_files
+from llava_edge.convert.verification.reference.media import golden_clip, read_clip, read_picture
 from llava_edge.runtime.util.image_formats import READABLE_FORMATS, recognise
 from llava_edge.runtime.util.limits import VIDEO_FORMATS
 from llava_edge.runtime.verification.golden.media import MEDIA_LIMITS

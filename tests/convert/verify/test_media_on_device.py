@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llava_edge.convert.verify.verifier import golden_probes, open_reference
+from llava_edge.convert.verification.verifier import golden_probes, open_reference
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact.certificate import overall
 from llava_edge.runtime.artifact.open import open_artifact

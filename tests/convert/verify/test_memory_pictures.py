@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops, ImageOps
 
-from llava_edge.convert.verify.media.in_memory_images import memory_faults
+from llava_edge.convert.verification.media.in_memory_images import memory_faults
 from llava_edge.runtime.processing.images import loading as images
 
 Change = Callable[[Any], Any]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_edge.convert.verify.structure.stage import structure_stage
+from llava_edge.convert.verification.structure.stage import structure_stage
 from llava_edge.runtime.artifact.open import open_artifact
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.fault_models import FaultModels

@@ -12,8 +12,8 @@ import pytest
 
 from llava_edge.convert.checkpoint.open import open_checkpoint
 from llava_edge.convert.text.chat_template import CLOCKS, compile_template
-from llava_edge.convert.verify.reference.processor import ReferenceProcessor
-from llava_edge.convert.verify.stages.prompt import prompt_stage
+from llava_edge.convert.verification.reference.processor import ReferenceProcessor
+from llava_edge.convert.verification.stages.prompt import prompt_stage
 from llava_edge.profiles.errors import CheckpointError
 from llava_edge.runtime.artifact.certificate import StageResult
 from llava_edge.runtime.artifact.manifest import PromptFormat

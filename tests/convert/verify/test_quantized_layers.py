@@ -13,15 +13,23 @@ import pytest
 import torch
 
 from llava_edge.convert.checkpoint.formats.rounding import QuantizationReport, QuantizedWeight
-from llava_edge.convert.verify.quantized.graph_weights import GraphCodes, GraphWeights
-from llava_edge.convert.verify.quantized.output_error import KindInputs, WeightRows, output_error
-from llava_edge.convert.verify.quantized.quantized_form import QuantizedForm
-from llava_edge.convert.verify.quantized.reference_rounding import Grid, nearest_scales, rounded
-from llava_edge.convert.verify.reference.input_sketch import InputSketch
-from llava_edge.convert.verify.reference.probes import probes_for
-from llava_edge.convert.verify.runner.losses import Losses
-from llava_edge.convert.verify.verifier import open_reference
-from llava_edge.convert.verify.weights.quantized_layers import SolvedLayers
+from llava_edge.convert.verification.quantized.graph_weights import GraphCodes, GraphWeights
+from llava_edge.convert.verification.quantized.output_error import (
+    KindInputs,
+    WeightRows,
+    output_error,
+)
+from llava_edge.convert.verification.quantized.quantized_form import QuantizedForm
+from llava_edge.convert.verification.quantized.reference_rounding import (
+    Grid,
+    nearest_scales,
+    rounded,
+)
+from llava_edge.convert.verification.reference.input_sketch import InputSketch
+from llava_edge.convert.verification.reference.probes import probes_for
+from llava_edge.convert.verification.runner.losses import Losses
+from llava_edge.convert.verification.verifier import open_reference
+from llava_edge.convert.verification.weights.quantized_layers import SolvedLayers
 from llava_edge.runtime.artifact.certificate import StageResult
 from llava_edge.runtime.artifact.manifest import Precision
 from llava_edge.runtime.artifact.open import Artifact, open_artifact

@@ -11,7 +11,7 @@ from llava_edge.convert.checkpoint.formats.rounding import (
     QuantizedWeight,
     round_to_nearest,
 )
-from llava_edge.convert.verify.quantized.reference_rounding import (
+from llava_edge.convert.verification.quantized.reference_rounding import (
     Disagreement,
     Grid,
     disagreement,

@@ -9,7 +9,7 @@ import pytest
 
 from llava_edge.convert.checkpoint.formats.rounding import PER_CHANNEL
 from llava_edge.convert.quantization import plan as quantization
-from llava_edge.convert.verify.quantized.graph_weights import TWO_TERMS, GraphWeights
+from llava_edge.convert.verification.quantized.graph_weights import TWO_TERMS, GraphWeights
 from llava_edge.runtime.artifact.certificate import StageResult
 from llava_edge.runtime.artifact.open import open_artifact
 from llava_edge.runtime.util.checksummed_json import seal

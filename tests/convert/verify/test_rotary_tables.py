@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from llava_edge.convert.checkpoint.open import Checkpoint
 from llava_edge.convert.onnx.graph_file import GraphFile
-from llava_edge.convert.verify.reference.modules import ReferenceStructure
-from llava_edge.convert.verify.structure import rotary_tables
-from llava_edge.convert.verify.structure.rotary_tables import rotary_faults
+from llava_edge.convert.verification.reference.modules import ReferenceStructure
+from llava_edge.convert.verification.structure import rotary_tables
+from llava_edge.convert.verification.structure.rotary_tables import rotary_faults
 from llava_edge.runtime.artifact.open import Artifact
 from tests.convert.verify.tamper import Tampered
 

@@ -12,10 +12,10 @@ import torch
 
 from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.planning.request import ConvertRequest
-from llava_edge.convert.verify.reference.probes import Probe, probes_for
-from llava_edge.convert.verify.runner.losses import Losses
-from llava_edge.convert.verify.stages import greedy as greedy_stage
-from llava_edge.convert.verify.verifier import open_reference
+from llava_edge.convert.verification.reference.probes import Probe, probes_for
+from llava_edge.convert.verification.runner.losses import Losses
+from llava_edge.convert.verification.stages import greedy as greedy_stage
+from llava_edge.convert.verification.verifier import open_reference
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact.open import open_artifact

@@ -7,8 +7,12 @@ import torch
 
 from llava_edge.convert.checkpoint.formats.rounding import QuantizedWeight
 from llava_edge.convert.quantization.gptq.solver import quantize_weight, round_to_nearest
-from llava_edge.convert.verify.quantized.reference_rounding import Grid, nearest_scales, rounded
-from llava_edge.convert.verify.quantized.solver_traces import SolverTraces, Traces
+from llava_edge.convert.verification.quantized.reference_rounding import (
+    Grid,
+    nearest_scales,
+    rounded,
+)
+from llava_edge.convert.verification.quantized.solver_traces import SolverTraces, Traces
 
 GRID = Grid(4, 32)
 Layer = tuple[torch.Tensor, QuantizedWeight, torch.Tensor]

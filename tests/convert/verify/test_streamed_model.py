@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
-from llava_edge.convert.verify.reference.model import ReferenceModel
-from llava_edge.convert.verify.reference.streamed_model import ReferenceInputs, StreamedModel
+from llava_edge.convert.verification.reference.model import ReferenceModel
+from llava_edge.convert.verification.reference.streamed_model import ReferenceInputs, StreamedModel
 from llava_edge.profiles.errors import CheckpointError
 
 BACKBONES = ("llama", "mistral", "qwen2")

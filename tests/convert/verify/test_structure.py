@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
-from llava_edge.convert.verify.structure.stage import structure_stage
+from llava_edge.convert.verification.structure.stage import structure_stage
 from llava_edge.runtime.artifact.certificate import StageResult
 from llava_edge.runtime.artifact.open import Artifact, open_artifact
 from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions

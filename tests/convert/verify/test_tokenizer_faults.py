@@ -12,10 +12,10 @@ from tokenizers import Tokenizer as Backend
 
 from llava_edge.convert.checkpoint.transformers_loader import load_tokenizer
 from llava_edge.convert.text.tokenizer import prepare_tokenizer
-from llava_edge.convert.verify.reference.processor import ReferenceProcessor
-from llava_edge.convert.verify.stages.prompt import prompt_stage
-from llava_edge.convert.verify.stages.tokenizer import tokenizer_stage
-from llava_edge.convert.verify.tokenizer.reference import TransformersTokenizer
+from llava_edge.convert.verification.reference.processor import ReferenceProcessor
+from llava_edge.convert.verification.stages.prompt import prompt_stage
+from llava_edge.convert.verification.stages.tokenizer import tokenizer_stage
+from llava_edge.convert.verification.tokenizer.reference import TransformersTokenizer
 from llava_edge.runtime.artifact.certificate import StageResult
 from llava_edge.runtime.artifact.open import Artifact, open_artifact
 from tests.convert.verify.fault import Fault

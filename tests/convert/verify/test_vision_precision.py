@@ -17,9 +17,9 @@ from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest
 from llava_edge.convert.quantization.vision.fp16_overflow import Float16Ranges
 from llava_edge.convert.testing.random_outliers import plant_outliers
-from llava_edge.convert.verify.structure.stage import structure_stage
-from llava_edge.convert.verify.verifier import VerifyOptions, verify_artifact
-from llava_edge.convert.verify.weights.stage import weights_stage
+from llava_edge.convert.verification.structure.stage import structure_stage
+from llava_edge.convert.verification.verifier import VerifyOptions, verify_artifact
+from llava_edge.convert.verification.weights.stage import weights_stage
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact.certificate import StageResult

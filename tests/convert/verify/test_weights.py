@@ -21,8 +21,8 @@ from llava_edge.convert.checkpoint.quantized.source import RtnSource, quantize_h
 from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest
-from llava_edge.convert.verify.weights.stage import weights_stage
-from llava_edge.convert.verify.weights.tensor_mapping import linear_layers
+from llava_edge.convert.verification.weights.stage import weights_stage
+from llava_edge.convert.verification.weights.tensor_mapping import linear_layers
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.memory.formats import head_group_size
 from llava_edge.profiles.planner import PlanRequest
