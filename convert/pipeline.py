@@ -58,7 +58,6 @@ from llava_edge.convert.writing.artifact_builder import (
     EMBEDDINGS_FILE,
     TOKENIZER_FILE,
     PartBuilders,
-    Report,
 )
 from llava_edge.convert.writing.artifact_writer import (
     ArtifactWriter,
@@ -87,9 +86,8 @@ from llava_edge.runtime.artifact.manifest import (
 )
 from llava_edge.runtime.backends.engine_cache import ENGINES, graph_digests
 from llava_edge.runtime.util.json_codec import from_json, to_json
+from llava_edge.runtime.util.progress import Notify, Progress
 from llava_edge.runtime.util.versions import tool_versions
-
-Say = Callable[[str], None]
 
 GPTQ_FOLDER = "gptq"
 QUALITY = "quality"
@@ -145,7 +143,7 @@ class _Job:
 
 
 @allowed_torch_threads()
-def convert_checkpoint(request: ConvertRequest, report: Report, say: Say) -> Conversion:
+def convert_checkpoint(request: ConvertRequest, report: Progress, say: Notify) -> Conversion:
     """Convert one checkpoint for one board.
 
     Args:
@@ -236,7 +234,7 @@ def _fp16_of(job: _Job) -> _Job | None:
             "Convert without it and ask the artifact: llava-edge bench OUT --quality FILE."
         )
     profile = job.request.profile
-    if profile.flavour != "cpu":
+    if profile.target != "cpu":
         profile = load_profile("cpu-16gb")
     wishes = replace(job.request.wishes, precision="fp16", vision_precision=None, cache=None)
     request = replace(job.request, profile=profile, wishes=wishes, emit_hf=False, verify="none")
@@ -264,7 +262,7 @@ def _require_room_for_fp16(reference: _Job) -> None:
         ) from error
 
 
-def _write_fp16(job: _Job, out: Path, threads: int, report: Report) -> Path:
+def _write_fp16(job: _Job, out: Path, threads: int, report: Progress) -> Path:
     """An artifact at fp16 in the work folder, unless an earlier run finished it."""
     if out.exists():
         return out
@@ -275,17 +273,17 @@ def _write_fp16(job: _Job, out: Path, threads: int, report: Report) -> Path:
         return writer.finish(manifest, write_card(manifest, writer.finished_bytes, None))
 
 
-def _write_parts(job: _Job, writer: ArtifactWriter, report: Report) -> _Written:
+def _write_parts(job: _Job, writer: ArtifactWriter, report: Progress) -> _Written:
     """Everything but manifest and card; the decoder last: its codes are found through the rest."""
     profile = job.request.profile
-    build = PartBuilders(job.checkpoint, profile.flavour, job.planned.plan.context_tokens, report)
+    build = PartBuilders(job.checkpoint, profile.target, job.planned.plan.context_tokens, report)
     vision_spec, vision_facts = writer.part(
         "vision", lambda folder: _vision(job, build, writer.work, folder)
     )
     vision = from_json(GraphSpec, vision_spec)
     job = _planned_again(job, vision_facts, writer)
     context = job.planned.plan.context_tokens
-    build = PartBuilders(job.checkpoint, profile.flavour, context, report)
+    build = PartBuilders(job.checkpoint, profile.target, context, report)
     target = job.planned.engine
     if target is not None:
         graph = graph_digests(writer.files, vision.file)
@@ -337,7 +335,7 @@ def _write_parts(job: _Job, writer: ArtifactWriter, report: Report) -> _Written:
             job.checkpoint,
             codes()[0].source,
             tokenizer_file=folder / TOKENIZER_FILE,
-            progress=lambda done, total: report(GPTQ_FOLDER, done, total),
+            progress=report,
         )
 
     spec, facts = writer.part("decoder", decoder)
@@ -397,10 +395,10 @@ def _vision(job: _Job, build: PartBuilders, work: Path, folder: Path) -> Any:
 def _looks_at_tiles(job: _Job) -> bool:
     """Whether calibration tiles decide on the tower.
 
-    In the cpu flavour a float tower is stored in float16 and computed in float32: nothing can
+    In the cpu target a float tower is stored in float16 and computed in float32: nothing can
     overflow.
     """
-    return job.planned.plan.vision_precision == "int8" or job.request.profile.flavour == "cuda"
+    return job.planned.plan.vision_precision == "int8" or job.request.profile.target == "cuda"
 
 
 def _looks_at_samples(job: _Job) -> bool:
@@ -447,7 +445,7 @@ def _planned_again(job: _Job, vision: Mapping[str, Any], writer: ArtifactWriter)
 
 
 def _as_begun(
-    request: ConvertRequest, checkpoint: Checkpoint, planned: ArtifactPlan, out: Path, say: Say
+    request: ConvertRequest, checkpoint: Checkpoint, planned: ArtifactPlan, out: Path, say: Notify
 ) -> ArtifactPlan:
     """The context that an unfinished conversion began with, where free memory led to another."""
     plan = planned.plan
@@ -493,7 +491,9 @@ def default_output(planned: ArtifactPlan) -> Path:
     return Path("artifacts") / f"{plan.variant}-{plan.precision}-{plan.profile}"
 
 
-def _open(request: ConvertRequest, report: Report, say: Say) -> tuple[Checkpoint, CheckpointFiles]:
+def _open(
+    request: ConvertRequest, report: Progress, say: Notify
+) -> tuple[Checkpoint, CheckpointFiles]:
     source = resolve_source(request.checkpoint or _planned_id(request, say))
     if source.folder is not None:
         files = CheckpointFiles(source.folder)
@@ -504,7 +504,7 @@ def _open(request: ConvertRequest, report: Report, say: Say) -> tuple[Checkpoint
     folder = fetch_checkpoint(
         source.repo_id,
         source.revision,
-        progress=lambda done, total: report("download", done, total),
+        progress=report,
         announce=lambda plan: check_download(plan, parent, say),
     )
     files = CheckpointFiles(folder)
@@ -529,7 +529,7 @@ def _refuse_inside(out: Path, checkpoint: Checkpoint, calibration: Path | None) 
             raise RequestError(f"{out} holds {what} {folder}. Name a folder that does not.")
 
 
-def _planned_id(request: ConvertRequest, say: Say) -> str:
+def _planned_id(request: ConvertRequest, say: Notify) -> str:
     """Hub id of the variant that the plan chooses where no checkpoint was named."""
     plan, _ = choose(request, request.wishes)
     hub_id = find_variant(plan.variant).hub_id
@@ -553,8 +553,8 @@ def _prepare(
     checkpoint: Checkpoint,
     files: CheckpointFiles,
     planned: ArtifactPlan,
-    report: Report,
-    say: Say,
+    report: Progress,
+    say: Notify,
 ) -> _Job:
     if request.verify != "none":
         # Now, since verification needs it after hours of work.
@@ -574,9 +574,7 @@ def _prepare(
         prompt = compile_chat_template(
             checkpoint.folder, checkpoint.config, source_id=checkpoint.source_id
         )
-    found = files.digests(
-        checkpoint.weight_files, lambda done, total: report("digest", done, total)
-    )
+    found = files.digests(checkpoint.weight_files, report)
     if request.emit_hf:
         check_emit_hf(checkpoint, planned.plan.precision)
     body = BodyFormat.of(checkpoint, planned.plan.precision, request.profile)
@@ -619,7 +617,7 @@ def _key(job: _Job) -> dict[str, object]:
         # What a plan leaves of the board; memory that is free now decides the plan alone.
         "int8_isa": profile.int8_isa,
         "prefill_chunk": profile.prefill_chunk,
-        "flavour": profile.flavour,
+        "flavour": profile.target,
         "precision": plan.precision,
         "vision_precision": plan.vision_precision,
         "pinpoints": to_json(job.planned.grid.pinpoints),
@@ -656,10 +654,10 @@ def _calibration_key(job: _Job) -> dict[str, object]:
 def _needed_bytes(job: _Job) -> int:
     """Upper bound of the artifact, and of the solved layers that lie beside it meanwhile."""
     profile, precision = job.request.profile, job.planned.plan.precision
-    dims, flavour = job.checkpoint.dims, profile.flavour
+    dims, target = job.checkpoint.dims, profile.target
     # Any number of the tower's layers may stay as they are.
     sizes = weight_bytes(
-        dims, precision, flavour, profile.int8_isa, resident=False, vision=VisionFormat()
+        dims, precision, target, profile.int8_isa, resident=False, vision=VisionFormat()
     )
     tower = sizes.vision_tower + sizes.projector
     # The float graph of the tower lies beside the artifact while it is looked into.
@@ -677,20 +675,20 @@ def _manifest(
     job: _Job, tokens: TokenIds, vision: GraphSpec, decoder: GraphSpec, facts: dict[str, Any]
 ) -> Manifest:
     checkpoint, plan = job.checkpoint, job.planned.plan
-    flavour = job.request.profile.flavour
+    target = job.request.profile.target
     stored = part_precisions(plan.precision, plan.vision_precision)
     precision = Precision(
         language_model=stored.language_model,
         lm_head=stored.lm_head,
         vision_tower=stored.vision_tower,
         embeddings=stored.embeddings,
-        computes="float32" if flavour == "cpu" else "float16",
+        computes="float32" if target == "cpu" else "float16",
         int8_route=None if job.body is None else job.body.int8_route,
     )
     return Manifest(
         schema_version=SCHEMA_VERSION,
         variant=plan.variant,
-        flavour=flavour,
+        target=target,
         precision=precision,
         plan=lasting_plan(plan),
         model=checkpoint.dims,

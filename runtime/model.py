@@ -54,7 +54,7 @@ from llava_edge.runtime.processing.video.video_reader import VideoSource
 from llava_edge.runtime.util.allocation import allocate, translate_oom
 from llava_edge.runtime.util.arrays import Array, DeviceKind
 from llava_edge.runtime.util.limits import Limits
-from llava_edge.runtime.util.progress import ReportProgress, no_progress
+from llava_edge.runtime.util.progress import Progress, no_progress
 from llava_edge.runtime.util.validation import (
     refuse_unknown,
     require_callable,
@@ -90,7 +90,7 @@ class LlavaEdge:
         device: DeviceKind,
         fit: LoadFit,
         options: LoadOptions,
-        progress: ReportProgress,
+        progress: Progress,
         gpu: int = 0,
         parts: Components | None = None,
     ) -> None:
@@ -133,7 +133,7 @@ class LlavaEdge:
         strict_device: bool = False,
         cuda: CudaOptions | None = None,
         limits: Limits | None = None,
-        progress: ReportProgress = no_progress,
+        progress: Progress = no_progress,
         **unknown: NoReturn,
     ) -> LlavaEdge:
         """Open an artifact.
@@ -221,7 +221,7 @@ class LlavaEdge:
         artifact: Artifact,
         device: Device = "auto",
         *,
-        progress: ReportProgress = no_progress,
+        progress: Progress = no_progress,
         **options: Any,
     ) -> LlavaEdge:
         """Load an artifact that is open already, whatever it was verified on: for verifying.
@@ -238,7 +238,7 @@ class LlavaEdge:
         how = LoadOptions(**options)
         require_callable("progress", progress)
         check_interfaces(artifact)
-        chosen = choose_device(device, artifact.manifest.flavour, how.allow_slow)
+        chosen = choose_device(device, artifact.manifest.target, how.allow_slow)
         configure_process(chosen)
         gpu = parse_device(device).gpu if chosen == "cuda" else 0
         if chosen == "cuda":
@@ -274,7 +274,7 @@ class LlavaEdge:
         repetition_penalty: float | None = None,
         seed: int | None = None,
         prompt_lookup_num_tokens: int | None = None,
-        progress: ReportProgress = no_progress,
+        progress: Progress = no_progress,
         **unknown: NoReturn,
     ) -> Answer:
         """Answer a question. Arguments and errors are those of ``stream``.
@@ -329,7 +329,7 @@ class LlavaEdge:
         repetition_penalty: float | None = None,
         seed: int | None = None,
         prompt_lookup_num_tokens: int | None = None,
-        progress: ReportProgress = no_progress,
+        progress: Progress = no_progress,
         **unknown: NoReturn,
     ) -> AnswerStream:
         """Answer a question piece by piece. Everything about the input is checked at once.
@@ -568,7 +568,7 @@ class LlavaEdge:
             positions: int64 (n,).
 
         Returns:
-            (n, hidden) in the flavour's type.
+            (n, hidden) in the target's type.
         """
         self._queue.require_open()
         with self._queue.turn(), self._unchanged():
@@ -643,7 +643,7 @@ class LlavaEdge:
         config: GenerationConfig,
         time: TimeBudget,
         within_turn: WithinTurn | None = None,
-        progress: ReportProgress = no_progress,
+        progress: Progress = no_progress,
     ) -> AnswerStream:
         prepared = time.elapsed
 

@@ -86,6 +86,7 @@ from llava_edge.runtime.artifact.opened_files import OpenedFiles
 from llava_edge.runtime.util.checksummed_json import parse_strict, seal
 from llava_edge.runtime.util.host_memory import peak_host_bytes
 from llava_edge.runtime.util.json_codec import from_json, to_json
+from llava_edge.runtime.util.progress import Notify
 from llava_edge.runtime.util.safe_open import read_bounded
 from llava_edge.runtime.verification.host import describe_host
 
@@ -211,7 +212,7 @@ class ArtifactWriter:
         inputs: Mapping[str, str] | None = None,
         check_inputs: Callable[[], None] = lambda: None,
         threads: int = 1,
-        say: Callable[[str], None] = _LOG.warning,
+        say: Notify = _LOG.warning,
     ) -> None:
         self.out = output_path(out)
         if not self.out.name:

@@ -44,7 +44,7 @@ from llava_edge.runtime.processing.text.tokenizer import Tokenizer
 from llava_edge.runtime.util.allocation import allocate, require_free
 from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.host_memory import peak_host_bytes
-from llava_edge.runtime.util.progress import ReportProgress, no_progress
+from llava_edge.runtime.util.progress import Progress, no_progress
 from llava_edge.runtime.vision.select import VisionBackend
 
 
@@ -59,7 +59,7 @@ class Engine:
         table: rows of answered tokens.
         tokenizer: ids to text.
         tokens: ids that end an answer or are no words.
-        dtype: float32 (cpu flavour) or float16 (cuda flavour) of embeddings.
+        dtype: float32 (cpu target) or float16 (cuda target) of embeddings.
         memory: what a request takes.
         prefix_reuse: go on behind what a request shares with what the cache holds.
         least_context: positions that a cache which degrades keeps as long as that suffices.
@@ -139,7 +139,7 @@ class Engine:
         config: GenerationConfig,
         is_cancelled: Callable[[], bool],
         budget: TimeBudget,
-        progress: ReportProgress = no_progress,
+        progress: Progress = no_progress,
     ) -> Pieces:
         """Answer.
 
@@ -303,7 +303,7 @@ class Engine:
     def _begin(
         self,
         degradation: Degradation,
-        progress: ReportProgress,
+        progress: Progress,
         is_cancelled: Callable[[], bool],
         budget: TimeBudget,
     ) -> _Begun:
@@ -357,9 +357,7 @@ class Engine:
             return 0
         return process_bytes(os.getpid(), pci_bus_id=self._pci_bus_id) or 0
 
-    def _prefill(
-        self, request: Request, embeddings: PromptEmbeddings, progress: ReportProgress
-    ) -> Array:
+    def _prefill(self, request: Request, embeddings: PromptEmbeddings, progress: Progress) -> Array:
         """Logits (vocab,) of the last position of a request, or of its rest."""
         total = request.num_tokens
 

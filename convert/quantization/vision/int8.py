@@ -43,6 +43,7 @@ from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.runtime.backends.cpu_isa import sums_saturate
 from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
 from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.util.progress import Progress
 from llava_edge.runtime.verification.cosine import TileCosine
 from llava_edge.runtime.verification.tolerances import VISION_INT8, bound_value
 from llava_edge.runtime.vision.encoder import VisionEncoder
@@ -147,9 +148,7 @@ class Int8Calibration:
         features: of the float graph, float32 [tiles, patches, hidden].
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, trace: VisionTrace, report: Callable[[int, int], None]
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, trace: VisionTrace, report: Progress) -> None:
         self.layers: dict[str, ScaledLayer] = {}
         self.shares: dict[str, float] = {}
         self._checkpoint = checkpoint
@@ -160,7 +159,7 @@ class Int8Calibration:
             if seen is None or seen.piece.name != piece.name:
                 self._judge(seen)
                 seen = _Seen(piece, trace)
-                report([p.name for p in pieces].index(piece.name), len(pieces))
+                report("look at tiles", [p.name for p in pieces].index(piece.name), len(pieces))
             seen.add(values)
         self._judge(seen)
         self.features = trace.features
