@@ -28,7 +28,7 @@ from llava_edge.runtime.cli import main as cli
 from llava_edge.runtime.processing.request import PromptOptions
 from llava_edge.runtime.util.checksummed_json import seal
 from llava_edge.runtime.util.progress import no_progress
-from tests.fake_cuda import DOWNLOAD, MOVE, UPLOAD, FakeCudart, FakeTensorRT, install
+from tests.fake_cudart import DOWNLOAD, MOVE, UPLOAD, FakeCudart, FakeTensorRT, install
 
 trt = pytest.importorskip("tensorrt_rtx")
 
