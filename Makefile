@@ -8,7 +8,7 @@ READY := $(VENV)/ready
 INTEROP := .venv-interop
 GPU_VENV := .venv-gpu
 GPU_EXTRAS := gpu,cuda,convert,bench,dev,tensorrt,video
-STAND_IN := build/cuda-stand-in
+FAKE_CUDA := build/fake-cuda
 REAL := build/real-model
 
 PROFILE ?= cpu-16gb
@@ -24,7 +24,7 @@ SECONDS ?=
 RELEASES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo convert test test-cuda stand-in test-gpu gpu-suite gpu-check gpu-measure test-slow test-nightly real-model faults fuzz soak test-interop test-layouts bench bench-convert bench-pages docs lint typecheck format clean
+.PHONY: help install demo convert test test-cuda fake-cuda test-gpu gpu-suite gpu-check gpu-measure test-slow test-nightly real-model faults fuzz soak test-interop test-layouts bench bench-convert bench-pages docs lint typecheck format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,22 +43,22 @@ convert: $(READY) ## make convert PROFILE=a100 [CHECKPOINT=folder or hub id | MO
 	$(BIN)/llava-edge convert $(CHECKPOINT) $(if $(OUT),--out $(OUT)) $(if $(MODEL),--model $(MODEL)) --profile $(PROFILE) $(if $(PRECISION),--precision $(PRECISION)) $(if $(QUALITY),--quality $(QUALITY)) $(if $(MAX_LOSS),--max-loss $(MAX_LOSS))
 
 test: $(READY) ## the test suite without its slow proofs, on all cores
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow and not gpu and not stand_in"
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow and not gpu and not fake_cuda"
 
-$(STAND_IN)/ready: $(READY) constraints.txt
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade --target $(STAND_IN)/site onnxruntime-gpu
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade --target $(STAND_IN)/headers nvidia-cuda-runtime nvidia-cuda-crt
+$(FAKE_CUDA)/ready: $(READY) constraints.txt
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade --target $(FAKE_CUDA)/site onnxruntime-gpu
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade --target $(FAKE_CUDA)/headers nvidia-cuda-runtime nvidia-cuda-crt
 	@touch $@
 
-$(STAND_IN)/lib/ready: $(STAND_IN)/ready $(wildcard tests/cuda_stand_in/*.[ch]) tests/cuda_stand_in/build.py
-	$(BIN)/python -m tests.cuda_stand_in.build $(STAND_IN)/headers $(STAND_IN)/lib
+$(FAKE_CUDA)/lib/ready: $(FAKE_CUDA)/ready $(wildcard tests/fake_cuda/*.[ch]) tests/fake_cuda/build.py
+	$(BIN)/python -m tests.fake_cuda.build $(FAKE_CUDA)/headers $(FAKE_CUDA)/lib
 	@touch $@
 
-test-cuda: $(STAND_IN)/lib/ready ## ONNX Runtime's CUDA provider without a GPU: placement, memory, copies, launches, recording
-	$(MAKE) stand-in RUN="-m pytest -m stand_in tests/cuda_stand_in"
+test-cuda: $(FAKE_CUDA)/lib/ready ## ONNX Runtime's CUDA provider without a GPU: placement, memory, copies, launches, recording
+	$(MAKE) fake-cuda RUN="-m pytest -m fake_cuda tests/fake_cuda"
 
-stand-in: $(STAND_IN)/lib/ready ## make stand-in RUN="-m tests.cuda_stand_in.look ARTIFACT": Python over the same stand-in for CUDA
-	LD_LIBRARY_PATH=$(CURDIR)/$(STAND_IN)/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH} PYTHONPATH=$(CURDIR)/$(STAND_IN)/site $(BIN)/python $(RUN)
+fake-cuda: $(FAKE_CUDA)/lib/ready ## make fake-cuda RUN="-m tests.fake_cuda.look ARTIFACT": Python over the same fake CUDA
+	LD_LIBRARY_PATH=$(CURDIR)/$(FAKE_CUDA)/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH} PYTHONPATH=$(CURDIR)/$(FAKE_CUDA)/site $(BIN)/python $(RUN)
 
 test-gpu: ## what needs an NVIDIA GPU, in .venv-gpu with onnxruntime-gpu
 	$(MAKE) VENV=$(GPU_VENV) EXTRAS=$(GPU_EXTRAS) gpu-suite

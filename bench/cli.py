@@ -186,7 +186,7 @@ def _affordable(
     """The same cases for all artifacts, as many as the fewest rounds will have time for."""
     seconds: dict[str, float] = {}
     for artifact in opened.values():
-        chosen_device = device if device != "auto" else artifact.manifest.flavour
+        chosen_device = device if device != "auto" else artifact.manifest.target
         profile, _ = machine_profile(chosen_device, rates)
         for case in speed_cases(artifact.manifest):
             took = FEWEST_ROUNDS * predicted_seconds(artifact.manifest, case, profile)

@@ -19,7 +19,6 @@ from llava_edge.convert.planning.inspection import inspect_checkpoint
 from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quality.check import QualityCheck
 from llava_edge.convert.util.files import check_free_space, folder_bytes
-from llava_edge.convert.util.progress import Say
 from llava_edge.convert.util.torch_threads import allowed_torch_threads, torch_threads
 from llava_edge.convert.verification.conversion import Verification
 from llava_edge.convert.writing.artifact_parts import build_parts
@@ -28,7 +27,7 @@ from llava_edge.convert.writing.manifest import make_manifest
 from llava_edge.profiles.plan import DeploymentPlan
 from llava_edge.runtime.artifact.certificate import Certificate
 from llava_edge.runtime.artifact.manifest import Manifest
-from llava_edge.runtime.util.progress import ReportProgress
+from llava_edge.runtime.util.progress import Notify, Progress
 
 QUALITY = "quality"
 """In the work folder: what ``--quality`` asks before the artifact is made."""
@@ -46,7 +45,7 @@ class Conversion:
 
 
 @allowed_torch_threads()
-def convert_checkpoint(request: ConvertRequest, report: ReportProgress, say: Say) -> Conversion:
+def convert_checkpoint(request: ConvertRequest, report: Progress, say: Notify) -> Conversion:
     """Convert one checkpoint for one board.
 
     Args:
@@ -91,7 +90,7 @@ def convert_checkpoint(request: ConvertRequest, report: ReportProgress, say: Say
     return Conversion(folder, manifest, final, size, certificate)
 
 
-def _open_writer(plan: ConversionPlan, needed_bytes: int, say: Say) -> ArtifactWriter:
+def _open_writer(plan: ConversionPlan, needed_bytes: int, say: Notify) -> ArtifactWriter:
     return ArtifactWriter(
         plan.out,
         plan.key,
@@ -104,7 +103,7 @@ def _open_writer(plan: ConversionPlan, needed_bytes: int, say: Say) -> ArtifactW
     )
 
 
-def _write_fp16(plan: ConversionPlan, threads: int, report: ReportProgress) -> Path:
+def _write_fp16(plan: ConversionPlan, threads: int, report: Progress) -> Path:
     """The fp16 artifact in the work folder, unless an earlier run finished it."""
     if plan.out.exists():
         return plan.out

@@ -130,9 +130,9 @@ def choose_profile(arguments: argparse.Namespace) -> HardwareProfile:
             f"--device {device} names a GPU of this machine, and the plan is for "
             f"{profile.title}. Give --detect, or --device cuda."
         )
-    if asked.kind not in ("auto", profile.flavour):
+    if asked.kind not in ("auto", profile.target):
         raise RequestError(
-            f"--device {device} was asked, but {profile.name} runs the {profile.flavour} flavour. "
+            f"--device {device} was asked, but {profile.name} runs the {profile.target} target. "
             "Name another board, or leave --device out."
         )
     return profile

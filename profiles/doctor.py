@@ -231,7 +231,7 @@ def _runtime_findings(
         install.append("pip install 'llava-edge[gpu]'")
     else:
         install.append(_aarch64_wheels(facts))
-    # A CPU build still runs the cpu flavour on a machine that has a GPU as well.
+    # A CPU build still runs the cpu target on a machine that has a GPU as well.
     return "onnxruntime" in packages and not both
 
 

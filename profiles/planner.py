@@ -69,7 +69,7 @@ class PlanRequest:
         context_tokens: pins the context.
         num_images: full images that one prompt must hold.
         num_frames: frames that one video prompt must hold.
-        cache: type of the cache; None for the flavour's own.
+        cache: type of the cache; None for the target's own.
         prefer: ``largest`` puts the variant first, ``quality`` the grid, ``speed`` the grid and
             then the shortest predicted answer.
         engine: what runs the tower, see ``Engine``.
@@ -250,7 +250,7 @@ class _Search:
             )
         wanted = self.request.vision_precision
         if wanted == "int8" and not obstacle:
-            why = vision_obstacle(precision, self.profile.flavour, self.profile.int8_isa)
+            why = vision_obstacle(precision, self.profile.target, self.profile.int8_isa)
             obstacle = f"an int8 tower was asked, but {why}" if why else ""
         sized = self.size(variant, precision, grid, context)
         speed = predict_speed(
@@ -269,8 +269,8 @@ class _Search:
     def vision(self, precision: str) -> VisionFormat:
         """Format of the tower beside a language model of that precision."""
         machine, wanted = self.machine, self.request.vision_precision
-        chosen = default_vision(precision, machine.flavour, machine.int8_isa)
-        possible = vision_obstacle(precision, machine.flavour, machine.int8_isa) is None
+        chosen = default_vision(precision, machine.target, machine.int8_isa)
+        possible = vision_obstacle(precision, machine.target, machine.int8_isa) is None
         if wanted is not None and possible:
             chosen = VisionFormat(wanted)
         return replace(chosen, wide_weights=self.request.vision_wide_weights)
@@ -461,11 +461,11 @@ class _Search:
                 f"grid {c.grid.name} holds candidates that {c.variant.name} was not trained on; "
                 "answers may be worse than with its own grid."
             )
-        if self.profile.flavour == "cpu" and c.precision == "fp16":
+        if self.profile.target == "cpu" and c.precision == "fp16":
             notes.append("fp16 on a CPU is stored as fp16 and computed and planned as float32.")
-        flavour, isa = self.profile.flavour, self.profile.int8_isa
-        route = body_route(c.variant.dims.text, c.precision, flavour, isa)
-        rounded = rounded_activations(c.precision, route, flavour)
+        target, isa = self.profile.target, self.profile.int8_isa
+        route = body_route(c.variant.dims.text, c.precision, target, isa)
+        rounded = rounded_activations(c.precision, route, target)
         if rounded is not None:
             notes.append(f"{c.precision} on a CPU: {rounded}.")
         if self.vision(c.precision).precision == "int8":
@@ -473,7 +473,7 @@ class _Search:
                 "the tower is planned at int8; calibration may leave layers in fp16, and the plan "
                 "is then made again with them (--vision-precision fp16 turns it off)."
             )
-        if self.request.cache == "int8" and self.profile.flavour == "cuda":
+        if self.request.cache == "int8" and self.profile.target == "cuda":
             steps = (
                 "steps read the codes"
                 if steps_read_codes(c.variant.dims.text)
@@ -552,10 +552,10 @@ def _check(profile: HardwareProfile, request: PlanRequest) -> None:
         )
     if request.engine == "tensorrt" and profile.kind == "cpu":
         faults.append(f"engine tensorrt needs an NVIDIA GPU; {profile.name} has none")
-    if request.cache == "float16" and profile.flavour == "cpu":
-        faults.append("cache float16 does not go with the cpu flavour; use float32 or int8")
-    if request.cache == "float32" and profile.flavour == "cuda":
-        faults.append("cache float32 does not go with the cuda flavour; use float16 or int8")
+    if request.cache == "float16" and profile.target == "cpu":
+        faults.append("cache float16 does not go with the cpu target; use float32 or int8")
+    if request.cache == "float32" and profile.target == "cuda":
+        faults.append("cache float32 does not go with the cuda target; use float16 or int8")
     if request.cache == "int8" and (why := int8_cache_obstacle(capability)):
         faults.append(f"cache int8 was asked, but {why}; use float16")
     if faults:

@@ -38,7 +38,7 @@ from llava_edge.runtime.processing.text.chat_prompt import (
 from llava_edge.runtime.processing.text.finished_prompt import warn_if_finished
 from llava_edge.runtime.processing.video.frame_sampling import FrameChoice
 from llava_edge.runtime.processing.video.video_reader import VideoSource
-from llava_edge.runtime.util.progress import ReportProgress, no_progress
+from llava_edge.runtime.util.progress import Progress, no_progress
 from llava_edge.runtime.util.validation import (
     refuse_unknown,
     require_callable,
@@ -59,7 +59,7 @@ ChatVideo = VideoSource | PreparedVideo
 """A video, or one that ``Chat.prepare_video`` of this very conversation has cut."""
 
 StartAnswer = Callable[
-    [Degradation, GenerationConfig, TimeBudget, WithinTurn, ReportProgress], AnswerStream
+    [Degradation, GenerationConfig, TimeBudget, WithinTurn, Progress], AnswerStream
 ]
 """``LlavaEdge``'s way to begin an answer."""
 
@@ -203,7 +203,7 @@ class Chat:
         repetition_penalty: float | None = None,
         seed: int | None = None,
         prompt_lookup_num_tokens: int | None = None,
-        progress: ReportProgress = no_progress,
+        progress: Progress = no_progress,
         **unknown: NoReturn,
     ) -> Answer:
         """Say something and wait for the whole answer. Arguments and errors: see ``stream``."""
@@ -275,7 +275,7 @@ class Chat:
         repetition_penalty: float | None = None,
         seed: int | None = None,
         prompt_lookup_num_tokens: int | None = None,
-        progress: ReportProgress = no_progress,
+        progress: Progress = no_progress,
         **unknown: NoReturn,
     ) -> AnswerStream:
         """Say something and have the answer piece by piece.

@@ -52,7 +52,7 @@ from llava_edge.runtime.processing.video.video_reader import VideoSource
 from llava_edge.runtime.util.allocation import allocate, translate_oom
 from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.limits import Limits
-from llava_edge.runtime.util.progress import ReportProgress, no_progress
+from llava_edge.runtime.util.progress import Progress, no_progress
 from llava_edge.runtime.util.validation import (
     refuse_unknown,
     require_callable,
@@ -120,7 +120,7 @@ class LlavaEdge:
         strict_device: bool = False,
         cuda: CudaOptions | None = None,
         limits: Limits | None = None,
-        progress: ReportProgress = no_progress,
+        progress: Progress = no_progress,
         **unknown: NoReturn,
     ) -> LlavaEdge:
         """Open an artifact.
@@ -208,7 +208,7 @@ class LlavaEdge:
         artifact: Artifact,
         device: Device = "auto",
         *,
-        progress: ReportProgress = no_progress,
+        progress: Progress = no_progress,
         **options: Any,
     ) -> LlavaEdge:
         """Load an artifact that is open already, whatever it was verified on: for verifying.
@@ -225,7 +225,7 @@ class LlavaEdge:
         how = LoadOptions(**options)
         require_callable("progress", progress)
         check_interfaces(artifact)
-        chosen = choose_device(device, artifact.manifest.flavour, how.allow_slow)
+        chosen = choose_device(device, artifact.manifest.target, how.allow_slow)
         configure_process(chosen)
         gpu = parse_device(device).gpu if chosen == "cuda" else 0
         if chosen == "cuda":
@@ -262,7 +262,7 @@ class LlavaEdge:
         repetition_penalty: float | None = None,
         seed: int | None = None,
         prompt_lookup_num_tokens: int | None = None,
-        progress: ReportProgress = no_progress,
+        progress: Progress = no_progress,
         **unknown: NoReturn,
     ) -> Answer:
         """Answer a question. Arguments and errors are those of ``stream``.
@@ -317,7 +317,7 @@ class LlavaEdge:
         repetition_penalty: float | None = None,
         seed: int | None = None,
         prompt_lookup_num_tokens: int | None = None,
-        progress: ReportProgress = no_progress,
+        progress: Progress = no_progress,
         **unknown: NoReturn,
     ) -> AnswerStream:
         """Answer a question piece by piece. Everything about the input is checked at once.
@@ -556,7 +556,7 @@ class LlavaEdge:
             positions: int64 (n,).
 
         Returns:
-            (n, hidden) in the flavour's type.
+            (n, hidden) in the target's type.
         """
         self._queue.require_open()
         with self._queue.turn(), self._unchanged():
@@ -630,7 +630,7 @@ class LlavaEdge:
         config: GenerationConfig,
         time: TimeBudget,
         within_turn: WithinTurn | None = None,
-        progress: ReportProgress = no_progress,
+        progress: Progress = no_progress,
     ) -> AnswerStream:
         prepared = time.elapsed
 

@@ -107,7 +107,7 @@ def make_certificate() -> Callable[..., Certificate]:
             "verdict": "pass",
             "mode": "quick",
             "issued": "2026-11-24T10:00:00+00:00",
-            "flavour": "cpu",
+            "target": "cpu",
             "host": Host(**{**here.__dict__, **(host or {})}),
             "reference": "transformers 5.23.0",
             "tools": {"llava-edge": "0.1.0"},

@@ -126,7 +126,7 @@ def _step_work(
 ) -> dict[str, float]:
     dims, precision = manifest.model, manifest.precision.language_model
     streamed = streamed_bytes(
-        dims, precision, manifest.flavour, stored_isa(manifest), context, row["cache"]
+        dims, precision, manifest.target, stored_isa(manifest), context, row["cache"]
     )
     return {
         "bandwidth": streamed / machine["bandwidth_bytes_per_second"],

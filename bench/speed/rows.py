@@ -131,7 +131,7 @@ class SpeedRow:
         m = self.artifact.manifest
         precision = m.precision.language_model
         isa, cache = stored_isa(m), self.rounds[0].found["cache"]
-        streamed = streamed_bytes(m.model, precision, m.flavour, isa, context, cache)
+        streamed = streamed_bytes(m.model, precision, m.target, isa, context, cache)
         return rate * streamed / profile.bandwidth
 
     def _speed(self, case: dict[str, Any], profile: HardwareProfile | None) -> dict[str, Any]:
@@ -147,9 +147,9 @@ class SpeedRow:
     def _predicted(self, profile: HardwareProfile | None, peak: dict[str, Any]) -> dict[str, Any]:
         """The memory model about the case that needs most by it, beside what was measured."""
         manifest = self.artifact.manifest
-        machine = Machine(manifest.flavour) if profile is None else Machine.of(profile)
-        if machine.flavour != manifest.flavour:
-            machine = Machine(manifest.flavour)
+        machine = Machine(manifest.target) if profile is None else Machine.of(profile)
+        if machine.target != manifest.target:
+            machine = Machine(manifest.target)
         machine = replace(machine, int8_isa=stored_isa(manifest))
         cases = self.rounds[0].found["cases"]
         found = self.rounds[0].found
@@ -215,7 +215,7 @@ def _prediction(
     num_tiles: int,
     profile: HardwareProfile | None,
 ) -> Prediction | None:
-    if profile is None or profile.flavour != manifest.flavour:
+    if profile is None or profile.target != manifest.target:
         return None
     return predict_speed(
         manifest.model,

@@ -17,7 +17,7 @@ from typing import Any
 from llava_edge.bench.common.subprocess_runner import Spent, run_fresh
 from llava_edge.profiles.boards.nvml import GpuReport, read_gpus
 from llava_edge.profiles.errors import EngineError, LlavaEdgeError
-from llava_edge.runtime.util.progress import ReportProgress, no_progress
+from llava_edge.runtime.util.progress import Progress, no_progress
 
 FEWEST_ROUNDS = 2
 
@@ -122,7 +122,7 @@ class DeviceWatch:
 def run_speed(
     artifacts: Sequence[str],
     settings: SpeedSettings,
-    progress: ReportProgress = no_progress,
+    progress: Progress = no_progress,
     measure: Callable[[str, int, SpeedSettings], SpeedRound] | None = None,
     *,
     before_round: Callable[[], None] | None = None,

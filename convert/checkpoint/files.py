@@ -15,12 +15,10 @@ from pathlib import Path
 from llava_edge.convert.util.text_files import size_limit
 from llava_edge.profiles.errors import CheckpointError, shorten
 from llava_edge.runtime.artifact.manifest import FileEntry
+from llava_edge.runtime.util.progress import Progress
 
 Stamp = tuple[int, int, int, int]
 """Size, mtime_ns, inode, device of a file."""
-
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
 
 SETTINGS = "checkpoint_files"
 """Where ``manifest.conversion`` keeps ``setting_digests``."""
@@ -109,7 +107,7 @@ def hash_checkpoint_files(
         nonlocal done
         done += nbytes
         if progress is not None:
-            progress(done, total)
+            progress("digest", done, total)
 
     file = Path()
     try:

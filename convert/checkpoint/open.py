@@ -15,10 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-
 from llava_edge.convert.checkpoint.config import original as original_config
-from llava_edge.convert.checkpoint.files import Progress, hash_checkpoint_files
+from llava_edge.convert.checkpoint.files import hash_checkpoint_files
 from llava_edge.convert.checkpoint.formats.gptq_settings import GptqSettings, read_gptq_settings
 from llava_edge.convert.checkpoint.formats.quantized_formats import find_format
 from llava_edge.convert.checkpoint.layouts import ORIGINAL, canonical_tensors, is_buffer, read_name
@@ -34,6 +32,8 @@ from llava_edge.convert.util.text_files import exists, open_file, read_object, s
 from llava_edge.profiles.errors import CheckpointError, printable, shorten
 from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.runtime.artifact.manifest import FileEntry
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.util.progress import Progress
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -97,7 +97,7 @@ class Checkpoint:
     revision: str | None
     gptq: GptqSettings | None = None
 
-    def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
+    def read(self, name: str, rows: slice | None = None) -> Array:
         """Read one tensor by canonical name; bfloat16 comes back as float32.
 
         Args:

@@ -14,8 +14,8 @@ import onnx_ir as ir
 import torch
 
 from llava_edge.profiles.errors import CheckpointError
+from llava_edge.runtime.util.arrays import Array
 
-Array = np.ndarray[Any, np.dtype[Any]]
 FLOAT16 = np.dtype(np.float16)
 _FLOAT16_INFINITY = 0x7C00
 

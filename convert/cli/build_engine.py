@@ -36,7 +36,7 @@ from llava_edge.runtime.backends.engine_cache import (
 from llava_edge.runtime.backends.tensorrt import TensorRTLibrary, open_library
 from llava_edge.runtime.util.cache_dir import cache_folder
 from llava_edge.runtime.util.json_codec import to_json
-from llava_edge.runtime.util.progress import ProgressLine, ReportProgress
+from llava_edge.runtime.util.progress import Progress, ProgressLine
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 def build_here(
     artifact: Artifact,
     asked: LibraryName | None,
-    progress: ReportProgress,
+    progress: Progress,
     *,
     force: bool = False,
     open_cuda: Callable[[], CudaRuntime] = CudaRuntime.open,
@@ -92,14 +92,14 @@ def build_here(
         The engine's file, what it is bound to, and whether it was built now.
 
     Raises:
-        RequestError: the artifact is of the cpu flavour, or of a video model.
+        RequestError: the artifact is for the cpu target, or of a video model.
         DependencyError: no library is installed.
         EngineError: there is no GPU, the library does not support it, or building failed.
     """
     manifest = artifact.manifest
-    if manifest.flavour != "cuda":
+    if manifest.target != "cuda":
         raise RequestError(
-            f"{artifact.folder} is of the cpu flavour; TensorRT runs those of the cuda flavour. "
+            f"{artifact.folder} is for the cpu target; TensorRT runs those for the cuda target. "
             "Convert for the profile of a GPU."
         )
     if manifest.model.takes_video:
@@ -123,7 +123,7 @@ def build_here(
         library,
         capability,
         device if library.name == "tensorrt" else None,
-        tiles_per_batch(manifest.flavour, int(manifest.plan["max_tiles"])),
+        tiles_per_batch(manifest.target, int(manifest.plan["max_tiles"])),
     )
     timing = cache_folder() / "timing" / f"{library.name}-{library.version}.bin"
     graph = graph_digests(manifest.files, manifest.vision.file)

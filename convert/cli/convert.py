@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     manifest = conversion.manifest
     size = conversion.artifact_bytes / 2**20
     print(
-        f"{conversion.folder}: {manifest.variant}, {manifest.flavour} flavour, "
+        f"{conversion.folder}: {manifest.variant}, {manifest.target} target, "
         f"{manifest.plan['precision']}, grid {manifest.plan['grid']} "
         f"(at most {manifest.plan['max_image_tokens']} tokens an image), context "
         f"{manifest.context_tokens}, {size:.1f} MiB in {seconds:.1f} s",

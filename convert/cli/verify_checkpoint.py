@@ -68,13 +68,11 @@ def main_against(options: argparse.Namespace, artifact: Artifact) -> int:
             folder = fetch_checkpoint(
                 source.repo_id,
                 source.revision,
-                progress=lambda done, total: bars("download", done, total),
+                progress=bars,
             )
         files = CheckpointFiles(folder)
         checkpoint = open_checkpoint(folder)
-        found = files.digests(
-            checkpoint.weight_files, lambda done, total: bars("digest", done, total)
-        )
+        found = files.digests(checkpoint.weight_files, bars)
         digest = checkpoint.digest_of(found)
         made_from = artifact.manifest.source
         if digest != made_from.sha256:

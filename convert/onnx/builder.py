@@ -8,7 +8,7 @@ that a graph of any size is built in little memory.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import onnx_ir as ir
 
 from llava_edge.convert.checkpoint.weights import LazyWeight
 from llava_edge.runtime.artifact.manifest import GraphSpec, TensorSpec
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.util.progress import Progress
 
 OPSET = 21
 """First opset with 4-bit types; everything here exists in it and supported runtimes know it."""
@@ -24,10 +26,6 @@ IR_VERSION = 10
 MICROSOFT = "com.microsoft"
 INLINE_BYTES = 1024
 """Tensors up to this size stay inside the graph: shapes and scalars, which optimisers must read."""
-
-Array = np.ndarray[Any, np.dtype[Any]]
-Progress = Callable[[str, int], None]
-"""Called with a tensor's name and its bytes once it is written."""
 
 
 class GraphBuilder:
@@ -182,12 +180,14 @@ class GraphBuilder:
             name=self.name,
         )
         model = ir.Model(graph, ir_version=IR_VERSION, producer_name="llava-edge")
-        written = threading.Lock()
+        written, done, total = threading.Lock(), 0, self.nbytes
 
         def report(tensor: ir.TensorProtocol, _: Any) -> None:
+            nonlocal done
             if progress is not None:
                 with written:
-                    progress(tensor.name or "", tensor.nbytes)
+                    done += tensor.nbytes
+                    progress(folder.name, done, total)
 
         ir.save(
             model,

@@ -1,7 +1,7 @@
 """The decoder graph: one graph for prompt and decode, its cache updated in place.
 
     inputs_embeds [1, tokens, hidden], seqlens_k, total_sequence_length, logits_to_keep
-    (cuda flavour: logits_start, its negative),
+    (cuda target: logits_start, its negative),
     past_key_values.N.{key,value} [1, kv_heads, capacity, head_dim]
         → logits float32 [1, logits_to_keep, vocab], present.N.{key,value}
 
@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from llava_edge.convert.checkpoint.weights import Array, TensorSource, vectors
+from llava_edge.convert.checkpoint.weights import TensorSource, vectors
 from llava_edge.convert.onnx.builder import MICROSOFT, GraphBuilder
 from llava_edge.convert.onnx.linear import (
     FloatLinear,
@@ -32,6 +32,7 @@ from llava_edge.convert.onnx.linear import (
 )
 from llava_edge.profiles.models.model_dims import TextDims
 from llava_edge.runtime.artifact.graph_inputs import LOGITS_START, LOGITS_TO_KEEP
+from llava_edge.runtime.util.arrays import Array
 
 
 def rope_tables(text: TextDims, num_positions: int) -> tuple[Array, Array]:
@@ -105,7 +106,7 @@ def build_decoder_graph(
         delta = _mlp(g, text, ops, f"{prefix}.mlp", normed)
     assert delta is not None
     logits = _head(g, text, source, ops, residual, delta, kept)
-    # float32 in both flavours: sampling never sees fp16 ties.
+    # float32 in both targets: sampling never sees fp16 ties.
     g.output(logits, "logits", "float32", [1, "logits_to_keep", text.vocab_size])
     if num_best:
         _best(g, logits, num_best)

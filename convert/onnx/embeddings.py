@@ -15,8 +15,7 @@ import numpy as np
 
 from llava_edge.profiles.errors import CheckpointError
 from llava_edge.runtime.generation.inputs.embedding_table import EMBED_TOKENS, IMAGE_NEWLINE
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from llava_edge.runtime.util.arrays import Array
 
 # safetensors allows spaces after the header's JSON; 8 + 504 keeps the data aligned to 512 bytes.
 _HEADER_BYTES = 504

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llava_edge.convert.onnx.tensorrt import Report, build_vision_engine
+from llava_edge.convert.onnx.tensorrt import build_vision_engine
 from llava_edge.convert.util.files import write_atomic
 from llava_edge.profiles.boards.engines import LIBRARIES, LibraryName, rtx_target
 from llava_edge.profiles.boards.hardware import HardwareProfile
@@ -23,6 +23,7 @@ from llava_edge.runtime.backends.engine_cache import (
     facts_bytes,
 )
 from llava_edge.runtime.backends.tensorrt import TensorRTLibrary, open_library
+from llava_edge.runtime.util.progress import Progress
 
 ON_DEVICE = "llava-edge build-engine"
 NO_VIDEO_ENGINE = (
@@ -97,7 +98,7 @@ def plan_engine(
             raise
         note = f"no engine for {profile.name} is built, ONNX Runtime runs the tower: {error}"
         return replace(plan, engine="ort"), None, (note,)
-    max_tiles = tiles_per_batch(profile.flavour, plan.max_tiles)
+    max_tiles = tiles_per_batch(profile.target, plan.max_tiles)
     return plan, EngineTarget(library, profile.compute_capability, None, max_tiles), ()
 
 
@@ -106,7 +107,7 @@ def write_vision_engine(
     graph: Mapping[str, str],
     target: EngineTarget,
     folder: Path,
-    report: Report,
+    report: Progress,
     timing_cache: Path | None = None,
 ) -> EngineFacts:
     """Build an engine and write it with its record.

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from llava_edge.profiles.errors import ArtifactError
-
-Array = NDArray[Any]
+from llava_edge.runtime.util.arrays import Array
 
 INT64_MAX = int(np.iinfo(np.int64).max)
 _NUMPY: Mapping[int, str] = {

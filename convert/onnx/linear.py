@@ -41,10 +41,11 @@ from llava_edge.convert.checkpoint.formats.rounding import (
     QuantizedWeight,
 )
 from llava_edge.convert.checkpoint.quantized.source import HEAD, HEAD_BITS, QuantizedSource
-from llava_edge.convert.checkpoint.weights import Array, LazyWeight, TensorSource, linear, vectors
+from llava_edge.convert.checkpoint.weights import LazyWeight, TensorSource, linear, vectors
 from llava_edge.convert.onnx.builder import MICROSOFT, GraphBuilder
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.memory.formats import Int8Route, matmul_block
+from llava_edge.runtime.util.arrays import Array
 
 _ACTIVATION_ZERO = 128
 _LARGEST_CODE = 127
@@ -331,7 +332,7 @@ def _over_largest(g: GraphBuilder, hidden: ir.Value) -> tuple[ir.Value, ir.Value
     if g.compute != np.float32:
         raise RequestError(
             f"the integer route was asked in a {g.compute_name} graph; MatMulIntegerToFloat is "
-            "used with float32 only (cpu flavour). Take the nbits route."
+            "used with float32 only (cpu target). Take the nbits route."
         )
     size = g.op("ReduceMax", g.op("Abs", hidden), g.integers(-1), keepdims=1)
     # A row of zeros: 0 / tiny * tiny is 0, where 0 / 0 would spread over the whole answer.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ from llava_edge.convert.util.files import write_atomic
 from llava_edge.profiles.boards.engines import RTX_CAPABILITIES, RTX_UNPROVEN, rtx_target
 from llava_edge.profiles.errors import EngineError, RequestError
 from llava_edge.runtime.backends.tensorrt import PIXELS, TensorRTLibrary, one_line
-
-Report = Callable[[str, int, int], None]
+from llava_edge.runtime.util.progress import Progress
 
 STAGE = "engine"
 
@@ -30,7 +28,7 @@ def build_vision_engine(
     library: TensorRTLibrary,
     max_tiles: int,
     out: Path,
-    report: Report,
+    report: Progress,
     *,
     compute_capability: str | None = None,
     timing_cache: Path | None = None,
@@ -119,7 +117,7 @@ def _add_profile(
         raise _failure(library, f"refuses a profile of 1 to {max_tiles} tiles")
 
 
-def _monitor(trt: Any, report: Report) -> Any:
+def _monitor(trt: Any, report: Progress) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the library has no types
         """Counts finished steps; phases announce theirs as they begin, from several threads."""
 

@@ -22,11 +22,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from llava_edge.convert.checkpoint.weights import Array, TensorSource, reshaped, vectors
+from llava_edge.convert.checkpoint.weights import TensorSource, reshaped, vectors
 from llava_edge.convert.onnx.builder import GraphBuilder
 from llava_edge.convert.onnx.linear import FloatLinear, LinearLayer, LinearOps
 from llava_edge.profiles.models.model_dims import ModelDims, VisionDims
 from llava_edge.runtime.artifact.graph_inputs import POOLING
+from llava_edge.runtime.util.arrays import Array
 
 QUICK_GELU_ALPHA = 1.702
 NUM_CHANNELS = 3

@@ -88,6 +88,7 @@ from llava_edge.runtime.artifact.opened_files import OpenedFiles
 from llava_edge.runtime.util.checksummed_json import seal
 from llava_edge.runtime.util.host_memory import peak_host_bytes
 from llava_edge.runtime.util.json_codec import to_json
+from llava_edge.runtime.util.progress import Notify
 from llava_edge.runtime.verification.host import describe_host
 
 _LOG = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ class ArtifactWriter:
         inputs: Mapping[str, str] | None = None,
         check_inputs: Callable[[], None] = lambda: None,
         threads: int = 1,
-        say: Callable[[str], None] = _LOG.warning,
+        say: Notify = _LOG.warning,
     ) -> None:
         self.out = output_path(out)
         if not self.out.name:

@@ -15,7 +15,6 @@ from llava_edge.convert.checkpoint.open import Checkpoint
 from llava_edge.convert.checkpoint.quantized.gptq_checkpoint import open_gptq
 from llava_edge.convert.onnx.engine_plan import EngineTarget, plan_engine
 from llava_edge.convert.planning.request import ConvertRequest
-from llava_edge.convert.util.progress import Say
 from llava_edge.profiles.errors import BudgetError, RequestError
 from llava_edge.profiles.models.grids import GridChoice, asked_grid, asked_pinpoints
 from llava_edge.profiles.models.model_dims import ModelDims
@@ -25,6 +24,7 @@ from llava_edge.profiles.plan import DeploymentPlan
 from llava_edge.profiles.planner import DEFAULT_FRAMES, PlanRequest, nearest_fit, plan_deployment
 from llava_edge.profiles.sizes import format_bytes
 from llava_edge.runtime.artifact.manifest import Reference
+from llava_edge.runtime.util.progress import Notify
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def default_output(planned: ArtifactPlan) -> Path:
     return Path("artifacts") / f"{plan.variant}-{plan.precision}-{plan.profile}"
 
 
-def choose_hub_id(request: ConvertRequest, say: Say) -> str:
+def choose_hub_id(request: ConvertRequest, say: Notify) -> str:
     """Hub id of the variant that the planner chooses where no checkpoint was named.
 
     Raises:

@@ -28,19 +28,17 @@ from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.export_hf import check_emit_hf
 from llava_edge.convert.quantization.plan import BodyFormat, calibration_conversations
 from llava_edge.convert.text.chat_template import compile_chat_template
-from llava_edge.convert.util.progress import Say
-from llava_edge.profiles.boards.hardware import load_profile
+from llava_edge.profiles.boards.hardware import Target, load_profile
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.memory.formats import VisionFormat, part_precisions, weight_bytes
 from llava_edge.runtime.artifact.manifest import (
-    Flavour,
     ImageProcessing,
     Precision,
     PromptFormat,
     VideoProcessing,
 )
 from llava_edge.runtime.util.json_codec import to_json
-from llava_edge.runtime.util.progress import ReportProgress
+from llava_edge.runtime.util.progress import Notify, Progress
 
 _TEXTS_BYTES = 64 << 20
 """Room for tokenizer, graphs without weights, rotary tables."""
@@ -81,9 +79,9 @@ class ConversionPlan:
     check_inputs: Callable[[], None]
 
     @property
-    def flavour(self) -> Flavour:
+    def target(self) -> Target:
         """What the artifact is made for."""
-        return self.request.profile.flavour
+        return self.request.profile.target
 
     @property
     def context_tokens(self) -> int:
@@ -100,7 +98,7 @@ class ConversionPlan:
             lm_head=stored.lm_head,
             vision_tower=stored.vision_tower,
             embeddings=stored.embeddings,
-            computes="float32" if self.flavour == "cpu" else "float16",
+            computes="float32" if self.target == "cpu" else "float16",
             int8_route=None if self.body is None else self.body.int8_route,
         )
 
@@ -121,7 +119,7 @@ class ConversionPlan:
         In a cpu artifact a float tower is stored in float16 and computed in float32: nothing can
         overflow.
         """
-        return self.has_int8_vision or self.flavour == "cuda"
+        return self.has_int8_vision or self.target == "cuda"
 
     @property
     def needs_samples(self) -> bool:
@@ -140,7 +138,7 @@ class ConversionPlan:
             # What a plan leaves of the board; memory that is free now decides the plan alone.
             "int8_isa": profile.int8_isa,
             "prefill_chunk": profile.prefill_chunk,
-            "flavour": profile.flavour,
+            "flavour": profile.target,
             "precision": plan.precision,
             "vision_precision": plan.vision_precision,
             "pinpoints": to_json(self.planned.grid.pinpoints),
@@ -174,7 +172,7 @@ class ConversionPlan:
         sizes = weight_bytes(
             self.checkpoint.dims,
             self.planned.plan.precision,
-            self.flavour,
+            self.target,
             self.request.profile.int8_isa,
             resident=False,
             vision=VisionFormat(),
@@ -210,7 +208,7 @@ class ConversionPlan:
                 "--quality FILE."
             )
         profile = self.request.profile
-        if profile.flavour != "cpu":
+        if profile.target != "cpu":
             profile = load_profile("cpu-16gb")
         wishes = replace(self.request.wishes, precision="fp16", vision_precision=None, cache=None)
         request = replace(
@@ -223,7 +221,7 @@ class ConversionPlan:
 
 
 def plan_conversion(
-    request: ConvertRequest, inspected: Inspected, report: ReportProgress, say: Say
+    request: ConvertRequest, inspected: Inspected, report: Progress, say: Notify
 ) -> ConversionPlan:
     """Decide what will be written, and read everything that is small.
 
@@ -267,9 +265,7 @@ def plan_conversion(
         prompt = compile_chat_template(
             checkpoint.folder, checkpoint.config, source_id=checkpoint.source_id
         )
-    found = files.digests(
-        checkpoint.weight_files, lambda done, total: report("digest", done, total)
-    )
+    found = files.digests(checkpoint.weight_files, report)
     if request.emit_hf:
         check_emit_hf(checkpoint, planned.plan.precision)
     plan = ConversionPlan(
@@ -290,7 +286,7 @@ def plan_conversion(
     return plan if folder is None or not plan.needs_samples else _calibrated_on(plan, folder, say)
 
 
-def _calibrated_on(plan: ConversionPlan, folder: Path, say: Say) -> ConversionPlan:
+def _calibrated_on(plan: ConversionPlan, folder: Path, say: Notify) -> ConversionPlan:
     """The plan with the samples that were chosen of the user's set among its inputs."""
     chosen, source = calibration_conversations(plan.request.quantization, plan.image_processing)
     # Reported here alone: the same set is read again for the tower, the codes and the int8 cache.

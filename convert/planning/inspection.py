@@ -12,8 +12,7 @@ from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
 from llava_edge.convert.checkpoint.source import resolve_source
 from llava_edge.convert.planning.artifact_plan import choose_hub_id, refuse_misfit_by_id
 from llava_edge.convert.planning.request import ConvertRequest
-from llava_edge.convert.util.progress import Say
-from llava_edge.runtime.util.progress import ReportProgress
+from llava_edge.runtime.util.progress import Notify, Progress
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Inspected:
     files: CheckpointFiles
 
 
-def inspect_checkpoint(request: ConvertRequest, report: ReportProgress, say: Say) -> Inspected:
+def inspect_checkpoint(request: ConvertRequest, report: Progress, say: Notify) -> Inspected:
     """Open the checkpoint; one that has to be downloaded is planned for first.
 
     Raises:
@@ -46,7 +45,7 @@ def inspect_checkpoint(request: ConvertRequest, report: ReportProgress, say: Say
         folder = fetch_checkpoint(
             source.repo_id,
             source.revision,
-            progress=lambda done, total: report("download", done, total),
+            progress=report,
             announce=lambda plan: check_download(plan, parent, say),
         )
     files = CheckpointFiles(folder)

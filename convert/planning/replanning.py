@@ -16,11 +16,11 @@ from llava_edge.convert.planning.artifact_plan import (
     plan_artifact,
 )
 from llava_edge.convert.planning.request import ConvertRequest
-from llava_edge.convert.util.progress import Say
 from llava_edge.profiles.boards.detect import detect_profile
 from llava_edge.profiles.errors import BudgetError, RequestError
 from llava_edge.profiles.plan import DeploymentPlan
 from llava_edge.profiles.planner import PlanRequest
+from llava_edge.runtime.util.progress import Notify
 
 
 def with_begun_context(
@@ -28,7 +28,7 @@ def with_begun_context(
     checkpoint: Checkpoint,
     planned: ArtifactPlan,
     begun: object,
-    say: Say,
+    say: Notify,
 ) -> ArtifactPlan:
     """The plan with the context that an unfinished conversion began with.
 

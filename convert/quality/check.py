@@ -23,8 +23,7 @@ from llava_edge.runtime.model import LlavaEdge
 from llava_edge.runtime.quality.run import Given, QualityResult, measure_quality
 from llava_edge.runtime.util.json_codec import from_json, to_json
 from llava_edge.runtime.util.jsonl import NoEntriesError, read_entries
-
-Report = Callable[[str, int, int], None]
+from llava_edge.runtime.util.progress import Notify, Progress
 
 _TIMED = 3
 """Questions after which the time for all of them is estimated."""
@@ -40,9 +39,7 @@ class QualityCheck:
         say: prints what was found, a line at a time.
     """
 
-    def __init__(
-        self, request: QualityRequest, work: Path, report: Report, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, request: QualityRequest, work: Path, report: Progress, say: Notify) -> None:
         self._request = request
         self._kept = work / f"answers-{request.key[:16]}-{request.max_new_tokens}.jsonl"
         self._report = report
@@ -127,7 +124,7 @@ class QualityCheck:
                 self._say(f"quality: {name}, about {shown} for {total - done} more questions")
 
         artifact = open_artifact(folder, read_certificate_too=False)
-        # The cuda flavour runs on a CPU as well: slowly, and with the same answers.
+        # The cuda target runs on a CPU as well: slowly, and with the same answers.
         with LlavaEdge.over(
             artifact, allow_slow=True, prefix_reuse=False, limits=self._request.limits
         ) as model:

@@ -27,12 +27,13 @@ from llava_edge.convert.checkpoint.formats.packing import GptqTensors, to_gptq
 from llava_edge.convert.checkpoint.layouts import hub_name
 from llava_edge.convert.checkpoint.open import QUANTIZE_CONFIG_FILE, Checkpoint
 from llava_edge.convert.checkpoint.quantized.source import LINEARS, QuantizedSource, linear_name
-from llava_edge.convert.checkpoint.weights import Array, as_float16
+from llava_edge.convert.checkpoint.weights import as_float16
 from llava_edge.convert.util.safetensors_io import DTYPE_BYTES, write_safetensors
 from llava_edge.convert.util.text_files import read_object
 from llava_edge.profiles.errors import RequestError
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.util.progress import Progress
 
-Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
 BLOCKS = "model.language_model.layers"
@@ -152,7 +153,7 @@ def write_hf_gptq(
                 yield block
                 done += block.nbytes
                 if progress is not None:
-                    progress(done, total)
+                    progress("gptq", done, total)
 
         listed = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard]
         write_safetensors(folder / file, listed, blocks, {"format": "pt"})

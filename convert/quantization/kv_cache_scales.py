@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from llava_edge.runtime.backends.onnxruntime import SessionOptions
 from llava_edge.runtime.backends.process import configure_process
 from llava_edge.runtime.generation.decoder.decoder import Decoder
 from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.util.progress import Progress
 
 NUM_SAMPLES = 8
 """Some 12,000 tokens on stock grids: maxima of channels need fewer than GPTQ's Hessians do."""
@@ -49,8 +49,6 @@ _CHUNK_TOKENS = 512
 # A channel that no sample moved: what comes there later is cut off, not divided by zero.
 _LEAST = 1e-6
 
-Report = Callable[[str, int, int], None]
-
 
 def calibrate_cache(
     graph: Path,
@@ -58,7 +56,7 @@ def calibrate_cache(
     precision: Precision,
     samples: CalibrationSet,
     work: Path,
-    report: Report,
+    report: Progress,
 ) -> tuple[CacheScales, dict[str, Any]]:
     """Run samples through a decoder and take the scales of its cache.
 
@@ -111,7 +109,7 @@ def _largest(
     precision: Precision,
     samples: CalibrationSet,
     place: Path,
-    report: Report,
+    report: Progress,
 ) -> Array:
     """Largest magnitude of every channel, float32 [2 (key, value), layers, kv_heads, head_dim]."""
     text = dims.text

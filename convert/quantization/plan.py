@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +23,6 @@ from llava_edge.convert.quantization.calibration.conversations import (
 )
 from llava_edge.convert.quantization.calibration.synthetic import draw_conversations
 from llava_edge.convert.quantization.gptq.language_model import (
-    LayerProgress,
     quantize_language_model,
 )
 from llava_edge.convert.quantization.gptq.settings import QuantizeSettings
@@ -39,10 +37,10 @@ from llava_edge.profiles.memory.formats import (
 from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.runtime.artifact.manifest import ImageProcessing, PromptFormat, TokenIds
 from llava_edge.runtime.util.limits import Limits
+from llava_edge.runtime.util.progress import Progress
 from llava_edge.runtime.util.validation import require_count
 
 Quantizer = Literal["gptq", "rtn"]
-Report = Callable[[str, int, int], None]
 
 _BITS: dict[str, Literal[4, 8]] = {"int8": 8, "int4": 4}
 _PRECISIONS = {8: "int8", 4: "int4"}
@@ -90,12 +88,12 @@ class BodyFormat:
         if precision not in _BITS:
             return None
         bits = _BITS[precision]
-        flavour, isa = profile.flavour, profile.int8_isa
+        target, isa = profile.target, profile.int8_isa
         if checkpoint.gptq is not None:
             stored = open_gptq(checkpoint, precision)
-            return cls(bits, stored.group_size, int8_route(bits, stored.group_size, flavour, isa))
-        group = group_size(checkpoint.dims.text, precision, flavour, isa)
-        return cls(bits, group, int8_route(bits, group, flavour, isa))
+            return cls(bits, stored.group_size, int8_route(bits, stored.group_size, target, isa))
+        group = group_size(checkpoint.dims.text, precision, target, isa)
+        return cls(bits, group, int8_route(bits, group, target, isa))
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def quantize(
     parts: CalibrationInputs,
     work: Path,
     digest: str,
-    report: Report,
+    report: Progress,
 ) -> tuple[QuantizedLayers, dict[str, Any]]:
     """Codes for the whole language model, and what there is to say of them.
 
@@ -126,7 +124,7 @@ def quantize(
         checkpoint: the model.
         body: format of its linear layers.
         request: how to find the codes.
-        profile: the board; its flavour is that of the vision graph.
+        profile: the board; its target is that of the vision graph.
         parts: vision graph, embeddings, tokenizer.
         work: folder for solved layers; the same request goes on with what lies there.
         digest: of the checkpoint.
@@ -140,7 +138,7 @@ def quantize(
         CheckpointError: a weight is not finite.
     """
     precision = _PRECISIONS[body.bits]
-    head_group = head_group_size(checkpoint.dims.text, precision, profile.flavour)
+    head_group = head_group_size(checkpoint.dims.text, precision, profile.target)
     facts: dict[str, Any] = {
         "bits": body.bits,
         "group_size": body.group_size,
@@ -157,7 +155,7 @@ def quantize(
         settings = QuantizeSettings(body.bits, body.group_size, "gptq", seed=request.seed)
         with calibration_samples(checkpoint, request, profile, parts) as samples:
             store = quantize_language_model(
-                checkpoint, work, settings, samples, _progress(report), source_digest=digest
+                checkpoint, work, settings, samples, report, source_digest=digest
             )
         source = store
         facts |= {"quantizer": "gptq", **store.report}
@@ -166,7 +164,7 @@ def quantize(
         head=lambda: quantize_head(checkpoint, group_size=head_group),
         head_group_size=head_group,
         int8_route=body.int8_route,
-        largest_block=largest_block(precision, profile.flavour),
+        largest_block=largest_block(precision, profile.target),
     )
     return layers, facts
 
@@ -189,7 +187,7 @@ def calibration_samples(
         parts.tokens,
         parts.prompt,
         parts.processing,
-        profile.flavour,
+        profile.target,
         parts.context_tokens,
         int8_vision=parts.int8_vision,
     ) as model:
@@ -221,19 +219,3 @@ def tile_conversations(
     if any(conversation.images for conversation in conversations):
         return conversations, source
     return calibration_conversations(replace(request, calibration=None), processing)
-
-
-def _progress(report: Report) -> Callable[[LayerProgress], None]:
-    """Layers and the steps within them as one count."""
-    steps = ("samples", "qkv", "o", "gate_up", "down", "layer")
-
-    def tell(progress: LayerProgress) -> None:
-        within = steps.index(progress.step) if progress.step != "layer" else 0
-        label = "quantise"
-        if progress.error is not None:
-            label += f" error {progress.error:.2e}"
-        if progress.seconds_left is not None:
-            label += f", {math.ceil(progress.seconds_left)} s left"
-        report(label, len(steps) * progress.layer + within, len(steps) * progress.of)
-
-    return tell

@@ -39,12 +39,10 @@ from llava_edge.convert.util.text_files import read_object
 from llava_edge.profiles.errors import CheckpointError, shorten
 from llava_edge.runtime.artifact.manifest import TokenIds
 from llava_edge.runtime.processing.text.chat_prompt import MARKS, Kind
+from llava_edge.runtime.util.progress import Notify
 
 _MAX_FILLERS = 1024
 _HUB_TYPES = ("llava", "llava_next", "llava_next_video")
-
-Report = Callable[[str], None]
-"""Takes one sentence a person should read."""
 
 
 def prepare_tokenizer(
@@ -55,7 +53,7 @@ def prepare_tokenizer(
     *,
     family: str | None = None,
     source_id: str = "",
-    report: Report | None = None,
+    report: Notify | None = None,
 ) -> TokenIds:
     """Write the artifact's ``tokenizer.json`` and read the special ids from it.
 
@@ -91,7 +89,7 @@ def build_tokenizer_json(checkpoint_folder: Path, config: Mapping[str, Any]) -> 
         return backend.to_str()
 
 
-def _prepare(files: _Files, out_file: Path, vocab_size: int, report: Report | None) -> TokenIds:
+def _prepare(files: _Files, out_file: Path, vocab_size: int, report: Notify | None) -> TokenIds:
     say = report or (lambda sentence: None)
     backend = _choose(files, say)
     tokens = _token_ids(backend, files, vocab_size, files.family or "")
@@ -161,7 +159,7 @@ class _Files:
         return ("image", "video") if video else ("image",)
 
 
-def _choose(files: _Files, say: Report) -> Backend:
+def _choose(files: _Files, say: Notify) -> Backend:
     """The checkpoint's own tokenizer.json, or one built from its other files."""
     own = files.folder / "tokenizer.json"
     model = files.folder / "tokenizer.model"
@@ -206,7 +204,7 @@ def _choose(files: _Files, say: Report) -> Backend:
     return backend
 
 
-def _own(files: _Files, say: Report) -> Backend:
+def _own(files: _Files, say: Notify) -> Backend:
     path = files.folder / "tokenizer.json"
     backend = open_tokenizer_json(read_tokenizer_json(path), str(path))
     if files.original or files.config.get("model_type") not in _HUB_TYPES:

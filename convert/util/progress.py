@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
-
-Say = Callable[[str], None]
-"""Prints a line about what was decided or found."""
 
 _MINUTES_FROM = 90
 """Seconds from which on a time is shown in minutes."""

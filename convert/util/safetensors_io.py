@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from llava_edge.convert.util.text_files import open_file, parse_json
 from llava_edge.profiles.errors import CheckpointError, printable, shorten
+from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.safe_open import read_at
 
 MAX_HEADER_BYTES = 16 << 20
@@ -127,7 +128,7 @@ def read_header(file: Path) -> dict[str, TensorRef]:
     return {ref.name: ref for ref in refs}
 
 
-def read_tensor(ref: TensorRef, rows: slice | None = None) -> NDArray[Any]:
+def read_tensor(ref: TensorRef, rows: slice | None = None) -> Array:
     """Read one tensor, or a range of its rows, into a new array.
 
     Args:
@@ -165,7 +166,7 @@ def read_tensor(ref: TensorRef, rows: slice | None = None) -> NDArray[Any]:
 def write_safetensors(
     file: Path,
     tensors: Sequence[tuple[str, str, tuple[int, ...]]],
-    blocks: Callable[[str], Iterable[NDArray[Any]]],
+    blocks: Callable[[str], Iterable[Array]],
     metadata: Mapping[str, str] | None = None,
     threads: int = 1,
 ) -> None:
@@ -347,7 +348,7 @@ def _halves(
         yield first, block
 
 
-def _fill(ref: TensorRef, descriptor: int, array: NDArray[Any], start: int) -> None:
+def _fill(ref: TensorRef, descriptor: int, array: Array, start: int) -> None:
     view = array.view(np.uint8).data if array.size else memoryview(b"")
     done = 0
     while done < len(view):

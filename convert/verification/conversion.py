@@ -7,7 +7,6 @@ An artifact that fails is kept aside with its report and does not take its place
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from llava_edge.convert.verification.estimate import spoken
 from llava_edge.convert.verification.reference.answer import Reference
 from llava_edge.convert.verification.verifier import (
     QUICK_BYTES,
-    Report,
     VerifyOptions,
     golden_probes,
     open_reference,
@@ -36,6 +34,7 @@ from llava_edge.runtime.artifact.manifest_validation import CARD
 from llava_edge.runtime.artifact.open import Artifact, read_manifest
 from llava_edge.runtime.artifact.opened_files import OpenedFiles
 from llava_edge.runtime.util.json_codec import to_json
+from llava_edge.runtime.util.progress import Notify, Progress
 from llava_edge.runtime.verification.golden.probes import GOLDEN_FILE, golden_bytes
 from llava_edge.runtime.verification.report import deviation_line, stage_table, verdict_line
 
@@ -50,9 +49,7 @@ class Verification:
         say: prints what was decided or found, a line at a time.
     """
 
-    def __init__(
-        self, mode: Mode, checkpoint: Checkpoint, report: Report, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, mode: Mode, checkpoint: Checkpoint, report: Progress, say: Notify) -> None:
         self._mode = mode
         self._checkpoint = checkpoint
         self._report = report

@@ -97,9 +97,9 @@ class _Estimate:
         self._layers = text.num_hidden_layers
         self._vocabulary = text.vocab_size
         self._has_codes = manifest.decoder_int8_cache is not None
-        self._has_process = mode == "full" and manifest.flavour == "cpu"
+        self._has_process = mode == "full" and manifest.target == "cpu"
         self._is_half = subject.dtype is np.float16
-        bounds = bounds_for(manifest.flavour, manifest.precision)
+        bounds = bounds_for(manifest.target, manifest.precision)
         self._by_layer = bounds.compares_layers
         self._cut = self._layers if subject.is_whole else subject.layers_beside_head
         layer = text.hidden_size * (

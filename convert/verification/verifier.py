@@ -61,14 +61,12 @@ from llava_edge.runtime.artifact.manifest import Manifest
 from llava_edge.runtime.artifact.open import Artifact
 from llava_edge.runtime.backends.process import configure_process
 from llava_edge.runtime.util.host_memory import peak_host_bytes
+from llava_edge.runtime.util.progress import Progress
 from llava_edge.runtime.util.versions import tool_versions
 from llava_edge.runtime.verification.golden.loop import GoldenLoop
 from llava_edge.runtime.verification.golden.probes import GoldenProbe
 from llava_edge.runtime.verification.host import describe_host
 from llava_edge.runtime.verification.tolerances import Bounds, bounds_for
-
-Report = Callable[[str, int, int], None]
-"""``report(stage, done, total)`` in stages."""
 
 _MOST_STAGES = 16
 """Of a full run that looks for a deviation."""
@@ -112,14 +110,14 @@ class Verifier:
         artifact: Artifact,
         checkpoint: Checkpoint,
         options: VerifyOptions,
-        report: Report,
+        report: Progress,
         reference: Reference | None = None,
     ) -> None:
         manifest = artifact.manifest
         self.artifact = artifact
         self.checkpoint = checkpoint
         self.options = options
-        self.bounds: Bounds = bounds_for(manifest.flavour, manifest.precision)
+        self.bounds: Bounds = bounds_for(manifest.target, manifest.precision)
         self.reference = reference or open_reference(artifact, checkpoint)
         self.probes = probes_for(manifest, options.mode)
         self.main = asked_again(self.probes)
@@ -297,7 +295,7 @@ class Verifier:
             verdict=verdict,
             mode=self.options.mode,
             issued=utc_now(),
-            flavour=manifest.flavour,
+            target=manifest.target,
             host=describe_host("cpu"),
             reference=REFERENCE if ids_by == REFERENCE else f"{REFERENCE}; ids by {ids_by}",
             tools=tool_versions(_TOOLS),
@@ -349,7 +347,7 @@ def verify_artifact(
     artifact: Artifact,
     checkpoint: Checkpoint,
     options: VerifyOptions,
-    report: Report,
+    report: Progress,
     reference: Reference | None = None,
 ) -> Certificate:
     """Compare an artifact with its checkpoint; see ``Verifier``."""
@@ -364,7 +362,7 @@ def unverified(artifact: Artifact) -> Certificate:
         verdict="inconclusive",
         mode="none",
         issued=utc_now(),
-        flavour=artifact.manifest.flavour,
+        target=artifact.manifest.target,
         host=describe_host("cpu"),
         reference=REFERENCE,
         tools=tool_versions(_TOOLS),

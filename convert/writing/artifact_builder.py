@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from llava_edge.convert.checkpoint.open import Checkpoint
-from llava_edge.convert.checkpoint.weights import Array
 from llava_edge.convert.onnx.builder import GraphBuilder
 from llava_edge.convert.onnx.decoder import build_decoder_graph
 from llava_edge.convert.onnx.embeddings import write_embeddings
@@ -27,14 +26,14 @@ from llava_edge.convert.quantization.vision.calibration_tiles import Calibration
 from llava_edge.convert.quantization.vision.fp16_overflow import write_guarded_vision
 from llava_edge.convert.quantization.vision.int8 import Int8Calibration, write_int8_vision
 from llava_edge.convert.text.tokenizer import prepare_tokenizer
+from llava_edge.profiles.boards.hardware import Target
 from llava_edge.profiles.memory.buffers import BEST_TOKENS
 from llava_edge.runtime.artifact.graph_inputs import POOLING
-from llava_edge.runtime.artifact.manifest import Flavour, GraphSpec, Precision, TokenIds
+from llava_edge.runtime.artifact.manifest import GraphSpec, Precision, TokenIds
 from llava_edge.runtime.backends.process import configure_process
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.util.progress import Progress
 from llava_edge.runtime.vision.pooling import pooling_index
-
-Report = Callable[[str, int, int], None]
-"""``report(stage, done, total)`` in bytes."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -48,19 +47,19 @@ class PartBuilders:
 
     Args:
         checkpoint: where tensors are read from.
-        flavour: decides the type that the graphs compute in.
+        target: decides the type that the graphs compute in.
         context_tokens: positions that the decoder's rotary tables cover.
         report: told about bytes written.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, flavour: Flavour, context_tokens: int, report: Report
+        self, checkpoint: Checkpoint, target: Target, context_tokens: int, report: Progress
     ) -> None:
         self._checkpoint = checkpoint
         self._context_tokens = context_tokens
         self._report = report
         self._compute: type[np.float32] | type[np.float16] = (
-            np.float32 if flavour == "cpu" else np.float16
+            np.float32 if target == "cpu" else np.float16
         )
 
     def vision(self, folder: Path) -> GraphPart:
@@ -77,9 +76,7 @@ class PartBuilders:
             work: where the float graph lies meanwhile.
         """
         with self._traced(tiles, work) as trace:
-            calibration = Int8Calibration(
-                self._checkpoint, trace, lambda done, of: self._report("look at tiles", done, of)
-            )
+            calibration = Int8Calibration(self._checkpoint, trace, self._report)
         part = write_int8_vision(
             self._checkpoint,
             calibration,
@@ -185,14 +182,7 @@ class PartBuilders:
 
     def _save(self, graph: GraphBuilder, folder: Path, name: str) -> GraphSpec:
         (folder / name).mkdir()
-        done = 0
-
-        def progress(_: str, nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            self._report(name, done, graph.nbytes)
-
-        graph.save(folder / name, progress)
+        graph.save(folder / name, self._report)
         return graph.spec(f"{name}/model.onnx")
 
     def _embedding_rows(self) -> Iterator[Array]:

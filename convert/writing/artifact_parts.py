@@ -33,7 +33,7 @@ from llava_edge.convert.writing.artifact_builder import TOKENIZER_FILE, PartBuil
 from llava_edge.runtime.artifact.manifest import TokenIds
 from llava_edge.runtime.backends.engine_cache import ENGINES, graph_digests
 from llava_edge.runtime.util.json_codec import from_json, to_json
-from llava_edge.runtime.util.progress import ReportProgress
+from llava_edge.runtime.util.progress import Progress
 
 GPTQ_FOLDER = "gptq"
 
@@ -57,9 +57,7 @@ class ArtifactParts:
     int8_cache: GraphPart | None = None
 
 
-def build_parts(
-    plan: ConversionPlan, writer: ArtifactWriter, report: ReportProgress
-) -> ArtifactParts:
+def build_parts(plan: ConversionPlan, writer: ArtifactWriter, report: Progress) -> ArtifactParts:
     """Build every part that an earlier run did not finish.
 
     Args:
@@ -82,7 +80,7 @@ def build_parts(
                 write_vision_engine(folder / file, graph, engine, folder / ENGINES, report)
             ),
         )
-    builders = PartBuilders(plan.checkpoint, plan.flavour, plan.context_tokens, report)
+    builders = PartBuilders(plan.checkpoint, plan.target, plan.context_tokens, report)
     writer.part("embeddings", builders.embeddings)
     tokens = from_json(
         TokenIds, writer.part("tokenizer", lambda folder: to_json(builders.tokenizer(folder)))
@@ -105,10 +103,10 @@ def _graph(writer: ArtifactWriter, name: str, build: Callable[[Path], GraphPart]
 
 
 def _build_vision(
-    plan: ConversionPlan, writer: ArtifactWriter, report: ReportProgress, folder: Path
+    plan: ConversionPlan, writer: ArtifactWriter, report: Progress, folder: Path
 ) -> GraphPart:
     """Tower and projector in the precision of the plan."""
-    build = PartBuilders(plan.checkpoint, plan.flavour, plan.context_tokens, report)
+    build = PartBuilders(plan.checkpoint, plan.target, plan.context_tokens, report)
     if not plan.needs_tiles:
         return build.vision(folder)
     processing = plan.image_processing
@@ -143,7 +141,7 @@ class _LanguageModel:
         tokens: TokenIds,
         builders: PartBuilders,
         writer: ArtifactWriter,
-        report: ReportProgress,
+        report: Progress,
     ) -> None:
         self._plan = plan
         self._builders = builders
@@ -175,7 +173,7 @@ class _LanguageModel:
             self._plan.checkpoint,
             self._codes[0].source,
             tokenizer_file=folder / TOKENIZER_FILE,
-            progress=lambda done, total: self._report(GPTQ_FOLDER, done, total),
+            progress=self._report,
         )
 
     def build_int8_cache(self, folder: Path, decoder: GraphPart) -> GraphPart:

@@ -52,7 +52,7 @@ Made by llava-edge {manifest.tools["llava-edge"]} from `{manifest.source.id}`\
 | | |
 |---|---|
 | board | {plan["profile"]} |
-| flavour | {manifest.flavour} (computes in {computes}) |
+| target | {manifest.target} (computes in {computes}) |
 | language model | {manifest.precision.language_model}, head {manifest.precision.lm_head}\
 {_activations_note(manifest)} |
 | vision tower and projector | {manifest.precision.vision_tower}{_vision_note(manifest)} |
@@ -78,7 +78,7 @@ print(model.generate("What is in the picture?", images=["picture.jpg"]).text)
 
 def _activations_note(manifest: Manifest) -> str:
     stored = manifest.precision
-    note = rounded_activations(stored.language_model, stored.int8_route, manifest.flavour)
+    note = rounded_activations(stored.language_model, stored.int8_route, manifest.target)
     return "" if note is None else f"; {note}"
 
 

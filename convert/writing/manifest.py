@@ -35,7 +35,7 @@ def make_manifest(parts: ArtifactParts) -> Manifest:
     return Manifest(
         schema_version=SCHEMA_VERSION,
         variant=deployment.variant,
-        flavour=plan.flavour,
+        target=plan.target,
         precision=plan.precision,
         plan=lasting_plan(deployment),
         model=checkpoint.dims,

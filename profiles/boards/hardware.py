@@ -15,7 +15,7 @@ from llava_edge.profiles.errors import ProfileError, RequestError, plain_reason,
 from llava_edge.profiles.sizes import parse_bytes
 
 Kind = Literal["cpu", "cuda", "unified"]
-Flavour = Literal["cpu", "cuda"]
+Target = Literal["cpu", "cuda"]
 Int8Isa = Literal["vnni", "amx", "neon-dot", "none"]
 
 _MAX_FILE_BYTES = 1 << 20
@@ -33,7 +33,7 @@ class HardwareProfile:
     where a GPU board says nothing of its host; the host is then no constraint. ``memory_bytes``,
     ``bandwidth`` and the peaks are those of ONE device; ``num_devices`` of them make the machine.
     Rates are None where nobody stated them; predictions that need them are then None as well.
-    On ``cpu`` ``peak_fp16`` is the float32 rate, since that is what the flavour computes in.
+    On ``cpu`` ``peak_fp16`` is the float32 rate, since that is what the target computes in.
 
     ``sources`` says for each number where it comes from.
     """
@@ -57,7 +57,7 @@ class HardwareProfile:
     sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def flavour(self) -> Flavour:
+    def target(self) -> Target:
         """Which graphs run here: float32 activations (``cpu``) or float16 (``cuda``)."""
         return "cpu" if self.kind == "cpu" else "cuda"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from llava_edge.profiles.boards.hardware import Flavour
+from llava_edge.profiles.boards.hardware import Target
 from llava_edge.profiles.models.model_dims import ModelDims, TextDims, VisionDims
 
 CacheType = Literal["float32", "float16", "int8"]
@@ -19,7 +19,7 @@ CACHE_FLAGS: dict[str, CacheType] = {"fp32": "float32", "fp16": "float16", "int8
 """Cache types as commands name them."""
 
 LOGIT_BYTES = 4
-"""Logits leave the graph in float32 in both flavours: sampling never sees fp16 ties."""
+"""Logits leave the graph in float32 in both targets: sampling never sees fp16 ties."""
 
 BEST_TOKENS = 64
 """Logits that a graph for GPUs hands out beside all of them, the largest first: enough for greedy
@@ -35,9 +35,9 @@ MIN_TEXT_TOKENS = 512
 """Room kept beside one full image for question and answer."""
 
 
-def default_cache_type(flavour: Flavour) -> CacheType:
-    """Cache type where nothing else was asked: the type the flavour computes in."""
-    return "float32" if flavour == "cpu" else "float16"
+def default_cache_type(target: Target) -> CacheType:
+    """Cache type where nothing else was asked: the type the target computes in."""
+    return "float32" if target == "cpu" else "float16"
 
 
 def cache_value_bytes(cache: CacheType) -> int:
@@ -65,9 +65,9 @@ def kv_cache_bytes(text: TextDims, context_tokens: int, cache: CacheType) -> int
     return 2 * text.num_hidden_layers * (values + scales)
 
 
-def rope_table_bytes(text: TextDims, context_tokens: int, flavour: Flavour) -> int:
+def rope_table_bytes(text: TextDims, context_tokens: int, target: Target) -> int:
     """Cosine and sine tables, ``[context_tokens, head_dim / 2]`` each."""
-    return context_tokens * text.head_dim * (4 if flavour == "cpu" else 2)
+    return context_tokens * text.head_dim * (4 if target == "cpu" else 2)
 
 
 def prefill_chunk_tokens(default_chunk: int, context_tokens: int) -> int:
@@ -75,9 +75,9 @@ def prefill_chunk_tokens(default_chunk: int, context_tokens: int) -> int:
     return max(1, min(default_chunk, context_tokens))
 
 
-def prompt_embedding_bytes(text: TextDims, chunk_tokens: int, flavour: Flavour) -> int:
+def prompt_embedding_bytes(text: TextDims, chunk_tokens: int, target: Target) -> int:
     """One chunk of ``inputs_embeds`` in host memory and the fp16 rows that are read into it."""
-    return chunk_tokens * text.hidden_size * (_activation(flavour) + 2)
+    return chunk_tokens * text.hidden_size * (_activation(target) + 2)
 
 
 def logits_bytes(text: TextDims, kept_tokens: int = 1) -> int:
@@ -85,13 +85,13 @@ def logits_bytes(text: TextDims, kept_tokens: int = 1) -> int:
     return kept_tokens * text.vocab_size * LOGIT_BYTES
 
 
-def tiles_per_batch(flavour: Flavour, num_tiles: int) -> int:
+def tiles_per_batch(target: Target, num_tiles: int) -> int:
     """Tiles encoded at once.
 
     One on the CPU, where a batch is no faster and every tile costs its attention scores; on a GPU
     as many as the plan's largest image has, at most eight. Tiles of several images share batches.
     """
-    return 1 if flavour == "cpu" else max(1, min(num_tiles, 8))
+    return 1 if target == "cpu" else max(1, min(num_tiles, 8))
 
 
 def pixel_value_bytes(vision: VisionDims, num_tiles: int) -> int:
@@ -149,15 +149,15 @@ def image_feature_shape(dims: ModelDims, num_tiles: int, num_frames: int = 0) ->
     return (rows + 1, dims.text.hidden_size)
 
 
-def image_feature_bytes(dims: ModelDims, num_tiles: int, flavour: Flavour) -> int:
+def image_feature_bytes(dims: ModelDims, num_tiles: int, target: Target) -> int:
     """Projected features of that many tiles and the newline row."""
-    return math.prod(image_feature_shape(dims, num_tiles)) * _activation(flavour)
+    return math.prod(image_feature_shape(dims, num_tiles)) * _activation(target)
 
 
-def video_feature_bytes(dims: ModelDims, num_frames: int, flavour: Flavour) -> int:
+def video_feature_bytes(dims: ModelDims, num_frames: int, target: Target) -> int:
     """Projected, pooled features of a video and the newline row."""
     rows = num_frames * video_tokens_per_frame(dims.vision) + 1
-    return rows * dims.text.hidden_size * _activation(flavour)
+    return rows * dims.text.hidden_size * _activation(target)
 
 
 def video_tokens_per_frame(vision: VisionDims) -> int:
@@ -165,5 +165,5 @@ def video_tokens_per_frame(vision: VisionDims) -> int:
     return (vision.patches_per_side // 2) ** 2
 
 
-def _activation(flavour: Flavour) -> int:
-    return 4 if flavour == "cpu" else 2
+def _activation(target: Target) -> int:
+    return 4 if target == "cpu" else 2

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
-from llava_edge.profiles.boards.hardware import Flavour, HardwareProfile, Int8Isa
+from llava_edge.profiles.boards.hardware import HardwareProfile, Int8Isa, Target
 from llava_edge.profiles.memory.buffers import (
     MAX_DRAFT_TOKENS,
     CacheType,
@@ -182,7 +182,7 @@ class Workload:
         num_images: images in one prompt.
         tiles_per_image: most tiles of one image, thumbnail included.
         num_frames: frames of one video in the prompt; 0 for none.
-        cache: type of keys and values; None for the flavour's own.
+        cache: type of keys and values; None for the target's own.
         chunk_tokens: positions computed at once in prefill.
         batch_tiles: tiles encoded at once; None for ``tiles_per_batch``.
         image_pixels: pixels of the largest image.
@@ -209,7 +209,7 @@ class Workload:
 class Machine:
     """The part of a profile that memory depends on."""
 
-    flavour: Flavour
+    target: Target
     unified: bool = False
     int8_isa: Int8Isa = "vnni"
     compute_capability: str | None = None
@@ -223,7 +223,7 @@ class Machine:
     @classmethod
     def of(cls, profile: HardwareProfile) -> Machine:
         """That part of ``profile``."""
-        return cls(profile.flavour, profile.unified, profile.int8_isa, profile.compute_capability)
+        return cls(profile.target, profile.unified, profile.int8_isa, profile.compute_capability)
 
 
 def estimate_memory(
@@ -240,13 +240,13 @@ def estimate_memory(
         dims: the model.
         precision: ``fp16``, ``int8`` or ``int4``; see ``formats.part_precisions``.
         workload: context, images, batches.
-        machine: flavour and what else sizes depend on.
+        machine: target and what else sizes depend on.
         constants: groups as ``memory_constants`` gives them; None for the shipped ones.
         vision: format of the tower; None for ``formats.default_vision``.
     """
     groups = memory_constants() if constants is None else constants
-    vision = vision or default_vision(precision, machine.flavour, machine.int8_isa)
-    if machine.flavour == "cpu":
+    vision = vision or default_vision(precision, machine.target, machine.int8_isa)
+    if machine.target == "cpu":
         host = _cpu_phases(dims, precision, vision, workload, machine, groups["cpu"])
         return MemoryEstimate(device={}, host=host)
     device = _device_phases(dims, precision, vision, workload, machine, groups["cuda"])
@@ -442,13 +442,13 @@ def _tokenizer_load(text: TextDims, c: Constants) -> MemoryTerms:
     )
 
 
-def _cache(text: TextDims, work: Workload, flavour: Flavour) -> int:
-    return kv_cache_bytes(text, work.context_tokens, work.cache or default_cache_type(flavour))
+def _cache(text: TextDims, work: Workload, target: Target) -> int:
+    return kv_cache_bytes(text, work.context_tokens, work.cache or default_cache_type(target))
 
 
-def _features(dims: ModelDims, work: Workload, flavour: Flavour) -> int:
-    images = image_feature_bytes(dims, work.num_images * work.tiles_per_image, flavour)
-    frames = video_feature_bytes(dims, work.num_frames, flavour) if work.num_frames else 0
+def _features(dims: ModelDims, work: Workload, target: Target) -> int:
+    images = image_feature_bytes(dims, work.num_images * work.tiles_per_image, target)
+    frames = video_feature_bytes(dims, work.num_frames, target) if work.num_frames else 0
     return images + frames
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from llava_edge.profiles.boards.hardware import Flavour, Int8Isa
+from llava_edge.profiles.boards.hardware import Int8Isa, Target
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.models.model_dims import ModelDims, TextDims
 from llava_edge.profiles.models.parameters import (
@@ -69,7 +69,7 @@ class VisionFormat:
     Attributes:
         precision: ``fp16`` or ``int8``.
         wide_weights: weights that calibration left wider than that: fp16 beside ``int8``, float32
-            in memory beside the ``fp16`` of the cuda flavour.
+            in memory beside the ``fp16`` for the cuda target.
     """
 
     precision: PrecisionName = "fp16"
@@ -79,14 +79,14 @@ class VisionFormat:
 VISION_PRECISIONS: tuple[PrecisionName, ...] = ("fp16", "int8")
 
 
-def vision_obstacle(precision: str, flavour: Flavour, int8_isa: Int8Isa) -> str | None:
+def vision_obstacle(precision: str, target: Target, int8_isa: Int8Isa) -> str | None:
     """Why the tower cannot take 8 bits beside a language model; None where it can.
 
     Its kernel needs a CPU's int8 instructions, and bounds of verification are set for artifacts
     whose language model is quantised as well.
     """
-    if flavour != "cpu":
-        return "the cuda flavour computes the tower in fp16"
+    if target != "cpu":
+        return "the cuda target computes the tower in fp16"
     if int8_isa == "none":
         return "the board has no int8 instructions"
     if precision == "fp16":
@@ -111,9 +111,9 @@ def int8_cache_obstacle(compute_capability: str | None) -> str | None:
     )
 
 
-def default_vision(precision: str, flavour: Flavour, int8_isa: Int8Isa) -> VisionFormat:
+def default_vision(precision: str, target: Target, int8_isa: Int8Isa) -> VisionFormat:
     """The tower's format where nothing else was asked: 8 bits wherever it can take them."""
-    possible = vision_obstacle(precision, flavour, int8_isa) is None
+    possible = vision_obstacle(precision, target, int8_isa) is None
     return VisionFormat("int8" if possible else "fp16")
 
 
@@ -134,18 +134,18 @@ def part_precisions(precision: str, vision: str = "fp16") -> PartPrecisions:
     return PartPrecisions(precision, head, tower, tower, "fp16")
 
 
-def activation_bytes(flavour: Flavour) -> int:
+def activation_bytes(target: Target) -> int:
     """Bytes of one activation: float32 on cpu, float16 on cuda."""
-    return 4 if flavour == "cpu" else 2
+    return 4 if target == "cpu" else 2
 
 
-def group_size(text: TextDims, precision: str, flavour: Flavour, int8_isa: Int8Isa = "vnni") -> int:
+def group_size(text: TextDims, precision: str, target: Target, int8_isa: Int8Isa = "vnni") -> int:
     """Weights that share a scale, one size for the whole body.
 
     int8 on a CPU with int8 instructions is per channel, because its fast kernel holds no group
     scales. Otherwise the largest of 128, 64, 32 that divides every input size, else per channel.
     """
-    if precision == "int8" and flavour == "cpu" and int8_isa != "none":
+    if precision == "int8" and target == "cpu" and int8_isa != "none":
         return PER_CHANNEL
     columns = {matrix.columns for matrix in decoder_matrices(text)}
     for size in _GROUPS:
@@ -154,30 +154,30 @@ def group_size(text: TextDims, precision: str, flavour: Flavour, int8_isa: Int8I
     return PER_CHANNEL
 
 
-def head_group_size(text: TextDims, precision: str, flavour: Flavour) -> int:
+def head_group_size(text: TextDims, precision: str, target: Target) -> int:
     """Weights of the int8 head that share a scale: the largest group that divides its inputs.
 
     Not more than a block of MatMulNBits has, whose scales are there anyway. One scale a row of the
     head costs a trained model a quarter to a third of what rounding all weights costs.
     """
-    most = largest_block(precision, flavour)
+    most = largest_block(precision, target)
     sizes = (size for size in _GROUPS if size <= most and text.hidden_size % size == 0)
     return next(sizes, PER_CHANNEL)
 
 
-def int8_route(bits: int, group: int, flavour: Flavour, int8_isa: Int8Isa) -> Int8Route:
+def int8_route(bits: int, group: int, target: Target, int8_isa: Int8Isa) -> Int8Route:
     """The fast operator of CPUs with int8 instructions, for the weights that it can hold."""
-    if bits == 8 and group == PER_CHANNEL and flavour == "cpu" and int8_isa != "none":
+    if bits == 8 and group == PER_CHANNEL and target == "cpu" and int8_isa != "none":
         return "two-term"
     return "nbits"
 
 
-def rounded_activations(precision: str, route: Int8Route | None, flavour: Flavour) -> str | None:
+def rounded_activations(precision: str, route: Int8Route | None, target: Target) -> str | None:
     """What is rounded to 8 bits beside the weights of the language model, for people.
 
     None where activations stay as they are: at fp16, and on a GPU.
     """
-    if precision == "fp16" or flavour != "cpu":
+    if precision == "fp16" or target != "cpu":
         return None
     return {
         "two-term": "activations of the layers in two 8-bit codes each, one scale a row (close to "
@@ -187,19 +187,19 @@ def rounded_activations(precision: str, route: Int8Route | None, flavour: Flavou
     }.get(route or "nbits", "activations in one 8-bit code each, one scale a block of columns")
 
 
-def largest_block(precision: str, flavour: Flavour) -> int:
+def largest_block(precision: str, target: Target) -> int:
     """Most columns of a block of MatMulNBits, head included, when the body is ``precision``."""
-    return _INT8_BLOCK if precision == "int8" and flavour == "cpu" else max(_GROUPS)
+    return _INT8_BLOCK if precision == "int8" and target == "cpu" else max(_GROUPS)
 
 
 def body_route(
-    text: TextDims, precision: str, flavour: Flavour, int8_isa: Int8Isa
+    text: TextDims, precision: str, target: Target, int8_isa: Int8Isa
 ) -> Int8Route | None:
     """Operator of the body's linear layers at a precision; None at fp16."""
     if precision == "fp16":
         return None
-    group = group_size(text, precision, flavour, int8_isa)
-    return int8_route(_BITS[precision], group, flavour, int8_isa)
+    group = group_size(text, precision, target, int8_isa)
+    return int8_route(_BITS[precision], group, target, int8_isa)
 
 
 def matmul_block(columns: int, group: int, largest: int = max(_GROUPS)) -> int:
@@ -217,17 +217,17 @@ def matmul_block(columns: int, group: int, largest: int = max(_GROUPS)) -> int:
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """Precision, group, flavour, instructions, block: everything a weight's size depends on."""
+    """Precision, group, target, instructions, block: everything a weight's size depends on."""
 
     precision: str
     group: int
-    flavour: Flavour
+    target: Target
     int8_isa: Int8Isa = "vnni"
     largest_block: int = max(_GROUPS)
 
     def file_bytes(self, matrix: Matrix) -> int:
         """Bytes of the matrices in the artifact: packed weights and scales."""
-        return self._packed(matrix) + self._groups(matrix) * activation_bytes(self.flavour)
+        return self._packed(matrix) + self._groups(matrix) * activation_bytes(self.target)
 
     def resident_bytes(self, matrix: Matrix) -> int:
         """Bytes the engine keeps once loaded.
@@ -237,16 +237,16 @@ class WeightFormat:
         they are a third of the whole (``memory_fit --precision int4``).
         """
         if self.precision == "fp16":
-            return matrix.parameters * activation_bytes(self.flavour)
-        if self.flavour != "cpu":
+            return matrix.parameters * activation_bytes(self.target)
+        if self.target != "cpu":
             return self.file_bytes(matrix)
-        route = int8_route(_BITS[self.precision], self.group, self.flavour, self.int8_isa)
+        route = int8_route(_BITS[self.precision], self.group, self.target, self.int8_isa)
         return self.file_bytes(matrix) + (8 if route == "nbits" else 4) * self._groups(matrix)
 
     def tensor_bytes(self, matrix: Matrix) -> tuple[int, int]:
         """Bytes of the weights, and of the scales, of one of the matrices in the artifact."""
         one = replace(matrix, count=1)
-        return self._packed(one), self._groups(one) * activation_bytes(self.flavour)
+        return self._packed(one), self._groups(one) * activation_bytes(self.target)
 
     def _packed(self, matrix: Matrix) -> int:
         columns = matrix.columns
@@ -272,7 +272,7 @@ class WeightFormat:
         if self.precision == "fp16":
             return False
         bits = _BITS[self.precision]
-        return int8_route(bits, self.group, self.flavour, self.int8_isa) == "nbits"
+        return int8_route(bits, self.group, self.target, self.int8_isa) == "nbits"
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ class WeightBytes:
 def weight_bytes(
     dims: ModelDims,
     precision: str,
-    flavour: Flavour,
+    target: Target,
     int8_isa: Int8Isa = "vnni",
     *,
     resident: bool,
@@ -305,20 +305,20 @@ def weight_bytes(
     Resident embeddings are 0: rows are read from the file by position. Files hold the embedding
     table and, for all but LLaVA-1.5, the newline row.
     """
-    vision = vision or default_vision(precision, flavour, int8_isa)
+    vision = vision or default_vision(precision, target, int8_isa)
     parts = part_precisions(precision, vision.precision)
     text, tower = dims.text, dims.vision
-    group = group_size(text, precision, flavour, int8_isa)
-    block = largest_block(precision, flavour)
-    body = WeightFormat(parts.language_model, group, flavour, int8_isa, block)
+    group = group_size(text, precision, target, int8_isa)
+    block = largest_block(precision, target)
+    body = WeightFormat(parts.language_model, group, target, int8_isa, block)
     # The head follows the body: the integer operator is for bodies that take it.
     head_isa = int8_isa if precision == "int8" else "none"
-    head_group = head_group_size(text, precision, flavour)
-    head = WeightFormat(parts.lm_head, head_group, flavour, head_isa, block)
+    head_group = head_group_size(text, precision, target)
+    head = WeightFormat(parts.lm_head, head_group, target, head_isa, block)
     size = WeightFormat.resident_bytes if resident else WeightFormat.file_bytes
-    float_bytes = activation_bytes(flavour) if resident else _FP16_BYTES
+    float_bytes = activation_bytes(target) if resident else _FP16_BYTES
     # An int8 tower knows one operator, whatever lies beside it.
-    codes = WeightFormat(vision.precision, PER_CHANNEL, flavour, "vnni")
+    codes = WeightFormat(vision.precision, PER_CHANNEL, target, "vnni")
 
     def saved(matrices: tuple[Matrix, ...]) -> int:
         """What codes take less than the floats that they stand for."""
@@ -333,7 +333,7 @@ def weight_bytes(
     newline = text.hidden_size if dims.takes_tiles else 0
     return WeightBytes(
         decoder=sum(size(body, matrix) for matrix in decoder_matrices(text))
-        + decoder_vectors(text) * activation_bytes(flavour),
+        + decoder_vectors(text) * activation_bytes(target),
         lm_head=size(head, head_matrix(text)),
         vision_tower=vision_parameters(tower, tower.num_blocks_used) * float_bytes
         - saved(vision_matrices(dims))
@@ -345,7 +345,7 @@ def weight_bytes(
 
 
 def weight_tensors(dims: ModelDims, precision: str, vision: VisionFormat) -> list[tuple[int, int]]:
-    """Bytes and number of equal tensors that weights of the cuda flavour lie in; no vectors.
+    """Bytes and number of equal tensors that weights for the cuda target lie in; no vectors.
 
     Queries, keys and values are one matrix there.
     """

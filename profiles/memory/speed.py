@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llava_edge.profiles.boards.hardware import Flavour, HardwareProfile, Int8Isa
+from llava_edge.profiles.boards.hardware import HardwareProfile, Int8Isa, Target
 from llava_edge.profiles.memory.buffers import CacheType, default_cache_type, kv_cache_bytes
 from llava_edge.profiles.memory.constants import Constants, speed_constants
 from llava_edge.profiles.memory.formats import VisionFormat, default_vision, weight_bytes
@@ -83,20 +83,20 @@ def predict_speed(
         profile: the board.
         media_tokens: image and video tokens of the prompt.
         num_tiles: tiles and frames that go through the tower.
-        cache: type of the cache; None for the flavour's own.
+        cache: type of the cache; None for the target's own.
         num_devices: devices that share every layer.
         constants: groups as ``speed_constants`` gives them; None for the shipped ones.
         vision: format of the tower; None for ``formats.default_vision``.
         stored_isa: instructions that int8 weights are laid out for; None for the board's.
     """
     groups = speed_constants() if constants is None else constants
-    flavour = profile.flavour
-    shares = groups[flavour]
+    target = profile.target
+    shares = groups[target]
     scale = 1.0 + (num_devices - 1) * groups["cuda"]["link"]
     prompt = media_tokens + QUESTION_TOKENS
-    kind = cache or default_cache_type(flavour)
+    kind = cache or default_cache_type(target)
 
-    tower = vision or default_vision(precision, flavour, profile.int8_isa)
+    tower = vision or default_vision(precision, target, profile.int8_isa)
     encode = prefill = None
     float_rate = profile.peak_fp16
     rate = _matmul_rate(profile, precision, shares)
@@ -112,14 +112,14 @@ def predict_speed(
     if profile.bandwidth is not None:
         context = prompt + ANSWER_TOKENS // 2
         isa = stored_isa or profile.int8_isa
-        streamed = streamed_bytes(dims, precision, flavour, isa, context, kind)
-        if flavour == "cuda" and kind == "int8" and not steps_read_codes(dims.text):
+        streamed = streamed_bytes(dims, precision, target, isa, context, kind)
+        if target == "cuda" and kind == "int8" and not steps_read_codes(dims.text):
             # Codes become float16, which is written and read, at every step.
             streamed += 2 * kv_cache_bytes(dims.text, context, "float16")
-        quantised = flavour == "cuda" and precision == "int4"
+        quantised = target == "cuda" and precision == "int4"
         share = shares["bandwidth_int4" if quantised else "bandwidth"]
         seconds = streamed / (profile.bandwidth * share * scale) + shares["step"]
-        if flavour == "cpu" and float_rate is not None:
+        if target == "cpu" and float_rate is not None:
             # One row against the cache is bound by arithmetic there, not by bytes.
             one = attention_operations(dims.text, context) / context * 2
             seconds += one / (float_rate * shares["attention_decode"])
@@ -141,14 +141,14 @@ def steps_read_codes(text: TextDims) -> bool:
 def streamed_bytes(
     dims: ModelDims,
     precision: str,
-    flavour: Flavour,
+    target: Target,
     int8_isa: Int8Isa,
     context_tokens: int,
     cache: CacheType | None = None,
 ) -> int:
     """Bytes that one decode step reads: weights of decoder and head, and the cache so far."""
-    weights = weight_bytes(dims, precision, flavour, int8_isa, resident=True)
-    kind = cache or default_cache_type(flavour)
+    weights = weight_bytes(dims, precision, target, int8_isa, resident=True)
+    kind = cache or default_cache_type(target)
     return weights.decoder + weights.lm_head + kv_cache_bytes(dims.text, context_tokens, kind)
 
 
@@ -175,7 +175,7 @@ def attention_operations(text: TextDims, tokens: int) -> int:
 
 
 def _matmul_rate(profile: HardwareProfile, precision: str, shares: Constants) -> float | None:
-    if profile.flavour == "cuda":
+    if profile.target == "cuda":
         # Weight-only kernels: prompts run as float16 products whatever the weights are stored in.
         return None if profile.peak_fp16 is None else profile.peak_fp16 * shares["matmul"]
     if precision == "fp16" or profile.int8_isa == "none" or profile.peak_int8 is None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from llava_edge.runtime.artifact.manifest import Flavour
+from llava_edge.profiles.boards.hardware import Target
+from llava_edge.runtime.util.json_codec import KEY
 
 CERTIFICATE_VERSION = 2
 """2 added ``quality``."""
@@ -115,7 +116,7 @@ class Certificate:
         verdict: over all stages.
         mode: how much was verified; ``none`` where that was left out.
         issued: UTC, ISO 8601.
-        flavour: of the artifact.
+        target: of the artifact.
         host: machine and provider.
         reference: library and version that it was compared with.
         tools: versions.
@@ -132,7 +133,8 @@ class Certificate:
     verdict: Verdict
     mode: Mode
     issued: str
-    flavour: Flavour
+    # Its key is the manifest's.
+    target: Target = field(metadata={KEY: "flavour"})
     host: Host
     reference: str
     tools: dict[str, str]

@@ -76,10 +76,10 @@ def _newer(document: dict[str, Any], stated: int) -> str:
 def _reason(certificate: Certificate, manifest: Manifest, manifest_sha256: str) -> str | None:
     if certificate.manifest_sha256 != manifest_sha256:
         return f"its {CERTIFICATE} was issued for another {MANIFEST}"
-    if certificate.flavour != manifest.flavour:
+    if certificate.target != manifest.target:
         return (
-            f"its {CERTIFICATE} speaks of the {certificate.flavour} flavour; the artifact is of "
-            f"the {manifest.flavour} flavour"
+            f"its {CERTIFICATE} speaks of the {certificate.target} target; the artifact is for "
+            f"the {manifest.target} target"
         )
     if certificate.mode == "none":
         return f"its {CERTIFICATE} says that verification was left out (--verify none)"

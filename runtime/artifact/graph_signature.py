@@ -102,7 +102,7 @@ def interface_faults(manifest: Manifest) -> Iterator[str]:
 
 
 def _decoder_inputs(dims: ModelDims, compute: str, asked: AbstractSet[str]) -> Expected:
-    # The cuda flavour has the second form; its artifacts of before have the first.
+    # The cuda target has the second form; its artifacts of before have the first.
     start = LOGITS_START in asked and compute == "float16"
     kept: Expected = {LOGITS_START: ("int64", (1,))} if start else {LOGITS_TO_KEEP: ("int64", ())}
     return {

@@ -6,12 +6,14 @@ reads a checkpoint's configuration and never guesses.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from llava_edge.profiles.boards.hardware import Target
 from llava_edge.profiles.memory.buffers import CacheType
 from llava_edge.profiles.memory.formats import Int8Route
 from llava_edge.profiles.models.model_dims import ModelDims
+from llava_edge.runtime.util.json_codec import KEY
 
 SCHEMA_VERSION = 4
 """2 added ``decoder_int8_cache``; 3 has a wider ``PromptFormat``; 4 holds nothing that differs
@@ -21,7 +23,6 @@ between two runs of one conversion: timings, peaks and the board's free memory s
 SINCE_4: tuple[str, ...] = ()
 """Optional fields of ``Manifest`` that version 4 added; manifests of earlier versions have none."""
 
-Flavour = Literal["cpu", "cuda"]
 Reference = Literal["hf", "original"]
 
 
@@ -246,7 +247,8 @@ class Manifest:
 
     schema_version: int
     variant: str
-    flavour: Flavour
+    # Its key keeps the name that it had first, until the schema next changes.
+    target: Target = field(metadata={KEY: "flavour"})
     precision: Precision
     plan: dict[str, Any]
     model: ModelDims

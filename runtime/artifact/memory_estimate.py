@@ -48,7 +48,7 @@ def planned_memory(manifest: Manifest, work: Workload) -> MemoryEstimate:
     precision = stored if stored in PRECISIONS else "fp16"
     tower = manifest.precision.vision_tower
     vision = VisionFormat("int8" if tower == "int8" else "fp16")
-    machine = Machine(manifest.flavour, int8_isa=stored_isa(manifest))
+    machine = Machine(manifest.target, int8_isa=stored_isa(manifest))
     return estimate_memory(manifest.model, precision, work, machine, _constants(), vision)
 
 

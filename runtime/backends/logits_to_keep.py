@@ -1,6 +1,6 @@
 """How a decoder graph is told which positions to give logits for: the last ones, by their number.
 
-The cpu flavour has the reference's input, the number itself. The cuda flavour has the place where
+The cpu target has the reference's input, the number itself. The cuda target has the place where
 the kept positions start, counted from the end: what cuts rows reads it as it is in host memory.
 Working it out of the number would be nodes of the graph, and ONNX Runtime runs those on the GPU,
 with a copy there and one back in every run; it does not record a graph that has such copies.

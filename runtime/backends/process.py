@@ -12,7 +12,7 @@ import sys
 import weakref
 from contextlib import redirect_stdout
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 # ONNX Runtime 1.29 and later, as pip installs it on Linux, holds a client that reports to its maker
 # over the network: a thread, a database in the user's cache folder, a file in the folder for
@@ -21,6 +21,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import onnxruntime as ort
 
 from llava_edge.runtime.backends.cuda_libraries import nvidia_folders
+from llava_edge.runtime.util.arrays import DeviceKind
 from llava_edge.runtime.util.host_memory import map_large_blocks as set_map_threshold
 
 _WARNINGS, _ERRORS = 2, 3
@@ -31,7 +32,7 @@ _CHOICES: dict[str, bool] = {}
 
 
 def configure_process(
-    device: Literal["cpu", "cuda"] = "cpu", *, map_large_blocks: bool = True
+    device: DeviceKind = "cpu", *, map_large_blocks: bool = True
 ) -> frozenset[str]:
     """Change what has to be changed for the whole process; called by ``LlavaEdge.load``.
 

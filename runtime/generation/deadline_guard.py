@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llava_edge.runtime.generation.deadline import ThroughputEstimate, TimeBudget
-from llava_edge.runtime.util.progress import ReportProgress
+from llava_edge.runtime.util.progress import Progress
 
 
 class CancelledError(Exception):
@@ -44,7 +44,7 @@ class DeadlineGuard:
         pace: ThroughputEstimate,
         num_tiles: int,
         num_tokens: int,
-        progress: ReportProgress,
+        progress: Progress,
         is_cancelled: Callable[[], bool],
         *,
         may_lower: bool,
@@ -72,7 +72,7 @@ class DeadlineGuard:
             )
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Report; see ``ReportProgress``."""
+        """Report; see ``Progress``."""
         self._look(f"{stage} {done} of {total}")
         remaining = self._budget.remaining
         if remaining is not None and self._may_lower:

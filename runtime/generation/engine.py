@@ -41,7 +41,7 @@ from llava_edge.runtime.processing.request import Request
 from llava_edge.runtime.util.allocation import allocate, require_free
 from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.host_memory import peak_host_bytes
-from llava_edge.runtime.util.progress import ReportProgress, no_progress
+from llava_edge.runtime.util.progress import Progress, no_progress
 
 
 class Engine:
@@ -105,7 +105,7 @@ class Engine:
         config: GenerationConfig,
         is_cancelled: Callable[[], bool],
         budget: TimeBudget,
-        progress: ReportProgress = no_progress,
+        progress: Progress = no_progress,
     ) -> Pieces:
         """Answer.
 
@@ -272,7 +272,7 @@ class Engine:
     def _begin(
         self,
         degradation: Degradation,
-        progress: ReportProgress,
+        progress: Progress,
         is_cancelled: Callable[[], bool],
         budget: TimeBudget,
     ) -> _Begun:
@@ -326,9 +326,7 @@ class Engine:
             return 0
         return process_bytes(os.getpid(), pci_bus_id=self._components.pci_bus_id) or 0
 
-    def _prefill(
-        self, request: Request, embeddings: PromptEmbeddings, progress: ReportProgress
-    ) -> Array:
+    def _prefill(self, request: Request, embeddings: PromptEmbeddings, progress: Progress) -> Array:
         """Logits (vocab,) of the last position of a request, or of its rest."""
         total = request.num_tokens
 

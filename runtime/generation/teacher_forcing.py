@@ -14,7 +14,7 @@ class ForcedRun:
 
     Attributes:
         request: ids, geometry and pixels.
-        features: (rows, hidden) in the flavour's type: the patches of all tiles of all images, one
+        features: (rows, hidden) in the target's type: the patches of all tiles of all images, one
             tile behind the other, then the pooled ones of all frames, without the newline row.
     """
 

@@ -28,7 +28,7 @@ from llava_edge.runtime.loading.options import LoadOptions
 from llava_edge.runtime.processing.processor import RequestBuilder
 from llava_edge.runtime.processing.text.tokenizer import Tokenizer
 from llava_edge.runtime.util.arrays import DeviceKind
-from llava_edge.runtime.util.progress import ReportProgress
+from llava_edge.runtime.util.progress import Progress
 from llava_edge.runtime.vision.cached_encoder import cached_encoder
 from llava_edge.runtime.vision.cuda_encoder import OrtDeviceEncoder
 from llava_edge.runtime.vision.encoder import VisionEncoder
@@ -40,7 +40,7 @@ def open_components(
     device: DeviceKind,
     fit: LoadFit,
     options: LoadOptions,
-    progress: ReportProgress,
+    progress: Progress,
     gpu: int = 0,
 ) -> Components:
     """Open files and graphs of an artifact that is checked; where that fails, nothing stays open.
@@ -87,14 +87,14 @@ def _open_parts(
     device: DeviceKind,
     fit: LoadFit,
     options: LoadOptions,
-    progress: ReportProgress,
+    progress: Progress,
     gpu: int,
     opened: ExitStack,
 ) -> Components:
     manifest = artifact.manifest
     dims, tokens = manifest.model, manifest.tokens
     dtype: type[np.float32] | type[np.float16]
-    dtype = np.float32 if manifest.flavour == "cpu" else np.float16
+    dtype = np.float32 if manifest.target == "cpu" else np.float16
     tokenizer = Tokenizer.open(artifact.files[manifest.tokenizer], tokens, manifest.prompt)
     requests = RequestBuilder(manifest, tokenizer, options.limits)
     table = EmbeddingTable(artifact.files[manifest.embeddings], dims)
@@ -112,7 +112,7 @@ def _open_parts(
     )
     off_device: list[str] = []
     # The plan asks the same functions, so what it counted is what is taken here.
-    batch = tiles_per_batch(manifest.flavour, requests.max_tiles)
+    batch = tiles_per_batch(manifest.target, requests.max_tiles)
 
     def open_session(name: str, how: SessionOptions, part: str) -> Session:
         session = Session.from_files(artifact.files, name, how)

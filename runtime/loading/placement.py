@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from llava_edge.profiles.boards.device_name import parse_device
+from llava_edge.profiles.boards.hardware import Target
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError
 from llava_edge.profiles.memory.buffers import CacheType
 from llava_edge.profiles.memory.estimate import MemoryTerms
-from llava_edge.runtime.artifact.manifest import Flavour, Manifest
+from llava_edge.runtime.artifact.manifest import Manifest
 from llava_edge.runtime.artifact.memory_estimate import certain_phases
 from llava_edge.runtime.artifact.open import Artifact
 from llava_edge.runtime.backends.onnxruntime import available_devices
@@ -21,18 +22,18 @@ Device = str
 AskedCache = Literal["auto", "float32", "float16", "int8"]
 
 
-def choose_device(asked: Device, flavour: Flavour, allow_slow: bool) -> DeviceKind:
-    """The device for an artifact of a flavour.
+def choose_device(asked: Device, target: Target, allow_slow: bool) -> DeviceKind:
+    """The device for an artifact of a target.
 
     Raises:
-        EngineError: the device is not there, or does not suit the flavour.
+        EngineError: the device is not there, or does not suit the target.
         RequestError: there is no device of that name.
     """
     kind = parse_device(asked).kind
-    if flavour == "cpu":
+    if target == "cpu":
         if kind == "cuda":
             raise EngineError(
-                "this artifact is of the cpu flavour (float32 activations) and does not run on "
+                "this artifact is for the cpu target (float32 activations) and does not run on "
                 "cuda. Convert again with the profile of a GPU."
             )
         return "cpu"
@@ -45,7 +46,7 @@ def choose_device(asked: Device, flavour: Flavour, allow_slow: bool) -> DeviceKi
         )
     if not allow_slow:
         raise EngineError(
-            "this artifact is of the cuda flavour (float16) and there is no CUDA provider to run "
+            "this artifact is for the cuda target (float16) and there is no CUDA provider to run "
             "it; on the CPU it is several times slower than a cpu artifact. Convert for a cpu "
             "profile, or insist with allow_slow=True (--allow-slow)."
         )
@@ -68,7 +69,7 @@ def choose_cache(asked: AskedCache, manifest: Manifest) -> CacheType:
     if asked == "int8":
         advice += ", or convert again with --cache int8"
     raise EngineError(
-        f"a cache of {asked} was asked; this artifact of the {manifest.flavour} flavour has "
+        f"a cache of {asked} was asked; this artifact for the {manifest.target} target has "
         f"{' and '.join(manifest.decoders)}. {advice}."
     )
 

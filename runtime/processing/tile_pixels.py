@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llava_edge.runtime.util.allocation import allocate
+from llava_edge.runtime.util.arrays import Array
 
 Normalize = Callable[[NDArray[np.uint8], NDArray[np.float32]], None]
 """``normalize(pixels, out)``: uint8 (T, T, 3) to float32 (3, T, T)."""
@@ -62,7 +63,7 @@ class TilePixels:
         made = self._floats(self._pixels[first])
         return made[(slice(None), *rest)] if rest else made
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         if copy is False:
             raise ValueError("tiles are stored as bytes; their floats are always a new array")
         made = self._floats(self._pixels)
@@ -87,7 +88,7 @@ Pixels: TypeAlias = "NDArray[np.float32] | TilePixels"
 """float32 (n, 3, T, T), or what reads like it."""
 
 
-def digest_tiles(tiles: Iterable[NDArray[Any]]) -> tuple[bytes, ...]:
+def digest_tiles(tiles: Iterable[Array]) -> tuple[bytes, ...]:
     """SHA-256 of each tile's values: equal digests mean equal tiles.
 
     A digest that can be forged would let one picture pass for another, hence no quick checksum;

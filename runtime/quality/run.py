@@ -22,7 +22,7 @@ from llava_edge.runtime.quality.metrics import (
     relaxed_accuracy,
 )
 from llava_edge.runtime.quality.questions import QualityQuestion
-from llava_edge.runtime.util.progress import ReportProgress, no_progress
+from llava_edge.runtime.util.progress import Progress, no_progress
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def measure_quality(
     questions: Sequence[QualityQuestion],
     grid: str | None = None,
     max_new_tokens: int = 64,
-    progress: ReportProgress = no_progress,
+    progress: Progress = no_progress,
     known: Sequence[Given] = (),
     keep: Callable[[Given], None] = _keep_nothing,
 ) -> QualityResult:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from llava_edge.profiles.errors import OutOfMemoryError
+from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.host_memory import available_host_bytes
 
 RESERVE_BYTES = 16 << 20
@@ -44,7 +44,7 @@ def require_free(nbytes: int, what: str) -> None:
         )
 
 
-def allocate(shape: Sequence[int], dtype: DTypeLike, what: str) -> NDArray[Any]:
+def allocate(shape: Sequence[int], dtype: DTypeLike, what: str) -> Array:
     """An array whose content is not set.
 
     Args:

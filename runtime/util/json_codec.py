@@ -16,11 +16,14 @@ from llava_edge.profiles.errors import ArtifactError
 
 T = TypeVar("T")
 
+KEY = "json_key"
+"""In a field's metadata: its key in JSON, where that is not its name."""
+
 
 def to_json(value: Any) -> Any:
     """Plain JSON values of a dataclass tree; tuples become lists."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {_key(f): to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -65,7 +68,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
 def _read_dataclass(kind: type[Any], value: Any, where: str) -> Any:
     _expect(isinstance(value, dict), "an object", value, where)
     hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
+    fields = {_key(f): f for f in dataclasses.fields(kind)}
     if unknown := sorted(set(value) - set(fields)):
         raise ArtifactError(f"{where} has unknown keys: {', '.join(unknown)}")
     optional = {
@@ -75,7 +78,17 @@ def _read_dataclass(kind: type[Any], value: Any, where: str) -> Any:
     }
     if missing := sorted(set(fields) - set(value) - optional):
         raise ArtifactError(f"{where} lacks keys: {', '.join(missing)}")
-    return kind(**{key: _read(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+    names = {key: f.name for key, f in fields.items()}
+    return kind(
+        **{
+            names[key]: _read(hints[names[key]], item, f"{where}.{key}")
+            for key, item in value.items()
+        }
+    )
+
+
+def _key(field: dataclasses.Field[Any]) -> str:
+    return str(field.metadata.get(KEY, field.name))
 
 
 def _read_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:

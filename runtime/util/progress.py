@@ -1,14 +1,24 @@
-"""A progress line on stderr for people; silent when nobody watches."""
+"""Progress and messages: what is told about work under way, and a line on stderr that shows it."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from typing import TextIO
+from typing import Protocol, TextIO
 
-ReportProgress = Callable[[str, int, int], None]
-"""``report(stage, done, total)``."""
+
+class Progress(Protocol):
+    """A function that is called as work goes on."""
+
+    def __call__(self, stage: str, done: int, total: int, /) -> None:
+        """``done`` of ``total`` steps or bytes of a stage are finished."""
+
+
+class Notify(Protocol):
+    """A function that shows a user what was decided or found."""
+
+    def __call__(self, line: str, /) -> None:
+        """One message, without a line end."""
 
 
 def no_progress(stage: str, done: int, total: int) -> None:

@@ -23,7 +23,7 @@ from llava_edge.runtime.processing.processor import RequestBuilder
 from llava_edge.runtime.processing.request import PromptOptions, Request, VideoInput
 from llava_edge.runtime.processing.text.tokenizer import Tokenizer
 from llava_edge.runtime.util.arrays import Array
-from llava_edge.runtime.util.progress import ReportProgress, no_progress
+from llava_edge.runtime.util.progress import Progress, no_progress
 from llava_edge.runtime.verification.media_reader import MediaReader
 
 
@@ -81,5 +81,5 @@ class LoadedModel(Protocol):
         config: GenerationConfig,
         time: TimeBudget,
         *,
-        progress: ReportProgress = no_progress,
+        progress: Progress = no_progress,
     ) -> AnswerStream: ...

@@ -32,6 +32,7 @@ from llava_edge.runtime.processing.request import PromptOptions, Request, VideoI
 from llava_edge.runtime.processing.text.chat_prompt import MARKS
 from llava_edge.runtime.processing.text.tokenizer import Tokenizer
 from llava_edge.runtime.processing.tile_pixels import Pixels
+from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.image_formats import READABLE_FORMATS, recognise
 from llava_edge.runtime.verification.golden.media import (
     MEDIA_LIMITS,
@@ -42,7 +43,6 @@ from llava_edge.runtime.verification.golden.media import (
 )
 from llava_edge.runtime.verification.numbered_rows import numbered_rows
 
-Array = np.ndarray[Any, np.dtype[Any]]
 EmbeddedRows = Callable[[Request, Array], Array]
 """``rows(request, positions)``: what the decoder reads there, (len(positions), hidden)."""
 

@@ -7,7 +7,7 @@ order, gaps and repetitions show exactly, whatever the weights, and at the cost 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
@@ -16,8 +16,7 @@ from llava_edge.runtime.generation.inputs.embedding_table import EmbeddingTable
 from llava_edge.runtime.generation.inputs.prompt_encoder import PromptEmbedder
 from llava_edge.runtime.processing.request import Request
 from llava_edge.runtime.processing.tile_pixels import digest_tiles
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from llava_edge.runtime.util.arrays import Array
 
 NEWLINE_NUMBERS = np.array([-1.0, -1.0], np.float32)
 """What stands for the newline's row among ``tile_numbers``."""

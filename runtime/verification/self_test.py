@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -17,8 +16,9 @@ from llava_edge.runtime.artifact.certificate import StageResult, bounded, exact
 from llava_edge.runtime.artifact.open import Artifact
 from llava_edge.runtime.artifact.prompt_date import COMPARED_NOW
 from llava_edge.runtime.processing.request import PromptOptions, VideoInput
+from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.image_formats import READABLE_FORMATS
-from llava_edge.runtime.util.progress import ReportProgress, no_progress
+from llava_edge.runtime.util.progress import Progress, no_progress
 from llava_edge.runtime.verification.golden.loop import parse_loop
 from llava_edge.runtime.verification.golden.media import GoldenChat
 from llava_edge.runtime.verification.golden.probes import (
@@ -41,8 +41,6 @@ from llava_edge.runtime.verification.media_reader import (
 from llava_edge.runtime.verification.token_comparison import TokenComparison
 from llava_edge.runtime.verification.tolerances import GAP, Bounds, bounds_for
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
 
 def has_golden(artifact: Artifact) -> bool:
     """Whether golden prompts travel in the artifact."""
@@ -51,7 +49,7 @@ def has_golden(artifact: Artifact) -> bool:
 
 def run_self_test(
     model: LoadedModel,
-    progress: ReportProgress = no_progress,
+    progress: Progress = no_progress,
     formats: Sequence[str] = READABLE_FORMATS,
 ) -> list[StageResult]:
     """Run every golden prompt, open every file, and compare with what the reference said.
@@ -78,7 +76,7 @@ def run_self_test(
             "machine with. Verify it with its checkpoint (llava-edge verify --against), or "
             "convert again with verification."
         )
-    bounds = bounds_for(manifest.flavour, manifest.precision, int8_cache=model.cache == "int8")
+    bounds = bounds_for(manifest.target, manifest.precision, int8_cache=model.cache == "int8")
     probes = read_golden(artifact.files[GOLDEN_FILE], manifest)
     seen: list[_Seen] = []
     for index, probe in enumerate(probes):

@@ -74,7 +74,7 @@ def result_key(model: LoadedModel) -> str:
 def _uses_int8(manifest: Manifest, here: Host) -> bool:
     """Whether a layer's activations are rounded to int8 here, and multiplied as such."""
     on_cpu = here.provider == "CPUExecutionProvider"
-    return on_cpu and manifest.flavour == "cpu" and manifest.precision.int8_route is not None
+    return on_cpu and manifest.target == "cpu" and manifest.precision.int8_route is not None
 
 
 def _run_once(model: LoadedModel, here: Host, message: str) -> str:

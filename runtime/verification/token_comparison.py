@@ -9,13 +9,11 @@ positions were looked at of which at least 90 % are conclusive; else there is no
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from llava_edge.runtime.artifact.certificate import StageResult, Verdict
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from llava_edge.runtime.util.arrays import Array
 
 MIN_POSITIONS = 64
 MIN_CONCLUSIVE = 0.9

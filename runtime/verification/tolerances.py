@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-from llava_edge.runtime.artifact.manifest import Flavour, Precision
+from llava_edge.profiles.boards.hardware import Target
+from llava_edge.runtime.artifact.manifest import Precision
 
 ANY = "any"
 GAP = "max_gap_of_range"
@@ -108,11 +109,11 @@ class Bounds:
         return max(gap, bound_value("loop", GAP, "cpu-int8")) if self.int8_cache else gap
 
 
-def bounds_for(flavour: Flavour, precision: Precision, *, int8_cache: bool = False) -> Bounds:
+def bounds_for(target: Target, precision: Precision, *, int8_cache: bool = False) -> Bounds:
     """The bounds of artifacts like this one; of answers with an int8 cache where that is asked."""
     return Bounds(
         bound_rows(),
-        form_of(flavour, precision),
+        form_of(target, precision),
         int8_vision=precision.vision_tower == "int8",
         int8_cache=int8_cache,
     )
@@ -127,10 +128,10 @@ def bound_value(stage: str, metric: str, form: str) -> float:
     )
 
 
-def form_of(flavour: Flavour, precision: Precision) -> str:
+def form_of(target: Target, precision: Precision) -> str:
     """``cpu-fp16``, ``cpu-int8-integer``, ``cpu-int8-nbits``, ``cpu-int4-nbits``, ``cuda-…``."""
     route = f"-{precision.int8_route}" if precision.int8_route is not None else ""
-    return f"{flavour}-{precision.language_model}{route}"
+    return f"{target}-{precision.language_model}{route}"
 
 
 @cache

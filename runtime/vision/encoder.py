@@ -21,7 +21,7 @@ class VisionEncoder:
         session: the vision graph.
         dims: model dimensions.
         tiles_per_batch: tiles computed at once.
-        dtype: float32 (cpu flavour) or float16 (cuda flavour) of pixels and features.
+        dtype: float32 (cpu target) or float16 (cuda target) of pixels and features.
 
     Attributes:
         tiles_per_batch: as given, unless memory does not suffice for so many.
@@ -46,7 +46,7 @@ class VisionEncoder:
 
         Args:
             pixel_values: float32 (num_tiles, 3, T, T).
-            out: (num_tiles, patches, hidden) in the flavour's type, contiguous; with the tokens of
+            out: (num_tiles, patches, hidden) in the target's type, contiguous; with the tokens of
                 a frame in place of patches a video model pools them.
         """
         num_tiles = pixel_values.shape[0]

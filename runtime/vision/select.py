@@ -100,8 +100,8 @@ def open_tower(
             _LOG.info("%s is not used: %s", name, error)
     if device == "cpu":
         others["ort on cuda"] = (
-            "the artifact is of the cpu flavour"
-            if artifact.manifest.flavour == "cpu"
+            "the artifact is for the cpu target"
+            if artifact.manifest.target == "cpu"
             else "the artifact runs on the CPU"
         )
     encoder = open_ort()
@@ -118,10 +118,10 @@ def _open_engine(
     others: dict[str, str],
 ) -> VisionBackend:
     if place[0] != "cuda":
-        flavour = artifact.manifest.flavour
+        target = artifact.manifest.target
         raise EngineError(
-            "the artifact is of the cpu flavour; TensorRT runs those of the cuda flavour"
-            if flavour == "cpu"
+            "the artifact is for the cpu target; TensorRT runs those for the cuda target"
+            if target == "cpu"
             else "it needs an NVIDIA GPU, and the artifact runs on the CPU"
         )
     if artifact.manifest.model.takes_video:

@@ -158,7 +158,7 @@ def test_artifacts_take_turns_forwards_and_backwards() -> None:
 
 def test_an_artifact_that_fails_says_why(artifact: Path) -> None:
     settings = SpeedSettings(rounds=1, device="cuda")
-    with pytest.raises(EngineError, match="cpu flavour"):
+    with pytest.raises(EngineError, match="cpu target"):
         run_speed((str(artifact),), settings)
 
 
@@ -290,7 +290,7 @@ def test_a_row_of_a_gpu_speaks_of_its_memory(
 ) -> None:
     monkeypatch.setattr(speed_rows, "machine_profile", lambda device, rates: (None, "unknown"))
     opened = open_artifact(artifact)
-    opened = replace(opened, manifest=replace(opened.manifest, flavour="cuda"))
+    opened = replace(opened, manifest=replace(opened.manifest, target="cuda"))
     found = _found([_probed(case) for case in speed_cases(opened.manifest)], device="cuda")
     rounds = [SpeedRound(found, 1.0, 100 << 20, device_bytes=50 << 20)]
     row = SpeedRow("x", opened, rounds, Rates(1e10, 1e11)).to_json()

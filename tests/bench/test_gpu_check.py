@@ -41,7 +41,7 @@ from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.backends.cuda_options import CudaOptions
 from llava_edge.runtime.backends.cuda_runtime import CudaRuntime
 from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
-from tests.fake_cuda import MOVE, FakeCudart, install
+from tests.fake_cudart import MOVE, FakeCudart, install
 
 TINY = GPU_MODELS["tiny"]
 

@@ -200,7 +200,7 @@ def test_a_gpu_without_a_kernel_for_it_gets_none(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_cuda_flavour_has_scales_of_its_own_float16_cache(
+def test_the_cuda_target_has_scales_of_its_own_float16_cache(
     make_checkpoint: Callable[..., Path], make_artifact: Callable[..., Path], artifact: Artifact
 ) -> None:
     checkpoint = make_checkpoint("odd", backbone="mistral")

@@ -47,7 +47,7 @@ def _open(artifact: Artifact, **changes: Any) -> CalibrationModel:
         "tokens": manifest.tokens,
         "prompt": manifest.prompt,
         "processing": manifest.image_processing,
-        "flavour": manifest.flavour,
+        "target": manifest.target,
         "context_tokens": manifest.context_tokens,
         "threads": 1,
         **changes,

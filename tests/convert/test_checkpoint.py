@@ -325,7 +325,7 @@ def test_one_file_of_another_name_opens(pristine: Path, hub: Path) -> None:
 
 def test_the_digest_follows_contents_and_not_the_place(pristine: Path, hub: Path) -> None:
     seen: list[tuple[int, int]] = []
-    first = open_checkpoint(pristine).digest(lambda done, total: seen.append((done, total)))
+    first = open_checkpoint(pristine).digest(lambda _, done, total: seen.append((done, total)))
     assert len(first) == 64
     assert open_checkpoint(hub).digest() == first
     files = (pristine / "config.json", *pristine.glob("*.safetensors"))

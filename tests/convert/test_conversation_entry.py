@@ -346,7 +346,7 @@ def test_a_sample_holds_all_turns_and_all_pictures(
         manifest.tokens,
         manifest.prompt,
         manifest.image_processing,
-        manifest.flavour,
+        manifest.target,
         manifest.context_tokens,
         threads=1,
     ) as model:

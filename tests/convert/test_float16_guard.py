@@ -231,7 +231,7 @@ def test_features_that_need_float32_are_handed_out_in_float16(
 
 
 def test_features_beyond_float16_are_refused(guard: Callable[..., Guarded]) -> None:
-    with pytest.raises(RequestError, match="in which the cuda flavour hands them"):
+    with pytest.raises(RequestError, match="in which the cuda target hands them"):
         guard(lambda tensors: loud_features(tensors, 2.0))
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from safetensors import safe_open
 
 from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
@@ -28,6 +27,7 @@ from llava_edge.convert.onnx.linear import QuantizedLayers
 from llava_edge.convert.quantization.export_hf import check_emit_hf, write_hf_gptq
 from llava_edge.convert.util.safetensors_io import write_safetensors
 from llava_edge.profiles.errors import CheckpointError, RequestError
+from llava_edge.runtime.util.arrays import Array
 
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "heads": 4, "vocab_size": 401, "layers": 2}
 STORED_LAYERS = "language_model.model.layers."
@@ -53,11 +53,11 @@ class Emitted:
         return value
 
     @property
-    def tensors(self) -> dict[str, NDArray[Any]]:
+    def tensors(self) -> dict[str, Array]:
         return read_all(self.folder)
 
 
-def read_all(folder: Path) -> dict[str, NDArray[Any]]:
+def read_all(folder: Path) -> dict[str, Array]:
     tensors = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "np") as opened:
@@ -292,7 +292,7 @@ def change_settings(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(config))
 
 
-def change_tensors(folder: Path, **changes: NDArray[Any] | None) -> None:
+def change_tensors(folder: Path, **changes: Array | None) -> None:
     """Replace, add or (None) drop tensors of the first layer's q_proj."""
     tensors = read_all(folder)
     for part, array in changes.items():
@@ -351,7 +351,7 @@ def test_all_reasons_are_told_together(gptq_folder: Path) -> None:
     ids=["act-order", "other zeros", "v2 zeros", "negative scales", "float32 scales", "bias"],
 )
 def test_layers_that_cannot_be_kept_are_refused_before_any_code_is_read(
-    gptq_folder: Path, part: str, array: NDArray[Any], reason: str
+    gptq_folder: Path, part: str, array: Array, reason: str
 ) -> None:
     kind = np.int32 if array.dtype.kind == "i" else array.dtype
     change_tensors(gptq_folder, **{part: array.astype(kind)})

@@ -256,13 +256,13 @@ def test_a_connection_that_breaks_is_resumed_in_the_middle(
 
 
 def test_progress_ends_at_the_total(serving: Hub, cache: Path) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[str, int, int]] = []
     serving.silent_seconds = 0.1
     fetch_checkpoint(REPO, cache_dir=cache, progress=lambda *at: seen.append(at))
     total = plan_download(REPO, cache_dir=cache).total_bytes
-    assert seen[-1] == (total, total)
+    assert seen[-1] == ("download", total, total)
     assert len(seen) > 1
-    assert all(0 <= done <= of == total for done, of in seen)
+    assert all(0 <= done <= of == total for _, done, of in seen)
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_download(

@@ -22,6 +22,7 @@ from llava_edge.convert.onnx.builder import GraphBuilder
 from llava_edge.convert.onnx.linear import LinearLayer, QuantizedLayers, QuantizedLinear
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.memory.formats import Int8Route, matmul_block
+from llava_edge.runtime.util.arrays import Array
 
 OUTPUTS = 48
 INT8_ACTIVATIONS = 0.01
@@ -46,7 +47,7 @@ class Source:
 
 
 class Biases:
-    def read(self, name: str) -> NDArray[Any]:
+    def read(self, name: str) -> Array:
         return np.arange(OUTPUTS, dtype=np.float16)
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -38,7 +39,6 @@ from llava_edge.convert.quantization.calibration.calibration_set import (
 )
 from llava_edge.convert.quantization.calibration.token_weights import KindShares, token_weights
 from llava_edge.convert.quantization.gptq.language_model import (
-    LayerProgress,
     QuantizeSettings,
     needed_bytes,
     quantize_language_model,
@@ -48,6 +48,7 @@ from llava_edge.convert.quantization.gptq.torch_layer import DecoderLayer, Rope
 from llava_edge.convert.testing.random_checkpoint import write_random_checkpoint
 from llava_edge.convert.testing.random_spec import preset
 from llava_edge.profiles.errors import CheckpointError, ExportError, RequestError
+from llava_edge.runtime.util.progress import Progress
 
 CheckpointMaker = Callable[..., Path]
 _INT4 = QuantizeSettings(bits=4, group_size=32, threads=1)
@@ -239,18 +240,42 @@ def test_the_report_says_what_was_asked_and_measured(
     assert not list((tmp_path / "q").glob("*.rows"))
 
 
+_STEPS = 6
+"""Samples, four steps of a layer, the layer."""
+
+
+class Seen:
+    """What a run reported."""
+
+    def __init__(self) -> None:
+        self.labels: list[str] = []
+        self.steps: list[int] = []
+        self.totals: set[int] = set()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self.labels.append(stage)
+        self.steps.append(done)
+        self.totals.add(total)
+
+    def layers(self) -> list[int]:
+        """Layers that were finished."""
+        return [done // _STEPS for done in self.steps if done and done % _STEPS == 0]
+
+
 def test_progress_tells_steps_layers_errors_and_time(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    seen: list[LayerProgress] = []
-    quantize_language_model(checkpoint, tmp_path / "q", _INT4, calibration_set(96), seen.append)
-    assert [each.step for each in seen[:6]] == ["samples", "qkv", "o", "gate_up", "down", "layer"]
-    layers = [each for each in seen if each.step == "layer"]
-    assert [(each.layer, each.of) for each in layers] == [(1, 3), (2, 3), (3, 3)]
-    assert all(each.error is not None and 0 < each.error < 0.1 for each in layers)
-    assert seen[0].seconds_left is None
-    assert layers[1].seconds_left is not None
-    assert layers[2].seconds_left == 0.0
+    seen = Seen()
+    quantize_language_model(checkpoint, tmp_path / "q", _INT4, calibration_set(96), seen)
+    assert seen.steps[:6] == [0, 1, 2, 3, 4, _STEPS]
+    assert seen.totals == {3 * _STEPS}
+    assert seen.layers() == [1, 2, 3]
+    labels = [seen.labels[seen.steps.index(layer * _STEPS)] for layer in seen.layers()]
+    errors = [float(re.findall(r"^quantise error ([\d.e-]+)", label)[0]) for label in labels]
+    assert all(0 < error < 0.1 for error in errors)
+    assert seen.labels[0] == "quantise"
+    assert re.search(r", \d+ s left$", labels[1])
+    assert labels[2].endswith(", 0 s left")
 
 
 def test_rounding_to_nearest_needs_no_samples_and_equals_the_source(
@@ -397,15 +422,15 @@ def test_a_disk_that_fills_up_is_an_export_error_and_resumes(
         written, most = 0, written * 3 // 4
         with pytest.raises(ExportError, match="the disk is full"):
             quantize_language_model(checkpoint, tmp_path / "q", _INT4, samples)
-    seen: list[LayerProgress] = []
-    quantize_language_model(checkpoint, tmp_path / "q", _INT4, samples, seen.append)
-    assert seen[0].layer > 0
+    seen = Seen()
+    quantize_language_model(checkpoint, tmp_path / "q", _INT4, samples, seen)
+    assert seen.steps[0] >= _STEPS
     assert layer_digests(tmp_path / "q") == layer_digests(straight.folder)
 
 
-def _stop_after(layers: int) -> Callable[[LayerProgress], None]:
-    def report(progress: LayerProgress) -> None:
-        if progress.layer == layers and progress.step == "o":
+def _stop_after(layers: int) -> Progress:
+    def report(stage: str, done: int, total: int) -> None:
+        if done == layers * _STEPS + 2:
             raise KeyboardInterrupt
 
     return report
@@ -420,13 +445,13 @@ def test_an_interrupted_run_goes_on_with_the_next_layer(
         quantize_language_model(checkpoint, tmp_path / "q", _INT4, samples, _stop_after(1))
     with pytest.raises(RequestError, match="holds 1 of 3 quantised layers"):
         QuantizedStore(tmp_path / "q")
-    seen: list[LayerProgress] = []
-    quantize_language_model(checkpoint, tmp_path / "q", _INT4, samples, seen.append)
-    assert [each.layer for each in seen if each.step == "layer"] == [2, 3]
+    seen = Seen()
+    quantize_language_model(checkpoint, tmp_path / "q", _INT4, samples, seen)
+    assert seen.layers() == [2, 3]
     assert layer_digests(tmp_path / "q") == layer_digests(straight.folder)
-    again: list[LayerProgress] = []
-    quantize_language_model(checkpoint, tmp_path / "q", _INT4, samples, again.append)
-    assert again == []
+    again = Seen()
+    quantize_language_model(checkpoint, tmp_path / "q", _INT4, samples, again)
+    assert again.steps == []
 
 
 def test_another_request_does_not_go_on_with_a_folder(
@@ -451,7 +476,7 @@ def test_another_request_does_not_go_on_with_a_folder(
         out,
         replace(_INT4, threads=None),
         samples,
-        lambda progress: seen.append(torch.get_num_threads()),
+        lambda *_: seen.append(torch.get_num_threads()),
     )
     assert set(seen) == {1}
     assert store.report["settings"]["threads"] == 1
@@ -472,11 +497,11 @@ def test_a_damaged_folder_starts_anew(
         path.write_bytes(bytes(data))
     else:
         os.truncate(out / "hidden-1.rows", 100)
-    seen: list[LayerProgress] = []
+    seen = Seen()
     with caplog.at_level(logging.WARNING):
-        quantize_language_model(checkpoint, out, _INT4, samples, seen.append)
+        quantize_language_model(checkpoint, out, _INT4, samples, seen)
     assert "starts anew" in caplog.text
-    assert seen[0].step == "samples"
+    assert seen.steps[0] == 0
     straight = quantize_language_model(checkpoint, tmp_path / "straight", _INT4, samples)
     assert layer_digests(out) == layer_digests(straight.folder)
 

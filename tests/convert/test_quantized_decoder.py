@@ -31,7 +31,7 @@ from llava_edge.convert.checkpoint.quantized.source import (
 )
 from llava_edge.convert.onnx.decoder import build_decoder_graph
 from llava_edge.convert.onnx.linear import QuantizedLayers
-from llava_edge.profiles.boards.hardware import Flavour, Int8Isa
+from llava_edge.profiles.boards.hardware import Int8Isa, Target
 from llava_edge.profiles.memory.buffers import rope_table_bytes
 from llava_edge.profiles.memory.formats import (
     group_size,
@@ -45,6 +45,7 @@ from llava_edge.runtime.artifact.graph_validation import graph_faults
 from llava_edge.runtime.artifact.onnx_proto import read_onnx_header
 from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
 from llava_edge.runtime.generation.decoder.decoder import Decoder
+from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.opened_file import OpenedFile
 
 CONTEXT = 64
@@ -53,7 +54,7 @@ WHOLE_PROMPT = (0, 40)
 
 CPU_BOUND = 0.05
 """Largest logit gap, of the reference's range, to torch with the same weights and unrounded
-activations. Kernels of the cpu flavour round activations to 8 bits, by row or by block: measured
+activations. Kernels for the cpu target round activations to 8 bits, by row or by block: measured
 at most 0.025."""
 CUDA_BOUND = 5e-3
 """The same with fp16 activations and weights dequantised in full: measured at most 0.0015."""
@@ -147,7 +148,7 @@ class Ours:
     def logits(self, prompt: tuple[int, int], keep: int | None = None) -> NDArray[np.float32]:
         rows = self._rows[slice(*prompt)]
 
-        def fill(start: int, stop: int, out: NDArray[Any]) -> None:
+        def fill(start: int, stop: int, out: Array) -> None:
             out[...] = rows[start:stop]
 
         self._decoder.rewind(0)
@@ -203,7 +204,7 @@ def torch_of(open_backbone: Callable[[str], Checkpoint]) -> Callable[[str], Thei
     return cache(lambda name: Theirs(open_backbone(name)))
 
 
-def gap(ours: NDArray[Any], theirs: NDArray[Any]) -> float:
+def gap(ours: Array, theirs: Array) -> float:
     return float(np.max(np.abs(ours - theirs).max(-1) / np.ptp(theirs, axis=-1)))
 
 
@@ -275,8 +276,8 @@ def test_integer_products_give_a_row_the_same_bits_alone_and_among_others(
     rows = embeddings(text)
     cache = np.zeros((1, text.num_key_value_heads, CONTEXT, text.head_dim), np.float32)
 
-    def products(start: int, stop: int) -> NDArray[Any]:
-        feeds: dict[str, NDArray[Any]] = {
+    def products(start: int, stop: int) -> Array:
+        feeds: dict[str, Array] = {
             "inputs_embeds": rows[None, start:stop],
             "seqlens_k": np.array([stop - start - 1], np.int32),
             "total_sequence_length": np.array(CONTEXT, np.int32),
@@ -336,7 +337,7 @@ def stored_weights(path: Path, form: Form) -> Callable[[str], NDArray[np.float32
 
 
 @pytest.mark.parametrize(
-    ("precision", "flavour", "isa", "sizes"),
+    ("precision", "target", "isa", "sizes"),
     [
         ("int4", "cpu", "vnni", {}),
         ("int4", "cuda", "none", {}),
@@ -349,12 +350,12 @@ def stored_weights(path: Path, form: Form) -> Callable[[str], NDArray[np.float32
         *(
             pytest.param(
                 precision,
-                flavour,
+                target,
                 isa,
                 {"hidden_size": 80, "heads": 5, "kv_heads": 1, "intermediate_size": 136},
-                id=f"{precision} {flavour} {isa} 80 and 136 inputs",
+                id=f"{precision} {target} {isa} 80 and 136 inputs",
             )
-            for precision, flavour, isa in (
+            for precision, target, isa in (
                 ("int4", "cpu", "none"),
                 ("int4", "cpu", "vnni"),
                 ("int4", "cuda", "none"),
@@ -368,28 +369,28 @@ def stored_weights(path: Path, form: Form) -> Callable[[str], NDArray[np.float32
 def test_the_plan_counts_the_bytes_that_are_written(
     make_checkpoint: Callable[..., Path],
     precision: str,
-    flavour: Flavour,
+    target: Target,
     isa: Int8Isa,
     sizes: dict[str, int],
 ) -> None:
     changes = {**SIZES, **BACKBONES["qwen2-bias"], **sizes}
     checkpoint = open_checkpoint(make_checkpoint("odd", **changes))
     dims = checkpoint.dims
-    bits, group = int(precision[3:]), group_size(dims.text, precision, flavour, isa)
-    head_group = head_group_size(dims.text, precision, flavour)
+    bits, group = int(precision[3:]), group_size(dims.text, precision, target, isa)
+    head_group = head_group_size(dims.text, precision, target)
     weights = QuantizedLayers(
         RtnSource(checkpoint, bits, group),
         lambda: quantize_head(checkpoint, group_size=head_group),
         head_group_size=head_group,
-        int8_route=int8_route(bits, group, flavour, isa),
-        largest_block=largest_block(precision, flavour),
+        int8_route=int8_route(bits, group, target, isa),
+        largest_block=largest_block(precision, target),
     )
-    compute = np.float32 if flavour == "cpu" else np.float16
+    compute = np.float32 if target == "cpu" else np.float16
 
     graph = build_decoder_graph(dims.text, checkpoint, compute, CONTEXT, weights=weights)
 
-    planned = weight_bytes(dims, precision, flavour, isa, resident=False)
-    tables = rope_table_bytes(dims.text, CONTEXT, flavour)
+    planned = weight_bytes(dims, precision, target, isa, resident=False)
+    tables = rope_table_bytes(dims.text, CONTEXT, target)
     # What is left: a handful of numbers that no weight stands for.
     assert 0 <= graph.nbytes - planned.decoder - planned.lm_head - tables <= 128
 

@@ -95,7 +95,7 @@ def look_at(folder: Path, out: Path) -> Tower:
     (out / "float").mkdir()
     build_vision_graph(checkpoint.dims, checkpoint, np.float32).save(out / "float")
     trace = VisionTrace(out / "float" / "model.onnx", tiles.pixel_values)
-    calibration = Int8Calibration(checkpoint, trace, lambda done, of: None)
+    calibration = Int8Calibration(checkpoint, trace, no_progress)
     return Tower(checkpoint, tiles, trace, calibration, out)
 
 

@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llava_edge.convert.checkpoint.weights import Array, as_float16, linear, vectors
+from llava_edge.convert.checkpoint.weights import as_float16, linear, vectors
 from llava_edge.profiles.errors import CheckpointError
+from llava_edge.runtime.util.arrays import Array
 
 
 class Tensors:

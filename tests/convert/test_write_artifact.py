@@ -81,7 +81,7 @@ def manifest() -> Manifest:
     return Manifest(
         schema_version=SCHEMA_VERSION,
         variant="toy",
-        flavour="cpu",
+        target="cpu",
         precision=Precision("fp32", "fp32", "fp32", "fp16", "float32"),
         plan={},
         model=ModelDims("llava_next", vision, text, (), 6, None),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from safetensors.numpy import load_file
 
 from llava_edge.convert.onnx.embeddings import write_embeddings
 from llava_edge.profiles.errors import CheckpointError
+from llava_edge.runtime.util.arrays import Array
 
 
 def test_blocks_become_one_tensor_that_the_usual_library_reads(tmp_path: Path) -> None:
@@ -64,8 +64,8 @@ def test_the_largest_half_is_kept(tmp_path: Path) -> None:
 )
 def test_shapes_that_do_not_go_together_are_refused(
     tmp_path: Path,
-    blocks: list[np.ndarray[Any, np.dtype[Any]]],
-    newline: np.ndarray[Any, np.dtype[Any]] | None,
+    blocks: list[Array],
+    newline: Array | None,
 ) -> None:
     with pytest.raises(CheckpointError, match="embed_tokens"):
         write_embeddings(tmp_path / "e", blocks, newline)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_edge.runtime.util.progress import no_progress
+from llava_edge.runtime.util.progress import Notify, no_progress
 
 SPECS: Mapping[str, Mapping[str, Any]] = {
     "image": {"backbone": "mistral", "image_size": 56},
@@ -17,7 +17,7 @@ SPECS: Mapping[str, Mapping[str, Any]] = {
 """Checkpoints by name; ``odd`` ones, of a few hundred kilobytes."""
 
 
-def make_artifact(name: str, folder: Path, say: Callable[[str], None] = print) -> Path:
+def make_artifact(name: str, folder: Path, say: Notify = print) -> Path:
     """The artifact of a spec below a folder; converted and verified unless it is there."""
     from llava_edge.convert.pipeline import convert_checkpoint
     from llava_edge.convert.planning.request import ConvertRequest

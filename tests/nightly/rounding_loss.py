@@ -14,23 +14,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from numpy.typing import NDArray
 
 from llava_edge.convert.checkpoint.formats.rounding import round_to_nearest
 from llava_edge.convert.verification.quantized.graph_weights import GraphWeights
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact.open import open_artifact
+from llava_edge.runtime.util.arrays import Array
 
 TEXTS = tuple(sorted(Path(__file__).parent.glob("english_*.txt")))
 _PROMPT = "<|im_start|>user\nTell me something.<|im_end|>\n<|im_start|>assistant\n"
 _MOST_TOKENS = 420
 
-Logits = NDArray[Any]
+Logits = Array
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 

@@ -58,7 +58,7 @@ def test_logits_and_answers_are_those_of_the_reference(
     assert answer.prompt_tokens == inputs["input_ids"].shape[1]
 
 
-def test_the_cuda_flavour_agrees_within_fp16(
+def test_the_cuda_target_agrees_within_fp16(
     folder: Path,
     reference: ReferenceModel,
     make_artifact: Callable[..., Path],

@@ -139,7 +139,7 @@ def test_images_anywhere_in_a_raw_prompt_give_the_reference_logits(
 
 
 @pytest.mark.parametrize(("geometry", "changes"), CASES)
-def test_the_cuda_flavour_agrees_within_fp16_on_the_cpu_provider(
+def test_the_cuda_target_agrees_within_fp16_on_the_cpu_provider(
     make_pair: Callable[..., Pair], picture: Image.Image, geometry: str, changes: dict[str, object]
 ) -> None:
     pair = make_pair(geometry, changes, profile="a100")

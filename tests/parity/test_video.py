@@ -122,7 +122,7 @@ def test_images_alone_take_the_path_of_images(
     assert_within(LOGIT_BOUND, ours, reference.logits(inputs, forced).numpy()[-len(ours) :])
 
 
-def test_the_cuda_flavour_agrees_within_fp16(
+def test_the_cuda_target_agrees_within_fp16(
     make_pair: Callable[..., tuple[ReferenceModel, LlavaEdge]], picture: Image.Image
 ) -> None:
     reference, model = make_pair(SCALED, "a100", num_frames=FRAMES)

@@ -48,13 +48,13 @@ def test_rtx_targets_of_known_boards() -> None:
 def test_boards_without_wheels_on_pypi_say_where_theirs_come_from(name: str) -> None:
     profile = load_profile(name)
     assert profile.unified
-    assert profile.flavour == "cuda"
+    assert profile.target == "cuda"
     assert "PyPI has no onnxruntime-gpu wheel for aarch64" in profile.wheels
 
 
 def test_a_cpu_board_names_its_int8_instructions() -> None:
     assert load_profile("cpu-16gb").int8_isa == "vnni"
-    assert load_profile("cpu-16gb").flavour == "cpu"
+    assert load_profile("cpu-16gb").target == "cpu"
 
 
 def test_a_file_of_ones_own_is_read_by_path(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_without_json_the_table_is_the_output(capsys: Captured) -> None:
     assert captured.err == ""
 
 
-def test_vram_alone_plans_the_cuda_flavour_without_speeds(capsys: Captured) -> None:
+def test_vram_alone_plans_the_cuda_target_without_speeds(capsys: Captured) -> None:
     code, plan, _ = run(capsys, "--vram", "24GiB")
     assert code == 0
     assert plan["memory"]["budget_bytes"] == 24 << 30
@@ -95,7 +95,7 @@ def test_a_video_is_planned_with_video_variants(capsys: Captured) -> None:
     ("argv", "named"),
     [
         (["--profile", "a100", "--detect"], "both given"),
-        (["--profile", "a100", "--device", "cpu"], "cuda flavour"),
+        (["--profile", "a100", "--device", "cpu"], "cuda target"),
         (["--profile", "nope"], "nope"),
         (["--vram", "24 apples"], "24 apples"),
         (["llava-99b", "--profile", "a100"], "llava-99b"),

@@ -577,7 +577,7 @@ def test_weights_that_calibration_left_in_float_are_planned_for() -> None:
 @pytest.mark.parametrize(
     ("board", "precision", "reason"),
     [
-        ("a100", "int8", "the cuda flavour computes the tower in fp16"),
+        ("a100", "int8", "the cuda target computes the tower in fp16"),
         ("cpu-32gb", "fp16", "an int8 tower goes with int8 or int4"),
     ],
 )

@@ -65,7 +65,7 @@ def manifest() -> Manifest:
     return Manifest(
         schema_version=SCHEMA_VERSION,
         variant="toy",
-        flavour="cpu",
+        target="cpu",
         precision=Precision("fp32", "fp32", "fp32", "fp16", "float32"),
         plan={},
         model=ModelDims("llava_next", vision, text, ((28, 56),), 6, None),
@@ -591,7 +591,7 @@ OPEN = StageResult("greedy", "differing_tokens", 0.0, 0.0, "inconclusive")
         ({"passed": False}, "verification did not pass"),
         ({"stages": (FAILED,)}, "its stages do not bear that out"),
         ({"stages": ()}, "its stages do not bear that out"),
-        ({"flavour": "cuda"}, "speaks of the cuda flavour; the artifact is of the cpu flavour"),
+        ({"target": "cuda"}, "speaks of the cuda target; the artifact is for the cpu target"),
     ],
 )
 def test_a_certificate_that_does_not_say_passed_for_it_leaves_an_artifact_unverified(

@@ -11,7 +11,7 @@ from llava_edge.profiles.errors import EngineError, OutOfMemoryError
 from llava_edge.runtime.backends import cuda_runtime
 from llava_edge.runtime.backends.cuda_runtime import CudaRuntime
 from llava_edge.runtime.vision.gpu_features import GpuFeatures
-from tests.fake_cuda import STREAM, FakeCudart
+from tests.fake_cudart import STREAM, FakeCudart
 
 
 def test_it_knows_the_first_gpu_and_takes_a_stream() -> None:

@@ -295,7 +295,7 @@ def test_rope_tables_equal_the_reference_at_far_positions() -> None:
 
 @pytest.fixture(scope="module")
 def picking(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TextDims]:
-    """The graph of the cuda flavour: float16, and it picks the best logits out."""
+    """The graph for the cuda target: float16, and it picks the best logits out."""
     folder = tmp_path_factory.mktemp("picking")
     write_random_checkpoint(folder / "checkpoint", preset("odd"), seed=3)
     checkpoint = open_checkpoint(folder / "checkpoint")

@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from llava_edge.convert.onnx.embeddings import write_embeddings
 from llava_edge.profiles.errors import ArtifactError, PromptError
 from llava_edge.profiles.models.model_dims import ModelDims, TextDims, VisionDims
 from llava_edge.runtime.generation.inputs.embedding_table import EmbeddingTable
+from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.opened_file import OpenedFile
 
 VOCAB, HIDDEN = 11, 6
@@ -125,9 +125,7 @@ def test_an_id_without_a_row_is_refused_by_number(table: EmbeddingTable, ids: li
 @pytest.mark.parametrize(
     "ids", [np.zeros((1, 2), np.int64), np.zeros(2, np.float32)], ids=["matrix", "floats"]
 )
-def test_ids_that_are_no_list_of_integers_are_refused(
-    table: EmbeddingTable, ids: np.ndarray[Any, np.dtype[Any]]
-) -> None:
+def test_ids_that_are_no_list_of_integers_are_refused(table: EmbeddingTable, ids: Array) -> None:
     with pytest.raises(ValueError, match="list of integers"):
         table.rows(ids)
 

@@ -51,7 +51,7 @@ def manifest() -> Manifest:
     return Manifest(
         schema_version=SCHEMA_VERSION,
         variant="toy",
-        flavour="cpu",
+        target="cpu",
         precision=Precision("fp16", "fp16", "fp16", "fp16", "float32"),
         plan={},
         model=ModelDims("llava_next", vision, text, ((28, 56),), IMAGE, None),

@@ -24,7 +24,7 @@ from llava_edge.runtime.loading import memory_fit as load_fit
 from llava_edge.runtime.loading.placement import choose_device
 from llava_edge.runtime.verification import host as this_machine
 from llava_edge.runtime.verification.host import describe_host
-from tests.fake_cuda import FakeCudart, FakeTensorRT, install
+from tests.fake_cudart import FakeCudart, FakeTensorRT, install
 
 GIB = 1 << 30
 SMALL = Gpu("Small", 1 << 20, 1 << 10, "8.9", "0000:17:00.0")

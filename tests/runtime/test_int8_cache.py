@@ -141,7 +141,7 @@ def test_what_an_artifact_does_not_have_is_refused_with_the_next_step(
 
     with pytest.raises(EngineError, match=r"int8 was asked.*has float32.*convert again with --ca"):
         LlavaEdge.load(plain, cache="int8")
-    with pytest.raises(EngineError, match="float16 was asked; this artifact of the cpu flavour"):
+    with pytest.raises(EngineError, match="float16 was asked; this artifact for the cpu target"):
         LlavaEdge.load(plain, cache="float16")
     with pytest.raises(RequestError, match="cache 'fp8' is unknown; types are auto, float32"):
         LlavaEdge.load(plain, cache="fp8")  # type: ignore[arg-type]

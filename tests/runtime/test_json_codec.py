@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
 
 from llava_edge.profiles.errors import ArtifactError
-from llava_edge.runtime.util.json_codec import from_json, to_json
+from llava_edge.runtime.util.json_codec import KEY, from_json, to_json
 
 
 @dataclass(frozen=True)
@@ -64,3 +64,15 @@ def test_a_field_with_a_default_may_be_absent() -> None:
 def test_what_does_not_fit_is_named_by_its_path(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ArtifactError, match=message):
         from_json(Outer, to_json(VALUE) | change)
+
+
+@dataclass(frozen=True)
+class Renamed:
+    target: int = field(metadata={KEY: "before"})
+
+
+def test_a_field_can_keep_a_key_of_another_name() -> None:
+    assert to_json(Renamed(3)) == {"before": 3}
+    assert from_json(Renamed, {"before": 3}) == Renamed(3)
+    with pytest.raises(ArtifactError, match=r"\$ has unknown keys: target"):
+        from_json(Renamed, {"target": 3})

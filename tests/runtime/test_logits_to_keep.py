@@ -33,7 +33,7 @@ def artifact_for(profile: str, make_checkpoint: Any, make_artifact: Any) -> Path
     ("profile", "name", "asked"),
     [("cpu-16gb", LOGITS_TO_KEEP, np.array(3)), ("a100", LOGITS_START, np.array([-3]))],
 )
-def test_each_flavour_has_its_input(
+def test_each_target_has_its_input(
     profile: str,
     name: str,
     asked: Any,
@@ -52,7 +52,7 @@ def test_each_flavour_has_its_input(
 
 
 def number_instead_of_start(folder: Path, target: Path) -> Path:
-    """The artifact as a converter of before would have written it, for the cuda flavour."""
+    """The artifact as a converter of before would have written it, for the cuda target."""
     shutil.copytree(folder, target)
     path = target / "decoder" / "model.onnx"
     model = onnx.load(path, load_external_data=False)
@@ -100,7 +100,7 @@ def test_a_cuda_artifact_with_the_number_still_answers(
     assert answers[0] == answers[1]
 
 
-def test_the_start_is_not_an_input_of_the_cpu_flavour(
+def test_the_start_is_not_an_input_of_the_cpu_target(
     make_checkpoint: Callable[..., Path],
     make_artifact: Callable[..., Path],
     tmp_path: Path,

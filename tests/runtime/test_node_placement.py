@@ -20,7 +20,7 @@ from llava_edge.runtime.backends import onnxruntime as session
 from llava_edge.runtime.backends.cpu_fallback import size_nodes
 from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
 from llava_edge.runtime.util.opened_file import OpenedFile
-from tests.fake_cuda import keep_on_host
+from tests.fake_cudart import keep_on_host
 
 TAKES_NOTHING = "AzureExecutionProvider"
 

@@ -412,7 +412,7 @@ def test_a_wrong_argument_of_load_is_named(
 
 
 def test_a_cpu_artifact_does_not_run_on_cuda(artifact: Path) -> None:
-    with pytest.raises(EngineError, match="cpu flavour"):
+    with pytest.raises(EngineError, match="cpu target"):
         LlavaEdge.load(artifact, device="cuda")
 
 

@@ -37,7 +37,7 @@ FORMS: dict[str, tuple[str, Literal["int8"] | None]] = {
     "int4": ("int4", None),
     "int8 cache": ("fp16", "int8"),
 }
-"""Precision, and type of the cache where it is not the flavour's own."""
+"""Precision, and type of the cache where it is not the target's own."""
 NUM_TOKENS = 6
 GAP = 1e-5
 """Of the range of the logits: float32 sums in another order."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from llava_edge.profiles.models.model_dims import ModelDims, TextDims, VisionDim
 from llava_edge.runtime.generation.inputs.embedding_table import EmbeddingTable
 from llava_edge.runtime.generation.inputs.prompt_encoder import PromptEmbedder
 from llava_edge.runtime.processing.request import Medium, Request
+from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.opened_file import OpenedFile
 
 IMAGE = 6
@@ -39,7 +39,7 @@ class Encoder:
     def __init__(self) -> None:
         self.calls: list[int] = []
 
-    def encode(self, pixel_values: NDArray[Any], out: NDArray[Any]) -> None:
+    def encode(self, pixel_values: Array, out: Array) -> None:
         self.calls.append(len(pixel_values))
         out[...] = pixel_values[:, 0, 0, 0][:, None, None]
 
@@ -104,7 +104,7 @@ def test_a_batch_within_one_image_is_no_copy(table: EmbeddingTable) -> None:
     image, seen = tiles(1, 2, 3, 4), []
 
     class Keeping(Encoder):
-        def encode(self, pixel_values: NDArray[Any], out: NDArray[Any]) -> None:
+        def encode(self, pixel_values: Array, out: Array) -> None:
             seen.append(np.shares_memory(pixel_values, image))
 
     PromptEmbedder(DIMS, IMAGE, table, Keeping(), np.float32, 2).features([image, tiles(5)])

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
 from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.runtime.generation.inputs.input_embeds import PromptEmbeddings
+from llava_edge.runtime.util.arrays import Array
 
 ODD = AnyRes(70, 14, ((70, 140), (140, 70), (140, 140), (210, 70), (70, 210)))
 STOCK = AnyRes(336, 14, ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)))
@@ -24,12 +24,12 @@ TEXT_BASE = 1_000_000.0
 class Table:
     """Embedding rows that say which id they are of."""
 
-    def rows(self, ids: NDArray[Any], *, out: NDArray[Any]) -> NDArray[Any]:
+    def rows(self, ids: Array, *, out: Array) -> Array:
         out[...] = (TEXT_BASE + ids)[:, None]
         return out
 
 
-def reference_rows(geometry: AnyRes, sizes: list[tuple[int, int]]) -> list[NDArray[Any]]:
+def reference_rows(geometry: AnyRes, sizes: list[tuple[int, int]]) -> list[Array]:
     """Packed rows of several images, by the library; the newline is −1."""
     patches = geometry.patches_per_side**2
     features, start = [], 0

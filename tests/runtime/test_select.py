@@ -28,7 +28,7 @@ from llava_edge.runtime.cli import main as cli
 from llava_edge.runtime.processing.request import PromptOptions
 from llava_edge.runtime.util.checksummed_json import seal
 from llava_edge.runtime.util.progress import no_progress
-from tests.fake_cuda import DOWNLOAD, MOVE, UPLOAD, FakeCudart, FakeTensorRT, install
+from tests.fake_cudart import DOWNLOAD, MOVE, UPLOAD, FakeCudart, FakeTensorRT, install
 
 trt = pytest.importorskip("tensorrt_rtx")
 
@@ -284,7 +284,7 @@ def test_an_artifact_on_the_cpu_says_why_no_gpu_engine_runs(
         assert (answer["engine"], answer["device"]) == ("ort", "cpu")
         assert set(answer["other_engines"]) == {"tensorrt", "tensorrt-rtx", "ort on cuda"}
     assert "needs an NVIDIA GPU" in found[0]["other_engines"]["tensorrt-rtx"]
-    assert "is of the cpu flavour" in found[1]["other_engines"]["tensorrt-rtx"]
+    assert "is for the cpu target" in found[1]["other_engines"]["tensorrt-rtx"]
 
 
 def test_an_engine_that_this_machine_built_needs_no_trust_until_it_is_damaged(
@@ -331,7 +331,7 @@ def test_building_here_is_refused_where_it_cannot_be(
             open_cuda=lambda: CudaRuntime(FakeCudart(**gpu)),
         )
 
-    with pytest.raises(RequestError, match="is of the cpu flavour"):
+    with pytest.raises(RequestError, match="is for the cpu target"):
         build(make_artifact(make_checkpoint("odd")))
     with pytest.raises(EngineError, match="shows no GPU"):
         build(shipped, gpus=0)

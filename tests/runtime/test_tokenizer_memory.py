@@ -84,9 +84,9 @@ def test_the_plan_counts_what_a_large_tokenizer_needs(large: Path) -> None:
     constants = memory_constants()
 
     assert found["control"] == []
-    for flavour in ("cpu", "cuda"):
-        kept = WORDS * constants[flavour].bytes("tokenizer_per_token")
-        peak = WORDS * constants[flavour].bytes("tokenizer_load_per_token")
+    for target in ("cpu", "cuda"):
+        kept = WORDS * constants[target].bytes("tokenizer_per_token")
+        peak = WORDS * constants[target].bytes("tokenizer_load_per_token")
         assert found["sealed"] <= kept, found
         assert found["peak"] <= peak, found
     # Control tokens in text need no second copy of the words.

@@ -17,7 +17,7 @@ from llava_edge.runtime.backends.onnxruntime import Buffer, Session
 from llava_edge.runtime.generation.decoder.decoder import Decoder
 from llava_edge.runtime.generation.warmup import LEAST_CHUNK, warm_up
 from llava_edge.runtime.vision.encoder import VisionEncoder
-from tests import fake_cuda
+from tests import fake_cudart
 
 CONTEXT, CHUNK, BATCH = 700, 512, 5
 
@@ -185,7 +185,7 @@ def test_what_was_given_up_is_said_by_the_model_and_by_every_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = make_artifact(make_checkpoint("odd"), profile="a100", context_tokens=CONTEXT)
-    fake_cuda.install(monkeypatch, fake_cuda.FakeCudart(), None)
+    fake_cudart.install(monkeypatch, fake_cudart.FakeCudart(), None)
     monkeypatch.setattr(
         "llava_edge.runtime.loading.placement.available_devices", lambda: ("cuda", "cpu")
     )

@@ -17,8 +17,7 @@ from llava_edge.bench.common.random_models import CLIP_L, write_random
 from llava_edge.bench.common.subprocess_runner import Spent, program, run_fresh
 from llava_edge.bench.lab.memory.measure import fill_tokenizer
 from llava_edge.runtime.artifact.conversion_record import read_conversion
-
-Report = Callable[[str], None]
+from llava_edge.runtime.util.progress import Notify
 
 GIB = 1 << 30
 MISTRAL_7B: Mapping[str, int | float | str] = {
@@ -59,7 +58,7 @@ GPTQ = MemoryStep("gptq", "gptq", 4, 8 * GIB)
 
 
 def measure_conversion(
-    step: MemoryStep, sizes: Mapping[str, int | float | str], work: Path, report: Report
+    step: MemoryStep, sizes: Mapping[str, int | float | str], work: Path, report: Notify
 ) -> dict[str, Any]:
     """Write the checkpoint unless it is there, convert it in a fresh process, remove both.
 
@@ -133,7 +132,7 @@ def _layers(
 
 
 def write_checkpoint(
-    folder: Path, sizes: Mapping[str, int | float | str], report: Report, seed: int = 0
+    folder: Path, sizes: Mapping[str, int | float | str], report: Notify, seed: int = 0
 ) -> None:
     """Write a random checkpoint whose tokenizer fills the vocabulary, unless it is there."""
     if (folder / "config.json").exists():

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge.bench.common.subprocess_runner import Spent, run_fresh
-from llava_edge.bench.lab.conversion.memory import Report, convert, read_journal, write_checkpoint
+from llava_edge.bench.lab.conversion.memory import convert, read_journal, write_checkpoint
 from llava_edge.bench.lab.conversion.peer_prompts import (
     PeerPrompt,
     calibration_digest,
@@ -28,6 +28,7 @@ from llava_edge.bench.lab.conversion.peer_prompts import (
     write_conversations,
     write_word_tokenizer,
 )
+from llava_edge.runtime.util.progress import Notify
 
 SIZES: Mapping[str, int | float | str] = {
     "backbone": "llama",
@@ -55,7 +56,7 @@ def measure_peer(
     work: Path,
     interpreter: Path,
     threads: int,
-    report: Report,
+    report: Notify,
     sizes: Mapping[str, int | float | str] = SIZES,
     prompts: tuple[int, int] = (PROMPTS, PROMPT_TOKENS),
 ) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def _by_kind(linears: Mapping[str, float]) -> dict[str, float]:
 class _Peer:
     """The folder of one comparison."""
 
-    def __init__(self, work: Path, interpreter: Path, threads: int, report: Report) -> None:
+    def __init__(self, work: Path, interpreter: Path, threads: int, report: Notify) -> None:
         self._work = work.absolute()
         # Not resolved: the link is what makes it the Python of that environment.
         self._interpreter = str(interpreter.absolute())

@@ -1,4 +1,4 @@
-"""``make gpu-check``: is the cuda flavour right and fast on this GPU? Small models first.
+"""``make gpu-check``: is the cuda target right and fast on this GPU? Small models first.
 
 Every measurement is a step of its own, in fresh processes, with a bound on its time. The results
 file holds what is done, so the same command goes on where an earlier one stopped, also on another
@@ -161,7 +161,7 @@ def _results(device: str, work: Path) -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Check and measure the cuda flavour on this GPU.")
+    parser = argparse.ArgumentParser(description="Check and measure the cuda target on this GPU.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--models", nargs="+", choices=GPU_MODELS, default=list(_DEFAULT))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rows", type=int, nargs="+", default=_ROWS)
     options = parser.parse_args(argv)
-    # The CPU's activations are float32, as in the cpu flavour.
+    # The CPU's activations are float32, as in the cpu target.
     rows = options.rows if options.device == "cuda" else options.rows[:1]
     found = []
     for name, (columns, outputs) in options.sizes.items():

@@ -79,7 +79,7 @@ def compare(model: LlavaEdge, asked: GpuModel, kept: Any) -> dict[str, Any]:
         positions += len(rows)
     manifest = model.artifact.manifest
     int8_cache = model.cache == "int8"
-    bounds = bounds_for(manifest.flavour, manifest.precision, int8_cache=int8_cache)
+    bounds = bounds_for(manifest.target, manifest.precision, int8_cache=int8_cache)
     return {
         "prompts": len(questions),
         "same": same,

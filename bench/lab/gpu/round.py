@@ -79,7 +79,7 @@ def _case(
     rate = case["decode_tokens_per_second"]["median"]
     context = case["prompt_tokens"] + case["answer_tokens"] // 2
     precision = manifest.precision.language_model
-    streamed = streamed_bytes(manifest.model, precision, manifest.flavour, "none", context, cache)
+    streamed = streamed_bytes(manifest.model, precision, manifest.target, "none", context, cache)
     return {
         **{name: case[name] for name in names},
         **{name: case[name]["median"] for name in figures},

@@ -132,7 +132,7 @@ def _row(
     gap = f"{parity['logits_gap']:.1e} / {parity['logits_bound']:.1e}" if parity else ""
     peak = max((_peak(entry["peak_memory"]) for entry in rounds), default=0)
     plan, fits = "", ""
-    # The plan of the cuda flavour speaks of a GPU.
+    # The plan for the cuda target speaks of a GPU.
     if planned is not None and planned["peak_memory"]["device_bytes"] is not None:
         counted = planned["predicted_memory"]["device_bytes"]
         plan, fits = f"{counted / _GIB:.2f}", "yes" if holds(peak, counted) else "NO"

@@ -101,7 +101,7 @@ class GpuPlace:
         return folder
 
     def artifact(self, model: GpuModel, part: str, bound: float) -> Path:
-        """An artifact of the cuda flavour, converted if it is not there; goes on where it was.
+        """An artifact for the cuda target, converted if it is not there; goes on where it was.
 
         Random weights are rounded to nearest, and one sample says how wide their int8 cache is; the
         trained model is solved, calibrated and verified.

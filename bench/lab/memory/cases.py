@@ -39,7 +39,7 @@ class MemoryCase:
         num_images: images in the prompt, all of one size.
         image_height: pixels of each.
         image_width: pixels of each.
-        cache: type of the KV cache; None for the flavour's own.
+        cache: type of the KV cache; None for the target's own.
         precision: of the language model, rounded to nearest where quantised; the tower is float.
     """
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from llava_edge.bench.lab.memory.cases import draw_cases, draw_wide_cases
 from llava_edge.bench.lab.memory.measure import Measurement, MeasureSettings, measure_cases
-from llava_edge.profiles.boards.hardware import Flavour
+from llava_edge.profiles.boards.hardware import Target
 from llava_edge.profiles.memory.constants import Constants, memory_constants
 from llava_edge.profiles.memory.estimate import Machine, MemoryEstimate, estimate_memory
 from llava_edge.profiles.memory.formats import PRECISIONS, VisionFormat
@@ -160,9 +160,9 @@ def predict(measurement: Measurement, constants: Constants, *, is_fitted: bool) 
 def _estimate(measurement: Measurement, constants: Constants) -> MemoryEstimate:
     dims = measurement.dims
     work = measurement.case.workload(dims, measurement.chunk_tokens)
-    flavour: Flavour = "cpu" if measurement.device_bytes is None else "cuda"
-    machine = Machine(flavour, compute_capability=measurement.compute_capability)
-    groups = {**memory_constants(), flavour: constants}
+    target: Target = "cpu" if measurement.device_bytes is None else "cuda"
+    machine = Machine(target, compute_capability=measurement.compute_capability)
+    groups = {**memory_constants(), target: constants}
     vision = VisionFormat("fp16")
     return estimate_memory(dims, measurement.case.precision, work, machine, groups, vision)
 

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,7 @@ from llava_edge.bench.lab.memory.cases import MemoryCase
 from llava_edge.profiles.memory.buffers import CACHE_FLAGS
 from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.runtime.util.arrays import DeviceKind
-
-Report = Callable[[str], None]
+from llava_edge.runtime.util.progress import Notify
 
 BOARDS: dict[DeviceKind, str] = {"cpu": "cpu-16gb", "cuda": "a100"}
 """Profiles that artifacts are converted for."""
@@ -89,7 +88,7 @@ def measure_cases(
     cases: Sequence[MemoryCase],
     work: Path,
     results: Path,
-    report: Report,
+    report: Notify,
     settings: MeasureSettings = MeasureSettings(),
 ) -> list[Measurement]:
     """Measure every case that ``results`` does not hold yet, smallest first as they come.

@@ -29,6 +29,7 @@ from llava_edge.convert.checkpoint.formats.rounding import (
     QuantizedWeight,
 )
 from llava_edge.profiles.errors import CheckpointError, RequestError
+from llava_edge.runtime.util.arrays import Array
 
 Int32 = npt.NDArray[np.int32]
 
@@ -43,7 +44,7 @@ class GptqTensors:
 
     qweight: Int32
     qzeros: Int32
-    scales: npt.NDArray[Any]
+    scales: Array
     g_idx: Int32
 
 

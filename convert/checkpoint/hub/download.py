@@ -24,7 +24,6 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import tqdm
 
-from llava_edge.convert.checkpoint.files import Progress
 from llava_edge.convert.checkpoint.hub.cache import (
     bytes_on_disk,
     cached_commit,
@@ -35,6 +34,7 @@ from llava_edge.convert.checkpoint.hub.files import RemoteFile, needed_files
 from llava_edge.convert.util.files import free_bytes
 from llava_edge.profiles.errors import HubError, RequestError
 from llava_edge.profiles.sizes import format_bytes
+from llava_edge.runtime.util.progress import Progress
 
 DEADLINE_SECONDS = 12.0
 """How long the hub may take to answer at all; name lookups have no timeout of their own."""
@@ -226,7 +226,7 @@ class _Watch:
             return
         self._thread.join()
         if kind is None:
-            self._progress(self._plan.total_bytes, self._plan.total_bytes)
+            self._progress("download", self._plan.total_bytes, self._plan.total_bytes)
 
     def _run(self) -> None:
         assert self._progress is not None
@@ -234,7 +234,7 @@ class _Watch:
         storage = storage_folder(plan.cache_dir, plan.repo_id)
         while not self._stop.wait(_POLL_SECONDS):
             done = sum(bytes_on_disk(storage, plan.revision, file) for file in plan.files)
-            self._progress(done, plan.total_bytes)
+            self._progress("download", done, plan.total_bytes)
 
 
 def _endpoint() -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +12,7 @@ from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.profiles.models.variants import Variant, candidates, load_variants
 from llava_edge.profiles.sizes import format_bytes
 from llava_edge.runtime.util.host_memory import available_host_bytes
-
-Say = Callable[[str], None]
+from llava_edge.runtime.util.progress import Notify
 
 PROCESS_BYTES = 640 << 20
 """Resident size of a conversion apart from tensors: torch, transformers, onnx-ir. Measured 560 MiB
@@ -53,7 +51,7 @@ def conversion_needs(dims: ModelDims, parameters: int, bytes_to_fetch: int) -> H
     )
 
 
-def check_download(plan: DownloadPlan, out_parent: Path, say: Say) -> None:
+def check_download(plan: DownloadPlan, out_parent: Path, say: Notify) -> None:
     """Print id, revision, bytes, and what is needed against what is there.
 
     Args:

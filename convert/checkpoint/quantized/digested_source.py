@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +15,12 @@ from numpy.typing import NDArray
 from llava_edge.convert.checkpoint.formats.rounding import QuantizedWeight
 from llava_edge.convert.checkpoint.quantized.source import HEAD, QuantizedSource
 from llava_edge.profiles.errors import CheckpointError
+from llava_edge.runtime.util.arrays import Array
 
 _BLOCK_BYTES = 1 << 24
 
 
-def weight_digest(codes: NDArray[np.uint8], scales: NDArray[Any]) -> str:
+def weight_digest(codes: NDArray[np.uint8], scales: Array) -> str:
     """SHA-256 of a quantised weight in its one canonical form.
 
     The form: unsigned codes row by row, one byte each, the value 0 at 2^(bits-1); then the scales

@@ -10,8 +10,8 @@ from llava_edge.convert.checkpoint.formats.packing import GptqTensors, from_gptq
 from llava_edge.convert.checkpoint.formats.rounding import PER_CHANNEL, QuantizedWeight
 from llava_edge.convert.checkpoint.open import Checkpoint
 from llava_edge.convert.checkpoint.quantized.source import LINEARS, linear_name
-from llava_edge.convert.checkpoint.weights import Array
 from llava_edge.profiles.errors import CheckpointError, RequestError
+from llava_edge.runtime.util.arrays import Array
 
 _SHOWN_FAULTS = 8
 

@@ -33,6 +33,7 @@ from llava_edge.convert.util.safetensors_io import (
     write_safetensors,
 )
 from llava_edge.profiles.errors import ArtifactError, CheckpointError, ExportError, RequestError
+from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.checksummed_json import parse_strict
 from llava_edge.runtime.util.json_codec import from_json, to_json
 from llava_edge.runtime.util.safe_open import read_bounded
@@ -234,7 +235,7 @@ class QuantizedStore:
 class StoredWeight:
     """A weight as it lies in a file: tensor names behind the prefix, and their arrays."""
 
-    tensors: Mapping[str, np.ndarray[Any, np.dtype[Any]]]
+    tensors: Mapping[str, Array]
 
 
 def stored(weight: QuantizedWeight) -> StoredWeight:
@@ -269,7 +270,7 @@ def write_layer(
     kinds = {np.dtype(np.uint8): "U8", np.dtype(np.float16): "F16"}
     listed = [(name, kinds[array.dtype], array.shape) for name, array in arrays.items()]
 
-    def blocks(name: str) -> Iterable[np.ndarray[Any, np.dtype[Any]]]:
+    def blocks(name: str) -> Iterable[Array]:
         yield arrays[name]
 
     path = folder / f"layer-{layer:05}.safetensors"

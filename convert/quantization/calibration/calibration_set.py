@@ -27,10 +27,11 @@ from llava_edge.convert.quantization.calibration.token_weights import (
     count_kinds,
     token_kinds,
 )
+from llava_edge.profiles.boards.hardware import Target
 from llava_edge.profiles.errors import ImageError, RequestError
 from llava_edge.profiles.models.anyres import TileLayout
 from llava_edge.profiles.models.model_dims import ModelDims
-from llava_edge.runtime.artifact.manifest import Flavour, ImageProcessing, PromptFormat, TokenIds
+from llava_edge.runtime.artifact.manifest import ImageProcessing, PromptFormat, TokenIds
 from llava_edge.runtime.artifact.opened_files import OpenedFiles
 from llava_edge.runtime.artifact.prompt_date import COMPARED_NOW
 from llava_edge.runtime.backends.cpu_isa import sums_saturate
@@ -49,6 +50,7 @@ from llava_edge.runtime.processing.text.chat_prompt import (
     user_message,
 )
 from llava_edge.runtime.processing.text.tokenizer import Tokenizer
+from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.vision.encoder import VisionEncoder
 from llava_edge.runtime.vision.encoder_protocols import TileEncoder
 
@@ -110,7 +112,7 @@ class _OpenedLater:
         """Whether it takes memory."""
         return self._encoder is not None
 
-    def encode(self, pixel_values: NDArray[Any], out: NDArray[Any]) -> None:
+    def encode(self, pixel_values: Array, out: Array) -> None:
         """As ``TileEncoder``."""
         if self._encoder is None:
             self._encoder = self._open()
@@ -166,7 +168,7 @@ class CalibrationModel:
         tokens: TokenIds,
         prompt: PromptFormat | None,
         processing: ImageProcessing,
-        flavour: Flavour,
+        target: Target,
         context_tokens: int,
         *,
         vision: str = "vision/model.onnx",
@@ -183,7 +185,7 @@ class CalibrationModel:
             tokens: special ids.
             prompt: template segments, or None.
             processing: values of the image processor.
-            flavour: of the vision graph; it runs on the CPU either way.
+            target: of the vision graph; it runs on the CPU either way.
             context_tokens: of the artifact.
             vision: graph, below ``folder``.
             embeddings: table, below ``folder``.
@@ -194,7 +196,7 @@ class CalibrationModel:
         Raises:
             ArtifactError: tokenizer or embeddings are missing or do not fit.
         """
-        dtype: type[np.float32] | type[np.float16] = np.float32 if flavour == "cpu" else np.float16
+        dtype: type[np.float32] | type[np.float16] = np.float32 if target == "cpu" else np.float16
 
         def open_encoder() -> TileEncoder:
             wide_sums = int8_vision and sums_saturate()

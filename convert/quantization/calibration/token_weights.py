@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.models.anyres import TileLayout
 from llava_edge.runtime.processing.image_packing import packing_index
+from llava_edge.runtime.util.arrays import Array
 
 KINDS = ("text", "base", "tile", "newline")
 """Text; the thumbnail's patches; the tiles' patches; the newline behind each row of them."""
@@ -51,7 +51,7 @@ class KindShares:
 
 
 def token_kinds(
-    ids: NDArray[Any], image_token_id: int, layouts: Sequence[TileLayout], patches_per_side: int
+    ids: Array, image_token_id: int, layouts: Sequence[TileLayout], patches_per_side: int
 ) -> Kinds:
     """Kind of each position of a prompt.
 

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,10 @@ from llava_edge.convert.util.torch_threads import torch_threads
 from llava_edge.profiles.errors import CheckpointError, RequestError
 from llava_edge.runtime.backends.process import configure_process
 from llava_edge.runtime.util.host_memory import peak_host_bytes
+from llava_edge.runtime.util.progress import Progress, no_progress
 
 __all__ = [
-    "LayerProgress",
     "QuantizeSettings",
-    "ReportLayer",
-    "ignore_progress",
     "needed_bytes",
     "quantize_language_model",
 ]
@@ -68,32 +66,8 @@ __all__ = [
 _LOG = logging.getLogger(__name__)
 
 _SCALE_BYTES = 2
-
-
-@dataclass(frozen=True)
-class LayerProgress:
-    """How far a run is.
-
-    Attributes:
-        layer: finished layers.
-        of: all layers.
-        step: what was finished last: ``samples``, ``qkv``, ``o``, ``gate_up``, ``down``, ``layer``.
-        error: mean relative output error of the layer finished last, where known.
-        seconds_left: estimated from the layers of this run; None before the first.
-    """
-
-    layer: int
-    of: int
-    step: str
-    error: float | None
-    seconds_left: float | None
-
-
-ReportLayer = Callable[[LayerProgress], None]
-
-
-def ignore_progress(progress: LayerProgress) -> None:
-    """Report nothing."""
+_STEPS = ("samples", "qkv", "o", "gate_up", "down", "layer")
+"""What is reported of a layer; samples of the first one alone."""
 
 
 def quantize_language_model(
@@ -101,7 +75,7 @@ def quantize_language_model(
     folder: Path,
     settings: QuantizeSettings,
     samples: CalibrationSet | None,
-    report: ReportLayer = ignore_progress,
+    report: Progress = no_progress,
     *,
     source_digest: str | None = None,
 ) -> QuantizedStore:
@@ -112,7 +86,7 @@ def quantize_language_model(
         folder: made if it is not there; holds nothing but what earlier runs left.
         settings: how.
         samples: what to calibrate with; None only for ``rtn``.
-        report: told after every step.
+        report: told after every step, with the error of the layer and the time left.
         source_digest: ``checkpoint.digest()`` where the caller knows it already.
 
     Returns:
@@ -170,7 +144,7 @@ class _Run:
         folder: Path,
         settings: QuantizeSettings,
         journal: Journal,
-        report: ReportLayer,
+        report: Progress,
     ) -> None:
         self._checkpoint = checkpoint
         self._folder = folder
@@ -219,7 +193,7 @@ class _Run:
                 started = time.perf_counter()
                 source, target = hidden[layer % 2], hidden[(layer + 1) % 2]
                 weights, records = solver.solve(
-                    layer, source, target, lambda step: self._tell(step, None)
+                    layer, source, target, lambda step: self._report_step(step, None)
                 )
                 target.sync()
                 self._finish_layer(layer, weights, records, started)
@@ -237,7 +211,7 @@ class _Run:
             start += len(rows)
         hidden.sync()
         self._write(replace(self._journal, prepared=True))
-        self._tell("samples", None)
+        self._report_step("samples", None)
 
     def _finish_layer(
         self,
@@ -251,17 +225,22 @@ class _Run:
         record = LayerRecord(name, size, digest, records, seconds, peak_host_bytes())
         self._write(replace(self._journal, layers=(*self._journal.layers, record)))
         self._seconds += seconds
-        self._tell("layer", layer_error(record))
+        self._report_step("layer", layer_error(record))
 
     def _write(self, journal: Journal) -> None:
         write_journal(self._folder, journal)
         self._journal = journal
 
-    def _tell(self, step: str, error: float | None) -> None:
+    def _report_step(self, step: str, error: float | None) -> None:
         done, total = len(self._journal.layers), self._journal.num_layers
         here = done - self._began_at
-        left = (total - done) * self._seconds / here if here else None
-        self._report(LayerProgress(done, total, step, error, left))
+        label = "quantise"
+        if error is not None:
+            label += f" error {error:.2e}"
+        if here:
+            label += f", {math.ceil((total - done) * self._seconds / here)} s left"
+        within = _STEPS.index(step) if step != "layer" else 0
+        self._report(label, len(_STEPS) * done + within, len(_STEPS) * total)
 
 
 def _check_groups(checkpoint: Checkpoint, settings: QuantizeSettings) -> None:

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from llava_edge.convert.checkpoint.formats.rounding import (
     PER_CHANNEL,
@@ -45,6 +43,7 @@ from llava_edge.convert.quantization.gptq.settings import QuantizeSettings
 from llava_edge.convert.quantization.gptq.solver import quantize_weight
 from llava_edge.convert.quantization.gptq.torch_layer import DecoderLayer, Rope
 from llava_edge.profiles.errors import CheckpointError
+from llava_edge.runtime.util.arrays import Array
 
 _TOKENS_AT_A_TIME = 1024
 _PROBES_OF_A_KIND = 256
@@ -306,6 +305,6 @@ class _LayerTensors:
         return _aligned(self._checkpoint.read(name))
 
 
-def _aligned(array: NDArray[Any]) -> torch.Tensor:
+def _aligned(array: Array) -> torch.Tensor:
     """A float32 copy in torch's own memory: constant alignment, on which kernels may depend."""
     return torch.from_numpy(array).to(torch.float32, copy=True)

@@ -53,7 +53,7 @@ class Additions:
 
 
 class VisionTrace:
-    """Walks a vision graph of the cpu flavour.
+    """Walks a vision graph for the cpu target.
 
     Args:
         path: the graph; weights lie beside it.

@@ -308,8 +308,8 @@ def write_guarded_vision(
     if not reached <= LARGEST:
         raise RequestError(
             f"the projector's features reach {reached:.4g} on calibration tiles; float16, in which "
-            f"the cuda flavour hands them to the language model, holds {LARGEST:.0f}. Convert for "
-            "a CPU board, whose flavour computes in float32."
+            f"the cuda target hands them to the language model, holds {LARGEST:.0f}. Convert for "
+            "a CPU board, whose target computes in float32."
         )
     tried: dict[str, dict[str, float]] = {}
     for loss_bound in LOSS_BOUNDS:

@@ -45,6 +45,7 @@ from llava_edge.runtime.artifact.manifest import GraphSpec
 from llava_edge.runtime.backends.cpu_isa import sums_saturate
 from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
 from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.util.progress import Progress
 from llava_edge.runtime.verification.cosine import TileCosine
 from llava_edge.runtime.verification.tolerances import VISION_INT8, bound_value
 from llava_edge.runtime.vision.encoder import VisionEncoder
@@ -149,9 +150,7 @@ class Int8Calibration:
         features: of the float graph, float32 [tiles, patches, hidden].
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, trace: VisionTrace, report: Callable[[int, int], None]
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, trace: VisionTrace, report: Progress) -> None:
         self.layers: dict[str, ScaledLayer] = {}
         self.shares: dict[str, float] = {}
         self._checkpoint = checkpoint
@@ -162,7 +161,7 @@ class Int8Calibration:
             if seen is None or seen.piece.name != piece.name:
                 self._judge(seen)
                 seen = _Seen(piece, trace)
-                report([p.name for p in pieces].index(piece.name), len(pieces))
+                report("look at tiles", [p.name for p in pieces].index(piece.name), len(pieces))
             seen.add(values)
         self._judge(seen)
         self.features = trace.features

@@ -19,10 +19,11 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-Pixels = NDArray[Any]
+from llava_edge.runtime.util.arrays import Array
+
+Pixels = Array
 
 _SQUARE = 8
 """A block of JPEG."""

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 
 from llava_edge.convert.verification.media.image_files import mosaic, oriented
 from llava_edge.runtime.processing.images.loading import open_image
+from llava_edge.runtime.util.arrays import Array
 
-Pixels = NDArray[Any]
+Pixels = Array
 Picture = tuple[str, Image.Image | Pixels, Image.Image]
 """Name, what is given, and the picture of 8 bits that it stands for."""
 

@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 from llava_edge.convert.onnx.graph_file import GraphFile, attribute
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime.artifact.open import Artifact
-
-Array = NDArray[Any]
+from llava_edge.runtime.util.arrays import Array
 
 WHOLE_ROW = -1
 """``GraphWeights.rounding``: one scale for a whole row of activations."""

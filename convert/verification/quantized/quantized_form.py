@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from llava_edge.convert.verification.quantized.graph_weights import GraphCodes
 from llava_edge.convert.verification.quantized.reference_rounding import Grid
 from llava_edge.runtime.artifact.manifest import Manifest
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from llava_edge.runtime.util.arrays import Array
 
 _HEAD = "lm_head"
 _PER_CHANNEL = -1

@@ -50,7 +50,7 @@ class ArtifactRunner:
         self.artifact = artifact
         self.dims = manifest.model
         self.dtype: type[np.float32] | type[np.float16] = (
-            np.float32 if manifest.flavour == "cpu" else np.float16
+            np.float32 if manifest.target == "cpu" else np.float16
         )
         wide_sums = needs_wide_sums(manifest.precision)
         self.options = SessionOptions(device="cpu", threads=threads, wide_sums=wide_sums)
@@ -129,7 +129,7 @@ class ArtifactRunner:
         return VisionEncoder(session, self.dims, 1, self.dtype)
 
     def rows(self, embeddings: PromptEmbeddings, request: Request, forced: Array) -> Array:
-        """Decoder inputs of prompt and forced tokens, in the flavour's type [positions, hidden]."""
+        """Decoder inputs of prompt and forced tokens, in the target's type [positions, hidden]."""
         count = request.num_tokens
         rows = np.empty((count + len(forced), self.dims.text.hidden_size), self.dtype)
         embeddings.fill(0, count, rows[:count])
@@ -236,7 +236,7 @@ class ArtifactRunner:
         """Bytes of tower and projector in memory."""
         manifest = self.artifact.manifest
         vision = VisionFormat("int8" if manifest.precision.vision_tower == "int8" else "fp16")
-        sizes = weight_bytes(self.dims, "fp16", manifest.flavour, resident=True, vision=vision)
+        sizes = weight_bytes(self.dims, "fp16", manifest.target, resident=True, vision=vision)
         return sizes.vision_tower + sizes.projector
 
     def _layer_bytes(self) -> tuple[int, int]:
@@ -245,10 +245,10 @@ class ArtifactRunner:
         stored = manifest.precision.language_model
         precision = stored if stored in PRECISIONS else "fp16"
         isa = stored_isa(manifest)
-        sizes = weight_bytes(self.dims, precision, manifest.flavour, isa, resident=True)
+        sizes = weight_bytes(self.dims, precision, manifest.target, isa, resident=True)
         count = self.dims.text.num_hidden_layers
         cache = kv_cache_bytes(
-            self.dims.text, manifest.prefill_chunk, default_cache_type(manifest.flavour)
+            self.dims.text, manifest.prefill_chunk, default_cache_type(manifest.target)
         )
         return (sizes.decoder + cache) // count, sizes.lm_head
 

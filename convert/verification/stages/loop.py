@@ -91,7 +91,7 @@ def open_without_graphs(artifact: Artifact) -> Iterator[LlavaEdge]:
         artifact = replace(artifact, manifest=manifest)
     dims, tokens = manifest.model, manifest.tokens
     dtype: type[np.float32] | type[np.float16]
-    dtype = np.float32 if manifest.flavour == "cpu" else np.float16
+    dtype = np.float32 if manifest.target == "cpu" else np.float16
     with ExitStack() as opened:
         tokenizer = artifact_tokenizer(artifact)
         table = EmbeddingTable(artifact.files[manifest.embeddings], dims)

@@ -27,7 +27,7 @@ def memory_stage(artifact: Artifact, probe: Probe) -> StageResult | None:
         ArtifactError: the artifact does not run.
     """
     manifest = artifact.manifest
-    if manifest.flavour != "cpu":
+    if manifest.target != "cpu":
         return None
     planned = int(manifest.plan["memory"]["total_bytes"])
     raw = manifest.prompt is None

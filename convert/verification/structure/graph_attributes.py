@@ -11,12 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llava_edge.convert.onnx.graph_file import INT64_MAX, GraphFile, attribute
 from llava_edge.convert.verification.structure.operator_schema import default_of
-
-Array = NDArray[Any]
 
 _ELEMENT_TYPES = {1: "float32", 10: "float16"}
 _INTEGER_KERNELS = 4

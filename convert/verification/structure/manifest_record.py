@@ -3,7 +3,7 @@
 Every key of the manifest is derived again somewhere, and here where no other stage does:
 
     schema_version, files, self_sha256      when the artifact is opened
-    variant, flavour, precision, plan       here; the grid of the plan in ``manifest_settings``, and
+    variant, target, precision, plan       here; the grid of the plan in ``manifest_settings``, and
                                             in "structure" the operators that each precision means
     prefill_chunk                           here, where the plan names a board that ships
     model, image_processing, tokens,        ``manifest_settings``, stages "prompt" and "tokenizer"
@@ -72,7 +72,7 @@ def _label_faults(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
         ),
         "variant": (manifest.variant, variant_name(source.id), "that of source.id"),
         "plan.variant": (plan.get("variant"), manifest.variant, "variant"),
-        "precision.computes": (have.computes, _COMPUTES[manifest.flavour], "the flavour's"),
+        "precision.computes": (have.computes, _COMPUTES[manifest.target], "the target's"),
         **{
             f"precision.{part}": (getattr(have, part), getattr(stored, part), "the plan's")
             for part in ("language_model", "lm_head", "vision_tower", "embeddings")
@@ -104,7 +104,7 @@ def _plan_faults(manifest: Manifest) -> Iterator[str]:
     if plan.profile in profile_names() and same_tool:
         profile = load_profile(plan.profile)
         board: dict[str, tuple[Any, Any]] = {
-            "flavour": (manifest.flavour, profile.flavour),
+            "flavour": (manifest.target, profile.target),
             "prefill_chunk": (manifest.prefill_chunk, profile.prefill_chunk),
         }
         for name, (have, right) in board.items():

@@ -13,7 +13,6 @@ it does so in both tables and at all positions.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +20,12 @@ from numpy.typing import NDArray
 
 from llava_edge.convert.onnx.graph_file import GraphFile
 from llava_edge.convert.verification.reference.modules import ReferenceStructure
+from llava_edge.runtime.util.arrays import Array
 
 _ROWS = 2048
 """Positions in memory at once."""
 _FREQUENCIES = "inv_freq"
 _INFINITE = float("inf")
-
-_Array = NDArray[Any]
 
 
 def rotary_faults(
@@ -106,7 +104,7 @@ class _Comparison:
             if at
         ]
 
-    def _blocks(self, ulps: int) -> Iterator[tuple[int, list[tuple[_Array, _Array]]]]:
+    def _blocks(self, ulps: int) -> Iterator[tuple[int, list[tuple[Array, Array]]]]:
         """First position, and each table's rows as they are stored beside the reference's."""
         rotary = self._reference.rotary()
         setattr(rotary, _FREQUENCIES, self._reference.frequencies(ulps))
@@ -127,7 +125,7 @@ class _Comparison:
             )
 
 
-def _differs(have: _Array, want: _Array) -> NDArray[np.bool_]:
+def _differs(have: Array, want: Array) -> NDArray[np.bool_]:
     """Whether a stored number is not that of the table, nor of a float32 beside it, rounded."""
     step = np.spacing(np.abs(want))
     low, high = ((want + sign * step).astype(have.dtype) for sign in (-1, 1))

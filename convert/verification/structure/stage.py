@@ -198,7 +198,7 @@ class _Decoder:
         terms = 2 if rounds and precision.int8_route == "two-term" else 1
         self._states(have.node, "number of codes of an activation", have.terms, terms)
         if bits != 16 and group not in (None, -1):
-            largest = largest_block(precision.language_model, self._manifest.flavour)
+            largest = largest_block(precision.language_model, self._manifest.target)
             # Up to version 3 a block was a group, however large.
             block = min(group, largest) if self._manifest.schema_version > 3 else group
             self._states(have.node, "block_size", have.block_size, block)

@@ -14,8 +14,7 @@ One linear layer is in memory at a time, beside blocks of the checkpoint's rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -54,11 +53,11 @@ from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime.artifact.certificate import StageResult, exact
 from llava_edge.runtime.artifact.open import Artifact
 from llava_edge.runtime.generation.inputs.embedding_table import EMBED_TOKENS, IMAGE_NEWLINE
+from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.util.progress import Progress
 
 STAGE = "weights"
 
-Array = NDArray[Any]
-Progress = Callable[[int, int], None]
 
 _SMALL = 64
 """Constants of this many elements or fewer are settings, which the structure stage looks at."""
@@ -363,7 +362,7 @@ class _Comparison:
     def _step(self, nbytes: int) -> None:
         self._done += nbytes
         if self._progress is not None:
-            self._progress(self._done, self._total)
+            self._progress("weights", self._done, self._total)
 
 
 def as_half(values: Array) -> NDArray[np.float16]:

@@ -37,7 +37,7 @@ class Decoder:
         text: dimensions of the language model.
         capacity: positions of the cache.
         chunk_tokens: largest number of positions computed at once in prefill; bounds activations.
-        dtype: float32 (cpu flavour) or float16 (cuda flavour) of embeddings and cache.
+        dtype: float32 (cpu target) or float16 (cuda target) of embeddings and cache.
         num_best: logits that the graph picks out itself; 0 where it does not.
         int8_cache: whether the session's graph has an int8 cache instead.
 

@@ -10,18 +10,16 @@ import os
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
 from llava_edge.profiles.errors import ArtifactError, PromptError, shorten
 from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.runtime.util.allocation import allocate
+from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.checksummed_json import parse_strict
 from llava_edge.runtime.util.opened_file import OpenedFile
 from llava_edge.runtime.util.safe_open import read_at
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 EMBED_TOKENS = "embed_tokens"
 IMAGE_NEWLINE = "image_newline"

@@ -18,7 +18,7 @@ from llava_edge.runtime.processing.request import Request
 from llava_edge.runtime.processing.tile_pixels import Pixels, digests_of
 from llava_edge.runtime.util.allocation import allocate
 from llava_edge.runtime.util.arrays import Array
-from llava_edge.runtime.util.progress import ReportProgress, no_progress
+from llava_edge.runtime.util.progress import Progress, no_progress
 from llava_edge.runtime.vision.encoder_protocols import CachingEncoder, DeviceEncoder, TileEncoder
 from llava_edge.runtime.vision.gpu_features import GpuFeatures
 
@@ -31,7 +31,7 @@ class PromptEmbedder:
         image_token_id: the id that marks image positions.
         table: the embedding table.
         encoder: tower and projector; not asked where a request has no image.
-        dtype: float32 (cpu flavour) or float16 (cuda flavour) of features and embeddings.
+        dtype: float32 (cpu target) or float16 (cuda target) of features and embeddings.
         batch_tiles: most tiles that the encoder is given at once, of one image or of several; None
             for all of an image.
         video_token_id: the id that marks video positions; None for a model without.
@@ -74,7 +74,7 @@ class PromptEmbedder:
     def features(
         self,
         pixel_values: Sequence[Pixels],
-        progress: ReportProgress = no_progress,
+        progress: Progress = no_progress,
         frame_pixels: Sequence[Pixels] = (),
     ) -> Array | GpuFeatures:
         """Features of all tiles of all images, and of all frames of all videos.
@@ -85,7 +85,7 @@ class PromptEmbedder:
             frame_pixels: frames of each video, float32 (num_frames, 3, T, T).
 
         Returns:
-            (total tiles · patches + frames · tokens of one + 1, hidden) in the flavour's type; the
+            (total tiles · patches + frames · tokens of one + 1, hidden) in the target's type; the
             newline row is last. Where the encoder keeps them on the device, they are there.
         """
         patches = self._dims.vision.num_patches
@@ -108,7 +108,7 @@ class PromptEmbedder:
         frame_pixels: Sequence[Pixels],
         features: Array | GpuFeatures,
         first: int,
-        progress: ReportProgress,
+        progress: Progress,
     ) -> None:
         """Write pooled features of all frames from row ``first`` on."""
         # No engine is built for the tower of a video model.
@@ -159,7 +159,7 @@ class PromptEmbedder:
 
         return features, encode
 
-    def embed(self, request: Request, progress: ReportProgress = no_progress) -> PromptEmbeddings:
+    def embed(self, request: Request, progress: Progress = no_progress) -> PromptEmbeddings:
         """Encode a request's tiles and frames; its embeddings are then fetched chunk by chunk.
 
         Args:

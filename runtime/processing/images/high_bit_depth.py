@@ -23,7 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Rows = NDArray[Any]
+from llava_edge.runtime.util.arrays import Array
+
+Rows = Array
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from llava_edge.runtime.processing.images.image_file import (
     orientation_of,
 )
 from llava_edge.runtime.util.allocation import require_free
+from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.image_formats import DEFAULT_FORMATS, recognise
 from llava_edge.runtime.util.limits import Limits
 from llava_edge.runtime.util.safe_open import NotRegularError, open_plain
@@ -312,7 +313,7 @@ def _from_deep(label: str, image: Image.Image, transpose: Transpose | None) -> O
     image.load()
     width, height = image.size
 
-    def rows() -> Iterator[NDArray[Any]]:
+    def rows() -> Iterator[Array]:
         for top, bottom in _strips(height, width):
             yield np.asarray(image.crop((0, top, width, bottom)))
 
@@ -335,7 +336,7 @@ def _note(label: str, scaling: Scaling) -> tuple[str, ...]:
     return (f"{label}: {scaling.note}. {_CLIP_HINT}",)
 
 
-def _from_array(array: NDArray[Any], limits: Limits) -> OpenedImage:
+def _from_array(array: Array, limits: Limits) -> OpenedImage:
     shape = "x".join(map(str, array.shape))
     label = f"image array of shape {shape or '()'} and type {array.dtype}"
     channels = 1 if array.ndim == 2 else array.shape[2] if array.ndim == 3 else 0

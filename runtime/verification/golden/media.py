@@ -18,9 +18,9 @@ import numpy as np
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime.artifact.manifest import Manifest
 from llava_edge.runtime.processing.video.frame_sampling import FrameChoice
+from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.limits import Limits
 
-Array = np.ndarray[Any, np.dtype[Any]]
 Take = Callable[[str, str, int], Array]
 """``take(name, type, axes)``: a tensor of the file, checked."""
 

@@ -20,6 +20,7 @@ from llava_edge.profiles.errors import ArtifactError, ExportError, ImageError
 from llava_edge.profiles.memory.buffers import video_tokens_per_frame
 from llava_edge.runtime.artifact.manifest import Manifest
 from llava_edge.runtime.processing.images.image_processor import ImageProcessor
+from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.checksummed_json import parse_strict
 from llava_edge.runtime.util.opened_file import OpenedFile
 from llava_edge.runtime.verification.golden.media import (
@@ -29,8 +30,6 @@ from llava_edge.runtime.verification.golden.media import (
     media_tensors,
     media_text,
 )
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 GOLDEN_FILE = "golden.safetensors"
 GOLDEN_LIMIT = 4 << 20

@@ -24,7 +24,7 @@ from llava_edge.runtime.generation.stream import AnswerStream
 from llava_edge.runtime.processing.degradation import Degradation
 from llava_edge.runtime.processing.request import PromptOptions, Request, VideoInput
 from llava_edge.runtime.util.arrays import Array
-from llava_edge.runtime.util.progress import ReportProgress, no_progress
+from llava_edge.runtime.util.progress import Progress, no_progress
 from llava_edge.runtime.verification.loaded_model import LoadedModel
 from llava_edge.runtime.verification.loop.scripted_decoder import (
     DigestEncoder,
@@ -86,7 +86,7 @@ class LoopBench:
         manifest = model.artifact.manifest
         self.manifest, self.tokens = manifest, manifest.tokens
         self.dtype: type[np.float32] | type[np.float16]
-        self.dtype = np.float32 if manifest.flavour == "cpu" else np.float16
+        self.dtype = np.float32 if manifest.target == "cpu" else np.float16
         self.places = tuple(i for i in (self.tokens.image, self.tokens.video) if i is not None)
         ids = self.request(SENTENCE).ids.tolist()
         control = self.tokenizer.control_ids
@@ -190,7 +190,7 @@ class LoopBench:
         request: Request,
         config: GenerationConfig,
         budget: TimeBudget | None = None,
-        progress: ReportProgress = no_progress,
+        progress: Progress = no_progress,
     ) -> AnswerStream:
         """The stream of a request that is ready."""
         return self.model._start(

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
+from llava_edge.runtime.util.arrays import Array
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.tamper import Part, Tampered
 
@@ -37,11 +37,11 @@ def _twice(part: Part, name: str, attribute: str, value: Any) -> _Plant:
     return plant
 
 
-def _new_input(part: Part, name: str, place: int, array: NDArray[Any]) -> _Plant:
+def _new_input(part: Part, name: str, place: int, array: Array) -> _Plant:
     return lambda copy: copy.set_constant(part, name, place, array)
 
 
-def _further(part: Part, op_type: str, array: NDArray[Any]) -> _Plant:
+def _further(part: Part, op_type: str, array: Array) -> _Plant:
     """An operator of any number of inputs reads one more."""
 
     def plant(copy: Tampered) -> None:
@@ -453,10 +453,10 @@ FAULTS = (
         _set("decoder_int8_cache", _ATTENTION, kv_cache_bit_width=4),
         model="int8 cache",
     ),
-    # The cuda flavour, and video.
+    # The cuda target, and video.
     _fault(
         "integer kernels on cuda",
-        "the cuda flavour asks for the CPU's level",
+        "the cuda target asks for the CPU's level",
         _set("decoder", _DOWN, accuracy_level=4),
         model="int4 cuda",
     ),

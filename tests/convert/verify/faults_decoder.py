@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from llava_edge.convert.writing import artifact_builder as parts
 from llava_edge.profiles.models.model_dims import TextDims
+from llava_edge.runtime.util.arrays import Array
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.tamper import Tampered
 
 _Patch = pytest.MonkeyPatch
-_Array = NDArray[Any]
 _LAYER = "language_model.layers.{}"
 _FIRST = _LAYER.format(0)
 _QKV = f"{_FIRST}.self_attn.q_proj.weight"
@@ -47,18 +46,18 @@ def _attention(**values: Any) -> Callable[[Tampered], None]:
     return plant
 
 
-def _tensor(name: str, change: Callable[[_Array], _Array]) -> Callable[[Tampered], None]:
+def _tensor(name: str, change: Callable[[Array], Array]) -> Callable[[Tampered], None]:
     return lambda copy: copy.change_tensor("decoder", name, change)
 
 
-def _key_heads_swapped(weight: _Array) -> _Array:
+def _key_heads_swapped(weight: Array) -> Array:
     keys = slice(_QUERY, _QUERY + _KEY)
     heads = weight[:, keys].reshape(len(weight), _KV_HEADS, _SIZE)
     weight[:, keys] = heads[:, ::-1].reshape(len(weight), -1)
     return weight
 
 
-def _keys_and_values_swapped(weight: _Array) -> _Array:
+def _keys_and_values_swapped(weight: Array) -> Array:
     parts_ = [weight[:, :_QUERY], weight[:, _QUERY + _KEY :], weight[:, _QUERY : _QUERY + _KEY]]
     return np.concatenate(parts_, 1)
 

@@ -155,7 +155,7 @@ def _clipped(patch: _Patch) -> None:
 
 
 def _high_byte(patch: _Patch) -> None:
-    def apply(self: Scaling, rows: NDArray[Any]) -> _Pixels:
+    def apply(self: Scaling, rows: Array) -> _Pixels:
         return (rows.astype(np.uint32) >> 8).astype(np.uint8)
 
     patch.setattr(Scaling, "apply", apply)

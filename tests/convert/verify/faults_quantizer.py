@@ -21,10 +21,10 @@ from llava_edge.convert.quantization.gptq import layer as layer_solver
 from llava_edge.convert.quantization.gptq import solver as gptq
 from llava_edge.convert.quantization.gptq.hessian_factor import HessianFactor
 from llava_edge.convert.quantization.vision import int8 as vision_int8
+from llava_edge.runtime.util.arrays import Array
 from tests.convert.verify.fault import Fault
 
 _Patch = pytest.MonkeyPatch
-_Array = NDArray[Any]
 Change = Callable[[QuantizedWeight, np.random.Generator], QuantizedWeight]
 
 _ONE = "mlp.up_proj"
@@ -240,13 +240,13 @@ def _tower(change: Change) -> Callable[[_Patch], None]:
     return plant
 
 
-def _read(name: str, change: Callable[[_Array], _Array]) -> Callable[[_Patch], None]:
+def _read(name: str, change: Callable[[Array], Array]) -> Callable[[_Patch], None]:
     """The converter reads another tensor than the checkpoint has."""
 
     def plant(patch: _Patch) -> None:
         real = Checkpoint.read
 
-        def read(self: Checkpoint, wanted: str, rows: slice | None = None) -> _Array:
+        def read(self: Checkpoint, wanted: str, rows: slice | None = None) -> Array:
             if wanted != name:
                 return real(self, wanted, rows)
             return np.ascontiguousarray(change(real(self, wanted).copy())[rows or slice(None)])
@@ -256,22 +256,22 @@ def _read(name: str, change: Callable[[_Array], _Array]) -> Callable[[_Patch], N
     return plant
 
 
-def _swapped_rows(values: _Array) -> _Array:
+def _swapped_rows(values: Array) -> Array:
     values[[3, 8]] = values[[8, 3]]
     return values
 
 
-def _short_floats(values: _Array) -> _Array:
+def _short_floats(values: Array) -> Array:
     """As bfloat16 on the way."""
     return torch.from_numpy(values).to(torch.bfloat16).to(torch.float16).numpy()
 
 
-def _small_to_zero(values: _Array) -> _Array:
+def _small_to_zero(values: Array) -> Array:
     values[np.abs(values) < 1e-3] = 0
     return values
 
 
-def _one_row_noisy(values: _Array) -> _Array:
+def _one_row_noisy(values: Array) -> Array:
     noise = np.random.default_rng(7).standard_normal(values.shape[1]) * values[4].std() * 0.4
     values[4] = values[4] + noise.astype(values.dtype)
     return values

@@ -73,7 +73,7 @@ def _measured(item: tuple[str, Model]) -> tuple[str, str, Mapping[Row, tuple[flo
     with tempfile.TemporaryDirectory(prefix="llava-edge-bounds-") as folder:
         made = FaultModels(Path(folder), {"model": model})["model"]
         manifest = open_artifact(made.artifact, verify_digests=False).manifest
-        form = form_of(manifest.flavour, manifest.precision)
+        form = form_of(manifest.target, manifest.precision)
         certificate = made.verify(made.artifact)
     rows: dict[Row, tuple[float, float]] = {}
     for stage in certificate.stages:

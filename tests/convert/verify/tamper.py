@@ -19,12 +19,11 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.checksummed_json import seal
 
-Array = NDArray[Any]
 Part = Literal["vision", "decoder", "decoder_int8_cache"]
 Change = Callable[[Array], Array]
 

@@ -180,7 +180,7 @@ def test_the_loop_runs_each_tower_once_a_picture(
 
     monkeypatch.setattr(VisionEncoder, "encode", encode)
     monkeypatch.setattr(StreamedModel, "embed", embed)
-    bounds = bounds_for(artifact.manifest.flavour, artifact.manifest.precision)
+    bounds = bounds_for(artifact.manifest.target, artifact.manifest.precision)
     with ArtifactRunner(artifact, _BYTES, threads=1) as subject:
         _, row = greedy_tokens(subject, probes, reference, bounds, threads=1)
 

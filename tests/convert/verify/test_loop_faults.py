@@ -84,7 +84,7 @@ def make(models: FaultModels, name: str) -> Ready:
         context_tokens=256,
         cache=manifest.precision.computes,
     )
-    bounds = bounds_for(manifest.flavour, manifest.precision)
+    bounds = bounds_for(manifest.target, manifest.precision)
     return Ready(artifact, reference, golden_loop(artifact, reference), bounds, model)
 
 
@@ -132,7 +132,7 @@ def test_one_code_of_an_int8_cache_may_differ_between_two_paths(
     ) as model:
         found = check_loop_on_model(model, choose_plainly)
 
-    bounds = bounds_for(artifact.manifest.flavour, artifact.manifest.precision, int8_cache=True)
+    bounds = bounds_for(artifact.manifest.target, artifact.manifest.precision, int8_cache=True)
     rows = {row.metric: row for row in found.rows(bounds)}
     assert rows[loop_model.CACHE_GAP].verdict == verdict, rows
     assert rows["max_gap_of_range"].bound == bounds.path_gap() > 0.1

@@ -78,7 +78,7 @@ OF_GROUPS = ("one scale a row", "groups shifted")
 def stage(solved: Solved) -> list[StageResult]:
     made, artifact, sketch = solved
     manifest = artifact.manifest
-    bounds = bounds_for(manifest.flavour, manifest.precision)
+    bounds = bounds_for(manifest.target, manifest.precision)
     return SolvedLayers(artifact, made.checkpoint, sketch).stage(bounds)
 
 
@@ -157,7 +157,7 @@ def test_a_layer_that_is_recorded_as_rounded_is_not_judged_by_its_output(
     layers = SolvedLayers(replace(artifact, manifest=manifest), made.checkpoint, sketch)
 
     assert layers.names == ()
-    assert layers.stage(bounds_for(manifest.flavour, manifest.precision)) == []
+    assert layers.stage(bounds_for(manifest.target, manifest.precision)) == []
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from llava_edge.convert.checkpoint.open import Checkpoint
 from llava_edge.convert.onnx.graph_file import GraphFile
@@ -16,9 +14,9 @@ from llava_edge.convert.verification.reference.modules import ReferenceStructure
 from llava_edge.convert.verification.structure import rotary_tables
 from llava_edge.convert.verification.structure.rotary_tables import rotary_faults
 from llava_edge.runtime.artifact.open import Artifact
+from llava_edge.runtime.util.arrays import Array
 from tests.convert.verify.tamper import Tampered
 
-Array = NDArray[Any]
 Opened = Callable[[Path, Path], tuple[Artifact, Checkpoint]]
 NAMES = ("cos_cache", "sin_cache")
 THETA, HALF, ROWS = 10000.0, 8, 640

@@ -218,7 +218,7 @@ def logits_from_the_start(copy: Tampered) -> None:
 
 
 def start_by_name_alone(copy: Tampered) -> None:
-    """A value of the name that the other flavour's input has, made of the number as it is."""
+    """A value of the name that the other target's input has, made of the number as it is."""
     logits_from_the_start(copy)
     (count,) = [n for n in copy.nodes("decoder", "Unsqueeze") if "logits_to_keep" in n.input]
     for node in copy.nodes("decoder", "Slice"):
@@ -227,7 +227,7 @@ def start_by_name_alone(copy: Tampered) -> None:
 
 
 def constant_start(copy: Tampered) -> None:
-    """A constant of the name that the other flavour's input has."""
+    """A constant of the name that the other target's input has."""
     graph = copy.model("decoder").graph
     graph.initializer.append(helper.make_tensor("logits_start", TensorProto.INT64, [1], [-1]))
     for node in copy.nodes("decoder", "Slice"):

@@ -6,12 +6,10 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from llava_edge.convert.checkpoint.formats.rounding import PER_CHANNEL
@@ -28,6 +26,7 @@ from llava_edge.profiles.memory.formats import head_group_size
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact.certificate import StageResult
 from llava_edge.runtime.artifact.open import Artifact, open_artifact
+from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.progress import no_progress
 from tests.convert.verify.conftest import BACKBONES, FORMS, SIZES
 from tests.convert.verify.tamper import Tampered
@@ -35,7 +34,6 @@ from tests.convert.verify.test_structure import RARE, as_original
 
 Opened = Callable[[Path, Path], tuple[Artifact, Checkpoint]]
 Fault = Callable[[Tampered], None]
-Array = NDArray[Any]
 LAYER = "language_model.layers"
 TOWER = "vision_tower"
 
@@ -154,7 +152,7 @@ def test_progress_ends_with_all_bytes(
     artifact, source = opened(make_form(checkpoint, "int4"), checkpoint)
     seen: list[tuple[int, int]] = []
 
-    weights_stage(artifact, source, lambda done, total: seen.append((done, total)))
+    weights_stage(artifact, source, lambda _, done, total: seen.append((done, total)))
 
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
     assert {total for _, total in seen} == {seen[-1][0]}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from llava_edge.bench.lab.pages.drawing.sample import Sample
 from llava_edge.bench.lab.pages.training.tokenizer import ASK, BOS, EOS, REPLY
 from llava_edge.profiles.models.anyres import TileLayout
 from llava_edge.runtime.processing.images.image_processor import ImageProcessor
+from llava_edge.runtime.util.arrays import Array
 
 IGNORED = -100
 """Label of a position that no loss counts, as in torch."""
@@ -111,7 +111,7 @@ def collate(batches: Sequence[Batch]) -> Batch:
         for batch, first in zip(batches, first_feature[:-1], strict=True)
     ]
 
-    def padded(arrays: Sequence[NDArray[Any]], value: float) -> NDArray[Any]:
+    def padded(arrays: Sequence[Array], value: float) -> Array:
         rows = []
         for array in arrays:
             missing = [(0, 0), (0, length - array.shape[1]), *[(0, 0)] * (array.ndim - 2)]

@@ -41,22 +41,22 @@ static int is_stream(cudaStream_t stream) {
     return stream && stream != cudaStreamLegacy && stream != cudaStreamPerThread;
 }
 
-int stand_in_recording(cudaStream_t stream) { return is_stream(stream) && stream->graph; }
+int fake_recording(cudaStream_t stream) { return is_stream(stream) && stream->graph; }
 
 static void spoil(void) {
     for (struct CUstream_st *stream = streams; stream; stream = stream->next)
         if (stream->graph) stream->spoilt = 1;
 }
 
-cudaError_t stand_in_forbidden(const char *function) {
+cudaError_t fake_forbidden(const char *function) {
     if (!recordings) return cudaSuccess;
     spoil();
-    stand_in_note("refused while recording: %s", function);
-    return stand_in_error(cudaErrorStreamCaptureUnsupported);
+    fake_note("refused while recording: %s", function);
+    return fake_error(cudaErrorStreamCaptureUnsupported);
 }
 
 static void carry_out(const Work *work) {
-    if (work->kind == KERNEL) stand_in_note("kernel %s", work->name);
+    if (work->kind == KERNEL) fake_note("kernel %s", work->name);
     if (work->kind == CALL) work->call(work->data);
     for (size_t row = 0; work->kind == COPY && row < work->height; ++row)
         memmove((char *)work->target + row * work->target_pitch,
@@ -65,12 +65,12 @@ static void carry_out(const Work *work) {
         memset((char *)work->target + row * work->target_pitch, work->value, work->width);
 }
 
-cudaError_t stand_in_enqueue(cudaStream_t stream, Work work) {
+cudaError_t fake_enqueue(cudaStream_t stream, Work work) {
     if (!is_stream(stream)) {
-        cudaError_t error = stand_in_forbidden("work on the legacy stream");
+        cudaError_t error = fake_forbidden("work on the legacy stream");
         if (error) return error;
     }
-    if (!stand_in_recording(stream)) {
+    if (!fake_recording(stream)) {
         carry_out(&work);
         return cudaSuccess;
     }
@@ -88,9 +88,9 @@ cudaError_t stand_in_enqueue(cudaStream_t stream, Work work) {
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned int flags) {
     (void)flags;
-    cudaError_t error = stand_in_forbidden("cudaStreamCreateWithFlags");
+    cudaError_t error = fake_forbidden("cudaStreamCreateWithFlags");
     if (error) return error;
-    stand_in_need_context();
+    fake_need_context();
     pthread_mutex_lock(&lock);
     *stream = calloc(1, sizeof **stream);
     (*stream)->next = streams;
@@ -111,24 +111,24 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
         free(stream);
     }
     pthread_mutex_unlock(&lock);
-    return found ? cudaSuccess : stand_in_error(cudaErrorInvalidResourceHandle);
+    return found ? cudaSuccess : fake_error(cudaErrorInvalidResourceHandle);
 }
 
 static cudaError_t wait_for(cudaStream_t stream, const char *function) {
-    if (!stand_in_recording(stream)) return cudaSuccess;
+    if (!fake_recording(stream)) return cudaSuccess;
     spoil();
-    stand_in_note("refused while recording: %s", function);
-    return stand_in_error(cudaErrorStreamCaptureUnsupported);
+    fake_note("refused while recording: %s", function);
+    return fake_error(cudaErrorStreamCaptureUnsupported);
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-    stand_in_note("wait stream");
+    fake_note("wait stream");
     return wait_for(stream, "cudaStreamSynchronize");
 }
 
 cudaError_t cudaDeviceSynchronize(void) {
-    stand_in_note("wait device");
-    return stand_in_forbidden("cudaDeviceSynchronize");
+    fake_note("wait device");
+    return fake_forbidden("cudaDeviceSynchronize");
 }
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned int flags) {
@@ -140,32 +140,32 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
     *status = cudaStreamCaptureStatusNone;
-    if (stand_in_recording(stream))
+    if (fake_recording(stream))
         *status = stream->spoilt ? cudaStreamCaptureStatusInvalidated : cudaStreamCaptureStatusActive;
     return cudaSuccess;
 }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
     (void)mode; /* the strictest is what is checked */
-    if (!is_stream(stream) || stream->graph) return stand_in_error(cudaErrorIllegalState);
+    if (!is_stream(stream) || stream->graph) return fake_error(cudaErrorIllegalState);
     stream->graph = calloc(1, sizeof *stream->graph);
     stream->origin = 1;
     stream->spoilt = 0;
     recordings++;
-    stand_in_note("recording begins");
+    fake_note("recording begins");
     return cudaSuccess;
 }
 
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
     *graph = NULL;
-    if (!stand_in_recording(stream) || !stream->origin) return stand_in_error(cudaErrorIllegalState);
+    if (!fake_recording(stream) || !stream->origin) return fake_error(cudaErrorIllegalState);
     struct CUgraph_st *made = stream->graph;
     int spoilt = stream->spoilt;
     for (struct CUstream_st *one = streams; one; one = one->next)
         if (one->graph == made) one->graph = NULL, one->origin = one->spoilt = 0;
     recordings--;
-    stand_in_note("recording ends, %zu parts%s", made->count, spoilt ? ", spoilt" : "");
-    if (spoilt) return stand_in_error(cudaErrorStreamCaptureInvalidated);
+    fake_note("recording ends, %zu parts%s", made->count, spoilt ? ", spoilt" : "");
+    if (spoilt) return fake_error(cudaErrorStreamCaptureInvalidated);
     *graph = made;
     return cudaSuccess;
 }
@@ -183,8 +183,8 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsig
 }
 
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
-    if (stand_in_recording(stream)) return stand_in_forbidden("cudaGraphLaunch");
-    stand_in_note("graph of %zu parts", exec->graph.count);
+    if (fake_recording(stream)) return fake_forbidden("cudaGraphLaunch");
+    fake_note("graph of %zu parts", exec->graph.count);
     for (size_t i = 0; i < exec->graph.count; ++i) carry_out(exec->graph.work + i);
     return cudaSuccess;
 }
@@ -231,10 +231,10 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-    stand_in_note("wait event");
+    fake_note("wait event");
     if (!event->graph) return cudaSuccess;
     spoil();
-    return stand_in_error(cudaErrorCapturedEvent);
+    return fake_error(cudaErrorCapturedEvent);
 }
 
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEvent_t end) {
@@ -244,5 +244,5 @@ cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEve
 }
 
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t call, void *data) {
-    return stand_in_enqueue(stream, (Work){.kind = CALL, .call = call, .data = data});
+    return fake_enqueue(stream, (Work){.kind = CALL, .call = call, .data = data});
 }

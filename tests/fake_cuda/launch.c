@@ -19,14 +19,14 @@ typedef struct {
 static __thread Configuration pushed[8];
 static __thread int depth;
 
-void **__cudaRegisterFatBinary(void *wrapper) { return (void **)stand_in_module(wrapper); }
+void **__cudaRegisterFatBinary(void *wrapper) { return (void **)fake_module(wrapper); }
 void __cudaRegisterFatBinaryEnd(void **handle) { (void)handle; }
 void __cudaUnregisterFatBinary(void **handle) { (void)handle; }
 
 void __cudaRegisterFunction(void **handle, const char *host, char *device, const char *name, int limit,
                             void *thread, void *block, void *block_size, void *grid_size, int *warp) {
     (void)device, (void)limit, (void)thread, (void)block, (void)block_size, (void)grid_size, (void)warp;
-    stand_in_register((Module *)handle, host, name);
+    fake_register((Module *)handle, host, name);
 }
 
 void __cudaRegisterVar(void **handle, char *host, char *address, const char *name, int external, size_t size,
@@ -42,7 +42,7 @@ unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, void 
 }
 
 cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, void *stream) {
-    if (!depth) return stand_in_error(cudaErrorInvalidConfiguration);
+    if (!depth) return fake_error(cudaErrorInvalidConfiguration);
     Configuration found = pushed[--depth];
     *grid = found.grid;
     *block = found.block;
@@ -59,22 +59,22 @@ static int too_large(const Kernel *kernel, dim3 grid, dim3 block, size_t shared)
 }
 
 static cudaError_t launch(const void *function, dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
-    const Device *device = stand_in_device();
-    Kernel *kernel = stand_in_kernel(function);
+    const Device *device = fake_device();
+    Kernel *kernel = fake_kernel(function);
     if (!kernel) {
-        stand_in_note("no kernel at %p", function);
-        return stand_in_error(cudaErrorInvalidDeviceFunction);
+        fake_note("no kernel at %p", function);
+        return fake_error(cudaErrorInvalidDeviceFunction);
     }
-    if (!stand_in_has_code(kernel, device->major, device->minor)) {
-        stand_in_note("no code for %d.%d: %s", device->major, device->minor, kernel->name);
-        return stand_in_error(cudaErrorNoKernelImageForDevice);
+    if (!fake_has_code(kernel, device->major, device->minor)) {
+        fake_note("no code for %d.%d: %s", device->major, device->minor, kernel->name);
+        return fake_error(cudaErrorNoKernelImageForDevice);
     }
     if (too_large(kernel, grid, block, shared)) {
-        stand_in_note("refused grid %u %u %u block %u %u %u shared %zu of %zu: %s", grid.x, grid.y, grid.z,
+        fake_note("refused grid %u %u %u block %u %u %u shared %zu of %zu: %s", grid.x, grid.y, grid.z,
                       block.x, block.y, block.z, shared, kernel->dynamic_shared, kernel->name);
-        return stand_in_error(cudaErrorInvalidConfiguration);
+        return fake_error(cudaErrorInvalidConfiguration);
     }
-    return stand_in_enqueue(stream, (Work){.kind = KERNEL, .name = kernel->name});
+    return fake_enqueue(stream, (Work){.kind = KERNEL, .name = kernel->name});
 }
 
 cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared,
@@ -125,39 +125,39 @@ cudaError_t cudaLibraryGetKernel(cudaKernel_t *kernel, cudaLibrary_t library, co
     static Module anything;
     void *address = calloc(1, 16);
     anything.native = ~0ull;
-    stand_in_register(&anything, address, name);
+    fake_register(&anything, address, name);
     *kernel = address;
     return cudaSuccess;
 }
 
 static cudaError_t allow(Kernel *kernel, enum cudaFuncAttribute attribute, int value) {
-    if (!kernel) return stand_in_error(cudaErrorInvalidDeviceFunction);
+    if (!kernel) return fake_error(cudaErrorInvalidDeviceFunction);
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-    if (value < 0 || (size_t)value > stand_in_device()->shared_per_block) {
-        stand_in_note("refused shared memory of %d: %s", value, kernel->name);
-        return stand_in_error(cudaErrorInvalidValue);
+    if (value < 0 || (size_t)value > fake_device()->shared_per_block) {
+        fake_note("refused shared memory of %d: %s", value, kernel->name);
+        return fake_error(cudaErrorInvalidValue);
     }
     kernel->dynamic_shared = (size_t)value;
     return cudaSuccess;
 }
 
 cudaError_t cudaFuncSetAttribute(const void *function, enum cudaFuncAttribute attribute, int value) {
-    return allow(stand_in_kernel(function), attribute, value);
+    return allow(fake_kernel(function), attribute, value);
 }
 
 cudaError_t cudaKernelSetAttributeForDevice(cudaKernel_t kernel, enum cudaFuncAttribute attribute, int value,
                                             int device) {
     (void)device;
-    return allow(stand_in_kernel((const void *)kernel), attribute, value);
+    return allow(fake_kernel((const void *)kernel), attribute, value);
 }
 
 cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, const void *function) {
-    const Device *device = stand_in_device();
-    Kernel *kernel = stand_in_kernel(function);
+    const Device *device = fake_device();
+    Kernel *kernel = fake_kernel(function);
     memset(attributes, 0, sizeof *attributes);
-    if (!kernel) return stand_in_error(cudaErrorInvalidDeviceFunction);
-    if (!stand_in_has_code(kernel, device->major, device->minor))
-        return stand_in_error(cudaErrorNoKernelImageForDevice);
+    if (!kernel) return fake_error(cudaErrorInvalidDeviceFunction);
+    if (!fake_has_code(kernel, device->major, device->minor))
+        return fake_error(cudaErrorNoKernelImageForDevice);
     attributes->maxThreadsPerBlock = 1024;
     attributes->numRegs = 64;
     attributes->ptxVersion = attributes->binaryVersion = 10 * device->major + device->minor;
@@ -169,7 +169,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, 
                                                                    int block_size, size_t shared,
                                                                    unsigned int flags) {
     (void)function, (void)flags;
-    const Device *device = stand_in_device();
+    const Device *device = fake_device();
     int most = block_size > 0 ? device->threads_per_processor / block_size : 0;
     int by_shared = shared ? (int)(device->shared_per_processor / shared) : most;
     *blocks = by_shared < most ? by_shared : most;

@@ -37,35 +37,35 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle) {
 }
 
 int nvmlSystemGetDriverVersion(char *text, unsigned size) {
-    return snprintf(text, size, "stand-in") < 0;
+    return snprintf(text, size, "fake") < 0;
 }
 
 int nvmlDeviceGetName(void *handle, char *text, unsigned size) {
     (void)handle;
-    return snprintf(text, size, "%s", stand_in_device()->name) < 0;
+    return snprintf(text, size, "%s", fake_device()->name) < 0;
 }
 
 int nvmlDeviceGetCudaComputeCapability(void *handle, int *major, int *minor) {
     (void)handle;
-    *major = stand_in_device()->major;
-    *minor = stand_in_device()->minor;
+    *major = fake_device()->major;
+    *minor = fake_device()->minor;
     return 0;
 }
 
 int nvmlDeviceGetMemoryInfo(void *handle, Memory *memory) {
     (void)handle;
-    memory->total = stand_in_total();
-    memory->used = stand_in_used();
+    memory->total = fake_total();
+    memory->used = fake_used();
     memory->free = memory->total - memory->used;
     return 0;
 }
 
 int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *count, Process *list) {
     (void)handle;
-    if (stand_in_used() && *count) {
+    if (fake_used() && *count) {
         memset(list, 0, sizeof *list);
         list->pid = (unsigned)getpid();
-        list->used = stand_in_used();
+        list->used = fake_used();
         *count = 1;
     } else {
         *count = 0;

@@ -1,6 +1,6 @@
 /* Streams that may be recording: what is asked of one is carried out at once, or becomes part of a graph. */
-#ifndef STAND_IN_STREAM_H
-#define STAND_IN_STREAM_H
+#ifndef FAKE_CUDA_STREAM_H
+#define FAKE_CUDA_STREAM_H
 
 #include <cuda_runtime_api.h>
 #include <stddef.h>
@@ -19,14 +19,14 @@ typedef struct Work {
 } Work;
 
 /* Carries work out, or adds it to the graph that the stream records. */
-cudaError_t stand_in_enqueue(cudaStream_t stream, Work work);
+cudaError_t fake_enqueue(cudaStream_t stream, Work work);
 
-int stand_in_recording(cudaStream_t stream);
+int fake_recording(cudaStream_t stream);
 
 /* What may not be called while anything is recorded; spoils the recording and returns the error. */
-cudaError_t stand_in_forbidden(const char *function);
+cudaError_t fake_forbidden(const char *function);
 
 /* Keeps an error for cudaGetLastError and returns it. */
-cudaError_t stand_in_error(cudaError_t code);
+cudaError_t fake_error(cudaError_t code);
 
 #endif

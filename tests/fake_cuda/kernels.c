@@ -33,7 +33,7 @@ static unsigned long long bit(int capability) {
     return capability >= 75 && capability < 139 ? 1ull << (capability - 75) : 0;
 }
 
-Module *stand_in_module(const void *wrapper) {
+Module *fake_module(const void *wrapper) {
     Module *module = calloc(1, sizeof *module);
     const char *data;
     if (u32(wrapper) != WRAPPER) return module;
@@ -55,7 +55,7 @@ Module *stand_in_module(const void *wrapper) {
 
 static size_t bucket(const void *function) { return ((uintptr_t)function >> 4) % BUCKETS; }
 
-void stand_in_register(Module *module, const void *function, const char *name) {
+void fake_register(Module *module, const void *function, const char *name) {
     Kernel *kernel = calloc(1, sizeof *kernel);
     size_t place = bucket(function);
     kernel->function = function;
@@ -66,13 +66,13 @@ void stand_in_register(Module *module, const void *function, const char *name) {
     table[place] = kernel;
 }
 
-Kernel *stand_in_kernel(const void *function) {
+Kernel *fake_kernel(const void *function) {
     for (Kernel *kernel = table[bucket(function)]; kernel; kernel = kernel->next)
         if (kernel->function == function) return kernel;
     return NULL;
 }
 
-int stand_in_has_code(const Kernel *kernel, int major, int minor) {
+int fake_has_code(const Kernel *kernel, int major, int minor) {
     if (!kernel->module) return 1;
     for (int lower = 0; lower <= minor; ++lower)
         if (kernel->module->native & bit(10 * major + lower)) return 1;

@@ -1,4 +1,4 @@
-"""The stand-in refuses what CUDA refuses, and more: what it lets pass is worth something."""
+"""The fake refuses what CUDA refuses, and more: what it lets pass is worth something."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.cuda_stand_in.record import StandIn
+from tests.fake_cuda.record import FakeCuda
 
-pytestmark = pytest.mark.stand_in
+pytestmark = pytest.mark.fake_cuda
 
 INVALID_VALUE, OUT_OF_MEMORY, NO_FUNCTION = 1, 2, 98
 CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED = 900, 901
@@ -22,34 +22,34 @@ TO_DEVICE, TO_HOST, ON_DEVICE = 1, 2, 3
 MIB = 1 << 20
 
 
-def take(cuda: StandIn, size: int) -> int:
+def take(cuda: FakeCuda, size: int) -> int:
     pointer = ctypes.c_void_p()
     assert cuda.library.cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(size)) == 0
     return int(pointer.value or 0)
 
 
 @pytest.fixture
-def memory(cuda: StandIn) -> Iterator[int]:
+def memory(cuda: FakeCuda) -> Iterator[int]:
     """A KiB of the device."""
     pointer = take(cuda, 1024)
     yield pointer
     assert cuda.library.cudaFree(ctypes.c_void_p(pointer)) == 0
 
 
-def copy(cuda: StandIn, target: int, source: int, size: int, kind: int, stream: Any = None) -> int:
+def copy(cuda: FakeCuda, target: int, source: int, size: int, kind: int, stream: Any = None) -> int:
     arguments = (ctypes.c_void_p(target), ctypes.c_void_p(source), ctypes.c_size_t(size), kind)
     return int(cuda.library.cudaMemcpyAsync(*arguments, stream))
 
 
 @pytest.fixture
-def stream(cuda: StandIn) -> Iterator[ctypes.c_void_p]:
+def stream(cuda: FakeCuda) -> Iterator[ctypes.c_void_p]:
     handle = ctypes.c_void_p()
     assert cuda.library.cudaStreamCreate(ctypes.byref(handle)) == 0
     yield handle
     assert cuda.library.cudaStreamDestroy(handle) == 0
 
 
-def test_what_is_copied_there_comes_back(cuda: StandIn, memory: int) -> None:
+def test_what_is_copied_there_comes_back(cuda: FakeCuda, memory: int) -> None:
     sent, got = np.arange(256, dtype=np.int32), np.zeros(256, np.int32)
 
     assert copy(cuda, memory, sent.ctypes.data, 1024, TO_DEVICE) == 0
@@ -71,7 +71,7 @@ def test_the_host_cannot_read_device_memory() -> None:
     assert done.returncode == -signal.SIGSEGV
 
 
-def test_what_was_not_asked_for_is_not_there(cuda: StandIn) -> None:
+def test_what_was_not_asked_for_is_not_there(cuda: FakeCuda) -> None:
     """Of a page and a half, two are taken."""
     host, pointer = np.zeros(4 * MIB, np.uint8), take(cuda, 3 * MIB)
     found = [copy(cuda, pointer, host.ctypes.data, 3 * MIB + more, TO_DEVICE) for more in (0, 1)]
@@ -81,7 +81,7 @@ def test_what_was_not_asked_for_is_not_there(cuda: StandIn) -> None:
 
 
 @pytest.mark.parametrize("case", ["behind its end", "host for device", "device for host"])
-def test_a_copy_that_leaves_its_place_is_refused(cuda: StandIn, memory: int, case: str) -> None:
+def test_a_copy_that_leaves_its_place_is_refused(cuda: FakeCuda, memory: int, case: str) -> None:
     host = np.zeros(4096, np.uint8)
     asked = {
         "behind its end": (memory, host.ctypes.data, 1025, TO_DEVICE),
@@ -93,7 +93,7 @@ def test_a_copy_that_leaves_its_place_is_refused(cuda: StandIn, memory: int, cas
     assert cuda.library.cudaGetLastError() == INVALID_VALUE
 
 
-def test_memory_is_counted_in_pages_and_given_back(cuda: StandIn) -> None:
+def test_memory_is_counted_in_pages_and_given_back(cuda: FakeCuda) -> None:
     before = cuda.used
     large = take(cuda, 3 * MIB)
     assert cuda.used - before == 4 * MIB
@@ -108,14 +108,14 @@ def test_memory_is_counted_in_pages_and_given_back(cuda: StandIn) -> None:
     assert cuda.library.cudaFree(ctypes.c_void_p(large)) == INVALID_VALUE
 
 
-def test_the_device_ends_somewhere(cuda: StandIn) -> None:
+def test_the_device_ends_somewhere(cuda: FakeCuda) -> None:
     pointer = ctypes.c_void_p()
-    size = ctypes.c_size_t(cuda.library.stand_in_total() + 1)
+    size = ctypes.c_size_t(cuda.library.fake_total() + 1)
 
     assert cuda.library.cudaMalloc(ctypes.byref(pointer), size) == OUT_OF_MEMORY
 
 
-def test_a_recording_is_replayed(cuda: StandIn, stream: ctypes.c_void_p, memory: int) -> None:
+def test_a_recording_is_replayed(cuda: FakeCuda, stream: ctypes.c_void_p, memory: int) -> None:
     library, pinned = cuda.library, ctypes.c_void_p()
     assert library.cudaMallocHost(ctypes.byref(pinned), ctypes.c_size_t(64)) == 0
     address = int(pinned.value or 0)
@@ -139,7 +139,7 @@ def test_a_recording_is_replayed(cuda: StandIn, stream: ctypes.c_void_p, memory:
 
 @pytest.mark.parametrize("what", ["allocate", "wait", "pageable", "legacy stream"])
 def test_a_recording_is_spoilt_by(
-    cuda: StandIn, stream: ctypes.c_void_p, memory: int, what: str
+    cuda: FakeCuda, stream: ctypes.c_void_p, memory: int, what: str
 ) -> None:
     library, host, pointer = cuda.library, np.zeros(64, np.uint8), ctypes.c_void_p()
     acts = {
@@ -159,7 +159,7 @@ def test_a_recording_is_spoilt_by(
         assert library.cudaFree(pointer) == 0
 
 
-def test_only_registered_kernels_are_launched(cuda: StandIn, stream: ctypes.c_void_p) -> None:
+def test_only_registered_kernels_are_launched(cuda: FakeCuda, stream: ctypes.c_void_p) -> None:
     class Size(ctypes.Structure):
         _fields_ = (("x", ctypes.c_uint), ("y", ctypes.c_uint), ("z", ctypes.c_uint))
 

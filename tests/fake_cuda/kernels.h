@@ -1,6 +1,6 @@
 /* Kernels that a library registered: their names and the devices they were compiled for. */
-#ifndef STAND_IN_KERNELS_H
-#define STAND_IN_KERNELS_H
+#ifndef FAKE_CUDA_KERNELS_H
+#define FAKE_CUDA_KERNELS_H
 
 #include <stddef.h>
 
@@ -16,11 +16,11 @@ typedef struct Kernel {
     struct Kernel *next;
 } Kernel;
 
-Module *stand_in_module(const void *wrapper);
-void stand_in_register(Module *module, const void *function, const char *name);
-Kernel *stand_in_kernel(const void *function);
+Module *fake_module(const void *wrapper);
+void fake_register(Module *module, const void *function, const char *name);
+Kernel *fake_kernel(const void *function);
 
 /* Whether the driver would find code for the device. */
-int stand_in_has_code(const Kernel *kernel, int major, int minor);
+int fake_has_code(const Kernel *kernel, int major, int minor);
 
 #endif

@@ -18,12 +18,12 @@ from llava_edge.profiles.errors import EngineError, OutOfMemoryError
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.backends.cuda_options import CudaOptions
 from llava_edge.runtime.generation.output import Answer
-from tests.cuda_stand_in.record import StandIn
-from tests.cuda_stand_in.test_provider import CONTEXT, SIZES
+from tests.fake_cuda.record import FakeCuda
+from tests.fake_cuda.test_provider import CONTEXT, SIZES
 from tests.runtime.test_artifact import edit_manifest, relist
 from tests.runtime.test_logits_to_keep import name_the_number, number_instead_of_start
 
-pytestmark = pytest.mark.stand_in
+pytestmark = pytest.mark.fake_cuda
 
 MIB = 1 << 20
 
@@ -75,7 +75,7 @@ def test_requests_of_all_kinds_are_answered(artifact: Path, choice: dict[str, in
 
 
 def test_a_video_is_answered_without_cudnn(
-    cuda: StandIn, make_checkpoint: Callable[..., Path], make_artifact: Callable[..., Path]
+    cuda: FakeCuda, make_checkpoint: Callable[..., Path], make_artifact: Callable[..., Path]
 ) -> None:
     """Its frames are pooled; ONNX Runtime has kernels for a mean that need a library more."""
     checkpoint = make_checkpoint("odd", model_type="llava_next_video", image_size=56)
@@ -91,7 +91,7 @@ def test_a_video_is_answered_without_cudnn(
         assert cuda.used == loaded
 
 
-def test_features_stay_on_the_device(cuda: StandIn, artifact: Path) -> None:
+def test_features_stay_on_the_device(cuda: FakeCuda, artifact: Path) -> None:
     """Features of a tile are 576 rows of 512, a row of logits is smaller."""
     with load(artifact, features_on_device=True) as model:
         model.generate("What is it?", [picture(1)], max_new_tokens=2)
@@ -126,7 +126,7 @@ def of_many_heads(make_checkpoint: Callable[..., Path], make_artifact: Callable[
 
 @pytest.mark.parametrize("choice", [{}, {"graph": True}, {"features_on_device": True}])
 def test_all_memory_is_taken_when_the_artifact_is_loaded(
-    cuda: StandIn, of_many_heads: Path, choice: dict[str, int]
+    cuda: FakeCuda, of_many_heads: Path, choice: dict[str, int]
 ) -> None:
     with load(of_many_heads, **choice) as model:
         loaded = cuda.used
@@ -146,7 +146,7 @@ def test_all_memory_is_taken_when_the_artifact_is_loaded(
         assert cuda.used - before > (loaded - empty) / 4
 
 
-def test_what_a_failed_run_took_is_given_back(cuda: StandIn, artifact: Path) -> None:
+def test_what_a_failed_run_took_is_given_back(cuda: FakeCuda, artifact: Path) -> None:
     def prefill(model: LlavaEdge, tokens: int) -> int:
         """Bytes in use behind it."""
         model._decoder.rewind(0)
@@ -173,7 +173,7 @@ def test_what_a_failed_run_took_is_given_back(cuda: StandIn, artifact: Path) -> 
     assert max(left) <= 4 * MIB
 
 
-def test_a_closed_model_gives_its_memory_back(cuda: StandIn, artifact: Path) -> None:
+def test_a_closed_model_gives_its_memory_back(cuda: FakeCuda, artifact: Path) -> None:
     with load(artifact) as model:
         model.generate("What is it?", [picture(1)], max_new_tokens=4)
     left = cuda.used
@@ -185,7 +185,7 @@ def test_a_closed_model_gives_its_memory_back(cuda: StandIn, artifact: Path) -> 
 
 @pytest.mark.parametrize("warm_up", [True, False])
 def test_what_does_not_fit_gives_way_to_the_limit_of_the_provider(
-    cuda: StandIn, artifact: Path, warm_up: bool
+    cuda: FakeCuda, artifact: Path, warm_up: bool
 ) -> None:
     """Between what loading takes and what the largest request takes, smaller ones are answered."""
     question = "What is it? " * 40
@@ -245,7 +245,7 @@ def run(artifact: Path, **device: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("capability", ["7.5", "8.6", "8.9", "9.0", "12.0"])
 def test_every_generation_has_its_kernels(artifact: Path, capability: str) -> None:
-    done = run(artifact, STAND_IN_CAPABILITY=capability)
+    done = run(artifact, FAKE_CUDA_CAPABILITY=capability)
 
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["off_device"] == []
@@ -253,7 +253,7 @@ def test_every_generation_has_its_kernels(artifact: Path, capability: str) -> No
 
 @pytest.mark.parametrize("mebibytes", [2, 4, 16])
 def test_a_device_that_is_too_small_is_said_in_words(artifact: Path, mebibytes: int) -> None:
-    done = run(artifact, STAND_IN_MEMORY=str(mebibytes * MIB))
+    done = run(artifact, FAKE_CUDA_MEMORY=str(mebibytes * MIB))
 
     assert done.returncode == OutOfMemoryError.exit_code, done.stderr
     assert "Traceback" not in done.stderr

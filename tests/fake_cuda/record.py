@@ -1,4 +1,4 @@
-"""What a stand-in for CUDA's libraries was asked, as Python sees it."""
+"""What a fake CUDA was asked, as Python sees it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from tests.cuda_stand_in.build import RUNTIME
+from tests.fake_cuda.build import RUNTIME
 
 _KERNEL = "kernel "
 
 
 @dataclass
 class Record:
-    """Lines in the order in which things were done; see ``stand_in_note`` in the C files."""
+    """Lines in the order in which things were done; see ``fake_note`` in the C files."""
 
     lines: list[str] = field(default_factory=list)
 
@@ -47,8 +47,8 @@ class Record:
         return [int(match[1]) for match in found if match]
 
 
-class StandIn:
-    """The stand-in that this process runs on.
+class FakeCuda:
+    """The fake that this process runs on.
 
     Raises:
         OSError: the process was not started with it; see ``make test-cuda``.
@@ -57,31 +57,31 @@ class StandIn:
 
     def __init__(self) -> None:
         self.library = ctypes.CDLL(RUNTIME)
-        self.library.stand_in_lines.restype = ctypes.c_char_p
+        self.library.fake_lines.restype = ctypes.c_char_p
         for name in ("used", "peak", "total"):
-            getattr(self.library, f"stand_in_{name}").restype = ctypes.c_size_t
+            getattr(self.library, f"fake_{name}").restype = ctypes.c_size_t
 
     @contextmanager
     def record(self) -> Iterator[Record]:
         """Everything that is asked within; the lines are there behind it."""
         record = Record()
-        self.library.stand_in_record(1)
+        self.library.fake_record(1)
         try:
             yield record
         finally:
-            record.lines[:] = self.library.stand_in_lines().decode().splitlines()
-            self.library.stand_in_record(0)
+            record.lines[:] = self.library.fake_lines().decode().splitlines()
+            self.library.fake_record(0)
 
     @property
     def used(self) -> int:
         """Bytes in use on the device."""
-        return int(self.library.stand_in_used())
+        return int(self.library.fake_used())
 
     @property
     def peak(self) -> int:
         """The most that was in use since ``forget_peak``."""
-        return int(self.library.stand_in_peak())
+        return int(self.library.fake_peak())
 
     def forget_peak(self) -> None:
         """Begin anew."""
-        self.library.stand_in_reset_peak()
+        self.library.fake_reset_peak()

@@ -11,12 +11,12 @@
 #define KIB 1024
 
 static const Device devices[] = {
-    {"Stand-in A100", 8, 0, 108, 164 * KIB, 163 * KIB, 2048, 40 << 20, 5120, 1215000},
-    {"Stand-in T4", 7, 5, 40, 64 * KIB, 64 * KIB, 1024, 4 << 20, 256, 5001000},
-    {"Stand-in RTX 3090", 8, 6, 82, 100 * KIB, 99 * KIB, 1536, 6 << 20, 384, 9751000},
-    {"Stand-in RTX 4090", 8, 9, 128, 100 * KIB, 99 * KIB, 1536, 72 << 20, 384, 10501000},
-    {"Stand-in H200", 9, 0, 132, 228 * KIB, 227 * KIB, 2048, 50 << 20, 6144, 3201000},
-    {"Stand-in RTX 5090", 12, 0, 170, 100 * KIB, 99 * KIB, 1536, 96 << 20, 512, 14001000},
+    {"Fake A100", 8, 0, 108, 164 * KIB, 163 * KIB, 2048, 40 << 20, 5120, 1215000},
+    {"Fake T4", 7, 5, 40, 64 * KIB, 64 * KIB, 1024, 4 << 20, 256, 5001000},
+    {"Fake RTX 3090", 8, 6, 82, 100 * KIB, 99 * KIB, 1536, 6 << 20, 384, 9751000},
+    {"Fake RTX 4090", 8, 9, 128, 100 * KIB, 99 * KIB, 1536, 72 << 20, 384, 10501000},
+    {"Fake H200", 9, 0, 132, 228 * KIB, 227 * KIB, 2048, 50 << 20, 6144, 3201000},
+    {"Fake RTX 5090", 12, 0, 170, 100 * KIB, 99 * KIB, 1536, 96 << 20, 512, 14001000},
 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -24,10 +24,10 @@ static char *lines;
 static size_t held, room;
 static int keeps;
 
-const Device *stand_in_device(void) {
+const Device *fake_device(void) {
     static const Device *chosen;
     if (chosen) return chosen;
-    const char *asked = getenv("STAND_IN_CAPABILITY");
+    const char *asked = getenv("FAKE_CUDA_CAPABILITY");
     chosen = devices;
     for (size_t i = 0; asked && i < sizeof devices / sizeof *devices; ++i) {
         char text[16];
@@ -35,7 +35,7 @@ const Device *stand_in_device(void) {
         if (!strcmp(text, asked)) return chosen = devices + i;
     }
     if (asked && *asked && strcmp(asked, "8.0")) {
-        fprintf(stderr, "stand-in: no device of compute capability %s\n", asked);
+        fprintf(stderr, "fake CUDA: no device of compute capability %s\n", asked);
         abort();
     }
     return chosen;
@@ -60,14 +60,14 @@ static void add(const char *format, va_list arguments) {
     pthread_mutex_unlock(&lock);
 }
 
-void stand_in_note(const char *format, ...) {
+void fake_note(const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
     add(format, arguments);
     va_end(arguments);
 }
 
-int stand_in_fail(int code, const char *format, ...) {
+int fake_fail(int code, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
     add(format, arguments);
@@ -75,7 +75,7 @@ int stand_in_fail(int code, const char *format, ...) {
     return code;
 }
 
-void stand_in_record(int keep) {
+void fake_record(int keep) {
     pthread_mutex_lock(&lock);
     keeps = keep;
     if (keep) {
@@ -85,4 +85,4 @@ void stand_in_record(int keep) {
     pthread_mutex_unlock(&lock);
 }
 
-const char *stand_in_lines(void) { return lines ? lines : ""; }
+const char *fake_lines(void) { return lines ? lines : ""; }

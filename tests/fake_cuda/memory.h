@@ -1,29 +1,29 @@
-/* Device memory of the stand-in, shared by its files. */
-#ifndef STAND_IN_MEMORY_H
-#define STAND_IN_MEMORY_H
+/* Device memory of the fake, shared by its files. */
+#ifndef FAKE_CUDA_MEMORY_H
+#define FAKE_CUDA_MEMORY_H
 
 #include <stddef.h>
 
 /* What a device pointer stands for on the host; NULL where [pointer, pointer + size) is not within
    one allocation. The pointer itself cannot be read: its pages are not accessible. */
-void *stand_in_host_view(const void *pointer, size_t size);
+void *fake_host_view(const void *pointer, size_t size);
 
 /* Whether a pointer lies in the device's address range. */
-int stand_in_is_device(const void *pointer);
+int fake_is_device(const void *pointer);
 
 /* An allocation of at least size bytes, NULL where the device has no room left. */
-void *stand_in_take(size_t size);
+void *fake_take(size_t size);
 
 /* Gives an allocation back; 0 where it is none. */
-int stand_in_give(void *pointer);
+int fake_give(void *pointer);
 
 /* Bytes in use now, at most since the last reset, and of the whole device; the context is counted. */
-size_t stand_in_used(void);
-size_t stand_in_peak(void);
-size_t stand_in_total(void);
-void stand_in_reset_peak(void);
+size_t fake_used(void);
+size_t fake_peak(void);
+size_t fake_total(void);
+void fake_reset_peak(void);
 
 /* The context is created by the first call that needs one, as the driver does it. */
-void stand_in_need_context(void);
+void fake_need_context(void);
 
 #endif

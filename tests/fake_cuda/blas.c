@@ -15,20 +15,20 @@ typedef struct {
 
 /* What cuBLAS takes for itself (its documentation, "cublasSetWorkspace"). */
 static size_t workspace(void) {
-    const Device *device = stand_in_device();
+    const Device *device = fake_device();
     int mebibytes = device->major == 9 ? 32 : device->major >= 12 ? 12 : device->major >= 10 ? 32 : 4;
     return (size_t)mebibytes << 20;
 }
 
 int cublasCreate_v2(Handle **handle) {
     *handle = calloc(1, sizeof **handle);
-    (*handle)->workspace = stand_in_take(workspace());
-    stand_in_note("take %zu for cuBLAS", workspace());
+    (*handle)->workspace = fake_take(workspace());
+    fake_note("take %zu for cuBLAS", workspace());
     return (*handle)->workspace ? 0 : 3;
 }
 
 int cublasDestroy_v2(Handle *handle) {
-    stand_in_give(handle->workspace);
+    fake_give(handle->workspace);
     free(handle);
     return 0;
 }
@@ -55,7 +55,7 @@ const char *cublasGetStatusString(int status) {
 
 #define PRODUCT(product)                                                                                  \
     int product(Handle *handle) {                                                                         \
-        return (int)stand_in_enqueue(handle->stream, (Work){.kind = KERNEL, .name = (char *)#product});   \
+        return (int)fake_enqueue(handle->stream, (Work){.kind = KERNEL, .name = (char *)#product});   \
     }
 PRODUCT(cublasDgeam)
 PRODUCT(cublasDgemmBatched)
@@ -117,7 +117,7 @@ int cublasLtMatmul(void *handle, void *what, const void *alpha, const void *a, v
                    const void *algorithm, void *workspace, size_t size, cudaStream_t stream) {
     (void)handle, (void)what, (void)alpha, (void)a, (void)a_layout, (void)b, (void)b_layout, (void)beta, (void)c;
     (void)c_layout, (void)d, (void)d_layout, (void)algorithm, (void)workspace, (void)size;
-    return (int)stand_in_enqueue(stream, (Work){.kind = KERNEL, .name = (char *)"cublasLtMatmul"});
+    return (int)fake_enqueue(stream, (Work){.kind = KERNEL, .name = (char *)"cublasLtMatmul"});
 }
 
 int cublasLtMatrixTransform(void *handle, void *what, const void *alpha, const void *a, void *a_layout,
@@ -125,5 +125,5 @@ int cublasLtMatrixTransform(void *handle, void *what, const void *alpha, const v
                             cudaStream_t stream) {
     (void)handle, (void)what, (void)alpha, (void)a, (void)a_layout, (void)beta, (void)b, (void)b_layout, (void)c;
     (void)c_layout;
-    return (int)stand_in_enqueue(stream, (Work){.kind = KERNEL, .name = (char *)"cublasLtMatrixTransform"});
+    return (int)fake_enqueue(stream, (Work){.kind = KERNEL, .name = (char *)"cublasLtMatrixTransform"});
 }

@@ -1,15 +1,15 @@
-"""The CUDA provider over the stand-in; anyone who asks for these tests without it is told so."""
+"""The CUDA provider over the fake; anyone who asks for these tests without it is told so."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.cuda_stand_in.record import StandIn
+from tests.fake_cuda.record import FakeCuda
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cuda() -> StandIn:
+def cuda() -> FakeCuda:
     try:
-        return StandIn()
+        return FakeCuda()
     except (OSError, AttributeError) as error:
         pytest.fail(f"these tests run by `make test-cuda`: {error}")

@@ -1,4 +1,4 @@
-"""``python -m tests.cuda_stand_in.build HEADERS OUT``: compile the stand-in's libraries.
+"""``python -m tests.fake_cuda.build HEADERS OUT``: compile the fake's libraries.
 
 HEADERS is a folder that pip installed ``nvidia-cuda-runtime`` and ``nvidia-cuda-crt`` into; only
 their headers are used. OUT gets libraries of the names that ONNX Runtime's CUDA provider asks for.
@@ -66,4 +66,4 @@ if __name__ == "__main__":
     try:
         build(Path(sys.argv[1]), Path(sys.argv[2]))
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
-        sys.exit(f"The stand-in for CUDA's libraries is not built: {error}")
+        sys.exit(f"The fake CUDA is not built: {error}")

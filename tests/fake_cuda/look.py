@@ -1,8 +1,8 @@
-"""``python -m tests.cuda_stand_in.look ARTIFACT``: what an artifact has a GPU do.
+"""``python -m tests.fake_cuda.look ARTIFACT``: what an artifact has a GPU do.
 
 Launches and copies of a decode step and of a batch of tiles, and memory when the artifact is loaded
 and behind requests of all lengths, beside the plan. Prints one JSON object; run it by
-``make stand-in RUN="-m tests.cuda_stand_in.look ARTIFACT"``.
+``make fake-cuda RUN="-m tests.fake_cuda.look ARTIFACT"``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from llava_edge.runtime.cli.arguments import add_cache_argument, asked_cache
 from llava_edge.runtime.loading.memory_fit import largest_request
 from llava_edge.runtime.loading.placement import choose_cache
 from llava_edge.runtime.processing.request import PromptOptions
-from tests.cuda_stand_in.record import StandIn
+from tests.fake_cuda.record import FakeCuda
 
 MIB = 1 << 20
 
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     add_cache_argument(parser)
     options = parser.parse_args(argv)
-    cuda, artifact = StandIn(), open_artifact(options.artifact)
+    cuda, artifact = FakeCuda(), open_artifact(options.artifact)
     cache = asked_cache(options.cache)
     plan = planned(artifact, choose_cache(cache, artifact.manifest))
     chosen = CudaOptions(**json.loads(options.cuda))
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             "loaded_mib": loaded / MIB,
             "behind_requests_mib": cuda.used / MIB,
             "most_in_requests_mib": cuda.peak / MIB,
-            # The stand-in knows nothing of a driver's context, unless it is told a size.
+            # The fake knows nothing of a driver's context, unless it is told a size.
             "planned_without_context_mib": plan.total / MIB,
             "step": asked_of(cuda, step(model)),
             "tiles": asked_of(cuda, tiles(model)),
@@ -118,7 +118,7 @@ def tiles(model: LlavaEdge) -> Callable[[], object]:
     return lambda: model._engine._embedder.features(request.pixel_values)
 
 
-def asked_of(cuda: StandIn, act: Callable[[], object]) -> dict[str, Any]:
+def asked_of(cuda: FakeCuda, act: Callable[[], object]) -> dict[str, Any]:
     """Launches by kernel, bytes of copies and allocations; of the third time it is done."""
     for _ in range(3):
         with cuda.record() as record:

@@ -14,7 +14,7 @@
 
 static __thread cudaError_t last = cudaSuccess;
 
-cudaError_t stand_in_error(cudaError_t code) {
+cudaError_t fake_error(cudaError_t code) {
     if (code) last = code;
     return code;
 }
@@ -40,7 +40,7 @@ const char *cudaGetErrorString(cudaError_t code) {
         case cudaErrorInvalidConfiguration: return "invalid configuration argument";
         case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
         case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
-        default: return "an error of the stand-in";
+        default: return "an error of the fake";
     }
 }
 
@@ -55,8 +55,8 @@ cudaError_t cudaGetDevice(int *device) {
 }
 
 cudaError_t cudaSetDevice(int device) {
-    if (device) return stand_in_error(cudaErrorInvalidDevice);
-    stand_in_need_context();
+    if (device) return fake_error(cudaErrorInvalidDevice);
+    fake_need_context();
     return cudaSuccess;
 }
 
@@ -71,12 +71,12 @@ cudaError_t cudaRuntimeGetVersion(int *version) {
 }
 
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *properties, int number) {
-    if (number) return stand_in_error(cudaErrorInvalidDevice);
-    const Device *device = stand_in_device();
-    stand_in_need_context();
+    if (number) return fake_error(cudaErrorInvalidDevice);
+    const Device *device = fake_device();
+    fake_need_context();
     memset(properties, 0, sizeof *properties);
     strncpy(properties->name, device->name, sizeof properties->name - 1);
-    properties->totalGlobalMem = stand_in_total();
+    properties->totalGlobalMem = fake_total();
     properties->major = device->major;
     properties->minor = device->minor;
     properties->multiProcessorCount = device->processors;
@@ -128,36 +128,36 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, in
         case cudaDevAttrL2CacheSize: *value = all.l2CacheSize; break;
         case cudaDevAttrMaxPersistingL2CacheSize: *value = all.persistingL2CacheMaxSize; break;
         case cudaDevAttrClockRate: *value = 1500000; break;
-        case cudaDevAttrMemoryClockRate: *value = stand_in_device()->memory_khz; break;
+        case cudaDevAttrMemoryClockRate: *value = fake_device()->memory_khz; break;
         case cudaDevAttrGlobalMemoryBusWidth: *value = all.memoryBusWidth; break;
         case cudaDevAttrMemoryPoolsSupported: *value = all.memoryPoolsSupported; break;
         case cudaDevAttrCooperativeLaunch: *value = all.cooperativeLaunch; break;
         case cudaDevAttrConcurrentManagedAccess: *value = 1; break;
-        default: *value = 0; stand_in_note("attribute %d is answered with 0", (int)attribute);
+        default: *value = 0; fake_note("attribute %d is answered with 0", (int)attribute);
     }
     return cudaSuccess;
 }
 
 cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) {
-    stand_in_need_context();
-    *total = stand_in_total();
-    *free_bytes = *total - stand_in_used();
+    fake_need_context();
+    *total = fake_total();
+    *free_bytes = *total - fake_used();
     return cudaSuccess;
 }
 
 cudaError_t cudaMalloc(void **pointer, size_t size) {
-    cudaError_t error = stand_in_forbidden("cudaMalloc");
+    cudaError_t error = fake_forbidden("cudaMalloc");
     if (error) return error;
-    *pointer = size ? stand_in_take(size) : NULL;
-    stand_in_note("take %zu%s", size, size && !*pointer ? " refused" : "");
-    return size && !*pointer ? stand_in_error(cudaErrorMemoryAllocation) : cudaSuccess;
+    *pointer = size ? fake_take(size) : NULL;
+    fake_note("take %zu%s", size, size && !*pointer ? " refused" : "");
+    return size && !*pointer ? fake_error(cudaErrorMemoryAllocation) : cudaSuccess;
 }
 
 cudaError_t cudaFree(void *pointer) {
-    cudaError_t error = stand_in_forbidden("cudaFree");
+    cudaError_t error = fake_forbidden("cudaFree");
     if (error || !pointer) return error;
-    stand_in_note("give");
-    return stand_in_give(pointer) ? cudaSuccess : stand_in_error(cudaErrorInvalidValue);
+    fake_note("give");
+    return fake_give(pointer) ? cudaSuccess : fake_error(cudaErrorInvalidValue);
 }
 
 /* A pool is not told apart from plain allocations. */
@@ -210,7 +210,7 @@ static pthread_mutex_t pinned_lock = PTHREAD_MUTEX_INITIALIZER;
 
 cudaError_t cudaHostAlloc(void **pointer, size_t size, unsigned int flags) {
     (void)flags;
-    cudaError_t error = stand_in_forbidden("cudaHostAlloc");
+    cudaError_t error = fake_forbidden("cudaHostAlloc");
     if (error) return error;
     Pinned *one = malloc(sizeof *one);
     *pointer = one->start = aligned_alloc(4096, (size + 4095) / 4096 * 4096);
@@ -219,13 +219,13 @@ cudaError_t cudaHostAlloc(void **pointer, size_t size, unsigned int flags) {
     one->next = pinned;
     pinned = one;
     pthread_mutex_unlock(&pinned_lock);
-    return *pointer || !size ? cudaSuccess : stand_in_error(cudaErrorMemoryAllocation);
+    return *pointer || !size ? cudaSuccess : fake_error(cudaErrorMemoryAllocation);
 }
 
 cudaError_t cudaMallocHost(void **pointer, size_t size) { return cudaHostAlloc(pointer, size, 0); }
 
 cudaError_t cudaFreeHost(void *pointer) {
-    cudaError_t error = stand_in_forbidden("cudaFreeHost");
+    cudaError_t error = fake_forbidden("cudaFreeHost");
     if (error) return error;
     pthread_mutex_lock(&pinned_lock);
     Pinned **place = &pinned;
@@ -249,7 +249,7 @@ static int is_pinned(const void *pointer) {
 
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, const void *pointer) {
     memset(attributes, 0, sizeof *attributes);
-    int device = stand_in_is_device(pointer), host = !device && is_pinned(pointer);
+    int device = fake_is_device(pointer), host = !device && is_pinned(pointer);
     attributes->type = device ? cudaMemoryTypeDevice : host ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered;
     attributes->device = device || host ? 0 : -1;
     attributes->devicePointer = device || host ? (void *)pointer : NULL;
@@ -260,7 +260,7 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, c
 static const char *const kinds[] = {"host to host", "host to device", "device to host", "device to device"};
 
 static size_t copy_limit(void) {
-    const char *text = getenv("STAND_IN_COPY_LIMIT");
+    const char *text = getenv("FAKE_CUDA_COPY_LIMIT");
     return text && *text ? (size_t)strtoull(text, NULL, 10) : (size_t)-1;
 }
 
@@ -269,17 +269,17 @@ static cudaError_t plan_copy(Work *work, void *target, size_t target_pitch, cons
                              size_t source_pitch, size_t width, size_t height, enum cudaMemcpyKind kind) {
     size_t target_size = height ? (height - 1) * target_pitch + width : 0;
     size_t source_size = height ? (height - 1) * source_pitch + width : 0;
-    int from_device = stand_in_is_device(source), to_device = stand_in_is_device(target);
+    int from_device = fake_is_device(source), to_device = fake_is_device(target);
     if (kind == cudaMemcpyDefault) kind = (enum cudaMemcpyKind)(2 * from_device + to_device);
     int right = from_device == ((int)kind >> 1 & 1) && to_device == ((int)kind & 1);
-    const void *from = from_device ? stand_in_host_view(source, source_size) : source;
-    void *to = to_device ? stand_in_host_view(target, target_size) : target;
+    const void *from = from_device ? fake_host_view(source, source_size) : source;
+    void *to = to_device ? fake_host_view(target, target_size) : target;
     if (width && height && (!right || !from || !to)) {
-        stand_in_note("refused copy %s of %zu: %p to %p", kinds[kind], width * height, source, target);
-        return stand_in_error(cudaErrorInvalidValue);
+        fake_note("refused copy %s of %zu: %p to %p", kinds[kind], width * height, source, target);
+        return fake_error(cudaErrorInvalidValue);
     }
     int pageable = (!from_device && !is_pinned(source)) || (!to_device && !is_pinned(target));
-    stand_in_note("copy %s %zu%s", kinds[kind], width * height, pageable ? " pageable" : "");
+    fake_note("copy %s %zu%s", kinds[kind], width * height, pageable ? " pageable" : "");
     *work = (Work){.kind = COPY, .target = to, .source = from, .width = width, .height = height,
                    .target_pitch = target_pitch, .source_pitch = source_pitch, .value = pageable};
     if (width * height > copy_limit()) work->height = 0;
@@ -289,7 +289,7 @@ static cudaError_t plan_copy(Work *work, void *target, size_t target_pitch, cons
 cudaError_t cudaMemcpy(void *target, const void *source, size_t size, enum cudaMemcpyKind kind) {
     Work work;
     cudaError_t error = plan_copy(&work, target, size, source, size, size, 1, kind);
-    if (!error) error = stand_in_enqueue(NULL, work);
+    if (!error) error = fake_enqueue(NULL, work);
     return error;
 }
 
@@ -298,8 +298,8 @@ cudaError_t cudaMemcpy2DAsync(void *target, size_t target_pitch, const void *sou
     Work work;
     cudaError_t error = plan_copy(&work, target, target_pitch, source, source_pitch, width, height, kind);
     if (error) return error;
-    if (work.value && stand_in_recording(stream)) return stand_in_forbidden("a copy of pageable memory");
-    return stand_in_enqueue(stream, work);
+    if (work.value && fake_recording(stream)) return fake_forbidden("a copy of pageable memory");
+    return fake_enqueue(stream, work);
 }
 
 cudaError_t cudaMemcpyAsync(void *target, const void *source, size_t size, enum cudaMemcpyKind kind,
@@ -315,13 +315,13 @@ cudaError_t cudaMemcpyFromSymbol(void *target, const void *symbol, size_t size, 
 }
 
 cudaError_t cudaMemsetAsync(void *pointer, int value, size_t size, cudaStream_t stream) {
-    void *view = stand_in_host_view(pointer, size);
+    void *view = fake_host_view(pointer, size);
     if (!view && size) {
-        stand_in_note("refused fill of %zu at %p", size, pointer);
-        return stand_in_error(cudaErrorInvalidValue);
+        fake_note("refused fill of %zu at %p", size, pointer);
+        return fake_error(cudaErrorInvalidValue);
     }
-    stand_in_note("fill %zu", size);
-    return stand_in_enqueue(stream, (Work){.kind = FILL, .target = view, .value = value, .width = size,
+    fake_note("fill %zu", size);
+    return fake_enqueue(stream, (Work){.kind = FILL, .target = view, .value = value, .width = size,
                                            .height = size <= copy_limit(), .target_pitch = size});
 }
 
@@ -337,6 +337,6 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **function
     *function = driver ? dlsym(driver, symbol) : NULL;
     if (status)
         *status = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
-    if (!*function) stand_in_note("the driver has no %s", symbol);
+    if (!*function) fake_note("the driver has no %s", symbol);
     return cudaSuccess;
 }

@@ -15,10 +15,10 @@ from llava_edge.runtime.artifact.open import Artifact, open_artifact
 from llava_edge.runtime.backends.cuda_options import CudaOptions
 from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
 from llava_edge.runtime.generation.decoder.decoder import Decoder
-from tests.cuda_stand_in.record import Record, StandIn
+from tests.fake_cuda.record import FakeCuda, Record
 from tests.runtime.test_logits_to_keep import number_instead_of_start
 
-pytestmark = pytest.mark.stand_in
+pytestmark = pytest.mark.fake_cuda
 
 CONTEXT, CAPACITY, CHUNK, PROMPT = 2048, 512, 64, 40
 LAYERS, NUM_BEST = 3, 64
@@ -60,13 +60,13 @@ def prefill(decoder: Decoder, tokens: int = PROMPT) -> None:
     decoder.prefill(tokens, lambda start, stop, out: out.fill(0))
 
 
-def step(cuda: StandIn, decoder: Decoder) -> Record:
+def step(cuda: FakeCuda, decoder: Decoder) -> Record:
     with cuda.record() as record:
         decoder.step_best(np.zeros(decoder._hidden, np.float16))
     return record
 
 
-def settled(cuda: StandIn, decoder: Decoder) -> Record:
+def settled(cuda: FakeCuda, decoder: Decoder) -> Record:
     """A step as all later ones are: the first ones allocate and record."""
     prefill(decoder)
     for _ in range(3):
@@ -104,7 +104,7 @@ def test_the_tower_computes_on_the_gpu(make: Callable[..., Artifact], precision:
     ],
 )
 def test_what_a_step_launches(
-    cuda: StandIn, make: Callable[..., Artifact], precision: str, product: str
+    cuda: FakeCuda, make: Callable[..., Artifact], precision: str, product: str
 ) -> None:
     kernels = settled(cuda, decoder_of(make(precision))).counted()
 
@@ -127,7 +127,7 @@ def test_what_a_step_launches(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_what_a_step_copies(cuda: StandIn, make: Callable[..., Artifact], precision: str) -> None:
+def test_what_a_step_copies(cuda: FakeCuda, make: Callable[..., Artifact], precision: str) -> None:
     record = settled(cuda, decoder_of(make(precision)))
 
     # A row and a length go there, the best logits and their ids come back.
@@ -139,7 +139,7 @@ def test_what_a_step_copies(cuda: StandIn, make: Callable[..., Artifact], precis
 
 @pytest.mark.parametrize("rows", [2, 5, 33])
 def test_only_the_rows_of_a_draft_come_back(
-    cuda: StandIn, make: Callable[..., Artifact], rows: int
+    cuda: FakeCuda, make: Callable[..., Artifact], rows: int
 ) -> None:
     decoder = decoder_of(make("fp16"))
     prefill(decoder)
@@ -153,7 +153,7 @@ def test_only_the_rows_of_a_draft_come_back(
 
 
 def test_steps_take_flash_attention_where_they_are_told_to(
-    cuda: StandIn, make: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+    cuda: FakeCuda, make: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The choice "flash steps" of ``gpu-check``: ONNX Runtime looks when a session is opened."""
     (choice,) = CHOICES["flash steps"].values()
@@ -167,7 +167,7 @@ def test_steps_take_flash_attention_where_they_are_told_to(
 
 
 def test_a_step_with_an_int8_cache_reads_the_codes(
-    cuda: StandIn, make: Callable[..., Artifact]
+    cuda: FakeCuda, make: Callable[..., Artifact]
 ) -> None:
     kernels = settled(cuda, decoder_of(make("fp16", cache="int8"), "int8")).counted()
 
@@ -180,7 +180,7 @@ def test_a_step_with_an_int8_cache_reads_the_codes(
     [(4, 4, 128), (4, 2, 128), (5, 1, 128), (7, 1, 128), (8, 1, 128), (4, 1, 64), (4, 1, 96)],
 )
 def test_the_speed_model_knows_which_heads_read_codes(
-    cuda: StandIn,
+    cuda: FakeCuda,
     make_checkpoint: Callable[..., Path],
     make_artifact: Callable[..., Path],
     heads: int,
@@ -202,7 +202,7 @@ def test_the_speed_model_knows_which_heads_read_codes(
 @pytest.mark.parametrize("cache", ["float16", "int8"])
 @pytest.mark.parametrize("precision", ["fp16", "int4"])
 def test_a_step_is_recorded_and_replayed(
-    cuda: StandIn, make: Callable[..., Artifact], precision: str, cache: str
+    cuda: FakeCuda, make: Callable[..., Artifact], precision: str, cache: str
 ) -> None:
     wishes = {} if cache == "float16" else {"cache": cache}
     artifact = make(precision, **wishes)
@@ -236,7 +236,7 @@ def test_a_decoder_that_works_out_sizes_is_not_recorded(
 
 
 def test_a_prompt_takes_flash_attention_and_one_row_of_logits(
-    cuda: StandIn, make: Callable[..., Artifact]
+    cuda: FakeCuda, make: Callable[..., Artifact]
 ) -> None:
     decoder = decoder_of(make("int4"))
     prefill(decoder)

@@ -12,9 +12,9 @@ import pytest
 
 from llava_edge.bench.lab.gpu.models import GPU_MODELS
 from llava_edge.bench.lab.gpu.steps import CARD, REFERENCE, gpu_steps
-from tests.cuda_stand_in.record import StandIn
+from tests.fake_cuda.record import FakeCuda
 
-pytestmark = pytest.mark.stand_in
+pytestmark = pytest.mark.fake_cuda
 
 PRECISIONS = ("fp16", "int4")
 
@@ -29,7 +29,7 @@ def asked(*words: str) -> list[str]:
     [("fp16 round 0",), ("int4",), ("fp16 graph",), ("fp16 limit",), ("fp16 cache",), ("kernels",)],
     ids=" ".join,
 )
-def test_steps_of_the_check_run(cuda: StandIn, work: Path, words: tuple[str, ...]) -> None:
+def test_steps_of_the_check_run(cuda: FakeCuda, work: Path, words: tuple[str, ...]) -> None:
     command = [sys.executable, "-m", "llava_edge.bench.lab.gpu.check", "--models", "tiny", "--keep"]
     command += ["--precisions", *PRECISIONS, "--work", str(work), "--only", *words]
     command += ["--results", str(work / "gpu.json")]
@@ -39,7 +39,7 @@ def test_steps_of_the_check_run(cuda: StandIn, work: Path, words: tuple[str, ...
     assert done.returncode in (0, 1), done.stderr
     assert asked(*words)
     entries: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])["entries"]
-    assert "Stand-in" in entries[CARD]["gpus"][0]["name"]
+    assert "Fake" in entries[CARD]["gpus"][0]["name"]
     for name in asked(*words):
         if "parity" in name or REFERENCE in name:
             assert "gpu.reference" in entries[name]["error"], "torch has no CUDA here"

@@ -37,18 +37,18 @@ static size_t from_environment(const char *name, size_t otherwise) {
 }
 
 static void reserve(void) {
-    total = from_environment("STAND_IN_MEMORY", DEFAULT_TOTAL) / PAGE * PAGE;
-    context_bytes = from_environment("STAND_IN_CONTEXT", 0);
+    total = from_environment("FAKE_CUDA_MEMORY", DEFAULT_TOTAL) / PAGE * PAGE;
+    context_bytes = from_environment("FAKE_CUDA_CONTEXT", 0);
     int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     char *both = mmap(NULL, 2 * total + PAGE, PROT_NONE, flags, -1, 0);
     if (both == MAP_FAILED) {
-        perror("stand-in: no address range for device memory");
+        perror("fake CUDA: no address range for device memory");
         abort();
     }
     range = (char *)(((uintptr_t)both + PAGE - 1) / PAGE * PAGE);
     view = range + total;
     if (mprotect(view, total, PROT_READ | PROT_WRITE)) {
-        perror("stand-in: no view of device memory");
+        perror("fake CUDA: no view of device memory");
         abort();
     }
     blocks = calloc(1, sizeof *blocks);
@@ -60,7 +60,7 @@ static void count(size_t more) {
     if (used > peak) peak = used;
 }
 
-void stand_in_need_context(void) {
+void fake_need_context(void) {
     pthread_once(&once, reserve);
     pthread_mutex_lock(&lock);
     if (!has_context) {
@@ -90,8 +90,8 @@ static Block *find(size_t size, int small) {
     return NULL;
 }
 
-void *stand_in_take(size_t size) {
-    stand_in_need_context();
+void *fake_take(size_t size) {
+    fake_need_context();
     int small = size < PAGE / 2;
     size_t unit = small ? GRAIN : PAGE;
     size_t asked = size;
@@ -123,8 +123,8 @@ static void join(Block *block) {
     }
 }
 
-int stand_in_give(void *pointer) {
-    if (!stand_in_is_device(pointer)) return 0;
+int fake_give(void *pointer) {
+    if (!fake_is_device(pointer)) return 0;
     size_t start = (size_t)((char *)pointer - range);
     int found = 0;
     pthread_mutex_lock(&lock);
@@ -154,12 +154,12 @@ int stand_in_give(void *pointer) {
     return found;
 }
 
-int stand_in_is_device(const void *pointer) {
+int fake_is_device(const void *pointer) {
     return range && (const char *)pointer >= range && (const char *)pointer < range + total;
 }
 
-void *stand_in_host_view(const void *pointer, size_t size) {
-    if (!stand_in_is_device(pointer)) return NULL;
+void *fake_host_view(const void *pointer, size_t size) {
+    if (!fake_is_device(pointer)) return NULL;
     size_t start = (size_t)((const char *)pointer - range);
     void *found = NULL;
     pthread_mutex_lock(&lock);
@@ -169,10 +169,10 @@ void *stand_in_host_view(const void *pointer, size_t size) {
     return found;
 }
 
-size_t stand_in_used(void) { return used; }
-size_t stand_in_peak(void) { return peak; }
-size_t stand_in_total(void) {
+size_t fake_used(void) { return used; }
+size_t fake_peak(void) { return peak; }
+size_t fake_total(void) {
     pthread_once(&once, reserve);
     return total;
 }
-void stand_in_reset_peak(void) { peak = used; }
+void fake_reset_peak(void) { peak = used; }
