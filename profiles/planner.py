@@ -531,13 +531,18 @@ def _check(profile: HardwareProfile, request: PlanRequest) -> None:
         faults.append("grid and pinpoints were both given; give one of them")
     if request.prefer not in get_args(Prefer):
         faults.append(f"prefer {request.prefer!r:.40} is not one of {', '.join(get_args(Prefer))}")
-    context = request.context_tokens
-    if context is not None and not 1 <= context <= MAX_CONTEXT:
-        faults.append(f"context is {context}; it must be 1 to {MAX_CONTEXT}")
-    if not 1 <= request.num_images <= MAX_IMAGES:
-        faults.append(f"images is {request.num_images}; it must be 1 to {MAX_IMAGES}")
-    if not 0 <= request.num_frames <= MAX_FRAMES:
-        faults.append(f"frames is {request.num_frames}; it must be 0 to {MAX_FRAMES}")
+    if request.engine not in get_args(Engine):
+        faults.append(f"engine {request.engine!r:.40} is not one of {', '.join(get_args(Engine))}")
+    counts = (
+        ("context", request.context_tokens, 1, MAX_CONTEXT),
+        ("images", request.num_images, 1, MAX_IMAGES),
+        ("frames", request.num_frames, 0, MAX_FRAMES),
+    )
+    for name, count, least, most in counts:
+        if count is None and name == "context":
+            continue
+        if type(count) is not int or not least <= count <= most:
+            faults.append(f"{name} is {count!r:.40}; it must be {least} to {most}")
     faults += [
         f"{v.name} takes images only, but a video was asked"
         for v in request.variants

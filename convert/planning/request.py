@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 from llava_edge.convert.quality.request import QualityRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest
@@ -11,6 +12,7 @@ from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact.certificate import Mode
 from llava_edge.runtime.artifact.manifest import Reference
+from llava_edge.runtime.util.validation import require_name
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class ConvertRequest:
         force: replace an existing artifact and discard an unfinished one.
         verify: how much is compared with the checkpoint before the artifact takes its place.
         quality: questions that fp16 and the artifact are asked; None for none.
+
+    Raises:
+        RequestError: there is no such ``verify`` or ``reference``.
     """
 
     checkpoint: str | None
@@ -43,3 +48,8 @@ class ConvertRequest:
     force: bool = False
     verify: Mode = "quick"
     quality: QualityRequest | None = None
+
+    def __post_init__(self) -> None:
+        require_name("verify", "modes", self.verify, get_args(Mode))
+        if self.reference is not None:
+            require_name("reference", "orders", self.reference, get_args(Reference))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from llava_edge.convert.checkpoint.open import Checkpoint
 from llava_edge.convert.checkpoint.quantized.gptq_checkpoint import open_gptq
@@ -38,7 +38,7 @@ from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.runtime.artifact.manifest import ImageProcessing, PromptFormat, TokenIds
 from llava_edge.runtime.util.limits import Limits
 from llava_edge.runtime.util.progress import Progress
-from llava_edge.runtime.util.validation import require_count
+from llava_edge.runtime.util.validation import require_count, require_name
 
 Quantizer = Literal["gptq", "rtn"]
 
@@ -56,7 +56,8 @@ class QuantizationRequest:
     bounds on its images.
 
     Raises:
-        RequestError: there is no such folder or file, or less than one sample is wanted.
+        RequestError: there is no such folder or file, less than one sample is wanted, or there
+            is no such quantizer.
     """
 
     quantizer: Quantizer = "gptq"
@@ -66,6 +67,7 @@ class QuantizationRequest:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
+        require_name("quantizer", "quantizers", self.quantizer, get_args(Quantizer))
         require_count("the number of calibration samples (--samples)", self.num_samples, 1)
         if self.calibration is not None:
             # Now, not after the hours that come before the samples are read.
