@@ -34,14 +34,7 @@ from types import TracebackType
 from typing import Any
 
 from llava_edge.convert.checkpoint.files import changed_names
-from llava_edge.convert.util.files import (
-    free_bytes,
-    full_disk_reason,
-    refusal,
-    show_bytes,
-    sync,
-    write_atomic,
-)
+from llava_edge.convert.util.files import free_bytes, full_disk_reason, refusal, show_bytes
 from llava_edge.convert.writing.partial_folder import (
     ARTIFACT,
     JOURNAL,
@@ -83,6 +76,7 @@ from llava_edge.runtime.artifact.manifest_validation import (
 )
 from llava_edge.runtime.artifact.open import check_graphs, check_listing, read_manifest
 from llava_edge.runtime.artifact.opened_files import OpenedFiles
+from llava_edge.runtime.util.atomic_write import sync, write_atomic
 from llava_edge.runtime.util.checksummed_json import parse_strict, seal
 from llava_edge.runtime.util.host_memory import peak_host_bytes
 from llava_edge.runtime.util.json_codec import from_json, to_json

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from llava_edge.convert.util.files import is_mount_point, sync, write_atomic
+from llava_edge.convert.util.files import is_mount_point
 from llava_edge.convert.writing.partial_folder import (
     ARTIFACT,
     PUBLISHING,
@@ -23,6 +23,7 @@ from llava_edge.convert.writing.partial_folder import (
 )
 from llava_edge.profiles.errors import RequestError
 from llava_edge.runtime.artifact.manifest_validation import LOST_AND_FOUND, MANIFEST, is_safe_name
+from llava_edge.runtime.util.atomic_write import sync, write_atomic
 from llava_edge.runtime.util.checksummed_json import parse_strict
 from llava_edge.runtime.util.json_codec import from_json
 from llava_edge.runtime.util.safe_open import read_bounded
