@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
-from uuid import uuid4
 
 from llava_edge.profiles.errors import OutputError, OutputExistsError, RequestError, plain_reason
+from llava_edge.runtime.util.atomic_write import atomic_file
 
 
 def atomic_write(path: Path, text: str) -> None:
@@ -16,18 +15,13 @@ def atomic_write(path: Path, text: str) -> None:
     Raises:
         OutputError: the disk is full or the folder cannot be written.
     """
-    # Not the file's own name and more, which may be too long where that was not.
-    partial = path.with_name(f".partial-{os.getpid()}-{uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A name that is no UTF-8 stands in it as Python shows it.
-        partial.write_text(text, "utf-8", errors="backslashreplace")
-        os.replace(partial, path)
+        with atomic_file(path) as partial:
+            partial.write_text(text, "utf-8", errors="backslashreplace")
     except OSError as error:
         raise OutputError(f"{path} could not be written: {plain_reason(error)}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def check_writable(path: Path | None, option: str, *, force: bool) -> None:

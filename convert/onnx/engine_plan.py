@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llava_edge.convert.onnx.tensorrt import build_vision_engine
-from llava_edge.convert.util.files import write_atomic
 from llava_edge.profiles.boards.engines import LIBRARIES, LibraryName, rtx_target
 from llava_edge.profiles.boards.hardware import HardwareProfile
 from llava_edge.profiles.errors import DependencyError, EngineError, RequestError
@@ -23,6 +22,7 @@ from llava_edge.runtime.backends.engine_cache import (
     facts_bytes,
 )
 from llava_edge.runtime.backends.tensorrt import TensorRTLibrary, open_library
+from llava_edge.runtime.util.atomic_write import write_atomic
 from llava_edge.runtime.util.progress import Progress
 
 ON_DEVICE = "llava-edge build-engine"

@@ -14,10 +14,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from llava_edge.convert.util.files import write_atomic
 from llava_edge.profiles.boards.engines import RTX_CAPABILITIES, RTX_UNPROVEN, rtx_target
 from llava_edge.profiles.errors import EngineError, RequestError
 from llava_edge.runtime.backends.tensorrt import PIXELS, TensorRTLibrary, one_line
+from llava_edge.runtime.util.atomic_write import write_atomic
 from llava_edge.runtime.util.progress import Progress
 
 STAGE = "engine"

@@ -59,8 +59,6 @@ from llava_edge.convert.util.files import (
     full_disk_reason,
     refusal,
     show_bytes,
-    sync,
-    write_atomic,
 )
 from llava_edge.profiles.errors import (
     ArtifactError,
@@ -85,6 +83,7 @@ from llava_edge.runtime.artifact.manifest_validation import (
 )
 from llava_edge.runtime.artifact.open import check_graphs, check_listing, read_manifest
 from llava_edge.runtime.artifact.opened_files import OpenedFiles
+from llava_edge.runtime.util.atomic_write import sync, write_atomic
 from llava_edge.runtime.util.checksummed_json import seal
 from llava_edge.runtime.util.host_memory import peak_host_bytes
 from llava_edge.runtime.util.json_codec import to_json

@@ -7,11 +7,11 @@ import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from llava_edge.convert.util.files import sync
 from llava_edge.profiles.errors import ArtifactError, ExportError, shorten
 from llava_edge.runtime.artifact.hashing import hash_files
 from llava_edge.runtime.artifact.manifest import FileEntry
 from llava_edge.runtime.artifact.manifest_validation import UNLISTED, is_safe_name
+from llava_edge.runtime.util.atomic_write import sync
 
 Stamp = tuple[int, int, int]
 """size, mtime_ns and inode of a file in the making."""

@@ -20,9 +20,10 @@ from llava_edge.convert.output.partial_folder import (
     lock_partial,
     remove,
 )
-from llava_edge.convert.util.files import is_mount_point, sync, write_atomic
+from llava_edge.convert.util.files import is_mount_point
 from llava_edge.profiles.errors import RequestError
 from llava_edge.runtime.artifact.manifest_validation import LOST_AND_FOUND, MANIFEST, is_safe_name
+from llava_edge.runtime.util.atomic_write import sync, write_atomic
 from llava_edge.runtime.util.checksummed_json import parse_strict
 from llava_edge.runtime.util.json_codec import from_json
 from llava_edge.runtime.util.safe_open import read_bounded

@@ -14,9 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +36,7 @@ from llava_edge.convert.util.safetensors_io import write_safetensors
 from llava_edge.profiles.boards.cpu_limit import read_cpu_limit
 from llava_edge.profiles.errors import ExportError, OutputExistsError
 from llava_edge.profiles.models.model_dims import ModelDims
+from llava_edge.runtime.util.atomic_write import atomic_folder
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -101,20 +99,13 @@ def write_random_checkpoint(
     )
     config = _config(spec, tokenizer)
     dims = ModelDims.from_config(config)
-    partial: str | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent)
-        os.chmod(partial, 0o755)
-        _write_texts(Path(partial), spec, config, tokenizer)
-        _write_weights(Path(partial), dims, seed, max_shard_bytes)
-        os.replace(partial, folder)
-        partial = None
+        with atomic_folder(folder) as partial:
+            _write_texts(partial, spec, config, tokenizer)
+            _write_weights(partial, dims, seed, max_shard_bytes)
     except OSError as error:
         raise ExportError(f"{folder} cannot be written: {error.strerror or error}") from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
@@ -115,29 +114,3 @@ def show_bytes(count: int) -> str:
             break
         value, unit = value / 1024, larger
     return f"{count} bytes" if unit == "bytes" else f"{value:.2f} {unit} ({count} bytes)"
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's contents, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomic(path: Path, data: bytes | memoryview) -> None:
-    """Write a file that is in memory already: there whole, durably, or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        with open(partial, "wb", opener=lambda name, _: os.open(name, flags, 0o666)) as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
-    sync(path.parent)

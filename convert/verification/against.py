@@ -16,7 +16,7 @@ from llava_edge.convert.checkpoint.hub.download import fetch_checkpoint
 from llava_edge.convert.checkpoint.open import open_checkpoint
 from llava_edge.convert.checkpoint.source import resolve_source
 from llava_edge.convert.output.artifact_writer import write_certificate
-from llava_edge.convert.util.files import refusal, write_atomic
+from llava_edge.convert.util.files import refusal
 from llava_edge.convert.verification.estimate import spoken
 from llava_edge.convert.verification.verifier import (
     QUICK_BYTES,
@@ -31,6 +31,7 @@ from llava_edge.runtime.artifact.certificate import QUALITY_STAGE, Certificate, 
 from llava_edge.runtime.artifact.certificate_file import read_certificate
 from llava_edge.runtime.artifact.manifest_validation import CARD
 from llava_edge.runtime.artifact.open import Artifact
+from llava_edge.runtime.util.atomic_write import write_atomic
 from llava_edge.runtime.util.json_codec import to_json
 from llava_edge.runtime.util.progress import Notify, Progress
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from llava_edge.convert.checkpoint.open import Checkpoint
 from llava_edge.convert.output.artifact_writer import ArtifactWriter, write_certificate
 from llava_edge.convert.quality.check import QualityCheck
-from llava_edge.convert.util.files import write_atomic
 from llava_edge.convert.util.progress import spoken_seconds
 from llava_edge.convert.verification.estimate import spoken
 from llava_edge.convert.verification.reference.answer import Reference
@@ -33,6 +32,7 @@ from llava_edge.runtime.artifact.manifest import Manifest
 from llava_edge.runtime.artifact.manifest_validation import CARD
 from llava_edge.runtime.artifact.open import Artifact, read_manifest
 from llava_edge.runtime.artifact.opened_files import OpenedFiles
+from llava_edge.runtime.util.atomic_write import write_atomic
 from llava_edge.runtime.util.json_codec import to_json
 from llava_edge.runtime.util.progress import Notify, Progress
 from llava_edge.runtime.verification.golden.probes import GOLDEN_FILE, golden_bytes

@@ -52,7 +52,7 @@ Made by llava-edge {manifest.tools["llava-edge"]} from `{manifest.source.id}`\
 | | |
 |---|---|
 | board | {plan["profile"]} |
-| target | {manifest.target} (computes in {computes}) |
+| flavour | {manifest.target} (computes in {computes}) |
 | language model | {manifest.precision.language_model}, head {manifest.precision.lm_head}\
 {_activations_note(manifest)} |
 | vision tower and projector | {manifest.precision.vision_tower}{_vision_note(manifest)} |

@@ -14,7 +14,8 @@ from llava_edge.profiles.memory.buffers import BEST_TOKENS, cache_scale_shape
 from llava_edge.profiles.models.model_dims import ModelDims, TextDims
 from llava_edge.runtime.artifact.graph_inputs import LOGITS_START, LOGITS_TO_KEEP, POOLING
 from llava_edge.runtime.artifact.manifest import Manifest, TensorSpec
-from llava_edge.runtime.artifact.onnx_proto import ELEMENT_TYPES, OnnxHeader, read_onnx_header
+from llava_edge.runtime.artifact.onnx_proto import OnnxHeader, read_onnx_header
+from llava_edge.runtime.artifact.onnx_schema import ELEMENT_TYPES
 from llava_edge.runtime.artifact.open import Artifact
 
 Expected = dict[str, tuple[str, tuple[int | None, ...]]]

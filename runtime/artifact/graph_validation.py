@@ -14,11 +14,11 @@ from math import prod
 from llava_edge.profiles.errors import shorten
 from llava_edge.runtime.artifact.manifest import GraphSpec, TensorSpec
 from llava_edge.runtime.artifact.onnx_proto import (
-    ELEMENT_TYPES,
     OnnxHeader,
     TensorHeader,
     ValueHeader,
 )
+from llava_edge.runtime.artifact.onnx_schema import ELEMENT_TYPES
 
 ALLOWED_OPERATORS: Mapping[str, frozenset[str]] = {
     "": frozenset(

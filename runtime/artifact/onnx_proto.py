@@ -1,12 +1,12 @@
 """OnnxHeader: what an ONNX file refers to, read without the ``onnx`` package and within bounds.
 
 ONNX Runtime parses, optimises and maps whatever it is given, so an artifact's graphs are read here
-first. The reader walks the protobuf wire format by a table of all message types of ``onnx.proto``
-up to IR version 14. It is stricter than protobuf: a field that the table does not know, a field of
+first. The reader walks the protobuf wire format by a table of all message types of ``onnx.proto``,
+``onnx_schema.py``. It is stricter than protobuf: a field that the table does not know, a field of
 another wire type, a singular field written twice and any text that is not UTF-8 are refused. Two
 readers that settle such cases differently would see two different graphs.
 
-Source of the table: ``onnx.proto`` of onnx 1.23; of the wire format: protobuf's encoding guide.
+Source of the wire format: protobuf's encoding guide.
 """
 
 from __future__ import annotations
@@ -16,6 +16,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava_edge.profiles.errors import ArtifactError
+from llava_edge.runtime.artifact.onnx_schema import (
+    BYTES,
+    ELEMENT_TYPES,
+    INT,
+    INTS,
+    SCALAR_WIRE,
+    SCHEMA,
+    SIZE,
+    SKIP_4,
+    SKIP_8,
+    SKIP_TEXT,
+    TEXT,
+    TEXTS,
+    Field,
+)
 from llava_edge.runtime.util.opened_file import OpenedFile
 
 
@@ -102,37 +117,6 @@ class OnnxHeader:
         return frozenset((node.domain, node.op_type) for node in self.nodes)
 
 
-ELEMENT_TYPES: dict[int, str] = {
-    1: "float32",
-    2: "uint8",
-    3: "int8",
-    4: "uint16",
-    5: "int16",
-    6: "int32",
-    7: "int64",
-    8: "string",
-    9: "bool",
-    10: "float16",
-    11: "float64",
-    12: "uint32",
-    13: "uint64",
-    14: "complex64",
-    15: "complex128",
-    16: "bfloat16",
-    17: "float8e4m3fn",
-    18: "float8e4m3fnuz",
-    19: "float8e5m2",
-    20: "float8e5m2fnuz",
-    21: "uint4",
-    22: "int4",
-    23: "float4e2m1",
-    24: "float8e8m0",
-    25: "uint2",
-    26: "int2",
-}
-"""Names of ``TensorProto.DataType``, as numpy and ml_dtypes call them."""
-
-
 def read_onnx_header(opened: OpenedFile, limits: HeaderLimits | None = None) -> OnnxHeader:
     """Read the header of an ONNX file; its bytes are kept, see ``OpenedFile.content``.
 
@@ -164,201 +148,6 @@ class _RefusedError(Exception):
     """Carries the reason up to where the file's name is known."""
 
 
-# Kinds of a field. A kind that starts with a capital is a message type of the table.
-_INT = "int"  # one varint, kept
-_INTS = "ints"  # repeated varint, packed or not, kept
-_TEXT = "text"  # UTF-8, kept
-_TEXTS = "texts"  # repeated UTF-8, kept
-_SIZE = "size"  # bytes; their length is kept, summed over repetitions
-_SKIP_TEXT = "skip text"  # bytes, may repeat, dropped
-_SKIP_VARINT = "skip varint"  # varint, packed or not, may repeat; payload length summed
-_SKIP_4 = "skip 4"  # 32 bit, packed or not, may repeat; payload length summed
-_SKIP_8 = "skip 8"  # 64 bit, packed or not, may repeat; payload length summed
-
-_Field = tuple[str, str, bool]
-
-
-def _many(name: str, message: str) -> _Field:
-    return (name, message, True)
-
-
-def _one(name: str, kind: str) -> _Field:
-    return (name, kind, False)
-
-
-_METADATA = _many("metadata_props", "StringStringEntryProto")
-_DOC = ("doc_string", _SKIP_TEXT, True)
-
-_SCHEMA: dict[str, dict[int, _Field]] = {
-    "ModelProto": {
-        1: _one("ir_version", _INT),
-        2: _one("producer_name", _SKIP_TEXT),
-        3: _one("producer_version", _SKIP_TEXT),
-        4: _one("domain", _SKIP_TEXT),
-        5: _one("model_version", _SKIP_VARINT),
-        6: _DOC,
-        7: _one("graph", "GraphProto"),
-        8: _many("opset_import", "OperatorSetIdProto"),
-        14: _METADATA,
-        20: _many("training_info", "TrainingInfoProto"),
-        25: _many("functions", "FunctionProto"),
-        26: _many("configuration", "DeviceConfigurationProto"),
-    },
-    "GraphProto": {
-        1: _many("node", "NodeProto"),
-        2: _one("name", _SKIP_TEXT),
-        5: _many("initializer", "TensorProto"),
-        10: _DOC,
-        11: _many("input", "ValueInfoProto"),
-        12: _many("output", "ValueInfoProto"),
-        13: _many("value_info", "ValueInfoProto"),
-        14: _many("quantization_annotation", "TensorAnnotation"),
-        15: _many("sparse_initializer", "SparseTensorProto"),
-        16: _METADATA,
-    },
-    "NodeProto": {
-        1: _many("input", _TEXTS),
-        2: _many("output", _TEXTS),
-        3: _one("name", _TEXT),
-        4: _one("op_type", _TEXT),
-        5: _many("attribute", "AttributeProto"),
-        6: _DOC,
-        7: _one("domain", _TEXT),
-        8: _one("overload", _TEXT),
-        9: _METADATA,
-        10: _many("device_configurations", "NodeDeviceConfigurationProto"),
-    },
-    "AttributeProto": {
-        1: _one("name", _TEXT),
-        2: _one("f", _SKIP_4),
-        3: _one("i", _SKIP_VARINT),
-        4: _one("s", _SKIP_TEXT),
-        5: _one("t", "TensorProto"),
-        6: _one("g", "GraphProto"),
-        7: _many("floats", _SKIP_4),
-        8: _many("ints", _SKIP_VARINT),
-        9: _many("strings", _SKIP_TEXT),
-        10: _many("tensors", "TensorProto"),
-        11: _many("graphs", "GraphProto"),
-        13: _DOC,
-        14: _one("tp", "TypeProto"),
-        15: _many("type_protos", "TypeProto"),
-        20: _one("type", _INT),
-        21: _one("ref_attr_name", _SKIP_TEXT),
-        22: _one("sparse_tensor", "SparseTensorProto"),
-        23: _many("sparse_tensors", "SparseTensorProto"),
-    },
-    "TensorProto": {
-        1: _many("dims", _INTS),
-        2: _one("data_type", _INT),
-        3: _one("segment", "TensorProto.Segment"),
-        4: _many("float_data", _SKIP_4),
-        5: _many("int32_data", _SKIP_VARINT),
-        6: _many("string_data", _SIZE),
-        7: _many("int64_data", _SKIP_VARINT),
-        8: _one("name", _TEXT),
-        9: _one("raw_data", _SIZE),
-        10: _many("double_data", _SKIP_8),
-        11: _many("uint64_data", _SKIP_VARINT),
-        12: _DOC,
-        13: _many("external_data", "StringStringEntryProto"),
-        14: _one("data_location", _INT),
-        16: _METADATA,
-    },
-    "TensorProto.Segment": {1: _one("begin", _SKIP_VARINT), 2: _one("end", _SKIP_VARINT)},
-    "SparseTensorProto": {
-        1: _one("values", "TensorProto"),
-        2: _one("indices", "TensorProto"),
-        3: _many("dims", _INTS),
-    },
-    "ValueInfoProto": {
-        1: _one("name", _TEXT),
-        2: _one("type", "TypeProto"),
-        3: _DOC,
-        4: _METADATA,
-    },
-    "TypeProto": {
-        1: _one("tensor_type", "TypeProto.Tensor"),
-        4: _one("sequence_type", "TypeProto.Sequence"),
-        5: _one("map_type", "TypeProto.Map"),
-        6: _one("denotation", _SKIP_TEXT),
-        7: _one("opaque_type", "TypeProto.Opaque"),
-        8: _one("sparse_tensor_type", "TypeProto.Tensor"),
-        9: _one("optional_type", "TypeProto.Sequence"),
-    },
-    "TypeProto.Tensor": {1: _one("elem_type", _INT), 2: _one("shape", "TensorShapeProto")},
-    "TypeProto.Sequence": {1: _one("elem_type", "TypeProto")},
-    "TypeProto.Map": {1: _one("key_type", _INT), 2: _one("value_type", "TypeProto")},
-    "TypeProto.Opaque": {1: _one("domain", _SKIP_TEXT), 2: _one("name", _SKIP_TEXT)},
-    "TensorShapeProto": {1: _many("dim", "TensorShapeProto.Dimension")},
-    "TensorShapeProto.Dimension": {
-        1: _one("dim_value", _INT),
-        2: _one("dim_param", _TEXT),
-        3: _one("denotation", _SKIP_TEXT),
-    },
-    "OperatorSetIdProto": {1: _one("domain", _TEXT), 2: _one("version", _INT)},
-    "StringStringEntryProto": {1: _one("key", _TEXT), 2: _one("value", _TEXT)},
-    "TensorAnnotation": {
-        1: _one("tensor_name", _SKIP_TEXT),
-        2: _many("quant_parameter_tensor_names", "StringStringEntryProto"),
-    },
-    "TrainingInfoProto": {
-        1: _one("initialization", "GraphProto"),
-        2: _one("algorithm", "GraphProto"),
-        3: _many("initialization_binding", "StringStringEntryProto"),
-        4: _many("update_binding", "StringStringEntryProto"),
-    },
-    "FunctionProto": {
-        1: _one("name", _TEXT),
-        4: _many("input", _SKIP_TEXT),
-        5: _many("output", _SKIP_TEXT),
-        6: _many("attribute", _SKIP_TEXT),
-        7: _many("node", "NodeProto"),
-        8: _DOC,
-        9: _many("opset_import", "OperatorSetIdProto"),
-        10: _one("domain", _TEXT),
-        11: _many("attribute_proto", "AttributeProto"),
-        12: _many("value_info", "ValueInfoProto"),
-        13: _one("overload", _TEXT),
-        14: _METADATA,
-    },
-    "DeviceConfigurationProto": {
-        1: _one("name", _SKIP_TEXT),
-        2: _one("num_devices", _SKIP_VARINT),
-        3: _many("device", _SKIP_TEXT),
-    },
-    "NodeDeviceConfigurationProto": {
-        1: _one("configuration_id", _SKIP_TEXT),
-        2: _many("sharding_spec", "ShardingSpecProto"),
-        3: _one("pipeline_stage", _SKIP_VARINT),
-    },
-    "ShardingSpecProto": {
-        1: _one("tensor_name", _SKIP_TEXT),
-        2: _many("device", _SKIP_VARINT),
-        3: _many("index_to_device_group_map", "IntIntListEntryProto"),
-        4: _many("sharded_dim", "ShardedDimProto"),
-    },
-    "IntIntListEntryProto": {1: _one("key", _SKIP_VARINT), 2: _many("value", _SKIP_VARINT)},
-    "ShardedDimProto": {
-        1: _one("axis", _SKIP_VARINT),
-        2: _many("simple_sharding", "SimpleShardedDimProto"),
-    },
-    "SimpleShardedDimProto": {
-        1: _one("dim_value", _SKIP_VARINT),
-        2: _one("dim_param", _SKIP_TEXT),
-        3: _one("num_shards", _SKIP_VARINT),
-    },
-}
-
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_SCALAR_WIRE = {
-    _INT: _VARINT,
-    _INTS: _VARINT,
-    _SKIP_VARINT: _VARINT,
-    _SKIP_4: _FIXED32,
-    _SKIP_8: _FIXED64,
-}
-
 _Message = dict[str, Any]
 
 
@@ -378,7 +167,7 @@ class _Reader:
         if depth > self._limits.depth:
             raise _RefusedError(f"messages are nested deeper than {self._limits.depth}")
         self._count(kind)
-        schema = _SCHEMA[kind]
+        schema = SCHEMA[kind]
         values: _Message = {}
         seen = set()
         while at < end:
@@ -410,32 +199,32 @@ class _Reader:
             raise _RefusedError(f"it has more than {self._limits.tensors} tensors")
 
     def _field(
-        self, values: _Message, label: str, known: _Field, wire: int, at: int, end: int, depth: int
+        self, values: _Message, label: str, known: Field, wire: int, at: int, end: int, depth: int
     ) -> int:
         """Read one field into ``values``; return where the next one starts."""
         name, kind, repeats = known
-        scalar = _SCALAR_WIRE.get(kind)
+        scalar = SCALAR_WIRE.get(kind)
         if scalar is not None and wire == scalar:
             return self._scalar(values, name, kind, at, end)
         # Packed form exists for repeated scalars only.
-        if wire != _BYTES or (scalar is not None and not repeats):
+        if wire != BYTES or (scalar is not None and not repeats):
             raise _RefusedError(f"{label} has wire type {wire}")
         length, at = self._varint(at, end)
         stop = at + length
         if stop > end:
             raise _RefusedError(f"{label} claims {length} bytes where {end - at} are left")
-        if kind == _INTS:
+        if kind == INTS:
             self._packed(values.setdefault(name, []), label, at, stop)
-        elif kind == _TEXT:
+        elif kind == TEXT:
             values[name] = self._text(label, at, stop)
-        elif kind == _TEXTS:
+        elif kind == TEXTS:
             texts = values.setdefault(name, [])
             if len(texts) >= self._limits.values:
                 raise _RefusedError(f"{label} is given more than {self._limits.values} times")
             texts.append(self._text(label, at, stop))
-        elif kind == _SIZE or scalar is not None:
+        elif kind == SIZE or scalar is not None:
             values[name] = values.get(name, 0) + length
-        elif kind != _SKIP_TEXT:
+        elif kind != SKIP_TEXT:
             child = self.message(kind, at, stop, depth + 1)
             if repeats:
                 values.setdefault(name, []).append(child)
@@ -444,16 +233,16 @@ class _Reader:
         return stop
 
     def _scalar(self, values: _Message, name: str, kind: str, at: int, end: int) -> int:
-        if kind in (_SKIP_4, _SKIP_8):
-            width = 4 if kind == _SKIP_4 else 8
+        if kind in (SKIP_4, SKIP_8):
+            width = 4 if kind == SKIP_4 else 8
             if at + width > end:
                 raise _RefusedError(f"field {name} is cut short")
             values[name] = values.get(name, 0) + width
             return at + width
         number, after = self._varint(at, end)
-        if kind == _INT:
+        if kind == INT:
             values[name] = _signed(number)
-        elif kind == _INTS:
+        elif kind == INTS:
             self._append(values.setdefault(name, []), name, number)
         else:
             values[name] = values.get(name, 0) + after - at

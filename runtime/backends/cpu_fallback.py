@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from llava_edge.runtime.artifact.onnx_proto import ELEMENT_TYPES, OnnxHeader
+from llava_edge.runtime.artifact.onnx_proto import OnnxHeader
+from llava_edge.runtime.artifact.onnx_schema import ELEMENT_TYPES
 
 _SIZES = "int64"
 _SHOWN = 4

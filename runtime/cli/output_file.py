@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL.Image import Image
 
 from llava_edge.profiles.errors import OutputExistsError, RequestError, plain_reason
+from llava_edge.runtime.util.atomic_write import atomic_file
 
 
 class PngFile:
@@ -43,12 +44,8 @@ class PngFile:
         Raises:
             RequestError: the folder cannot be written to.
         """
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         try:
-            with open(partial, "wb") as file:
+            with atomic_file(self.path) as partial, open(partial, "wb") as file:
                 picture.save(file, "PNG")
-            os.replace(partial, self.path)
         except OSError as error:
             raise RequestError(f"{self.path} cannot be written: {plain_reason(error)}") from error
-        finally:
-            partial.unlink(missing_ok=True)

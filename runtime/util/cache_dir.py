@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from pathlib import Path
+
+from llava_edge.runtime.util.atomic_write import atomic_file
 
 
 def cache_folder() -> Path:
@@ -27,12 +28,5 @@ def keep_in_cache(path: Path, contents: str | bytes) -> None:
     # A read-only home or a full disk must not keep an artifact from being opened.
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(contents.encode() if isinstance(contents, str) else contents)
-            os.replace(partial, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(partial)
-            raise
+        with atomic_file(path) as partial:
+            partial.write_bytes(contents.encode() if isinstance(contents, str) else contents)

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from llava_edge.bench import cli
-from llava_edge.bench.common import atomic_write as whole_file
+from llava_edge.bench.common import atomic_write
 from llava_edge.bench.common import machine as machine_card
 from llava_edge.bench.common.artifact_facts import precision_label, weights_label
 from llava_edge.bench.common.machine import Rates, commit, measure_rates
@@ -450,7 +450,7 @@ def test_what_was_measured_stands_on_stdout_where_a_file_cannot_be_written(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(whole_file.os, "replace", full)
+    monkeypatch.setattr(atomic_write.os, "replace", full)
     monkeypatch.setattr(cli, "bench_table", lambda document: "")
     monkeypatch.setattr(cli, "report_page", lambda document: "<html>")
     options = argparse.Namespace(out=tmp_path / "a.json", html=tmp_path / "a.html", json=False)

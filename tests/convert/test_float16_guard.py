@@ -17,7 +17,7 @@ from llava_edge.convert.checkpoint.open import open_checkpoint
 from llava_edge.convert.onnx.builder import GraphBuilder
 from llava_edge.convert.onnx.float16_emulation import emulate_float16
 from llava_edge.convert.onnx.vision import build_vision_graph
-from llava_edge.convert.quantization.vision import fp16_overflow as float16_guard
+from llava_edge.convert.quantization.vision import fp16_overflow
 from llava_edge.convert.quantization.vision.activations import VisionTrace
 from llava_edge.convert.quantization.vision.fp16_overflow import write_guarded_vision
 from llava_edge.profiles.errors import RequestError
@@ -277,7 +277,7 @@ def test_all_parts_of_what_was_put_together_are_kept(
 def test_where_islands_do_not_do_the_whole_tower_is_kept(
     guard: Callable[..., Guarded], monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:
-    monkeypatch.setattr(float16_guard, "COSINE_LOSS", 1e-9)
+    monkeypatch.setattr(fp16_overflow, "COSINE_LOSS", 1e-9)
     found = guard(vision_layers=4, model_type=model_type, image_size=56)
     assert list(found.facts["tile_cosine_loss"])[-1] == "whole"
     # All but nodes that read shapes.
@@ -297,9 +297,9 @@ def test_what_is_not_a_number_stays_the_largest() -> None:
     for order in ([nan, 1.0, 2.0], [1.0, nan, 2.0], [1.0, 2.0, nan]):
         largest = 0.0
         for value in order:
-            largest = float16_guard._larger(largest, value)
+            largest = fp16_overflow._larger(largest, value)
         assert np.isnan(largest)
-    assert float16_guard._larger(1.0, 2.0) == float16_guard._larger(2.0, 1.0) == 2.0
+    assert fp16_overflow._larger(1.0, 2.0) == fp16_overflow._larger(2.0, 1.0) == 2.0
 
 
 def test_graphs_with_islands_pass_the_checker_and_need_no_further_library(

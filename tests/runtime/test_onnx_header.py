@@ -16,12 +16,12 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime.artifact.onnx_proto import (
-    ELEMENT_TYPES,
     HeaderLimits,
     OnnxHeader,
     parse_onnx_header,
     read_onnx_header,
 )
+from llava_edge.runtime.artifact.onnx_schema import ELEMENT_TYPES
 from llava_edge.runtime.util.opened_file import OpenedFile
 
 

@@ -18,7 +18,7 @@ from llava_edge.runtime.artifact.certificate import Certificate, StageResult
 from llava_edge.runtime.artifact.open import open_artifact
 from llava_edge.runtime.util.checksummed_json import seal
 from llava_edge.runtime.util.json_codec import to_json
-from llava_edge.runtime.verification import self_test_policy as verified_here
+from llava_edge.runtime.verification import self_test_policy
 from llava_edge.runtime.verification.golden.probes import GoldenProbe
 from llava_edge.runtime.verification.host import describe_host
 from llava_edge.runtime.verification.self_test_cache import keep_result, read_result
@@ -36,13 +36,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[LlavaEdge]:
     """Models whose golden prompts were really run."""
     models: list[LlavaEdge] = []
-    real = verified_here.run_self_test
+    real = self_test_policy.run_self_test
 
     def spy(model: LlavaEdge, **given: Any) -> list[StageResult]:
         models.append(model)
         return real(model, **given)
 
-    monkeypatch.setattr(verified_here, "run_self_test", spy)
+    monkeypatch.setattr(self_test_policy, "run_self_test", spy)
     return models
 
 
@@ -139,7 +139,7 @@ def test_a_result_counts_for_one_machine_and_engine(
     here = dataclasses.replace(describe_host("cpu"), **changes)
     if "provider" in changes:
         here = dataclasses.replace(describe_host("cpu"), machine="a second")
-    monkeypatch.setattr(verified_here, "describe_host", lambda device, engine: here)
+    monkeypatch.setattr(self_test_policy, "describe_host", lambda device, engine: here)
 
     load(folder)
 
@@ -199,7 +199,7 @@ def test_a_machine_on_which_they_fail_is_refused_each_time_and_the_stage_named(
     closed: list[LlavaEdge] = []
     close = LlavaEdge.close
     monkeypatch.setattr(LlavaEdge, "close", lambda self: (closed.append(self), close(self)))
-    monkeypatch.setattr(verified_here, "run_self_test", lambda model, **_: [failed])
+    monkeypatch.setattr(self_test_policy, "run_self_test", lambda model, **_: [failed])
 
     for _ in range(2):
         with pytest.raises(EngineError, match=r"fail here: stage decode_logits.*0\.08.*there"):
@@ -209,7 +209,7 @@ def test_a_machine_on_which_they_fail_is_refused_each_time_and_the_stage_named(
     # Looked at again, and sound this time: no old verdict stands in the way.
     monkeypatch.undo()
     sound = dataclasses.replace(failed, value=0.0, verdict="pass")
-    monkeypatch.setattr(verified_here, "run_self_test", lambda model, **_: [sound])
+    monkeypatch.setattr(self_test_policy, "run_self_test", lambda model, **_: [sound])
     load(folder)
 
 
@@ -221,7 +221,7 @@ def test_what_stays_open_is_told_once(
         StageResult("prompt", "differing_prompts", 0.0, 0.0, "pass"),
         StageResult("greedy", "differing_tokens", 0.0, 0.0, "inconclusive", detail="4 positions"),
     ]
-    monkeypatch.setattr(verified_here, "run_self_test", lambda model, **_: rows)
+    monkeypatch.setattr(self_test_policy, "run_self_test", lambda model, **_: rows)
 
     load(folder)
     assert "none fails, open is stage greedy" in caplog.text

@@ -30,6 +30,7 @@ from llava_edge.bench.lab.gpu.models import GPU_MODELS
 from llava_edge.bench.lab.reference_loader import load_model, load_processor
 from llava_edge.bench.speed.cases import draw_picture
 from llava_edge.profiles.boards.nvml import process_bytes
+from llava_edge.runtime.util.atomic_write import atomic_file
 from llava_edge.runtime.util.host_memory import peak_host_bytes
 
 _REPEATS = 3
@@ -168,10 +169,8 @@ def _answers(reference: Reference, options: argparse.Namespace) -> dict[str, Any
     for number, (image, question) in enumerate(model.questions()):
         ids, rows = reference.answer(image, question, model.answer_tokens)
         kept |= {f"ids {number}": np.array(ids), f"logits {number}": rows}
-    partial = options.out.with_name(f".{options.out.name}")
-    with open(partial, "wb") as file:
+    with atomic_file(options.out) as partial, open(partial, "wb") as file:
         np.savez(file, **kept)
-    os.replace(partial, options.out)
     return {"prompts": len(kept) // 2}
 
 

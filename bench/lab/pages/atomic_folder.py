@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from llava_edge.profiles.errors import OutputExistsError
+from llava_edge.runtime.util.atomic_write import atomic_folder
 
 
 @contextmanager
@@ -21,8 +20,5 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     if folder.exists():
         raise OutputExistsError(f"{folder} exists. Choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        made = Path(scratch) / folder.name
-        made.mkdir()
-        yield made
-        os.replace(made, folder)
+    with atomic_folder(folder) as partial:
+        yield partial

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,7 +24,7 @@ import numpy as np
 from llava_edge.convert.checkpoint.formats.packing import pack_codes, unpack_codes
 from llava_edge.convert.checkpoint.formats.rounding import QuantizationReport, QuantizedWeight
 from llava_edge.convert.checkpoint.quantized.source import QuantizedSource, RtnSource
-from llava_edge.convert.util.files import full_disk_reason, sync, write_atomic
+from llava_edge.convert.util.files import full_disk_reason
 from llava_edge.convert.util.safetensors_io import (
     TensorRef,
     read_header,
@@ -34,6 +33,7 @@ from llava_edge.convert.util.safetensors_io import (
 )
 from llava_edge.profiles.errors import ArtifactError, CheckpointError, ExportError, RequestError
 from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.util.atomic_write import atomic_file, write_atomic
 from llava_edge.runtime.util.checksummed_json import parse_strict
 from llava_edge.runtime.util.json_codec import from_json, to_json
 from llava_edge.runtime.util.safe_open import read_bounded
@@ -274,14 +274,11 @@ def write_layer(
         yield arrays[name]
 
     path = folder / f"layer-{layer:05}.safetensors"
-    partial = path.with_suffix(".partial")
     try:
-        write_safetensors(partial, listed, blocks)
-        sync(partial)
-        digest = file_digest(partial)
-        size = partial.stat().st_size
-        os.replace(partial, path)
-        sync(folder)
+        with atomic_file(path, durable=True) as partial:
+            write_safetensors(partial, listed, blocks)
+            digest = file_digest(partial)
+            size = partial.stat().st_size
     except OSError as error:
         reason = full_disk_reason(error) or error.strerror or error
         raise ExportError(f"{path} cannot be written: {reason}") from error

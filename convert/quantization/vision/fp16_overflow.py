@@ -4,7 +4,7 @@ A value is *wide* where it overflows (its largest magnitude, with room for other
 65504) or where rounding it loses too much: each node is also run on the rounded value, and what
 comes out is compared, row by row. That shows large scores in front of a softmax, a common offset in
 front of a layer norm, and activations so small that they vanish. Nodes that make or read a wide
-value compute in float32; the rest stays as it is (``float16_islands``).
+value compute in float32; the rest stays as it is (``onnx/mixed_precision.py``).
 
 Kernels sum products and squares in float32, as CUDA's do, so only values between nodes count.
 """

@@ -17,7 +17,7 @@ from llava_edge.convert.checkpoint.open import Checkpoint
 from llava_edge.convert.checkpoint.quantized.source import RtnSource
 from llava_edge.convert.quantization import plan as quantization
 from llava_edge.convert.quantization.gptq import hessian as hessian_module
-from llava_edge.convert.quantization.gptq import layer as layer_solver
+from llava_edge.convert.quantization.gptq import layer as gptq_layer
 from llava_edge.convert.quantization.gptq import solver as gptq
 from llava_edge.convert.quantization.gptq.hessian_factor import HessianFactor
 from llava_edge.convert.quantization.vision import int8 as vision_int8
@@ -35,7 +35,7 @@ def spoiled(change: Change, only: str = "") -> Callable[[_Patch], None]:
 
     def plant(patch: _Patch) -> None:
         generator = np.random.default_rng(7)
-        solve, rounded = layer_solver.quantize_weight, RtnSource.linear
+        solve, rounded = gptq_layer.quantize_weight, RtnSource.linear
 
         def changed(weight: QuantizedWeight, name: str) -> QuantizedWeight:
             return change(weight, generator) if only in name else weight
@@ -46,7 +46,7 @@ def spoiled(change: Change, only: str = "") -> Callable[[_Patch], None]:
         def linear(self: RtnSource, name: str) -> QuantizedWeight:
             return changed(rounded(self, name), name)
 
-        patch.setattr(layer_solver, "quantize_weight", solved)
+        patch.setattr(gptq_layer, "quantize_weight", solved)
         patch.setattr(quantization.RtnSource, "linear", linear)
 
     return plant

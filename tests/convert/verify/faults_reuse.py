@@ -12,8 +12,7 @@ import pytest
 
 from llava_edge.runtime.chat import Chat, ChatMessage
 from llava_edge.runtime.generation import engine
-from llava_edge.runtime.generation.decoder import decoding as decode_steps
-from llava_edge.runtime.generation.decoder import prefix_cache
+from llava_edge.runtime.generation.decoder import decoding, prefix_cache
 from llava_edge.runtime.generation.decoder.decoder import Decoder
 from llava_edge.runtime.generation.decoder.decoding import SpeculativeDecoding
 from llava_edge.runtime.generation.decoder.prefix_cache import PrefixCache
@@ -371,8 +370,8 @@ class _Endless:
 
 
 def _longer_drafts(patch: _Patch) -> None:
-    real = decode_steps.DraftPace.__init__
-    patch.setattr(decode_steps.DraftPace, "__init__", lambda self, most: real(self, most + 3))
+    real = decoding.DraftPace.__init__
+    patch.setattr(decoding.DraftPace, "__init__", lambda self, most: real(self, most + 3))
 
 
 def _lookup_without_prompt(patch: _Patch) -> None:

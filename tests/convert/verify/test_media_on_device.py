@@ -18,7 +18,7 @@ from llava_edge.runtime.artifact.certificate import overall
 from llava_edge.runtime.artifact.open import open_artifact
 from llava_edge.runtime.processing.images import loading as images
 from llava_edge.runtime.util.checksummed_json import seal
-from llava_edge.runtime.verification import self_test_policy as verified_here
+from llava_edge.runtime.verification import self_test_policy
 from llava_edge.runtime.verification.golden.probes import (
     GOLDEN_FILE,
     golden_bytes,
@@ -138,8 +138,8 @@ def test_at_load_no_format_is_opened_that_the_caller_leaves_out(
         return kind
 
     monkeypatch.setattr(images, "recognise", note)
-    monkeypatch.setattr(verified_here, "keep_result", lambda *result: None)
-    verified_here._run_once(model, here, "elsewhere")
+    monkeypatch.setattr(self_test_policy, "keep_result", lambda *result: None)
+    self_test_policy._run_once(model, here, "elsewhere")
     assert opened
     assert "TIFF" not in opened
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from llava_edge.runtime.util.atomic_write import atomic_file
 
 _STEP = "step"
 
@@ -37,10 +38,9 @@ def save_state(
             for key, value in optimizer.state.get(parameter, {}).items():
                 held = value if isinstance(value, Tensor) else torch.tensor(float(value))
                 tensors[f"{kind}.{number}.{key}"] = held.detach()
-    partial = path.with_name(path.name + ".partial")
     plain = {name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, partial, metadata={_STEP: str(step), "settings": settings})
-    os.replace(partial, path)
+    with atomic_file(path) as partial:
+        save_file(plain, partial, metadata={_STEP: str(step), "settings": settings})
 
 
 def load_state(
