@@ -30,7 +30,6 @@ from llava_edge.convert.verify.verifier import (
 )
 from llava_edge.convert.writing.artifact_writer import write_certificate
 from llava_edge.convert.writing.card import write_card
-from llava_edge.profiles.boards.device_name import parse_device
 from llava_edge.profiles.errors import ArtifactError, ExportError, RequestError, shorten
 from llava_edge.runtime.artifact.certificate import QUALITY_STAGE, Certificate
 from llava_edge.runtime.artifact.certificate_file import read_certificate
@@ -51,15 +50,8 @@ def main_against(options: argparse.Namespace, artifact: Artifact) -> int:
     Raises:
         CheckpointError: the checkpoint changed meanwhile.
         ExportError: the certificate cannot be written; the verdict was shown.
-        RequestError: the checkpoint is not the one that the artifact was made from, or another
-            device than the CPU was named.
+        RequestError: the checkpoint is not the one that the artifact was made from.
     """
-    if parse_device(options.device).kind == "cuda":
-        raise RequestError(
-            f"--device {options.device} and --against were both given; the reference and the "
-            "artifact are compared on the CPU. Leave --device out, and check the GPU with "
-            "--on-device."
-        )
     source = resolve_source(options.against)
     folder = source.folder
     with StageBars() as bars:

@@ -7,6 +7,7 @@ changes nothing.
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import select
@@ -16,6 +17,28 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from llava_edge.profiles.errors import OutputError, plain_reason
+
+SUBSTITUTES = "llava_edge_substitutes"
+"""Error handler of output streams: see ``_substitute``."""
+_ASCII = {
+    **dict(zip("‘’‚“”„«»‐‑‒–—−", '\'\',"""""------', strict=True)),
+    **dict(zip("×·•█░ ", "x**#. ", strict=True)),
+    **{"…": "...", "→": "->", "←": "<-", "≤": "<=", "≥": ">=", "≈": "~", "±": "+-", "€": "EUR"},
+}
+
+
+def _substitute(error: UnicodeError) -> tuple[str, int]:
+    """Punctuation as ASCII has it, every other character as its escape of Python."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    parts = (
+        _ASCII.get(character) or character.encode("ascii", "backslashreplace").decode()
+        for character in error.object[error.start : error.end]
+    )
+    return "".join(parts), error.end
+
+
+codecs.register_error(SUBSTITUTES, _substitute)
 
 
 class ReaderGoneError(Exception):
@@ -42,8 +65,8 @@ def standard_streams() -> Iterator[None]:
         sys.stderr = _text(_QuietWriter(2), sys.stderr)
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):
-            # A terminal that is not UTF-8 shows a stand-in rather than ending the answer.
-            output.reconfigure(errors="replace")
+            # A terminal that is not UTF-8 shows what can be read rather than ending the answer.
+            output.reconfigure(errors=SUBSTITUTES)
     if isinstance(sys.stdin, io.TextIOWrapper):
         # Bytes that are no text then reach the prompt's own check, which names them.
         sys.stdin.reconfigure(errors="surrogateescape")
