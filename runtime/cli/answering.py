@@ -18,15 +18,17 @@ from llava_edge.runtime.util.limits import Limits
 from llava_edge.runtime.util.progress import ProgressLine
 
 
-def answer_with(options: argparse.Namespace, config: GenerationConfig, limits: Limits) -> int:
+def answer_with(
+    options: argparse.Namespace,
+    config: GenerationConfig,
+    limits: Limits,
+    drawing: PngFile | None,
+) -> int:
     """Load, answer, print, and return the exit code.
 
     Raises:
         LlavaEdgeError: see ``LlavaEdge.load`` and ``LlavaEdge.stream``.
     """
-    drawing = None
-    if options.show_tiles is not None:
-        drawing = PngFile(options.show_tiles, force=options.force)
     progress = ProgressLine()
     model = LlavaEdge.load(
         options.artifact,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-
-from PIL.Image import Image
+from typing import TYPE_CHECKING
 
 from llava_edge.profiles.errors import OutputExistsError, RequestError, plain_reason
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class PngFile:

@@ -29,6 +29,7 @@ from llava_edge.runtime.cli.arguments import (
 )
 from llava_edge.runtime.cli.generation_arguments import add_generation_arguments, asked_generation
 from llava_edge.runtime.cli.limit_arguments import add_limit_arguments, asked_limits
+from llava_edge.runtime.cli.output_file import PngFile
 from llava_edge.runtime.cli.settled_imports import import_for
 from llava_edge.runtime.util.choices import FrameChoice
 
@@ -43,10 +44,13 @@ def main(argv: list[str] | None = None) -> int:
     config = asked_generation(options)
     limits = asked_limits(options)
     require_grid(options.grid)
+    drawing = None
+    if options.show_tiles is not None:
+        drawing = PngFile(options.show_tiles, force=options.force)
     require_artifact(options.artifact)
     _require_media(options)
     answering = import_for("run", "llava_edge.runtime.cli.answering", "cpu")
-    code: int = answering.answer_with(options, config, limits)
+    code: int = answering.answer_with(options, config, limits, drawing)
     return code
 
 
