@@ -23,11 +23,16 @@ MODELS ?=
 SECONDS ?=
 RELEASES ?=
 
+USERS := help install demo convert bench docs clean
+# Texts are wrapped at 80 columns.
+LIST := awk -F ':.*\#\# ' -v users=" $(USERS) " '/^[a-z-]+:.*\#\# / && (index(users, " " $$1 " ") > 0) == wanted { line = sprintf("  %-14s", $$1); count = split($$2, words, " "); for (i = 1; i <= count; i++) { if (length(line) + length(words[i]) > 78) { print line; line = sprintf("%-16s", "") } line = line " " words[i] } print line }'
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo convert test test-cuda fake-cuda test-gpu gpu-suite gpu-check gpu-measure test-slow test-nightly real-model faults fuzz soak test-interop test-layouts bench bench-convert bench-pages docs lint typecheck format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "for users:"; $(LIST) wanted=1 $(MAKEFILE_LIST)
+	@echo; echo "for developers:"; $(LIST) wanted=0 $(MAKEFILE_LIST)
 
 install: $(READY) ## create .venv and install everything at pinned versions
 

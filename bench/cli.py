@@ -36,7 +36,7 @@ from llava_edge.bench.speed.cases import affordable_cases, speed_cases
 from llava_edge.bench.speed.rows import SpeedRow, predicted_seconds
 from llava_edge.bench.speed.run import FEWEST_ROUNDS, SpeedSettings, run_speed
 from llava_edge.profiles.boards.detect import read_machine
-from llava_edge.profiles.boards.device_name import DEVICE_METAVAR, device_argument
+from llava_edge.profiles.command_line import CommandParser, one_of, whole_number
 from llava_edge.profiles.errors import (
     LlavaEdgeError,
     OutputError,
@@ -45,9 +45,21 @@ from llava_edge.profiles.errors import (
     plain_reason,
 )
 from llava_edge.runtime.artifact.open import Artifact, open_artifact
-from llava_edge.runtime.cli.arguments import add_cache_argument, add_engine_arguments, asked_cache
+from llava_edge.runtime.cli.arguments import (
+    add_artifact_argument,
+    add_cache_argument,
+    add_device_arguments,
+    add_engine_arguments,
+    add_grid_argument,
+    add_json_argument,
+    asked_cache,
+    require_artifact,
+    require_grid,
+)
 from llava_edge.runtime.quality.questions import QualityQuestion, read_quality_questions
 from llava_edge.runtime.util.progress import ProgressLine
+
+SUMMARY = "Measure memory, speed and quality of artifacts, side by side."
 
 _MOST_SHOWN = 10
 _BUDGET_SECONDS = 120.0
@@ -66,13 +78,16 @@ def main(argv: list[str] | None = None) -> int:
     if not options.artifact:
         parser.error("name an artifact, or two files with --compare")
     if options.only == "quality" and not options.quality:
-        parser.error("--only quality needs --quality DATA.jsonl")
+        parser.error("--only quality needs --quality FILE")
     if options.only == "speed" and options.quality:
         parser.error("--only speed leaves --quality out; name one of them")
     if options.answers and not options.quality:
-        parser.error("--answers keeps those to --quality DATA.jsonl, which is not given")
+        parser.error("--answers keeps those to --quality FILE, which is not given")
     if options.out and options.html and options.out.absolute() == options.html.absolute():
         parser.error(f"--out and --html both name {options.out}")
+    require_grid(options.grid)
+    for artifact in options.artifact:
+        require_artifact(artifact)
     for path, name in ((options.out, "--out"), (options.html, "--html")):
         check_writable(path, name, force=options.force)
     questions = read_quality_questions(options.quality, options.limit) if options.quality else ()
@@ -295,54 +310,61 @@ def _opened(path: Path | None) -> TextIO:
         raise RequestError(f"--answers {path} cannot be written: {error.strerror}") from error
 
 
-def _count(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r:.40} is no whole number of at least 1")
-    return value
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="llava-edge bench", description="Memory, speed and quality of artifacts."
-    )
-    parser.add_argument("artifact", nargs="*", help="folder that llava-edge convert wrote")
+def _parser() -> CommandParser:
+    parser = CommandParser("bench", SUMMARY, "ARTIFACT... [--quality FILE] [--out FILE] [options]")
+    add_artifact_argument(parser, "*")
     _add_output_arguments(parser)
     speed = parser.add_argument_group("speed and memory")
-    speed.add_argument("--rounds", type=_count, help="exactly so many; else what 2 minutes allow")
+    speed.add_argument(
+        "--rounds",
+        type=whole_number(1),
+        metavar="N",
+        help="exactly so many (default: as many as 2 minutes allow)",
+    )
     speed.add_argument("--thorough", action="store_true", help="9 rounds, long prompts and answers")
-    speed.add_argument("--device", type=device_argument, metavar=DEVICE_METAVAR, default="auto")
+    add_device_arguments(speed)
     add_cache_argument(speed)
-    speed.add_argument("--threads", type=int, default=0, help="0: as many as are allowed")
-    speed.add_argument("--allow-slow", action="store_true", help="run a cuda artifact on the CPU")
-    add_engine_arguments(parser)
+    add_engine_arguments(speed)
     quality = parser.add_argument_group("quality")
     quality.add_argument(
         "--quality",
         type=Path,
-        metavar="DATA.jsonl",
-        help="lines of image, question, answers, and choices where there are any",
+        metavar="FILE",
+        help="JSON lines of image, question, answers, and choices where there are any",
     )
-    quality.add_argument("--only", choices=("speed", "quality"), help="leave the other out")
-    quality.add_argument("--limit", type=_count, help="ask the first so many questions")
-    quality.add_argument("--grid", help="lower the AnyRes grid, for instance base or 1x2")
-    quality.add_argument("--max-new-tokens", type=_count, default=64)
-    quality.add_argument("--answers", type=Path, help="keep every answer in this new file")
+    quality.add_argument(
+        "--only",
+        type=one_of(("speed", "quality")),
+        metavar="speed|quality",
+        help="leave the other out",
+    )
+    quality.add_argument(
+        "--limit", type=whole_number(1), metavar="N", help="ask the first N questions"
+    )
+    add_grid_argument(quality)
+    quality.add_argument(
+        "--max-new-tokens",
+        type=whole_number(1),
+        default=64,
+        metavar="N",
+        help="tokens of an answer at most",
+    )
+    quality.add_argument(
+        "--answers", type=Path, metavar="FILE", help="keep every answer in this new file"
+    )
     return parser
 
 
-def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="keep what was measured")
-    parser.add_argument("--html", type=Path, metavar="FILE.html", help="write a report with plots")
+def _add_output_arguments(parser: CommandParser) -> None:
+    parser.add_argument("--out", type=Path, metavar="FILE", help="keep what was measured, as JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report with plots")
     parser.add_argument("--force", action="store_true", help="overwrite both")
-    parser.add_argument("--json", action="store_true", help="one JSON object as last stdout line")
+    add_json_argument(parser)
     parser.add_argument(
         "--compare",
         nargs=2,
         type=Path,
-        metavar=("OLD.json", "NEW.json"),
-        help="measure nothing; exit code 1 where the new one is slower or larger",
+        metavar=("OLD", "NEW"),
+        help="two files of --out; measure nothing, exit code 1 where the new one is slower or "
+        "larger",
     )

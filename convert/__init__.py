@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from llava_edge.convert.pipeline import Conversion
-    from llava_edge.convert.quantization.plan import Quantizer
+    from llava_edge.convert.quantization.request import Quantizer
     from llava_edge.profiles.boards.hardware import HardwareProfile
     from llava_edge.profiles.memory.formats import PrecisionName
     from llava_edge.profiles.planner import Engine, Prefer
@@ -112,7 +112,7 @@ def convert(
     from llava_edge.convert.pipeline import convert_checkpoint
     from llava_edge.convert.planning.request import ConvertRequest
     from llava_edge.convert.quality.request import QualityRequest
-    from llava_edge.convert.quantization.plan import NUM_SAMPLES, QuantizationRequest
+    from llava_edge.convert.quantization.request import NUM_SAMPLES, QuantizationRequest
     from llava_edge.profiles.boards.detect import detect_profile
     from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
     from llava_edge.profiles.errors import RequestError

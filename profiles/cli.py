@@ -11,22 +11,33 @@ from typing import Any, TextIO, get_args
 
 from llava_edge.profiles.boards.detect import detect_profile
 from llava_edge.profiles.boards.device_name import DEVICE_METAVAR, device_argument, parse_device
-from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
+from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile, profile_names
+from llava_edge.profiles.command_line import CommandParser, bar, one_of, whole_number, wrapped
 from llava_edge.profiles.errors import RequestError
 from llava_edge.profiles.memory.buffers import CACHE_FLAGS
-from llava_edge.profiles.memory.formats import VISION_PRECISIONS
+from llava_edge.profiles.memory.formats import PRECISIONS, VISION_PRECISIONS
 from llava_edge.profiles.memory.speed import ANSWER_TOKENS, QUESTION_TOKENS
-from llava_edge.profiles.models.variants import find_variant
+from llava_edge.profiles.models.anyres import GRID_NAMES
+from llava_edge.profiles.models.variants import find_variant, load_variants
 from llava_edge.profiles.plan import DeploymentPlan, RejectedCandidate
 from llava_edge.profiles.planner import (
     DEFAULT_FRAMES,
+    MAX_CONTEXT,
+    MAX_FRAMES,
+    MAX_IMAGES,
     Engine,
     PlanRequest,
     PlanResult,
+    Prefer,
     nearest_fit,
     plan_deployment,
 )
 from llava_edge.profiles.sizes import format_bytes, parse_bytes
+
+SUMMARY = "Say which model, precision, grid and context fit a board, and why no larger."
+
+MOST_MEMORY = 16 << 40
+"""Of a ``--vram``: more is a slip of the unit."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,14 +46,17 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         RequestError: the request is malformed; the caller prints it.
     """
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.list:
+        return _list(parser, arguments)
     profile = choose_profile(arguments)
     request = build_request(arguments)
     result = plan_deployment(profile, request, pareto=arguments.all)
     plan = result.plan
     write_report(result, profile, sys.stderr if arguments.json else sys.stdout)
     if not plan.fits:
-        print(_misfit(profile, request, plan), file=sys.stderr)
+        print(f"error: {misfit(profile, request, plan)}", file=sys.stderr)
     if arguments.json:
         document: dict[str, Any] = plan.to_json()
         if arguments.all:
@@ -51,57 +65,101 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if plan.fits else 2
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command's flags; ``convert`` adds the same ones with ``add_plan_arguments``."""
-    parser = argparse.ArgumentParser(
-        prog="llava-edge plan",
-        description="The largest variant, precision, AnyRes grid and context that fit a board.",
+    parser = CommandParser("plan", SUMMARY, "[MODEL] [--profile NAME | --vram SIZE] [options]")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="variant, hub id or checkpoint folder; default: every image variant",
     )
-    parser.add_argument("model", nargs="?", help="variant, hub id or checkpoint folder")
-    add_plan_arguments(parser)
+    parser.add_argument(
+        "--list", action="store_true", help="list the profiles and the variants, plan nothing"
+    )
     parser.add_argument(
         "--all", action="store_true", help="also the plans that no other beats (Pareto set)"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object as the last line of stdout"
+    )
+    add_plan_arguments(parser)
     return parser
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that describe board and wishes, the same for every command that plans."""
     board = parser.add_argument_group("board")
-    board.add_argument("--profile", metavar="NAME|FILE", help="a board; default is this machine")
+    board.add_argument("--profile", metavar="NAME|FILE", help="a board (default: this machine)")
     board.add_argument("--vram", metavar="SIZE", help="memory that is free for us, such as 24GiB")
     board.add_argument("--detect", action="store_true", help="this machine as it is now")
-    board.add_argument("--device", type=device_argument, metavar=DEVICE_METAVAR, default="auto")
+    board.add_argument(
+        "--device",
+        type=device_argument,
+        metavar=DEVICE_METAVAR,
+        default="auto",
+        help="what runs the language model",
+    )
     board.add_argument(
         "--engine",
-        choices=get_args(Engine),
+        type=one_of(get_args(Engine)),
+        metavar=bar(get_args(Engine)),
         default="auto",
         help="what runs the vision tower; auto: TensorRT-RTX where it supports the GPU",
     )
     wish = parser.add_argument_group("wishes")
-    wish.add_argument("--prefer", choices=("largest", "quality", "speed"), default="largest")
-    wish.add_argument("--precision", choices=("fp16", "int8", "int4"))
+    wish.add_argument(
+        "--prefer",
+        type=one_of(get_args(Prefer)),
+        metavar=bar(get_args(Prefer)),
+        default="largest",
+        help="what comes first: the variant, the grid, or a quick answer",
+    )
+    wish.add_argument(
+        "--precision",
+        type=one_of(PRECISIONS),
+        metavar=bar(PRECISIONS),
+        help="of the language model (default: the most exact that fits)",
+    )
     wish.add_argument(
         "--vision-precision",
-        choices=VISION_PRECISIONS,
-        help="of tower and projector; default: int8 where language model and board allow it",
+        type=one_of(VISION_PRECISIONS),
+        metavar=bar(VISION_PRECISIONS),
+        help="of tower and projector (default: int8 where language model and board allow it)",
     )
-    wish.add_argument("--grid", help="base, 1x2, 2x2, 2x3, 2x4, 3x3 or 2x6")
-    wish.add_argument("--pinpoints", metavar="HxW,…", help="candidates of one's own, in pixels")
-    wish.add_argument("--context", type=int, metavar="TOKENS")
-    wish.add_argument("--images", type=int, default=1, metavar="N", help="images in one prompt")
     wish.add_argument(
-        "--cache", choices=sorted(CACHE_FLAGS), help="type of the key and value cache"
+        "--grid",
+        metavar="NAME",
+        help=f"{', '.join(GRID_NAMES)} (default: the largest that fits)",
+    )
+    wish.add_argument("--pinpoints", metavar="HxW,...", help="candidates of one's own, in pixels")
+    wish.add_argument(
+        "--context",
+        type=whole_number(1, MAX_CONTEXT),
+        metavar="TOKENS",
+        help="positions of the cache (default: as many as fit)",
+    )
+    wish.add_argument(
+        "--images",
+        type=whole_number(1, MAX_IMAGES),
+        default=1,
+        metavar="N",
+        help="images in one prompt",
+    )
+    wish.add_argument(
+        "--cache",
+        type=one_of(CACHE_FLAGS),
+        metavar=bar(CACHE_FLAGS),
+        help="type of the key and value cache (default: the target's own)",
     )
     wish.add_argument(
         "--video",
         nargs="?",
-        type=int,
+        type=whole_number(1, MAX_FRAMES),
         const=DEFAULT_FRAMES,
         default=0,
         metavar="FRAMES",
-        help=f"plan for a video model; {DEFAULT_FRAMES} frames unless said",
+        help=f"plan for a video model and so many frames; {DEFAULT_FRAMES} where no number follows",
     )
 
 
@@ -118,7 +176,7 @@ def choose_profile(arguments: argparse.Namespace) -> HardwareProfile:
     if vram is None:
         profile = load_profile(name) if name else detect_profile(device=device)
     else:
-        memory = parse_bytes(vram)
+        memory = _free_memory(vram)
         if name or arguments.detect:
             known = load_profile(name) if name else detect_profile(device=device)
             profile = _with_memory(known, memory)
@@ -159,6 +217,16 @@ def build_request(arguments: argparse.Namespace) -> PlanRequest:
     )
 
 
+def _free_memory(text: str) -> int:
+    memory = parse_bytes(text)
+    if memory > MOST_MEMORY:
+        raise RequestError(
+            f"--vram {text[:40]} is more memory than any board has (at most "
+            f"{format_bytes(MOST_MEMORY)}). Check the unit: 24GiB is an RTX 4090."
+        )
+    return memory
+
+
 def _vram_profile(memory: int, text: str) -> HardwareProfile:
     """A GPU of which only the free memory is known: speeds stay unknown."""
     return HardwareProfile(
@@ -193,7 +261,8 @@ def _with_memory(profile: HardwareProfile, memory: int) -> HardwareProfile:
     )
 
 
-def _misfit(profile: HardwareProfile, request: PlanRequest, plan: DeploymentPlan) -> str:
+def misfit(profile: HardwareProfile, request: PlanRequest, plan: DeploymentPlan) -> str:
+    """Why nothing fits, and the nearest that does."""
     nearest = nearest_fit(profile, request)
     if nearest is None:
         advice = "Nothing smaller fits either; "
@@ -210,11 +279,11 @@ def _misfit(profile: HardwareProfile, request: PlanRequest, plan: DeploymentPlan
     short = plan.memory.shortfall_bytes
     reason = (
         f"the least, {plan.variant} at {plan.precision} with grid {plan.grid}, is short of "
-        f"{format_bytes(short)} ({short} bytes)"
+        f"{format_bytes(short)}"
         if short
         else plan.rejected[-1].reason
     )
-    return f"error: nothing that was asked fits {profile.name}: {reason}. {advice}"
+    return f"nothing that was asked fits {profile.name}: {reason}. {advice}"
 
 
 def write_report(result: PlanResult, profile: HardwareProfile, out: TextIO) -> None:
@@ -245,11 +314,42 @@ def write_report(result: PlanResult, profile: HardwareProfile, out: TextIO) -> N
     if result.pareto:
         lines += ["", "not beaten by any other:"]
         lines += [
-            f"  {p.variant:22} {p.precision:5} {p.grid:5} {p.context_tokens:6} tokens  "
-            f"{format_bytes(p.memory.total_bytes):>11}  {_rate(p)}"
-            for p in result.pareto
+            f"  {'variant':22} {'precision':9} {'grid':4} {'context':>7} {'memory':>10} "
+            f"{'first token':>11} {'tokens/s':>8}",
+            *(_pareto_row(p) for p in result.pareto),
         ]
-    print("\n".join(lines), file=out)
+    print("\n".join(map(wrapped, lines)), file=out)
+
+
+def _pareto_row(plan: DeploymentPlan) -> str:
+    first, rate = plan.predicted.ttft_seconds, plan.predicted.decode_tokens_per_second
+    return (
+        f"  {plan.variant:22} {plan.precision:9} {plan.grid:4} {plan.context_tokens:7} "
+        f"{format_bytes(plan.memory.total_bytes):>10} "
+        f"{'unknown' if first is None else f'{first:.2f} s':>11} "
+        f"{'unknown' if rate is None else f'{rate:.1f}':>8}"
+    )
+
+
+def _list(parser: CommandParser, arguments: argparse.Namespace) -> int:
+    if arguments.model or arguments.profile or arguments.vram or arguments.all:
+        parser.error("--list plans nothing; give it alone, or with --json")
+    boards = [load_profile(name) for name in profile_names()]
+    lines = [f"{'profile':20}{'memory':>13}  board"]
+    for board in boards:
+        several = f"{board.num_devices} x " if board.num_devices > 1 else ""
+        size = f"{several}{format_bytes(board.memory_bytes)}"
+        # A title that is too long goes on below itself.
+        lines.append(wrapped(f"{board.name:20}{size:>13}  {board.title}", hang=35))
+    lines += ["", f"{'variant':24}{'at fp16':>10}  {'for':9}  hub id"]
+    for each in load_variants():
+        size = format_bytes(each.fp16_bytes)
+        lines.append(f"{each.name:24}{size:>10}  {each.kind:9}  {each.hub_id or ''}".rstrip())
+    print("\n".join(lines), file=sys.stderr if arguments.json else sys.stdout)
+    if arguments.json:
+        variants = [each.name for each in load_variants()]
+        print(json.dumps({"profiles": [board.name for board in boards], "variants": variants}))
+    return 0
 
 
 def _nearest_of_each(plan: DeploymentPlan) -> list[RejectedCandidate]:

@@ -5,7 +5,6 @@ Standard library only: packages are looked up by their metadata and none is impo
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import sys
@@ -23,8 +22,11 @@ from llava_edge.profiles.boards.detect import (
 )
 from llava_edge.profiles.boards.engines import INSTALL, LIBRARIES, RTX_CAPABILITIES, rtx_target
 from llava_edge.profiles.boards.hardware import load_profile
+from llava_edge.profiles.command_line import CommandParser, wrapped
 from llava_edge.profiles.errors import ProfileError
 from llava_edge.profiles.sizes import format_bytes
+
+SUMMARY = "Say what this machine has, what that means and what to install."
 
 _PACKAGES = (
     "onnxruntime",
@@ -135,12 +137,11 @@ def diagnose(
 
 def main(argv: list[str] | None = None) -> int:
     """Print the diagnosis; with ``--json`` one JSON object as the last line of stdout."""
-    parser = argparse.ArgumentParser(
-        prog="llava-edge doctor",
-        description="What this machine has, what that means, what to install.",
-    )
+    parser = CommandParser("doctor", SUMMARY, "[options]")
     parser.add_argument("--detect", action="store_true", help="this machine (the only choice)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object as the last line of stdout"
+    )
     arguments = parser.parse_args(argv)
     diagnosis = diagnose(read_machine(), platform.machine())
     print(_report(diagnosis), file=sys.stderr if arguments.json else sys.stdout)
@@ -290,7 +291,7 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def _report(diagnosis: Diagnosis) -> str:
-    lines = list(diagnosis.findings)
+    lines = [wrapped(finding) for finding in diagnosis.findings]
     try:
         profile = detect_profile(diagnosis.facts)
         lines.append(f"plans on this machine may use {format_bytes(profile.budget_bytes)}")

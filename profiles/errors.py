@@ -8,6 +8,7 @@
     │   ├── ImageError                 an image is refused
     │   ├── VideoError                 a video is refused
     │   ├── UnknownOptionError         a call has no such option; a TypeError as well
+    │   ├── UsageError                 a command line is malformed
     │   ├── CheckpointError            a checkpoint cannot be converted faithfully
     │   └── OutputExistsError          nothing is overwritten unasked
     ├── HubError              exit 1   the model hub could not be reached or answered
@@ -25,7 +26,8 @@ A message holds four things: what was asked, what was found, the rule, the next 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 
 class LlavaEdgeError(Exception):
@@ -54,6 +56,10 @@ class PromptError(RequestError):
 
 class UnknownOptionError(RequestError, TypeError):
     """A call has no option of that name; Python's own error for it is a ``TypeError``."""
+
+
+class UsageError(RequestError):
+    """A command line is malformed: an option or a value of one that does not exist."""
 
 
 class ImageError(RequestError):
@@ -126,6 +132,14 @@ def shorten(items: Sequence[str], limit: int = 5) -> str:
     shown = ", ".join(printable(item) for item in items[:limit])
     rest = len(items) - limit
     return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def did_you_mean(text: str, names: Iterable[str]) -> str:
+    """`` (did you mean NAME?)`` for the nearest of the names, empty where none is near."""
+    # Longer texts are no slips of a finger, and comparing them takes long.
+    by_lower = {name.lower(): name for name in names}
+    near = get_close_matches(text.lower(), by_lower, 1) if len(text) <= 100 else []
+    return f" (did you mean {by_lower[near[0]]}?)" if near else ""
 
 
 def plain_reason(error: Exception) -> str:

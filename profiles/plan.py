@@ -160,7 +160,7 @@ class DeploymentPlan:
             f"{self.variant} at {self.precision} with grid {self.grid} and "
             f"{self.context_tokens} tokens of context needs {format_bytes(memory.total_bytes)}; "
             f"{self.profile} leaves {format_bytes(memory.budget_bytes)}. It is short of "
-            f"{memory.shortfall_bytes} bytes ({format_bytes(memory.shortfall_bytes)})."
+            f"{format_bytes(memory.shortfall_bytes)}."
         )
 
     def to_json(self) -> dict[str, Any]:

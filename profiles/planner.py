@@ -404,14 +404,14 @@ class _Search:
             host_budget = self.profile.host_budget_bytes or 0
             return (
                 f"the host needs {format_bytes(sized.host.total)}, "
-                f"{_exact(sized.host.total - host_budget)} more than its "
+                f"{format_bytes(sized.host.total - host_budget)} more than its "
                 f"{format_bytes(host_budget)}"
             )
         where = f" on each of {sized.num_devices} devices" if sized.num_devices > 1 else ""
         if self.request.cache == "int8" and self.profile.num_devices > 1:
             where = " on the one device that an int8 cache is for"
         return (
-            f"needs {format_bytes(sized.terms.total)}{where}, {_exact(over)} more than "
+            f"needs {format_bytes(sized.terms.total)}{where}, {format_bytes(over)} more than "
             f"{format_bytes(budget)}"
         )
 
@@ -496,11 +496,6 @@ class _Search:
                 f"are used through {c.sized.engine}; the terms are those of one device."
             )
         return tuple(notes)
-
-
-def _exact(count: int) -> str:
-    """Readable, and to the byte: at the boundary only the byte tells."""
-    return format_bytes(count) if count < 1024 else f"{format_bytes(count)} ({count} bytes)"
 
 
 def _scores(c: _Candidate) -> tuple[float, ...]:

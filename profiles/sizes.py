@@ -1,18 +1,17 @@
-"""Byte counts as people write them: ``24GiB``, ``8 GB``, ``512MiB`` or a bare number of bytes."""
+"""Byte counts as people write them: ``24GiB``, ``8 GB``, ``512MiB``."""
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
 
-from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.errors import RequestError, printable
 
 KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 
 _UNITS = {
-    "": 1,
     "b": 1,
     "kb": 10**3,
     "mb": 10**6,
@@ -38,15 +37,23 @@ def parse_bytes(text: str) -> int:
     size = int(Fraction(match[1]) * factor) if match and factor and len(text) <= 40 else 0
     if size < 1:
         raise RequestError(
-            f"{text[:40]!r} is not a memory size. Write a number and a unit, such as 24GiB, "
-            "16GB, 512MiB, or a bare number of bytes."
+            f"{printable(text[:40])!r} is not a memory size. Write a number and a unit: "
+            f"{_example(text)}."
         )
     return size
 
 
+def _example(text: str) -> str:
+    """What was probably meant: a bare number of at most four digits is one of GiB."""
+    number = text.strip()
+    if re.fullmatch("[1-9][0-9]{0,3}", number, re.ASCII):
+        return f"{number}GiB, if that is what you mean"
+    return "24GiB, 16GB or 512MiB"
+
+
 def format_bytes(count: int) -> str:
-    """Readable size with a binary unit, such as ``14.09 GiB``; for people, never parsed back."""
+    """Readable size with a binary unit, such as ``14.1 GiB``; for people, never parsed back."""
     for unit, size in (("TiB", 1 << 40), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if abs(count) >= size:
-            return f"{count / size:.2f} {unit}"
+            return f"{count / size:.1f} {unit}"
     return f"{count} B"

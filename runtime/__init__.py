@@ -28,6 +28,7 @@ from llava_edge.profiles.errors import (
     PromptError,
     RequestError,
     UnknownOptionError,
+    UsageError,
     VerificationError,
     VideoError,
 )
@@ -94,6 +95,7 @@ __all__ = [
     "RequestError",
     "Timings",
     "UnknownOptionError",
+    "UsageError",
     "VerificationError",
     "VideoError",
     "VideoInput",

@@ -340,7 +340,7 @@ def test_a_wrong_question_ends_in_one_clear_message(
 def test_an_unknown_command_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["cook"]) == 2
 
-    assert "llava-edge convert" in capsys.readouterr().err
+    assert "  convert " in capsys.readouterr().err
 
 
 def test_malformed_arguments_still_give_one_json_object(
@@ -381,7 +381,7 @@ def test_a_terminal_that_is_not_utf8_shows_a_stand_in(artifact: Path) -> None:
 
 def test_help_and_version_are_answers(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
-    assert "llava-edge run" in capsys.readouterr().out
+    assert "  run " in capsys.readouterr().out
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("llava-edge ")
 

@@ -195,3 +195,17 @@ def test_a_system_error_is_told_without_its_number(
     assert_one_clear_error(done)
     assert "tiles.png cannot be written: File too large" in done.stderr
     assert list(locked.iterdir()) == []
+
+
+def test_a_line_of_stderr_is_in_the_log_at_once_and_not_when_the_command_ends() -> None:
+    code = (
+        "import os, sys\n"
+        "from llava_edge.runtime.cli.standard_streams import standard_streams\n"
+        "with standard_streams():\n"
+        "    print('about 14 min', file=sys.stderr)\n"
+        "    os._exit(0)\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stderr == "about 14 min\n"

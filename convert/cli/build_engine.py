@@ -1,4 +1,4 @@
-"""``llava-edge build-engine ARTIFACT``: build the tower's TensorRT engine for this machine's GPU.
+"""``llava-edge build-engine``: builds the tower's TensorRT engine for this machine's GPU.
 
 It lies in the user's cache folder, never in the artifact, and is found there on loading. Runs on
 devices: torch is not needed.
@@ -6,7 +6,6 @@ devices: torch is not needed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from llava_edge.convert.onnx.engine_plan import NO_VIDEO_ENGINE, EngineTarget, write_vision_engine
 from llava_edge.profiles.boards.device_name import device_argument, parse_device
 from llava_edge.profiles.boards.engines import LIBRARIES, LibraryName, rtx_target
+from llava_edge.profiles.command_line import CommandParser, bar, one_of
 from llava_edge.profiles.errors import (
     ArtifactError,
     DependencyError,
@@ -24,6 +24,7 @@ from llava_edge.profiles.errors import (
     RequestError,
 )
 from llava_edge.profiles.memory.buffers import tiles_per_batch
+from llava_edge.profiles.sizes import format_bytes
 from llava_edge.runtime.artifact.open import Artifact, open_artifact
 from llava_edge.runtime.backends.cuda_runtime import CudaRuntime
 from llava_edge.runtime.backends.engine_cache import (
@@ -34,14 +35,22 @@ from llava_edge.runtime.backends.engine_cache import (
     graph_digests,
 )
 from llava_edge.runtime.backends.tensorrt import TensorRTLibrary, open_library
+from llava_edge.runtime.cli.arguments import (
+    add_artifact_argument,
+    add_json_argument,
+    require_artifact,
+)
 from llava_edge.runtime.util.cache_dir import cache_folder
 from llava_edge.runtime.util.json_codec import to_json
 from llava_edge.runtime.util.progress import Progress, ProgressLine
+
+SUMMARY = "Build the vision tower's TensorRT engine for a GPU of this machine."
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = _parser().parse_args(argv)
+    require_artifact(options.artifact)
     device = parse_device(options.device)
     if device.kind == "cpu":
         raise RequestError("--device cpu was given; an engine is built for a GPU. Name one.")
@@ -60,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{facts.library} {facts.library_version} engine for {facts.device or 'GPUs'} of compute "
         f"capability {facts.compute_capability}, 1 to {facts.max_tiles} tiles, "
-        f"{facts.file.bytes / 2**20:.1f} MiB: {what}",
+        f"{format_bytes(facts.file.bytes)}: {what}",
         file=sys.stderr,
     )
     if options.json:
@@ -154,20 +163,22 @@ def _library(asked: LibraryName | None, capability: str, device: str) -> TensorR
     raise kind("no TensorRT builds an engine here: " + " ".join(map(str, faults)))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="llava-edge build-engine",
-        description="Build the vision tower's TensorRT engine for this machine's GPU.",
+def _parser() -> CommandParser:
+    parser = CommandParser("build-engine", SUMMARY, "ARTIFACT [options]")
+    add_artifact_argument(parser)
+    parser.add_argument(
+        "--engine",
+        type=one_of(LIBRARIES),
+        metavar=bar(LIBRARIES),
+        help="the library that builds (default: the first that works)",
     )
-    parser.add_argument("artifact", help="folder that llava-edge convert wrote")
-    parser.add_argument("--engine", choices=LIBRARIES, help="default: the first that works")
     parser.add_argument(
         "--device",
         type=device_argument,
         metavar="cuda|cuda:N",
         default="cuda",
-        help="the GPU to build for; default: the first",
+        help="the GPU to build for; cuda: the first",
     )
     parser.add_argument("--force", action="store_true", help="build also where there is one")
-    parser.add_argument("--json", action="store_true", help="one JSON object as last stdout line")
+    add_json_argument(parser)
     return parser

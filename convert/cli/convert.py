@@ -1,22 +1,38 @@
-"""``llava-edge convert CHECKPOINT OUT``: a checkpoint becomes an artifact for one board."""
+"""``llava-edge convert``: turns a checkpoint into an artifact for one board.
+
+Arguments are read and checked here; torch is imported by ``converting``.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-import time
+import os
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
-from llava_edge.convert.pipeline import convert_checkpoint
-from llava_edge.convert.planning.request import ConvertRequest
-from llava_edge.convert.quality.request import QualityRequest
-from llava_edge.convert.quantization.plan import NUM_SAMPLES, QuantizationRequest
-from llava_edge.convert.util.progress import StageBars
-from llava_edge.profiles.cli import add_plan_arguments, build_request, choose_profile
-from llava_edge.profiles.errors import RequestError
+from llava_edge.convert.checkpoint.source import resolve_source
+from llava_edge.convert.quantization.request import NUM_SAMPLES, QuantizationRequest, Quantizer
+from llava_edge.profiles.boards.hardware import HardwareProfile
+from llava_edge.profiles.cli import add_plan_arguments, build_request, choose_profile, misfit
+from llava_edge.profiles.command_line import CommandParser, bar, one_of, real_number, whole_number
+from llava_edge.profiles.errors import (
+    BudgetError,
+    CheckpointError,
+    OutputExistsError,
+    RequestError,
+    plain_reason,
+    printable,
+)
+from llava_edge.profiles.models.anyres import grid_pinpoints
+from llava_edge.profiles.models.variants import load_variants, read_folder
+from llava_edge.profiles.planner import PlanRequest, plan_deployment
+from llava_edge.runtime.artifact.manifest import Reference
+from llava_edge.runtime.cli.arguments import add_json_argument
 from llava_edge.runtime.cli.limit_arguments import add_limit_arguments, asked_limits
-from llava_edge.runtime.util.json_codec import to_json
+from llava_edge.runtime.cli.settled_imports import import_for
+
+SUMMARY = "Turn a LLaVA-NeXT checkpoint into an artifact for one board."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,117 +48,188 @@ def main(argv: list[str] | None = None) -> int:
             f"--max-loss {options.max_loss} was given without --quality FILE, whose questions it "
             "is measured on. Give both, or leave it out."
         )
+    profile = choose_profile(options)
+    wishes = build_request(options)
     limits = asked_limits(options)
-    request = ConvertRequest(
-        checkpoint=options.checkpoint,
-        out=options.named_out or options.out,
-        profile=choose_profile(options),
-        wishes=build_request(options),
-        quantization=QuantizationRequest(
-            quantizer=options.quantizer,
-            calibration=options.calibration,
-            num_samples=options.samples,
-            limits=limits,
-        ),
-        emit_hf="hf" in options.emit,
-        reference=options.reference,
-        use_template=not options.no_template,
-        force=options.force,
-        verify=options.verify,
-        quality=None
-        if options.quality is None
-        else QualityRequest(options.quality, options.max_loss, limits),
+    quantization = QuantizationRequest(
+        quantizer=options.quantizer,
+        calibration=options.calibration,
+        num_samples=options.samples,
+        limits=limits,
     )
-    start = time.perf_counter()
-    with StageBars() as bars:
-        conversion = convert_checkpoint(request, bars, bars.say)
-    seconds = time.perf_counter() - start
-    manifest = conversion.manifest
-    size = conversion.artifact_bytes / 2**20
-    print(
-        f"{conversion.folder}: {manifest.variant}, {manifest.target} target, "
-        f"{manifest.plan['precision']}, grid {manifest.plan['grid']} "
-        f"(at most {manifest.plan['max_image_tokens']} tokens an image), context "
-        f"{manifest.context_tokens}, {size:.1f} MiB in {seconds:.1f} s",
-        file=sys.stderr,
-    )
-    if options.json:
-        result = {
-            "artifact": str(conversion.folder),
-            "artifact_bytes": conversion.artifact_bytes,
-            "seconds": seconds,
-            "plan": conversion.plan.to_json(),
-            "verdict": conversion.certificate.verdict,
-            "verified": conversion.certificate.passed,
-            "quality": to_json(conversion.certificate.quality),
-        }
-        print(json.dumps(result))
-    else:
-        print(conversion.folder)
-    return 0
+    out = options.named_out or options.out
+    if out is not None:
+        _require_output(out, force=options.force)
+    _require_plan(options.checkpoint, profile, wishes)
+    quality = None
+    if options.quality is not None:
+        _require_file(options.quality)
+        asking = import_for("convert", "llava_edge.convert.quality.request", "convert")
+        quality = asking.QualityRequest(options.quality, options.max_loss, limits)
+    converting = import_for("convert", "llava_edge.convert.cli.converting", "convert")
+    code: int = converting.convert_and_print(options, out, profile, wishes, quantization, quality)
+    return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="llava-edge convert", description="Turn a LLaVA-NeXT checkpoint into an artifact."
-    )
+def _require_plan(checkpoint: str | None, profile: HardwareProfile, wishes: PlanRequest) -> None:
+    """Refuse a checkpoint that is not there, and wishes that no plan can keep to.
+
+    The conversion plans again, with all files of the checkpoint at hand.
+
+    Raises:
+        RequestError: naming what.
+    """
+    if wishes.grid is not None:
+        grid_pinpoints(wishes.grid, 1)
+    folder = None if checkpoint is None else resolve_source(checkpoint).folder
+    if folder is not None:
+        if not (folder / "config.json").exists():
+            raise CheckpointError(
+                f"{folder} has no config.json. Give the folder that holds it next to the weights."
+            )
+        try:
+            variant = read_folder(folder)
+        except RequestError:
+            # Opening it names every fault, and reads layouts that a plan does not.
+            return
+        wishes = replace(wishes, variants=(variant,))
+    elif checkpoint is not None:
+        wishes = replace(
+            wishes, variants=tuple(v for v in load_variants() if checkpoint == v.hub_id)
+        )
+    if wishes.variants or checkpoint is None:
+        result = plan_deployment(profile, wishes)
+        if folder is None and not result.plan.fits:
+            raise BudgetError(misfit(profile, wishes, result.plan))
+
+
+def _require_output(out: Path, *, force: bool) -> None:
+    """Refuse an output that would be refused after the checkpoint was read.
+
+    Raises:
+        OutputExistsError: it exists and is not to be replaced.
+        RequestError: it cannot be written.
+    """
+    path = Path(os.path.abspath(out))
+    if os.path.lexists(path) and not path.is_dir():
+        raise OutputExistsError(f"{out} is no folder, and an artifact is one. Name another output.")
+    # A folder with work of an earlier run is looked into by that which goes on with it.
+    unfinished = os.path.lexists(path / f"{path.name}.partial")
+    if not force and not unfinished and path.is_dir() and os.listdir(path):
+        raise OutputExistsError(
+            f"{out} exists. Nothing is overwritten unasked: add --force to replace it, or name "
+            "another output."
+        )
+    above = next((each for each in path.parents if os.path.lexists(each)), path.parent)
+    if not above.is_dir():
+        raise RequestError(f"{out} cannot be written: {above} is no folder. Name another output.")
+
+
+def _require_file(path: Path) -> None:
+    """Refuse questions that are not there.
+
+    Raises:
+        RequestError: there is no such file.
+    """
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"--quality {printable(str(path))} cannot be read: {plain_reason(error)}. Give a file "
+            "of questions, one JSON object a line."
+        ) from error
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser("convert", SUMMARY, "[CHECKPOINT [OUT]] [--profile NAME] [options]")
     parser.add_argument(
         "checkpoint",
         nargs="?",
+        metavar="CHECKPOINT",
         help="folder with safetensors files, or a hub id (owner/name@revision); "
         "default: the variant that the plan chooses",
     )
     parser.add_argument(
-        "out", nargs="?", type=Path, help="default: artifacts/<variant>-<precision>-<profile>"
+        "out",
+        nargs="?",
+        type=Path,
+        metavar="OUT",
+        help="the artifact's folder; default: artifacts/<variant>-<precision>-<profile>",
     )
     parser.add_argument(
-        "--out", dest="named_out", type=Path, help="OUT, where no checkpoint is named"
+        "--out",
+        dest="named_out",
+        type=Path,
+        metavar="OUT",
+        help="the same, where no checkpoint is named",
     )
-    parser.add_argument("--model", help="variant to plan for where no checkpoint is given")
+    parser.add_argument(
+        "--model", metavar="VARIANT", help="variant to plan for where no checkpoint is named"
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT, discard OUT.partial")
+    add_json_argument(parser)
     add_plan_arguments(parser)
-    parser.add_argument(
-        "--reference", choices=("hf", "original"), help="order of candidates on ties"
+    numbers = parser.add_argument_group("precision")
+    numbers.add_argument(
+        "--quantizer",
+        type=one_of(get_args(Quantizer)),
+        metavar=bar(get_args(Quantizer)),
+        default="gptq",
+        help="how int8 and int4 codes are found: gptq calibrates, rtn rounds",
     )
-    parser.add_argument("--quantizer", choices=("gptq", "rtn"), default="gptq")
-    parser.add_argument(
+    numbers.add_argument(
         "--calibration",
         type=Path,
         metavar="DIR|FILE",
-        help="questions, answers and images, for GPTQ and for the tower: JSON Lines or a JSON list",
+        help="questions, answers and images, for GPTQ and for the tower: JSON Lines or a JSON "
+        "list (default: pages drawn for it)",
     )
-    parser.add_argument("--samples", type=int, default=NUM_SAMPLES, help="calibration samples")
-    add_limit_arguments(parser)
-    parser.add_argument(
+    numbers.add_argument(
+        "--samples",
+        type=whole_number(1),
+        default=NUM_SAMPLES,
+        metavar="N",
+        help="calibration samples",
+    )
+    add_limit_arguments(parser.add_argument_group("limits on pictures"))
+    made = parser.add_argument_group("what is made")
+    made.add_argument(
         "--emit",
         type=_emitted,
         default=["onnx"],
         metavar="onnx,hf",
-        help="hf: also a GPTQ checkpoint for transformers and vLLM, in OUT/gptq",
+        help="hf: also a GPTQ checkpoint for transformers and vLLM, in OUT/gptq (default: onnx)",
     )
-    parser.add_argument(
+    made.add_argument(
+        "--reference",
+        type=one_of(get_args(Reference)),
+        metavar=bar(get_args(Reference)),
+        help="order of candidates on ties (default: as the checkpoint's layout has it)",
+    )
+    made.add_argument(
         "--no-template", action="store_true", help="leave the chat template out: raw prompts only"
     )
-    parser.add_argument(
+    proof = parser.add_argument_group("verification")
+    proof.add_argument(
         "--verify",
-        choices=("quick", "full", "none"),
+        type=one_of(("quick", "full", "none")),
+        metavar="quick|full|none",
         default="quick",
-        help="how much is compared with the checkpoint before the artifact takes its place",
+        help="how much is compared with the checkpoint before the artifact is released",
     )
-    parser.add_argument(
+    proof.add_argument(
         "--quality",
         type=Path,
         metavar="FILE",
         help="questions with their answers, as bench --quality reads them: right answers at fp16 "
         "and of the artifact are counted and stand in certificate and card",
     )
-    parser.add_argument(
+    proof.add_argument(
         "--max-loss",
-        type=float,
+        type=real_number(0, 1),
         metavar="SHARE",
         help="refuse an artifact that loses more of the right answers, on balance; 0.02 for 2 %%",
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT, discard OUT.partial")
-    parser.add_argument("--json", action="store_true", help="one JSON object as last stdout line")
     return parser
 
 

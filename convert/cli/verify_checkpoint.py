@@ -8,8 +8,6 @@ import sys
 
 from llava_edge.convert.util.progress import StageBars
 from llava_edge.convert.verification.against import keep_certificate, verify_against
-from llava_edge.profiles.boards.device_name import parse_device
-from llava_edge.profiles.errors import RequestError
 from llava_edge.runtime.artifact.open import Artifact
 from llava_edge.runtime.util.json_codec import to_json
 from llava_edge.runtime.verification.report import (
@@ -26,15 +24,8 @@ def main_against(options: argparse.Namespace, artifact: Artifact) -> int:
     Raises:
         CheckpointError: the checkpoint changed meanwhile.
         ExportError: the certificate cannot be written; the verdict was shown.
-        RequestError: the checkpoint is not the one that the artifact was made from, or another
-            device than the CPU was named.
+        RequestError: the checkpoint is not the one that the artifact was made from.
     """
-    if parse_device(options.device).kind == "cuda":
-        raise RequestError(
-            f"--device {options.device} and --against were both given; the reference and the "
-            "artifact are compared on the CPU. Leave --device out, and check the GPU with "
-            "--on-device."
-        )
     with StageBars() as bars:
         certificate = verify_against(
             artifact, options.against, options.mode, options.threads, bars, bars.say

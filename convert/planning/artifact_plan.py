@@ -188,5 +188,6 @@ def _misfit(request: ConvertRequest, wishes: PlanRequest, plan: DeploymentPlan) 
     return (
         f"{plan.variant} at {plan.precision} with grid {plan.grid} and {plan.context_tokens} "
         f"tokens of context needs {format_bytes(memory.total_bytes)}; {request.profile.name} "
-        f"leaves {format_bytes(memory.budget_bytes)}, {memory.shortfall_bytes} bytes less. {advice}"
+        f"leaves {format_bytes(memory.budget_bytes)}, {format_bytes(memory.shortfall_bytes)} "
+        f"less. {advice}"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from llava_edge.convert.quality.request import QualityRequest
-from llava_edge.convert.quantization.plan import QuantizationRequest
+from llava_edge.convert.quantization.request import QuantizationRequest
 from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact.certificate import Mode

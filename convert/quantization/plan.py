@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from llava_edge.convert.checkpoint.open import Checkpoint
 from llava_edge.convert.checkpoint.quantized.gptq_checkpoint import open_gptq
@@ -18,7 +18,6 @@ from llava_edge.convert.quantization.calibration.calibration_set import (
 )
 from llava_edge.convert.quantization.calibration.conversations import (
     Conversation,
-    find_files,
     read_conversations,
 )
 from llava_edge.convert.quantization.calibration.synthetic import draw_conversations
@@ -26,6 +25,9 @@ from llava_edge.convert.quantization.gptq.language_model import (
     quantize_language_model,
 )
 from llava_edge.convert.quantization.gptq.settings import QuantizeSettings
+from llava_edge.convert.quantization.request import NUM_SAMPLES as NUM_SAMPLES
+from llava_edge.convert.quantization.request import QuantizationRequest as QuantizationRequest
+from llava_edge.convert.quantization.request import Quantizer as Quantizer
 from llava_edge.profiles.boards.hardware import HardwareProfile
 from llava_edge.profiles.memory.formats import (
     Int8Route,
@@ -36,42 +38,10 @@ from llava_edge.profiles.memory.formats import (
 )
 from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.runtime.artifact.manifest import ImageProcessing, PromptFormat, TokenIds
-from llava_edge.runtime.util.limits import Limits
 from llava_edge.runtime.util.progress import Progress
-from llava_edge.runtime.util.validation import require_count, require_name
-
-Quantizer = Literal["gptq", "rtn"]
 
 _BITS: dict[str, Literal[4, 8]] = {"int8": 8, "int4": 4}
 _PRECISIONS = {8: "int8", 4: "int4"}
-NUM_SAMPLES = 32
-"""About 50,000 tokens on stock grids; a layer of a 7B took 5.6 minutes at 4,600 on two cores."""
-
-
-@dataclass(frozen=True)
-class QuantizationRequest:
-    """How the language model is quantised; nothing of it matters at fp16.
-
-    ``calibration`` is a folder or file of conversations; None draws a small set. ``limits`` are
-    bounds on its images.
-
-    Raises:
-        RequestError: there is no such folder or file, less than one sample is wanted, or there
-            is no such quantizer.
-    """
-
-    quantizer: Quantizer = "gptq"
-    calibration: Path | None = None
-    num_samples: int = NUM_SAMPLES
-    seed: int = 0
-    limits: Limits = field(default_factory=Limits)
-
-    def __post_init__(self) -> None:
-        require_name("quantizer", "quantizers", self.quantizer, get_args(Quantizer))
-        require_count("the number of calibration samples (--samples)", self.num_samples, 1)
-        if self.calibration is not None:
-            # Now, not after the hours that come before the samples are read.
-            find_files(self.calibration)
 
 
 @dataclass(frozen=True)

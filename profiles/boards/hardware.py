@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from llava_edge.profiles.boards.engines import RTX_CAPABILITIES, rtx_target
-from llava_edge.profiles.errors import ProfileError, RequestError, plain_reason, shorten
+from llava_edge.profiles.errors import (
+    ProfileError,
+    RequestError,
+    did_you_mean,
+    plain_reason,
+    shorten,
+)
 from llava_edge.profiles.sizes import parse_bytes
 
 Kind = Literal["cpu", "cuda", "unified"]
@@ -105,7 +111,8 @@ def load_profile(name_or_path: str | Path) -> HardwareProfile:
         return parse_profile(_read_file(path), path.stem, where=str(path))
     if text not in profile_names():
         raise ProfileError(
-            f"There is no profile {text[:60]!r}. Profiles: {', '.join(profile_names())}. "
+            f"There is no profile {text[:60]!r}{did_you_mean(text, profile_names())}. Profiles: "
+            f"{', '.join(profile_names())}. "
             "For a board of your own give the path of a TOML file, for one GPU --vram, for this "
             "machine --detect."
         )

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from llava_edge.profiles.errors import CheckpointError, RequestError, plain_reason
+from llava_edge.profiles.errors import CheckpointError, RequestError, did_you_mean, plain_reason
 from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.profiles.models.parameters import total_parameters
 
@@ -73,9 +73,11 @@ def find_variant(name: str) -> Variant:
         return read_folder(path)
     if path.name == "config.json" and path.is_file():
         return read_folder(path.parent)
+    names = [v.name for v in load_variants()]
+    known = [*names, *(v.hub_id for v in load_variants() if v.hub_id)]
     raise RequestError(
-        f"There is no variant and no folder {name[:80]!r}. Variants: "
-        f"{', '.join(v.name for v in load_variants())}. Or give a folder with a config.json."
+        f"There is no variant and no folder {name[:80]!r}{did_you_mean(name, known)}. Variants: "
+        f"{', '.join(names)}. Or give a folder with a config.json."
     )
 
 

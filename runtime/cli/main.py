@@ -9,14 +9,19 @@ With ``--json`` the last line of stdout is one JSON object, also for a failure.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points, version
+from importlib.util import find_spec
+from typing import Any
 
-from llava_edge.profiles.errors import DependencyError, LlavaEdgeError, OutputError
-from llava_edge.runtime.cli.settled_imports import settled_imports
+from llava_edge.profiles.command_line import wrapped
+from llava_edge.profiles.errors import LlavaEdgeError, OutputError, did_you_mean, printable
+from llava_edge.runtime.cli.settled_imports import import_for
 from llava_edge.runtime.cli.standard_streams import ReaderGoneError, standard_streams
 
 GROUP = "llava_edge.commands"
@@ -26,6 +31,8 @@ _EXTRAS = {
     "serve": "serve",
 }
 _INTERRUPTED = 130
+_ORDER = ("doctor", "plan", "convert", "verify", "build-engine", "run", "bench")
+"""In which a user meets them; others follow by name."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,16 +52,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     commands = {entry.name: entry for entry in entry_points(group=GROUP)}
-    if not arguments or arguments[0] in {"-h", "--help"}:
-        print(_usage(commands), file=sys.stderr if not arguments else sys.stdout)
-        return 0 if arguments else 2
-    if arguments[0] == "--version":
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if name == "help" and name not in commands:
+        name, *rest = [*rest[:1], "--help"] if rest else ["--help"]
+    if name in {"", "-h", "--help"}:
+        print(_usage(commands), file=sys.stdout if name else sys.stderr)
+        return 0 if name else 2
+    if name == "--version":
         print(f"llava-edge {version('llava-edge')}")
         return 0
-    name, rest = arguments[0], arguments[1:]
     if name not in commands:
-        print(f"llava-edge: there is no command {name!r}\n{_usage(commands)}", file=sys.stderr)
-        return 2
+        known = ["--help", "--version"] if name.startswith("-") else commands
+        kind = "option" if name.startswith("-") else "command"
+        message = f"there is no {kind} {printable(name)!r:.60}{did_you_mean(name, known)}."
+        return _report("UsageError", f"{message}\n{_usage(commands)}", 2, "--json" in rest)
     wants_json = "--json" in rest
     try:
         return int(_load(commands[name])(rest))
@@ -87,16 +98,10 @@ def _run(arguments: list[str]) -> int:
         return _report("InternalError", message, 1, wants_json)
 
 
-def _load(entry: EntryPoint):  # type: ignore[no-untyped-def]  # whatever the entry point names
-    try:
-        with settled_imports():
-            return entry.load()
-    except ImportError as error:
-        extra = _EXTRAS.get(entry.name, "cpu")
-        raise DependencyError(
-            f"llava-edge {entry.name} needs the package {error.name or error}, which is not "
-            f"installed. Install it with: pip install 'llava-edge[{extra}]'"
-        ) from error
+def _load(entry: EntryPoint) -> Callable[[list[str]], Any]:
+    module = import_for(entry.name, entry.module, _EXTRAS.get(entry.name, "cpu"))
+    command: Callable[[list[str]], Any] = getattr(module, entry.attr)
+    return command
 
 
 def _report(kind: str, message: str, code: int, wants_json: bool) -> int:
@@ -112,9 +117,36 @@ def _print_json(kind: str, message: str) -> None:
         print(json.dumps({"error": {"type": kind, "message": message}}), flush=True)
 
 
-def _usage(commands: dict[str, EntryPoint]) -> str:
-    listed = "\n".join(f"  llava-edge {name} --help" for name in sorted(commands))
-    return f"usage: llava-edge COMMAND …\n\ncommands:\n{listed}"
+def _usage(commands: Mapping[str, EntryPoint]) -> str:
+    names = sorted(commands, key=lambda name: (_ORDER.index(name) if name in _ORDER else 99, name))
+    width = max(map(len, names), default=0) + 2
+    lines = [f"  {name:{width}}{_summary(commands[name])}".rstrip() for name in names]
+    return "\n".join(
+        [
+            "usage: llava-edge COMMAND [options]",
+            "",
+            "commands:",
+            *(wrapped(line, hang=width) for line in lines),
+            "",
+            "llava-edge COMMAND --help lists its options; llava-edge --version, the version.",
+        ]
+    )
+
+
+def _summary(entry: EntryPoint) -> str:
+    """The sentence ``SUMMARY`` of a command's module, which is read and not imported."""
+    try:
+        spec = find_spec(entry.module)
+        source = getattr(spec.loader, "get_source")(entry.module) if spec else None  # noqa: B009
+        tree = ast.parse(source or "")
+    except (ImportError, AttributeError, SyntaxError, ValueError):
+        return ""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            names = [name.id for name in node.targets if isinstance(name, ast.Name)]
+            if "SUMMARY" in names:
+                return str(node.value.value)
+    return ""
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-
-from PIL.Image import Image
+from typing import TYPE_CHECKING
 
 from llava_edge.profiles.errors import OutputExistsError, RequestError, plain_reason
 from llava_edge.runtime.util.atomic_write import atomic_file
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class PngFile:

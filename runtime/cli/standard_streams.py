@@ -7,6 +7,8 @@ changes nothing.
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import io
 import os
 import select
@@ -16,6 +18,28 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from llava_edge.profiles.errors import OutputError, plain_reason
+
+SUBSTITUTES = "llava_edge_substitutes"
+"""Error handler of output streams: see ``_substitute``."""
+_ASCII = {
+    **dict(zip("‘’‚“”„«»‐‑‒–—−", '\'\',"""""------', strict=True)),
+    **dict(zip("×·•█░ ", "x**#. ", strict=True)),
+    **{"…": "...", "→": "->", "←": "<-", "≤": "<=", "≥": ">=", "≈": "~", "±": "+-", "€": "EUR"},
+}
+
+
+def _substitute(error: UnicodeError) -> tuple[str, int]:
+    """Punctuation as ASCII has it, every other character as its escape of Python."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    parts = (
+        _ASCII.get(character) or character.encode("ascii", "backslashreplace").decode()
+        for character in error.object[error.start : error.end]
+    )
+    return "".join(parts), error.end
+
+
+codecs.register_error(SUBSTITUTES, _substitute)
 
 
 class ReaderGoneError(Exception):
@@ -42,14 +66,17 @@ def standard_streams() -> Iterator[None]:
         sys.stderr = _text(_QuietWriter(2), sys.stderr)
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):
-            # A terminal that is not UTF-8 shows a stand-in rather than ending the answer.
-            output.reconfigure(errors="replace")
+            # A terminal that is not UTF-8 shows what can be read rather than ending the answer.
+            output.reconfigure(errors=SUBSTITUTES)
     if isinstance(sys.stdin, io.TextIOWrapper):
         # Bytes that are no text then reach the prompt's own check, which names them.
         sys.stdin.reconfigure(errors="surrogateescape")
     try:
         yield
     finally:
+        # A stream that something still refers to is never flushed by itself.
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
         sys.stdin, sys.stdout, sys.stderr = before
 
 
@@ -77,8 +104,8 @@ def _text(raw: io.RawIOBase, old: TextIO | None) -> TextIO:
         return io.TextIOWrapper(
             io.BufferedWriter(raw),
             encoding=old.encoding,
-            line_buffering=old.line_buffering,
-            write_through=old.write_through,
+            # Python's stderr writes through, and the buffer below would hold its lines back.
+            line_buffering=old.line_buffering or old.write_through,
         )
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", line_buffering=True)
 

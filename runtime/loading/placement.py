@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 from llava_edge.profiles.boards.device_name import parse_device
 from llava_edge.profiles.boards.hardware import Target
@@ -14,12 +14,12 @@ from llava_edge.runtime.artifact.memory_estimate import certain_phases
 from llava_edge.runtime.artifact.open import Artifact
 from llava_edge.runtime.backends.onnxruntime import available_devices
 from llava_edge.runtime.util.arrays import DeviceKind
+from llava_edge.runtime.util.choices import AskedCache as AskedCache
 from llava_edge.runtime.util.host_memory import available_host_bytes
 from llava_edge.runtime.util.validation import require_name
 
 Device = str
 """``auto``, ``cpu``, ``cuda`` or, for another GPU than the first, ``cuda:1`` and so on."""
-AskedCache = Literal["auto", "float32", "float16", "int8"]
 
 
 def choose_device(asked: Device, target: Target, allow_slow: bool) -> DeviceKind:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
-from llava_edge.profiles.errors import RequestError, UnknownOptionError
+from llava_edge.profiles.errors import RequestError, UnknownOptionError, did_you_mean
 
 
 def require_count(name: str, value: object, smallest: int, largest: int | None = None) -> int:
@@ -109,8 +108,7 @@ def refuse_unknown(call: str, given: Mapping[str, object], known: Iterable[str])
     known = sorted(known)
     named = []
     for name in given:
-        near = get_close_matches(name.lower(), known, 1)
-        named.append(f"{name!r:.60}" + (f" (did you mean {near[0]}?)" if near else ""))
+        named.append(f"{name!r:.60}{did_you_mean(name, known)}")
     raise UnknownOptionError(f"{call} has no option {', '.join(named)}; it has {', '.join(known)}")
 
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from llava_edge.profiles.boards.engines import LIBRARIES, EngineName, LibraryName
 from llava_edge.profiles.errors import EngineError, LlavaEdgeError
@@ -31,13 +31,12 @@ from llava_edge.runtime.backends.onnxruntime import Place
 from llava_edge.runtime.backends.tensorrt import TensorRTEngine, open_library
 from llava_edge.runtime.util.arrays import DeviceKind
 from llava_edge.runtime.util.cache_dir import cache_folder, keep_in_cache
+from llava_edge.runtime.util.choices import AskedEngine as AskedEngine
 from llava_edge.runtime.util.safe_open import read_bounded
 from llava_edge.runtime.util.validation import require_name
 from llava_edge.runtime.vision.cuda_encoder import OrtDeviceEncoder
 from llava_edge.runtime.vision.encoder_protocols import DeviceEncoder, TileEncoder
 from llava_edge.runtime.vision.tensorrt_encoder import TensorRTEncoder
-
-AskedEngine = Literal["auto", "tensorrt", "tensorrt-rtx", "ort"]
 
 _LOG = logging.getLogger(__name__)
 _BUILD = "Build one on this machine: llava-edge build-engine"

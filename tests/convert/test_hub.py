@@ -270,7 +270,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_download(
 ) -> None:
     monkeypatch.setattr(hub, "free_bytes", lambda _: 300 << 20)
     monkeypatch.setattr(hub, "DISK_RESERVE_BYTES", 300 << 20)
-    with pytest.raises(RequestError, match=r"free are 300\.00 MiB") as caught:
+    with pytest.raises(RequestError, match=r"free are 300\.0 MiB") as caught:
         fetch_checkpoint(REPO, cache_dir=cache)
     assert caught.value.exit_code == 2
     assert serving.fetched() == []

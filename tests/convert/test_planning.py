@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_refused_with_the_shortfall_and_the_nearest(folder:
     ).plan.memory.total_bytes
     board = replace(load_profile("cpu-16gb"), memory_bytes=whole - 1, system_reserve_bytes=0)
 
-    with pytest.raises(BudgetError, match=r" 1 bytes less\. Nearest that fits: odd at fp16"):
+    with pytest.raises(BudgetError, match=r" 1 B less\. Nearest that fits: odd at fp16"):
         plan_artifact(request_for(board, context_tokens=2048, grid="2x2"), checkpoint)
 
 

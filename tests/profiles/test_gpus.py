@@ -255,7 +255,7 @@ def test_the_doctor_lists_them_by_number_and_place() -> None:
     ]
     assert document["hidden_gpus"] == [{"pci_bus_id": "0001:b1:00.0", "name": "NVIDIA L4"}]
     lines = [line for line in found.findings if "GPU" in line]
-    assert lines[0].startswith("GPU cuda:0: NVIDIA A100-SXM4-80GB, PCI id 0000:65:00.0, 60.00 GiB")
+    assert lines[0].startswith("GPU cuda:0: NVIDIA A100-SXM4-80GB, PCI id 0000:65:00.0, 60.0 GiB")
     assert lines[0].endswith("(computes unless another is named)")
     assert lines[2] == (
         "GPU hidden from CUDA by CUDA_VISIBLE_DEVICES: NVIDIA L4, PCI id 0001:b1:00.0"

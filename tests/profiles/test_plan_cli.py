@@ -6,6 +6,7 @@ import pytest
 
 from llava_edge.profiles.cli import main
 from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.sizes import format_bytes
 
 Captured = pytest.CaptureFixture[str]
 
@@ -62,7 +63,8 @@ def test_a_pin_that_does_not_fit_ends_with_2_the_shortfall_and_the_nearest(
     )
     short = plan["memory"]["total_bytes"] - plan["memory"]["budget_bytes"]
     assert (code, plan["fits"]) == (2, False)
-    assert f"({short} bytes)" in table
+    assert f"short of {format_bytes(short)}." in table
+    assert str(short) not in table
     assert "Nearest that fits: llava-v1.6-34b at int4, grid 2x2" in table
 
 

@@ -183,7 +183,7 @@ def test_a_plan_fits_its_own_total_exactly_and_not_a_byte_less() -> None:
     short = plan_deployment(gpu(total - 1), replace(pinned, grid="2x2")).plan
     assert not short.fits
     assert short.memory.shortfall_bytes == 1
-    with pytest.raises(BudgetError, match="short of 1 bytes"):
+    with pytest.raises(BudgetError, match=r"short of 1 B\."):
         short.require_fit()
 
 

@@ -24,7 +24,8 @@ from llava_edge.convert.quantization.calibration.conversation_entry import (
     read_entry,
     reason_of,
 )
-from llava_edge.profiles.errors import RequestError, plain_reason, shorten
+from llava_edge.convert.quantization.calibration.files import FORMS, find_files
+from llava_edge.profiles.errors import RequestError, shorten
 from llava_edge.profiles.models.anyres import AnyRes
 from llava_edge.runtime.processing.images.loading import read_image_size
 from llava_edge.runtime.util.jsonl import NoEntriesError, read_entries
@@ -40,11 +41,6 @@ _LOOKED_AT = 20
 hundred gigabytes in the largest public data sets."""
 
 _MOST_NAMED = 100
-
-_FORMS = (
-    'Entries are like {"image": "a.jpg", "question": "…", "answer": "…"}, or like {"image": '
-    '"a.jpg", "conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}.'
-)
 
 
 def read_conversations(
@@ -86,9 +82,7 @@ def read_conversations(
         faults.append("no line holds a conversation")
         faults += [f"{each['sample']}: {each['reason']}" for each in left_out.listed]
     if faults:
-        raise RequestError(
-            f"--calibration {source} cannot be read: {shorten(faults, 10)}. {_FORMS}"
-        )
+        raise RequestError(f"--calibration {source} cannot be read: {shorten(faults, 10)}. {FORMS}")
     found = [replace(conversation, limits=limits or Limits()) for conversation in found]
     if len(found) > limit:
         found = _choose(found, anyres, limit, seed, left_out)
@@ -96,30 +90,6 @@ def read_conversations(
     if source != folder:
         report = {**report, "source": "file", "file": source.name}
     return tuple(found), report
-
-
-def find_files(source: Path) -> tuple[Path, list[Path]]:
-    """The folder that images lie in, and the files to be read.
-
-    Raises:
-        RequestError: there is no such folder or file, or the folder has none that is read.
-    """
-    try:
-        if source.is_dir():
-            listed = sorted(source.iterdir())
-            files = [file for file in listed if file.suffix.lower() in (".jsonl", ".json")]
-            if not files:
-                raise RequestError(
-                    f"--calibration {source}: no *.jsonl and no *.json file is in it. {_FORMS}"
-                )
-            return source, files
-        source.stat()
-    except (OSError, ValueError) as error:
-        raise RequestError(
-            f"--calibration {source} cannot be read: {plain_reason(error)}. Give a folder with a "
-            f"*.jsonl or *.json file, or the file itself. {_FORMS}"
-        ) from error
-    return source.parent, [source]
 
 
 def _entries(

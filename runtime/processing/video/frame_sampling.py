@@ -7,13 +7,12 @@ last, cut to whole numbers.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
 from llava_edge.profiles.errors import RequestError, VideoError
-
-FrameChoice = Literal["reference", "original"]
+from llava_edge.runtime.util.choices import FrameChoice as FrameChoice
 
 
 def require_frame_choice(choice: object) -> None:

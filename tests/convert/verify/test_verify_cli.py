@@ -123,7 +123,7 @@ def test_against_a_checkpoint_without_torch_ends_in_the_install_command(
     program = PROGRAM.format(heavy=set(HEAVY))
 
     done = subprocess.run(
-        [sys.executable, "-c", program, "verify", str(plain), "--against", "x"],
+        [sys.executable, "-c", program, "verify", str(plain), "--against", "owner/name"],
         capture_output=True,
         text=True,
         check=False,
@@ -181,9 +181,9 @@ def test_without_golden_prompts_it_says_what_to_do(
     [
         ([], "--against"),
         (["--on-device", "--against", "x"], "not allowed with"),
-        (["--against", "x", "--verify", "none"], "invalid choice"),
+        (["--against", "x", "--verify", "none"], "is none of quick, full"),
         (["--on-device", "--verify", "full"], "Leave it out"),
-        (["--on-device", "--threads", "-1"], "threads is -1"),
+        (["--on-device", "--threads", "-1"], "no whole number of at least 0"),
     ],
 )
 def test_a_malformed_request_ends_with_2(
@@ -210,17 +210,20 @@ def test_against_hands_over_what_was_asked_and_the_artifact_opened(
     command.main_against = main_against  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, verify_cli._AGAINST, command)
 
-    code = cli.main(["verify", str(plain), "--against", "somewhere", *given, "--json"])
+    code = cli.main(["verify", str(plain), "--against", "owner/name", *given, "--json"])
 
     ((options, artifact),) = asked
     assert code == 1
-    assert (options.against, options.mode, options.json) == ("somewhere", mode, True)
+    assert (options.against, options.mode, options.json) == ("owner/name", mode, True)
     assert artifact.folder == plain.resolve()
 
 
-@pytest.mark.parametrize("way", [["--on-device"], ["--against", "x"]])
+@pytest.mark.parametrize("way", [["--on-device"], ["--against", "EMPTY"]])
 def test_both_ways_hash_every_file_anew(
-    make_golden: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, way: list[str]
+    make_golden: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    way: list[str],
 ) -> None:
     artifact = make_golden()
     hashed: list[Path] = []
@@ -238,7 +241,10 @@ def test_both_ways_hash_every_file_anew(
     open_artifact(artifact)
     assert hashed == []
 
-    cli.main(["verify", str(artifact), *way])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text("{}")
+    cli.main(["verify", str(artifact), *(str(empty) if word == "EMPTY" else word for word in way)])
 
     files = json.loads((artifact / "manifest.json").read_text())["files"]
     # Graphs are hashed as the bytes that are kept of them.
