@@ -23,6 +23,7 @@ from llava_edge.convert.verify.reference.answer import Reference
 from llava_edge.convert.verify.reference.model import REFERENCE
 from llava_edge.convert.verify.reference.probes import Probe, asked_again, probes_for, rounded_again
 from llava_edge.convert.verify.runner.artifact_runner import ArtifactRunner
+from llava_edge.convert.verify.runner.loop_cut import LOOP_PRODUCTS
 from llava_edge.convert.verify.runner.losses import Losses
 from llava_edge.convert.verify.stages.answer import AnswerStages
 from llava_edge.convert.verify.stages.golden import golden_stage
@@ -127,7 +128,7 @@ class Verifier:
         try:
             return self._run()
         finally:
-            self.reference.sketch.close()
+            self.reference.close()
 
     def _run(self) -> Certificate:
         started = time.perf_counter()
@@ -218,6 +219,7 @@ class Verifier:
                 self.bounds,
                 self.options.threads,
                 lambda model: ran.extend(run_loop(model).rows(self.bounds)),
+                LOOP_PRODUCTS if self.options.mode == "quick" else None,
             )
             found += more
         except OutOfMemoryError as error:

@@ -53,7 +53,7 @@ def test_a_cut_answers_as_the_reference_cut_at_the_same_layer(
     reference = open_reference(artifact, made.checkpoint)
     probe = probes_for(artifact.manifest, "quick")[1]
     forced = np.arange(20, 36)
-    with ArtifactRunner(artifact, _BYTES, threads=1) as subject, loop_cut(subject) as cut:
+    with ArtifactRunner(artifact, _BYTES, threads=1) as subject, loop_cut(subject, 1) as cut:
         assert (cut.num_layers, cut.reference_layers) == (1, 1)
         check_interfaces(cut.artifact)
         for spec in cut.artifact.manifest.decoders.values():
@@ -77,7 +77,7 @@ def test_a_cut_answers_as_the_reference_cut_at_the_same_layer(
 def test_an_artifact_that_fits_runs_whole(models: FaultModels) -> None:
     artifact = open_artifact(models["qwen2"].artifact, verify_digests=False)
 
-    with ArtifactRunner(artifact, None, threads=1) as subject, loop_cut(subject) as cut:
+    with ArtifactRunner(artifact, None, threads=1) as subject, loop_cut(subject, 3) as cut:
         assert cut.artifact is artifact
         assert str(cut) == "the loop ran on all 3 layers"
         assert cut.reference_layers is None
@@ -86,7 +86,7 @@ def test_an_artifact_that_fits_runs_whole(models: FaultModels) -> None:
 def test_what_a_cut_opened_is_closed_and_the_artifact_stays_open(models: FaultModels) -> None:
     artifact = open_artifact(models["qwen2"].artifact, verify_digests=False)
     with ArtifactRunner(artifact, _BYTES, threads=1) as subject:
-        with loop_cut(subject) as cut:
+        with loop_cut(subject, 1) as cut:
             graph = cut.artifact.files[cut.artifact.manifest.decoder.file]
             assert graph.path.exists()
             cut.load(threads=1).close()
