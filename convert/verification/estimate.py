@@ -1,9 +1,9 @@
 """Estimate: about how long verifying will take, from parts of it that are run beforehand.
 
-One decoder layer of the reference, one of the artifact and both towers are run on this machine as
-it is now, with whatever else it does; what a probe needs is so many of them. Rates that were
-measured elsewhere say little: kernels, precision and the reading of weights decide, and all of them
-are in what is run here.
+One decoder layer of the reference and one of the artifact are run on this machine as it is now,
+with whatever else it does, and both towers on one tile; what a probe needs is so many of them.
+Rates that were measured elsewhere say little: kernels, precision and the reading of weights decide,
+and all of them are in what is run here.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ from llava_edge.convert.verification.reference.probes import (
 )
 from llava_edge.convert.verification.reference.streamed_model import StreamedModel
 from llava_edge.convert.verification.runner.artifact_runner import ArtifactRunner
+from llava_edge.convert.verification.runner.loop_cut import (
+    LOOP_PRODUCTS,
+    layer_weights,
+    loop_layers,
+)
 from llava_edge.convert.verification.weights.quantized_layers import RoundedWeights, SolvedLayers
 from llava_edge.runtime.artifact.certificate import Mode
 from llava_edge.runtime.backends.process import configure_process
@@ -101,12 +106,8 @@ class _Estimate:
         self._is_half = subject.dtype is np.float16
         bounds = bounds_for(manifest.target, manifest.precision)
         self._by_layer = bounds.compares_layers
-        self._cut = self._layers if subject.is_whole else subject.layers_beside_head
-        layer = text.hidden_size * (
-            2 * text.query_size + 2 * text.key_value_size + 3 * text.intermediate_size
-        )
         # The head is a linear layer too, and read as those of the layers are.
-        self._head = text.vocab_size * text.hidden_size / layer
+        self._head = text.vocab_size * text.hidden_size / layer_weights(text)
         self._path = _PATH_PROMPTS * len(reference.answer_ids(SENTENCE))
         self._media_tiles = reference.media.num_tiles
         self._probes = []
@@ -125,6 +126,9 @@ class _Estimate:
                     probe in rounded,
                 )
             )
+        asked = sum(probe.tokens + NUM_STEPS for probe in self._probes if probe.is_asked_again)
+        products = LOOP_PRODUCTS if mode == "quick" else None
+        self._cut = loop_layers(subject, asked, products)
         self._measure(subject, reference, solved, probes)
 
     def _measure(
@@ -138,15 +142,15 @@ class _Estimate:
         rows = np.random.default_rng(0).normal(0, 1, (_MANY + _STEPS, hidden)).astype(np.float32)
         given = torch.from_numpy(rows)
         pictured = next(probe for probe in probes if probe.images)
-        inputs, request = reference.inputs(pictured), subject.request(pictured)
-        tiles = sum(len(each) for each in inputs.pixel_values)
+        tile = reference.inputs(pictured).pixel_values[0][:1]
         (model, supply), *own = reference.models
         model.use(supply)
         first = partial(_first_layer, model, given)
         # The first run of all prepares what later ones find.
         first(1)
         self._reads = [_Line.through(first)]
-        self._towers = [_seconds(partial(model.embed, inputs)) / tiles]
+        # Reading weights counts for each tile: beside what a tile computes it is little.
+        self._towers = [_seconds(partial(model.tile_features, tile))]
         for other, weights in own:
             # The same arithmetic over other weights: only reading them differs.
             other.use(weights)
@@ -172,7 +176,9 @@ class _Estimate:
         self._run = _Line.through(run)
         stepped = _seconds(lambda: run(_FEW, _STEPS)) - _seconds(lambda: run(_FEW))
         self._step = max(0.0, stepped) / _STEPS
-        self._tower = _seconds(lambda: subject.embed(request)) / tiles
+        pixels = tile.numpy().astype(subject.dtype)
+        features = np.empty((1, subject.dims.vision.num_patches, hidden), subject.dtype)
+        self._tower = _seconds(lambda: subject.encoder().encode(pixels, features))
 
     def seconds(self) -> float:
         """Of all stages."""
@@ -198,7 +204,8 @@ class _Estimate:
         if not probe.is_asked_again:
             return seconds
         if self._by_layer:
-            seconds += reads[0] + run
+            # What layers read is kept of an answer that is not known yet.
+            seconds += run + (reads[0] if probe.is_remembered else 0.0)
         if probe.is_rounded_again:
             seconds += self._read(self._rounding, probe.tokens)
         if self._has_codes:

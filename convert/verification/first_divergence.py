@@ -15,7 +15,6 @@ from onnx import helper
 from llava_edge.convert.onnx.graph_view import GraphView
 from llava_edge.convert.verification.reference.answer import Reference, ReferenceAnswer
 from llava_edge.convert.verification.runner.artifact_runner import ArtifactRunner
-from llava_edge.convert.verification.runner.layer_inputs import LayerInputs
 from llava_edge.convert.verification.runner.metrics import statistics, whole_gap
 from llava_edge.convert.verification.runner.vision_values import VisionValues
 from llava_edge.runtime.artifact.certificate import Deviation
@@ -38,17 +37,15 @@ def first_decoder_deviation(
         The first tensor outside its bound; None where every layer by itself is within.
     """
     bound = bounds.value(_STAGE, _METRIC)
-    embeddings = torch.from_numpy(answer.embeddings)
-    count = subject.dims.text.num_hidden_layers
-    with LayerInputs(reference, embeddings, count) as inputs:
-        for layer in range(count):
-            rows = inputs.load(layer)
-            theirs = _layer_tensors(reference, rows, layer)
-            theirs["language_model.norm"] = inputs.normed[list(answer.positions.kept)]
-            theirs["lm_head"] = answer.export
-            found = _compare(_run_layer(subject, layer, rows, answer), theirs, bound)
-            if found is not None:
-                return found
+    inputs = reference.layer_inputs(answer)
+    for layer in range(subject.dims.text.num_hidden_layers):
+        rows = inputs.load(layer)
+        theirs = _layer_tensors(reference, rows, layer)
+        theirs["language_model.norm"] = inputs.normed[list(answer.positions.kept)]
+        theirs["lm_head"] = answer.export
+        found = _compare(_run_layer(subject, layer, rows, answer), theirs, bound)
+        if found is not None:
+            return found
     return None
 
 

@@ -28,6 +28,7 @@ from llava_edge.convert.verification.reference.probes import (
     rounded_again,
 )
 from llava_edge.convert.verification.runner.artifact_runner import ArtifactRunner
+from llava_edge.convert.verification.runner.loop_cut import LOOP_PRODUCTS
 from llava_edge.convert.verification.runner.losses import Losses
 from llava_edge.convert.verification.stages.answer import AnswerStages
 from llava_edge.convert.verification.stages.golden import golden_stage
@@ -130,7 +131,7 @@ class Verifier:
         try:
             return self._run()
         finally:
-            self.reference.sketch.close()
+            self.reference.close()
 
     def _run(self) -> Certificate:
         started = time.perf_counter()
@@ -221,6 +222,7 @@ class Verifier:
                 self.bounds,
                 self.options.threads,
                 lambda model: ran.extend(run_loop(model).rows(self.bounds)),
+                LOOP_PRODUCTS if self.options.mode == "quick" else None,
             )
             found += more
         except OutOfMemoryError as error:

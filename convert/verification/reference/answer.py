@@ -18,6 +18,7 @@ import torch
 
 from llava_edge.convert.checkpoint.open import Checkpoint
 from llava_edge.convert.verification.reference.input_sketch import InputSketch
+from llava_edge.convert.verification.reference.layer_inputs import LayerInputs
 from llava_edge.convert.verification.reference.media import MediaReference
 from llava_edge.convert.verification.reference.probes import NUM_STEPS, Probe
 from llava_edge.convert.verification.reference.processor import ReferenceProcessor
@@ -40,6 +41,7 @@ from llava_edge.runtime.processing.text.chat_prompt import (
     user_message,
 )
 from llava_edge.runtime.util.arrays import Array
+from llava_edge.runtime.verification.tolerances import bounds_for
 
 _MOST_KEPT = 64
 """Prompt positions, the last ones, whose logits are looked at."""
@@ -156,6 +158,15 @@ class Reference:
         self._tokenizer = artifact_tokenizer(artifact)
         self._answers: dict[str, ReferenceAnswer] = {}
         self.sketch = InputSketch()
+        self._layers: dict[str, LayerInputs] = {}
+        self._keeps_layers = bounds_for(manifest.target, manifest.precision).compares_layers
+
+    def close(self) -> None:
+        """Remove what lies in files; answers stay, and what layers read is computed anew."""
+        self.sketch.close()
+        for kept in self._layers.values():
+            kept.close()
+        self._layers.clear()
 
     @cached_property
     def media(self) -> MediaReference:
@@ -236,7 +247,8 @@ class Reference:
 
         Args:
             probe: the question.
-            remember: keep the result for the next call.
+            remember: keep the result for the next call, and what layers read where layers are
+                compared one by one.
 
         Raises:
             ArtifactError: the prompt does not fit the artifact's context.
@@ -255,23 +267,40 @@ class Reference:
         forced = np.resize(np.asarray(ids, np.int64), steps)
         positions = Positions.of(len(inputs.ids), steps, self._manifest.prefill_chunk)
         watched = self._watching(probe, inputs, forced) if remember else nullcontext()
-        found_by_both = self._run(inputs, forced, positions, watched)
-        features, embeddings, export, original, original_features = found_by_both
+        layers = self._new_layer_inputs() if remember and self._keeps_layers else None
         found = ReferenceAnswer(
             probe,
             inputs,
             forced,
             min(len(ids), steps),
             positions,
-            features,
-            embeddings,
-            export,
-            original,
-            original_features,
+            *self._run(inputs, forced, positions, watched, layers),
         )
         if remember:
             self._answers[probe.name] = found
+            if layers is not None and layers.error is None:
+                self._layers[probe.name] = layers
         return found
+
+    def layer_inputs(self, answer: ReferenceAnswer) -> LayerInputs:
+        """What each layer with the artifact's own weights read for an answer; kept until closed.
+
+        Raises:
+            OSError: there is no place for it.
+        """
+        name = answer.probe.name
+        if name not in self._layers:
+            found = self._new_layer_inputs()
+            self.model.use(self.supply)
+            with found.watching(self.model):
+                self.model.hidden(torch.from_numpy(answer.embeddings))
+            if found.error is not None:
+                raise found.error
+            self._layers[name] = found
+        return self._layers[name]
+
+    def _new_layer_inputs(self) -> LayerInputs:
+        return LayerInputs(self._manifest.model.text.num_hidden_layers)
 
     def logits(self, answer: ReferenceAnswer, supply: LinearSupply) -> Array:
         """Logits of an answer's kept positions by other weights of the language model."""
@@ -333,11 +362,13 @@ class Reference:
         forced: Array,
         positions: Positions,
         watched: AbstractContextManager[None],
+        layers: LayerInputs | None,
     ) -> tuple[Array, Array, Array, Array, Array]:
         kept = positions.kept
-        features, embeddings, export = self._model_logits(
-            self.model, self.supply, inputs, forced, kept
-        )
+        with nullcontext() if layers is None else layers.watching(self.model):
+            features, embeddings, export = self._model_logits(
+                self.model, self.supply, inputs, forced, kept
+            )
         own_features, original = features, export
         if self._original is not None:
             with watched:

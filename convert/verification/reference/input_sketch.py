@@ -9,18 +9,15 @@ it.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from llava_edge.convert.verification.quantized.output_error import KindInputs
+from llava_edge.convert.verification.reference.scratch_folder import ScratchFolder
 from llava_edge.convert.verification.reference.streamed_model import StreamedModel
 
 _SUMS = 16
@@ -41,20 +38,17 @@ class InputSketch:
 
     def __init__(self) -> None:
         self._probes: list[str] = []
-        self._remove: Callable[[], object] = lambda: None
+        self._folder = ScratchFolder("llava-edge-inputs-")
 
-    @cached_property
+    @property
     def path(self) -> Path:
         """The folder, which goes with this object, or when it is closed."""
-        folder = tempfile.mkdtemp(prefix="llava-edge-inputs-")
-        self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        return Path(folder)
+        return self._folder.path
 
     def close(self) -> None:
         """Remove what was kept; probes may be watched anew."""
-        self._remove()
+        self._folder.close()
         self._probes.clear()
-        self.__dict__.pop("path", None)
 
     @contextmanager
     def watching(

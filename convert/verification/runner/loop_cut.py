@@ -1,4 +1,4 @@
-"""LoopCut: the whole runtime over an artifact, or over its first layers where memory holds no more.
+"""LoopCut: the whole runtime over an artifact, or over its first layers where all cost too much.
 
 A cut is a smaller model made of the artifact's own parts: its tower, tokenizer and embeddings, the
 first layers of its decoder, and right behind them its final norm and head. The graph is written
@@ -18,11 +18,17 @@ from typing import Any
 
 from llava_edge.convert.onnx.decoder_slice import DecoderGraph
 from llava_edge.convert.verification.runner.artifact_runner import ArtifactRunner
+from llava_edge.profiles.models.model_dims import TextDims
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact.manifest import GraphSpec, Manifest
 from llava_edge.runtime.artifact.open import Artifact
 from llava_edge.runtime.artifact.opened_files import OpenedFiles
 from llava_edge.runtime.util.opened_file import Fingerprint, OpenedFile
+
+LOOP_PRODUCTS = 4e11
+"""Products of one pass over the probes that ``quick`` spends on the loop, which makes three."""
+_LEAST_LAYERS = 4
+"""Of a cut that products decide: each layer has a cache of its own, and they must not be mixed."""
 
 
 @dataclass(frozen=True)
@@ -70,23 +76,42 @@ class LoopCut:
         return LlavaEdge.over(artifact, "cpu", allow_slow=True, **options)
 
 
-@contextmanager
-def loop_cut(subject: ArtifactRunner) -> Iterator[LoopCut]:
-    """The artifact whole where its decoder fits the subject's memory, else a cut of it.
+def layer_weights(text: TextDims) -> int:
+    """Weights of the products of one decoder layer: that many products for each token."""
+    projections = 2 * text.query_size + 2 * text.key_value_size + 3 * text.intermediate_size
+    return text.hidden_size * projections
 
-    The cut has as many layers as fit beside the head, one at least.
+
+def loop_layers(subject: ArtifactRunner, tokens: int, products: float | None) -> int:
+    """How many of the first layers the loop runs on; all of a model that is small enough.
 
     Args:
         subject: the artifact, and the memory that the decoder's weights may need.
+        tokens: of all prompts and answers together.
+        products: that one pass over them may cost; four layers may cost more. None for any number.
+    """
+    text = subject.dims.text
+    count = text.num_hidden_layers if subject.is_whole else subject.layers_beside_head
+    if products is None:
+        return count
+    return min(count, max(_LEAST_LAYERS, int(products // (tokens * layer_weights(text)))))
+
+
+@contextmanager
+def loop_cut(subject: ArtifactRunner, layers: int) -> Iterator[LoopCut]:
+    """The artifact whole where the loop runs on all layers, else a cut of it.
+
+    Args:
+        subject: the artifact.
+        layers: see ``loop_layers``.
 
     Raises:
         ArtifactError: the decoder's graph has not the layers that the manifest says.
     """
     artifact, count = subject.artifact, subject.dims.text.num_hidden_layers
-    if subject.is_whole:
+    if layers == count:
         yield LoopCut(artifact, count, count)
         return
-    layers = subject.layers_beside_head
     manifest = artifact.manifest
     with tempfile.TemporaryDirectory(prefix="llava-edge-cut-") as folder:
         graphs: dict[str, Path] = {}

@@ -24,7 +24,7 @@ import numpy as np
 from llava_edge.convert.verification.reference.answer import Reference
 from llava_edge.convert.verification.reference.probes import NUM_STEPS, Probe
 from llava_edge.convert.verification.runner.artifact_runner import ArtifactRunner
-from llava_edge.convert.verification.runner.loop_cut import loop_cut
+from llava_edge.convert.verification.runner.loop_cut import loop_cut, loop_layers
 from llava_edge.convert.verification.runner.metrics import GAP
 from llava_edge.convert.verification.stages.answer import compare_choices
 from llava_edge.runtime import LlavaEdge
@@ -46,11 +46,13 @@ def greedy_tokens(
     bounds: Bounds,
     threads: int = 0,
     then: Callable[[LlavaEdge], object] = lambda model: None,
+    products: float | None = None,
 ) -> tuple[TokenComparison, StageResult]:
     """Compare the answers to some probes with the reference, and with the artifact's own logits.
 
     Every answer has ``NUM_STEPS`` tokens, or as many as the context has room for. Where the
-    decoder does not fit the subject's memory, both sides answer with its first layers.
+    decoder does not fit the subject's memory, or costs too much, both sides answer with its first
+    layers.
 
     Args:
         subject: the artifact, which answers.
@@ -59,6 +61,7 @@ def greedy_tokens(
         bounds: of the artifact's form.
         threads: of the CPU provider; 0 for as many as are allowed.
         then: called with the model before it is closed.
+        products: see ``loop_layers``.
 
     Raises:
         LlavaEdgeError: the artifact does not answer.
@@ -67,10 +70,10 @@ def greedy_tokens(
     faults: list[str] = []
     manifest = subject.artifact.manifest
     raw = manifest.prompt is None
-    longest = max(len(reference.inputs(probe).ids) for probe in probes)
-    context = min(manifest.context_tokens, longest + NUM_STEPS)
+    lengths = [len(reference.inputs(probe).ids) + NUM_STEPS for probe in probes]
+    context = min(manifest.context_tokens, max(lengths))
     with (
-        loop_cut(subject) as cut,
+        loop_cut(subject, loop_layers(subject, sum(lengths), products)) as cut,
         cut.load(
             _comparable,
             threads=threads,

@@ -19,11 +19,9 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from llava_edge.convert.verification.reference.answer import Reference, ReferenceAnswer
 from llava_edge.convert.verification.runner.artifact_runner import ArtifactRunner
-from llava_edge.convert.verification.runner.layer_inputs import LayerInputs
 from llava_edge.convert.verification.runner.metrics import row_gaps
 from llava_edge.convert.verification.stages.answer import compare_choices
 from llava_edge.profiles.models.model_dims import TextDims
@@ -66,17 +64,16 @@ class LayerStage:
     ) -> None:
         """Run the layers of one probe, prompt in chunks and answer in steps."""
         count, name = subject.dims.text.num_hidden_layers, answer.probe.name
-        embeddings = torch.from_numpy(answer.embeddings)
-        with LayerInputs(reference, embeddings, count) as inputs:
-            for layer in range(count):
-                rows, wanted = inputs.load(layer), inputs.load(layer + 1)
-                ours = subject.layer(layer, rows, answer.positions)
-                gaps = _contribution_gaps(ours, wanted, rows)
-                where = f"layer {layer}, {name}"
-                self.tenth = _larger(self.tenth, float(np.quantile(gaps, _QUANTILE)), where)
-                self.worst = _larger(self.worst, float(gaps.max()), where)
-            kept = list(answer.positions.kept)
-            logits = subject.head(inputs.load(count)[kept])
+        inputs = reference.layer_inputs(answer)
+        for layer in range(count):
+            rows, wanted = inputs.load(layer), inputs.load(layer + 1)
+            ours = subject.layer(layer, rows, answer.positions)
+            gaps = _contribution_gaps(ours, wanted, rows)
+            where = f"layer {layer}, {name}"
+            self.tenth = _larger(self.tenth, float(np.quantile(gaps, _QUANTILE)), where)
+            self.worst = _larger(self.worst, float(gaps.max()), where)
+        kept = list(answer.positions.kept)
+        logits = subject.head(inputs.load(count)[kept])
         gap = float(row_gaps(logits, answer.export).max())
         self.head = _larger(self.head, gap, name)
         self.tokens += compare_choices(logits.argmax(-1), answer.export, self.head_bound, name)

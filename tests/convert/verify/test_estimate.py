@@ -168,6 +168,38 @@ def test_answers_that_are_remembered_are_not_counted_again(
     assert known < 0.9 * fresh
 
 
+def test_an_estimate_sees_one_tile_by_each_tower(
+    models: FaultModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a model of the released size a whole picture takes a twentieth of verifying."""
+    made = models["int8"]
+    artifact = open_artifact(made.artifact, verify_digests=False)
+    # A second for anything, so that nothing is run again for a better clock.
+    clock = Clock(monkeypatch, **dict.fromkeys(_PARTS, 1.0))
+    tiles = [0, 0]
+    for place, (owner, name) in enumerate(
+        ((VisionEncoder, "encode"), (StreamedModel, "tile_features"))
+    ):
+        real = getattr(owner, name)
+
+        def run(this: Any, pixels: Any, *rest: Any, real: Any = real, place: int = place) -> Any:
+            tiles[place] += len(pixels)
+            return real(this, pixels, *rest)
+
+        monkeypatch.setattr(owner, name, run)
+    monkeypatch.setattr(StreamedModel, "embed", lambda *_: pytest.fail("a whole picture"))
+
+    seconds = verification_seconds(
+        artifact,
+        open_reference(artifact, made.checkpoint),
+        VerifyOptions("quick", None, threads=1),
+    )
+
+    assert seconds is not None
+    assert clock.now > 0
+    assert tiles == [1, 1]
+
+
 def test_an_artifact_that_does_not_run_has_no_estimate(models: FaultModels, tmp_path: Path) -> None:
     made = models["qwen2"]
     copy = Tampered(made.artifact, tmp_path / "copy")
