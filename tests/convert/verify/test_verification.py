@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_edge.convert.cli import verify_checkpoint as command
 from llava_edge.convert.onnx import vision as vision_graph
 from llava_edge.convert.pipeline import Conversion, convert_checkpoint
 from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest
+from llava_edge.convert.verification import against
 from llava_edge.profiles.errors import ArtifactError, VerificationError
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge
@@ -146,8 +146,8 @@ def test_the_verdict_is_shown_where_the_certificate_cannot_be_written(
     def refuse(path: Path, data: bytes) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    monkeypatch.setattr(command, "verify_artifact", lambda *args: conversion.certificate)
-    monkeypatch.setattr(command, "write_atomic", refuse)
+    monkeypatch.setattr(against, "verify_artifact", lambda *args: conversion.certificate)
+    monkeypatch.setattr(against, "write_atomic", refuse)
     code = main(["verify", str(conversion.folder), "--against", str(request.checkpoint)])
 
     assert code == 1
