@@ -281,7 +281,7 @@ def test_the_reading_of_transformers_is_another_one(
     assert differing
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", LOOKALIKES)
 def test_conversion_and_full_verification_pass(name: str, tmp_path: Path) -> None:
     folder = write_lookalike(tmp_path, LOOKALIKES[name])

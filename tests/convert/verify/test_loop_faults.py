@@ -147,7 +147,7 @@ def test_a_fault_is_found_on_a_device(fault: Fault, ready: Callable[[str], Ready
     assert found.detail
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
 def test_a_fault_is_found_at_every_precision(

@@ -21,6 +21,7 @@ from llava_edge.runtime.util.progress import no_progress
 from llava_edge.runtime.verification.golden.probes import GOLDEN_FILE, golden_bytes, read_golden
 from tests.convert.verify.fault_models import FaultModels
 from tests.convert.verify.tamper import Tampered
+from tests.support.conversion_cache import ConversionCache
 
 
 def _reversed_candidates(manifest: dict[str, Any]) -> None:
@@ -234,8 +235,10 @@ LABELS: tuple[tuple[str, Callable[[dict[str, Any]], None], str], ...] = (
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
-    return FaultModels(tmp_path_factory.mktemp("labels"))
+def models(
+    tmp_path_factory: pytest.TempPathFactory, conversion_cache: ConversionCache
+) -> FaultModels:
+    return FaultModels(tmp_path_factory.mktemp("labels"), cache=conversion_cache)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from llava_edge.runtime.artifact.open import open_artifact
 from llava_edge.runtime.cli.main import main
 from llava_edge.runtime.util.progress import no_progress
 from tests.convert.verify.fault_models import FaultModels, Made, Model
+from tests.support.conversion_cache import ConversionCache
 
 _FORMS = {
     "fp16": ("cpu-16gb", "fp16"),
@@ -34,7 +35,9 @@ _LENGTHS = {"no word": 1, "one word": 2}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
+def models(
+    tmp_path_factory: pytest.TempPathFactory, conversion_cache: ConversionCache
+) -> FaultModels:
     made = {
         f"{words} {form}": Model(
             "mistral", precision=precision, board=board, alters=words, changes={"layers": 2}
@@ -43,7 +46,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
         for form, (board, precision) in _FORMS.items()
     }
     cache = Model("mistral", cache="int8", alters="no word", changes={"layers": 2})
-    return FaultModels(tmp_path_factory.mktemp("short"), {**made, "int8 cache": cache})
+    return FaultModels(
+        tmp_path_factory.mktemp("short"), {**made, "int8 cache": cache}, conversion_cache
+    )
 
 
 @pytest.fixture

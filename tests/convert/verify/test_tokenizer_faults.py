@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from llava_edge.convert.verify.tokenizer.reference import TransformersTokenizer
 from llava_edge.runtime.artifact.certificate import StageResult
 from llava_edge.runtime.artifact.open import Artifact, open_artifact
 from tests.convert.verify.fault import Fault
-from tests.convert.verify.fault_models import MODELS, FaultModels, Made, Model
+from tests.convert.verify.fault_models import FaultModels, Made, Model
 from tests.convert.verify.faults_tokenizer import FAULTS, NAMED
 from tests.convert.verify.tamper import Tampered
 from tests.convert.verify.tokenizer_checkpoints import ROWS, TOKENIZERS
@@ -30,8 +30,8 @@ KINDS = sorted({fault.model for fault in FAULTS})
 class Stage:
     """The stage alone, beside references that remember the ids of the texts compared."""
 
-    def __init__(self, folder: Path) -> None:
-        self.models = FaultModels(folder / "models", {name: MODELS[name] for name in KINDS})
+    def __init__(self, models: FaultModels, folder: Path) -> None:
+        self.models = models
         self.folder = folder
         self._references: dict[str, ReferenceProcessor] = {}
 
@@ -93,10 +93,8 @@ def _written(made: Made, copy: Tampered) -> None:
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    folder = tmp_path_factory.mktemp("tokenizers")
-    (folder / "models").mkdir()
-    return Stage(folder)
+def stage(models: FaultModels, tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    return Stage(models, tmp_path_factory.mktemp("tokenizers"))
 
 
 def test_faults_are_many_of_every_kind_and_beyond_the_known_ones() -> None:
