@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,19 +18,24 @@ CHECKPOINT_SHARE = 1 / 125
 
 
 @pytest.fixture(scope="module")
-def artifacts(conversion_cache: ConversionCache) -> Path:
+def artifacts(conversion_cache: ConversionCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def build(folder: Path) -> None:
         for name in SPECS:
             make_artifact(name, folder, lambda _: None)
 
-    return conversion_cache.get(f"fuzzed {SPECS}", build)
+    made = conversion_cache.get(f"fuzzed {SPECS}", build)
+    # Checkpoints are written beside them.
+    return Path(shutil.copytree(made, tmp_path_factory.mktemp("fuzz") / "artifacts"))
 
 
 def test_an_input_of_every_family_is_answered_or_refused(artifacts: Path, tmp_path: Path) -> None:
-    found = fuzz([(name, 0) for name in COUNTS], artifacts, tmp_path, SEED, processes=1)
+    # Checkpoints have tests/convert/test_hostile_checkpoints.py in their place.
+    families = [name for name in COUNTS if "checkpoint-" not in name]
+
+    found = fuzz([(name, 0) for name in families], artifacts, tmp_path, SEED, processes=1)
 
     assert found.faults == []
-    assert set(found.outcomes) == set(COUNTS)
+    assert set(found.outcomes) == set(families)
 
 
 @pytest.mark.slow
