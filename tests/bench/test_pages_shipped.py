@@ -58,6 +58,7 @@ def test_the_thumbnail_alone_cannot_be_read(evaluator: Evaluator, samples: list[
     assert result.share(READING_KINDS) <= 0.6
 
 
+@pytest.mark.slow
 def test_the_runtime_answers_as_transformers_does_and_less_with_the_thumbnail_alone(
     evaluator: Evaluator, tmp_path: Path
 ) -> None:

@@ -535,6 +535,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_same_call_ends_with_the_same_bytes(
     make_checkpoint: CheckpointMaker, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import pytest
 
 T = TypeVar("T")
+ParameterSet = type(pytest.param())
 
 
 def slow_but(quick: Collection[Any], values: Iterable[Any]) -> list[Any]:
@@ -26,15 +27,23 @@ def slow_but(quick: Collection[Any], values: Iterable[Any]) -> list[Any]:
 
 
 def one_of_each(kind: Callable[[T], Hashable], values: Iterable[T]) -> list[Any]:
-    """Parameters, all of them slow but the first of each kind."""
+    """Parameters, all of them slow but the first of each kind.
+
+    Args:
+        kind: of a value; of the values of a ``pytest.param``.
+        values: tuples are several parameters.
+    """
     seen: set[Hashable] = set()
     found = []
     for value in values:
-        found.append(_param(value, is_quick=kind(value) not in seen))
-        seen.add(kind(value))
+        this = kind(value.values if isinstance(value, ParameterSet) else value)  # type: ignore[arg-type]
+        found.append(_param(value, is_quick=this not in seen))
+        seen.add(this)
     return found
 
 
 def _param(value: Any, *, is_quick: bool) -> Any:
-    values = value if isinstance(value, tuple) else (value,)
-    return pytest.param(*values, marks=() if is_quick else pytest.mark.slow)
+    marks = () if is_quick else (pytest.mark.slow,)
+    if isinstance(value, ParameterSet):
+        return value._replace(marks=(*value.marks, *marks))
+    return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=marks)

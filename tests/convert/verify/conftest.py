@@ -82,6 +82,7 @@ def make_form(conversion_cache: ConversionCache) -> Callable[[Path, str], Path]:
             profile=profile,
             wishes=PlanRequest(precision=precision, context_tokens=640),
             quantization=QuantizationRequest(quantizer="rtn"),
+            verify="none",
         )
         return conversion_cache.convert(request)
 

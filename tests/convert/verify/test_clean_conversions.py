@@ -25,18 +25,12 @@ QUICK = (
     "llama fp16",
     "mistral fp16 cuda",
     "qwen2 int8",
-    "llama int4",
     "int4 cuda",
-    "original layout",
-    "bfloat16",
     "windowed",
-    "int8 cache",
     "gptq",
     "video int8",
-    "llava 1.5",
-    "loud int8",
 )
-"""Each backbone, form and kind of checkpoint once."""
+"""Each backbone and precision once, and the rarest checkpoints."""
 
 
 @pytest.fixture

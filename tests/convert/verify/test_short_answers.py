@@ -23,6 +23,7 @@ from llava_edge.runtime.cli.main import main
 from llava_edge.runtime.util.progress import no_progress
 from tests.convert.verify.fault_models import FaultModels, Made, Model
 from tests.support.conversion_cache import ConversionCache
+from tests.support.tiers import slow_but
 
 _FORMS = {
     "fp16": ("cpu-16gb", "fp16"),
@@ -57,7 +58,11 @@ def silent(models: FaultModels) -> Made:
 
 
 @pytest.mark.parametrize(
-    ("words", "form"), [*(("no word", form) for form in _FORMS), ("one word", "fp16")]
+    ("words", "form"),
+    slow_but(
+        [("no word", "int8"), ("one word", "fp16")],
+        [*(("no word", form) for form in _FORMS), ("one word", "fp16")],
+    ),
 )
 def test_a_model_that_stops_early_passes_with_whole_answers_as_evidence(
     models: FaultModels, words: str, form: str
