@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ from llava_edge.runtime.artifact.certificate import Certificate, Host, StageResu
 from llava_edge.runtime.util.checksummed_json import seal
 from llava_edge.runtime.verification.golden.probes import GOLDEN_FILE, GoldenProbe, golden_bytes
 from tests.support.conversion_cache import ROOT, ConversionCache
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each worker has a core: threads of one would spin while they wait for those of the other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Libraries and thousands of tests stay until the end; looking through them for garbage again and
 # again takes a fifth of the time of what builds models (see ``pytest_collection_finish``).
