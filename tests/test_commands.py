@@ -253,14 +253,15 @@ def test_an_existing_output_is_kept_unless_forced(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "artifact"
-    assert cli.main(["convert", str(checkpoint), str(out)]) == 0
+    command = ["convert", str(checkpoint), str(out), "--verify", "none"]
+    assert cli.main(command) == 0
     before = (out / "manifest.json").read_bytes()
 
-    assert cli.main(["convert", str(checkpoint), str(out), "--context", "1024"]) == 2
+    assert cli.main([*command, "--context", "1024"]) == 2
     assert "--force" in capsys.readouterr().err
     assert (out / "manifest.json").read_bytes() == before
 
-    assert cli.main(["convert", str(checkpoint), str(out), "--context", "1024", "--force"]) == 0
+    assert cli.main([*command, "--context", "1024", "--force"]) == 0
     assert json.loads((out / "manifest.json").read_bytes())["context_tokens"] == 1024
 
 

@@ -1,6 +1,7 @@
 """Verdicts over synthetic results: a slower build is found, an unchanged one is left in peace."""
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from llava_edge.bench.report.compare_notes import compare_notes
 from llava_edge.bench.report.schema import read_bench
 from llava_edge.profiles.errors import RequestError
 from tests.bench.bench_documents import document
+from tests.support.tiers import slow_but
 
 
 def _worse(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -26,8 +28,9 @@ def test_an_unchanged_build_is_not_flagged_over_many_reruns(noise: float) -> Non
         assert _worse(old, document(seed, noise=noise)) == []
 
 
-@pytest.mark.parametrize("noise", [0.03, 0.13])
-@pytest.mark.parametrize("rounds", [12, 25])
+@pytest.mark.parametrize(
+    ("noise", "rounds"), slow_but([(0.13, 12)], product([0.03, 0.13], [12, 25]))
+)
 def test_a_drift_that_the_yardstick_does_not_see_is_no_slower_build(
     noise: float, rounds: int
 ) -> None:

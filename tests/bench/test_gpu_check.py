@@ -46,7 +46,7 @@ from tests.fake_cudart import MOVE, FakeCudart, install
 TINY = GPU_MODELS["tiny"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_way_goes_through_with_the_cpu_provider(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "llava_edge.bench.lab.gpu.check", "--device", "cpu"]
     command += ["--models", "tiny", "--precisions", "fp16", "int4", "--work", str(tmp_path)]

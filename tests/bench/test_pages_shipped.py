@@ -15,6 +15,7 @@ from llava_edge.bench.lab.pages.drawing.sample import Sample
 from llava_edge.bench.lab.pages.drawing.text_page import READING_KINDS
 from llava_edge.bench.lab.pages.evaluate import Evaluator, held_out
 from llava_edge.bench.lab.pages.training.checkpoint import SHIPPED
+from tests.support.tiers import slow_but
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_it_answers_held_out_questions(whole: float) -> None:
     assert whole >= 0.9
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", slow_but(["swapped tiles"], FAULTS))
 def test_a_wrong_anyres_step_shows_as_wrong_answers(
     evaluator: Evaluator, samples: list[Sample], whole: float, fault: Fault
 ) -> None:
@@ -57,6 +58,7 @@ def test_the_thumbnail_alone_cannot_be_read(evaluator: Evaluator, samples: list[
     assert result.share(READING_KINDS) <= 0.6
 
 
+@pytest.mark.slow
 def test_the_runtime_answers_as_transformers_does_and_less_with_the_thumbnail_alone(
     evaluator: Evaluator, tmp_path: Path
 ) -> None:

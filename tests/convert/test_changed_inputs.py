@@ -27,6 +27,7 @@ from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact.manifest_validation import MANIFEST, UNLISTED
 from llava_edge.runtime.cli.main import main
 from llava_edge.runtime.util.progress import no_progress
+from tests.support.tiers import one_of_each, slow_but
 
 Change = Callable[[Path], None]
 
@@ -156,7 +157,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("kind", one_of_each(lambda kind: CHANGES[kind][1], CHANGES))
 def test_an_input_changed_after_an_interruption_gives_what_a_fresh_conversion_gives(
     folder: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -176,7 +177,7 @@ def test_an_input_changed_after_an_interruption_gives_what_a_fresh_conversion_gi
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-@pytest.mark.parametrize("part", ["vision", "gptq"])
+@pytest.mark.parametrize("part", slow_but(["gptq"], ["vision", "gptq"]))
 def test_pixel_values_changed_after_the_first_or_last_part_are_in_all_of_them(
     folder: Path, tmp_path: Path, part: str
 ) -> None:
@@ -191,6 +192,7 @@ def test_pixel_values_changed_after_the_first_or_last_part_are_in_all_of_them(
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_golden_prompts_are_made_again_with_another_tokenizer(folder: Path, tmp_path: Path) -> None:
     resumed = request_of(folder, tmp_path / "a", verify="quick")
     interrupt_after("golden", resumed)
@@ -222,7 +224,7 @@ def test_unchanged_inputs_build_nothing_twice_wherever_the_checkpoint_lies(
     assert not any("changed" in line for line in said)
 
 
-@pytest.mark.parametrize("name", ["torch", "tokenizers", "processor"])
+@pytest.mark.parametrize("name", slow_but(["torch"], ["torch", "tokenizers", "processor"]))
 def test_another_library_or_processor_makes_parts_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -245,7 +247,9 @@ def test_a_checkpoint_of_another_name_is_another_request(folder: Path, tmp_path:
         convert(request_of(tmp_path / "other", tmp_path / "a"))
 
 
-@pytest.mark.parametrize("kind", ["image processor", "tokenizer", "weights", "picture"])
+@pytest.mark.parametrize(
+    "kind", slow_but(["weights"], ["image processor", "tokenizer", "weights", "picture"])
+)
 def test_an_input_that_changes_while_a_part_is_built_ends_in_an_error(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

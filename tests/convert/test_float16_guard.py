@@ -170,6 +170,7 @@ def test_an_island_reaches_from_the_product_that_overflows_to_the_one_that_ends_
     assert len(casts) == 6
 
 
+@pytest.mark.slow
 def test_scores_that_a_softmax_needs_exactly_stay_in_float32(
     guard: Callable[..., Guarded],
 ) -> None:
@@ -186,6 +187,7 @@ def test_scores_that_a_softmax_needs_exactly_stay_in_float32(
     assert found.cosine(found.guarded) > found.cosine(found.bare)
 
 
+@pytest.mark.slow
 def test_an_offset_that_a_norm_removes_is_seen(guard: Callable[..., Guarded]) -> None:
     found = guard(loud_offset)
     assert list(found.facts["islands"]) == ["embeddings"]
@@ -219,6 +221,7 @@ def loud_features(tensors: Tensors, factor: float = 1.0) -> Tensors:
     return tensors
 
 
+@pytest.mark.slow
 def test_features_that_need_float32_are_handed_out_in_float16(
     guard: Callable[..., Guarded],
 ) -> None:
@@ -243,6 +246,7 @@ def offset_patches(tensors: Tensors) -> Tensors:
     return tensors
 
 
+@pytest.mark.slow
 def test_what_a_sum_has_of_its_summands_is_kept_from_there_on(
     guard: Callable[..., Guarded],
 ) -> None:

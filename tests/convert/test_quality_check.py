@@ -283,6 +283,7 @@ def test_too_little_memory_for_fp16_is_found_before_anything_is_written(
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow
 def test_verifying_again_keeps_what_the_questions_showed(pages: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert convert(out, pages, precision="fp16") == 0

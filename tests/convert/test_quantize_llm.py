@@ -560,6 +560,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_same_call_ends_with_the_same_bytes(
     make_checkpoint: CheckpointMaker, tmp_path: Path
 ) -> None:
@@ -598,6 +599,7 @@ def test_killed_at_any_moment_the_same_call_ends_with_the_same_bytes(
         server.stdin.close()
 
 
+@pytest.mark.slow
 def test_image_calibration_beats_text_calibration_and_rounding_on_image_prompts(
     tmp_path: Path,
 ) -> None:

@@ -23,6 +23,7 @@ from llava_edge.runtime.processing.text.chat_prompt import (
     rendered,
 )
 from tests.convert.released_templates import ALL, VARIANTS, Released
+from tests.support.tiers import slow_but
 
 VARIABLES = {"bos_token": "<s>", "eos_token": "</s>"}
 
@@ -71,7 +72,7 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", slow_but(VARIANTS, ALL))
 def test_a_released_template_compiles_to_what_transformers_writes(
     name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

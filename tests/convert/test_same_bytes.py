@@ -24,6 +24,7 @@ from llava_edge.runtime.artifact.conversion_record import read_conversion
 from llava_edge.runtime.artifact.manifest_validation import MANIFEST, UNLISTED
 from llava_edge.runtime.artifact.open import open_artifact
 from llava_edge.runtime.util.progress import no_progress
+from tests.support.tiers import slow_but
 
 KILLED = -signal.SIGKILL
 
@@ -62,25 +63,22 @@ def run(jobs: list[Any]) -> list[int]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("name", slow_but(["int4 rtn"], PLACES))
 def test_conversions_that_were_killed_at_any_place_end_with_the_same_bytes(
-    make_checkpoint: Callable[..., Path], tmp_path: Path
+    make_checkpoint: Callable[..., Path], tmp_path: Path, name: str
 ) -> None:
     checkpoint = str(make_checkpoint("odd", backbone="mistral", layers=2))
-    jobs: list[Any] = []
-    for name, (options, places) in PLACES.items():
-        whole, killed = str(tmp_path / f"{name} whole"), str(tmp_path / f"{name} killed")
-        jobs.append([checkpoint, whole, options, None])
-        jobs += [[checkpoint, killed, options, place] for place in [*places, None]]
+    options, places = PLACES[name]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    jobs: list[Any] = [[checkpoint, str(whole), options, None]]
+    jobs += [[checkpoint, str(killed), options, place] for place in [*places, None]]
 
     assert run(jobs) == [0 if place is None else KILLED for *_, place in jobs]
 
-    for name, (_, places) in PLACES.items():
-        whole, killed = tmp_path / f"{name} whole", tmp_path / f"{name} killed"
-        assert contents(killed) == contents(whole), name
-        assert read_conversion(killed).runs == 1 + len(places)
-        assert read_conversion(whole).runs == 1
-        open_artifact(killed, hash_everything=True)
+    assert contents(killed) == contents(whole)
+    assert read_conversion(killed).runs == 1 + len(places)
+    assert read_conversion(whole).runs == 1
+    open_artifact(killed, hash_everything=True)
 
 
 def request_of(checkpoint: Path, out: Path, **changes: Any) -> ConvertRequest:

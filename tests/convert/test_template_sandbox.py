@@ -25,6 +25,7 @@ from llava_edge.convert.text.template_sandbox import (
     run_bounded,
 )
 from llava_edge.profiles.errors import CheckpointError
+from tests.support.tiers import slow_but
 
 ENVIRONMENTS: tuple[Environment, ...] = ("own", "transformers")
 QUICK = TemplateLimits(seconds=1)
@@ -77,7 +78,9 @@ def refused(template: str, limit: str, environment: Environment) -> None:
     assert time.monotonic() - started < 60
 
 
-@pytest.mark.parametrize(("template", "limit"), [BOMBS[1], BOMBS[2], BOMBS[-1]])
+@pytest.mark.parametrize(
+    ("template", "limit"), slow_but([BOMBS[1], BOMBS[2]], [BOMBS[1], BOMBS[2], BOMBS[-1]])
+)
 def test_the_rules_of_transformers_are_bounded_alike(template: str, limit: str) -> None:
     refused(template, limit, "transformers")
 

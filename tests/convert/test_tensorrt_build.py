@@ -198,7 +198,7 @@ def test_tensorrt_keeps_measured_kernels_between_builds(
     assert out.read_bytes() == b"plan"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_released_tower_becomes_an_engine(
     make_checkpoint: Callable[..., Path], library: TensorRTLibrary, tmp_path: Path
 ) -> None:

@@ -184,7 +184,7 @@ def test_no_loader_runs_what_the_files_name_or_asks_for_leave(tmp_path: Path) ->
     assert "Custom" not in said, said
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", KINDS)
 def test_conversion_and_verification_run_no_code_of_the_checkpoint(
     kind: str, tmp_path: Path

@@ -331,6 +331,7 @@ def test_layers_in_float_are_planned_for_after_calibration(
     assert after.plan["context_tokens"] == before["context_tokens"]
 
 
+@pytest.mark.slow
 def test_context_gives_way_to_layers_in_float(
     make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from tests.fuzz.artifacts import SPECS, make_artifact
 from tests.fuzz.families import COUNTS
 from tests.fuzz.run import SEED, fuzz
+from tests.support.conversion_cache import ConversionCache
 
 SHARE = 1 / 32
 CHECKPOINT_SHARE = 1 / 125
@@ -16,11 +18,24 @@ CHECKPOINT_SHARE = 1 / 125
 
 
 @pytest.fixture(scope="module")
-def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fuzz")
-    for name in SPECS:
-        make_artifact(name, folder, lambda _: None)
-    return folder
+def artifacts(conversion_cache: ConversionCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def build(folder: Path) -> None:
+        for name in SPECS:
+            make_artifact(name, folder, lambda _: None)
+
+    made = conversion_cache.get(f"fuzzed {SPECS}", build)
+    # Checkpoints are written beside them.
+    return Path(shutil.copytree(made, tmp_path_factory.mktemp("fuzz") / "artifacts"))
+
+
+def test_an_input_of_every_family_is_answered_or_refused(artifacts: Path, tmp_path: Path) -> None:
+    # Checkpoints have tests/convert/test_hostile_checkpoints.py in their place.
+    families = [name for name in COUNTS if "checkpoint-" not in name]
+
+    found = fuzz([(name, 0) for name in families], artifacts, tmp_path, SEED, processes=1)
+
+    assert found.faults == []
+    assert set(found.outcomes) == set(families)
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from tests.wheel import ROOT, build_wheel
 EXAMPLES = ROOT / "docs" / "examples"
 PAGES = ROOT / "bench" / "lab" / "pages" / "llava-next-pages"
 VERSIONS = ("3.11", "3.12", "3.13")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 
 def interpreter(version: str) -> str | None:

@@ -19,7 +19,7 @@ from llava_edge.runtime.cli.main import main
 from llava_edge.runtime.util.progress import no_progress
 from tests.nightly.rounding_loss import TEXTS, Loss, Reference
 
-pytestmark = [pytest.mark.slow, pytest.mark.nightly]
+pytestmark = pytest.mark.nightly
 
 _CHECKPOINT = Path(__file__).parents[2] / "build/real-model/checkpoint"
 _PRECISIONS = ("fp16", "int8", "int4")

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.tiers import slow_but
+
 FILES: dict[str, tuple[str, dict[str, Any]]] = {
     "nulls": ("llava_next", {"crop_size": None, "image_grid_pinpoints": None, "do_pad": None}),
     "lists and single numbers": (
@@ -21,7 +23,7 @@ FILES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("kind", slow_but(["lists and single numbers"], FILES))
 def test_what_is_kept_of_a_processor_file_passes_its_verification(
     make_checkpoint: Callable[..., Path],
     make_artifact: Callable[..., Path],

@@ -33,6 +33,7 @@ from llava_edge.runtime.util.progress import no_progress
 from tests.checkpoint_layouts import as_original
 from tests.convert.test_tokenizer_files import train
 from tests.parity.test_variant_prompts import VICUNA, chat_markup
+from tests.support.tiers import slow_but
 
 LIBRARY = f"sentencepiece {sentencepiece.__version__}"
 
@@ -100,6 +101,9 @@ LOOKALIKES: Mapping[str, Lookalike] = {
     "no bos, hub": Lookalike(settings={**LLAMA, "add_bos_token": False}),
     "no prefix by its settings, hub": Lookalike(settings={**LLAMA, "add_prefix_space": False}),
 }
+
+
+QUICK = ("Vicuna, original", "NFKC and blanks removed, original", "unigram, hub")
 
 
 def write_lookalike(folder: Path, kind: Lookalike) -> Path:
@@ -177,7 +181,7 @@ def reference_of(checkpoint: Checkpoint, opened: Artifact) -> ReferenceProcessor
     return ReferenceProcessor(checkpoint, checkpoint.dims.image_grid_pinpoints, mark)
 
 
-@pytest.mark.parametrize("name", LOOKALIKES)
+@pytest.mark.parametrize("name", slow_but(QUICK, LOOKALIKES))
 def test_a_right_artifact_passes_and_the_stage_names_its_reference(
     name: str, made: Callable[[str], tuple[Path, Path]]
 ) -> None:
@@ -189,7 +193,7 @@ def test_a_right_artifact_passes_and_the_stage_names_its_reference(
     assert LIBRARY in str(found), found
 
 
-@pytest.mark.parametrize("name", LOOKALIKES)
+@pytest.mark.parametrize("name", slow_but(QUICK, LOOKALIKES))
 def test_the_tokenizer_of_a_right_artifact_is_that_of_the_library(
     name: str, made: Callable[[str], tuple[Path, Path]]
 ) -> None:
@@ -202,7 +206,7 @@ def test_the_tokenizer_of_a_right_artifact_is_that_of_the_library(
     assert LIBRARY in str(rows)
 
 
-@pytest.mark.parametrize("name", LOOKALIKES)
+@pytest.mark.parametrize("name", slow_but(QUICK, LOOKALIKES))
 def test_ids_of_whole_prompts_are_those_of_the_library(
     name: str, made: Callable[[str], tuple[Path, Path]]
 ) -> None:
@@ -281,7 +285,7 @@ def test_the_reading_of_transformers_is_another_one(
     assert differing
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", LOOKALIKES)
 def test_conversion_and_full_verification_pass(name: str, tmp_path: Path) -> None:
     folder = write_lookalike(tmp_path, LOOKALIKES[name])

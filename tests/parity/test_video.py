@@ -21,6 +21,7 @@ from llava_edge.runtime.cli import main as cli
 from llava_edge.runtime.processing.request import VideoInput
 from llava_edge.runtime.processing.video.frame_sampling import choose_frames
 from tests.parity.test_random_weights import FP16_LOGIT_BOUND, LOGIT_BOUND, assert_within
+from tests.support.tiers import slow_but
 from tests.videos import encoded, moving
 
 QUESTION = "What happens?"
@@ -61,7 +62,7 @@ def make_pair(
     return make
 
 
-@pytest.mark.parametrize("count", [8, FRAMES])
+@pytest.mark.parametrize("count", slow_but([8], [8, FRAMES]))
 def test_logits_and_answers_are_those_of_the_reference(
     make_pair: Callable[..., tuple[ReferenceModel, LlavaEdge]], count: int
 ) -> None:

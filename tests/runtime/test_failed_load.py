@@ -14,7 +14,7 @@ from llava_edge.profiles.errors import ArtifactError, EngineError, OutOfMemoryEr
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime import model as pipeline
 from llava_edge.runtime.backends.onnxruntime import Session
-from llava_edge.runtime.loading import components
+from llava_edge.runtime.loading import open_components as components
 
 PARTS = (
     "RequestBuilder",
@@ -72,7 +72,7 @@ def test_a_load_that_fails_at_any_part_leaves_nothing_open(
     def fail(*_: object, **__: object) -> None:
         raise EngineError(f"{part} fails")
 
-    monkeypatch.setattr(components, part, fail)
+    monkeypatch.setattr(pipeline if part == "Engine" else components, part, fail)
     with pytest.raises(EngineError, match=f"{part} fails") as failed:
         load(artifact)
     # The error is still there, and with it the frames that it came through.

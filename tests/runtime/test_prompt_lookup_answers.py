@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_edge.bench.lab.pages.commands import convert
 from llava_edge.bench.lab.pages.drawing.sample import Sample, held_out_sample
 from llava_edge.bench.lab.pages.training.checkpoint import SHIPPED
+from llava_edge.convert.planning.request import ConvertRequest
+from llava_edge.convert.quantization.plan import QuantizationRequest
 from llava_edge.profiles.errors import EngineError, RequestError
+from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.cli.run import main
 from llava_edge.runtime.generation import engine
 from llava_edge.runtime.generation.decoder.decoder import Decoder
 from llava_edge.runtime.generation.decoder.prompt_lookup import PromptLookup
+from tests.support.conversion_cache import ConversionCache
 
 PRECISIONS = ("fp16", "int8", "int4")
 LOOKUP = 10
@@ -37,15 +40,19 @@ def precision(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def open_quickly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., LlavaEdge]]:
+def open_quickly(conversion_cache: ConversionCache) -> Iterator[Callable[..., LlavaEdge]]:
     """``open_quickly(checkpoint, precision)``: rounded weights, tower in float, loaded once."""
     models: dict[tuple[Path, str], LlavaEdge] = {}
 
     def opened(checkpoint: Path, precision: str) -> LlavaEdge:
         if (checkpoint, precision) not in models:
-            artifact = tmp_path_factory.mktemp(precision) / "artifact"
-            quickly = ["--quantizer", "rtn", "--vision-precision", "fp16", "--verify", "none"]
-            convert(checkpoint, artifact, precision, quickly)
+            quickly = ConvertRequest(
+                str(checkpoint),
+                wishes=PlanRequest(precision=precision, vision_precision="fp16"),  # type: ignore[arg-type]
+                quantization=QuantizationRequest("rtn"),
+                verify="none",
+            )
+            artifact = conversion_cache.convert(quickly)
             models[checkpoint, precision] = LlavaEdge.load(artifact, threads=1)
         return models[checkpoint, precision]
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from llava_edge.convert.checkpoint.open import Checkpoint, open_checkpoint
-from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest
 from llava_edge.convert.text import template_sandbox
@@ -19,8 +18,8 @@ from llava_edge.convert.verification.stages import prompt as prompt_stage
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime.artifact.open import Artifact, open_artifact
-from llava_edge.runtime.util.progress import no_progress
 from tests.convert.verify.fault_models import FaultModels
+from tests.support.conversion_cache import ConversionCache
 
 FORMS = {
     "fp16": ("cpu-16gb", "fp16", None),
@@ -61,13 +60,15 @@ def renderings_are_kept() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
+def models(
+    tmp_path_factory: pytest.TempPathFactory, conversion_cache: ConversionCache
+) -> FaultModels:
     """What faults are planted in; each is written and converted once, for all modules."""
-    return FaultModels(tmp_path_factory.mktemp("faults"))
+    return FaultModels(tmp_path_factory.mktemp("faults"), cache=conversion_cache)
 
 
 @pytest.fixture(scope="session")
-def make_form(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], Path]:
+def make_form(conversion_cache: ConversionCache) -> Callable[[Path, str], Path]:
     """``make_form(checkpoint, form)``: an artifact in one of ``FORMS``, converted once."""
 
     @cache
@@ -78,12 +79,12 @@ def make_form(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str],
             profile = replace(profile, int8_isa=isa)
         request = ConvertRequest(
             checkpoint=str(checkpoint),
-            out=tmp_path_factory.mktemp("artifact") / "artifact",
             profile=profile,
             wishes=PlanRequest(precision=precision, context_tokens=640),
             quantization=QuantizationRequest(quantizer="rtn"),
+            verify="none",
         )
-        return convert_checkpoint(request, no_progress, lambda _: None).folder
+        return conversion_cache.convert(request)
 
     return make
 

@@ -30,6 +30,7 @@ from tests.convert.verify.checkpoint_changes import CHANGES
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.tamper import Tampered
 from tests.convert.verify.tokenizer_checkpoints import ROWS, TOKENIZERS
+from tests.support.conversion_cache import ConversionCache
 
 
 @dataclass(frozen=True)
@@ -100,17 +101,24 @@ class FaultModels:
     Args:
         folder: an empty one.
         models: by name.
+        cache: of sound conversions; None to convert here.
     """
 
-    def __init__(self, folder: Path, models: Mapping[str, Model] = MODELS) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        models: Mapping[str, Model] = MODELS,
+        cache: ConversionCache | None = None,
+    ) -> None:
         self.folder = folder
         self.models = models
+        self.cache = cache
         self._made: dict[str, Made] = {}
         self._count = 0
 
     def __getitem__(self, name: str) -> Made:
         if name not in self._made:
-            self._made[name] = Made(self.folder / name, self.models[name])
+            self._made[name] = Made(self.folder / name, self.models[name], self.cache)
         return self._made[name]
 
     def examine(self, fault: Fault) -> Certificate:
@@ -118,7 +126,8 @@ class FaultModels:
         made = self[fault.model]
         self._count += 1
         fresh = self.folder / f"{self._count}-{fault.id}"
-        # Asked before anything is patched: the reference is nobody's fault.
+        # Made before anything is patched: what others use as well is nobody's fault.
+        _ = made.checkpoint if fault.where == "conversion" else made.artifact
         reference = made.reference(fault.mode) if made.model.precision == "fp16" else None
         with pytest.MonkeyPatch.context() as patch:
             artifact = fresh
@@ -139,9 +148,10 @@ class FaultModels:
 class Made:
     """One checkpoint, and its artifact once it is asked for."""
 
-    def __init__(self, folder: Path, model: Model) -> None:
+    def __init__(self, folder: Path, model: Model, cache: ConversionCache | None = None) -> None:
         self.folder = folder
         self.model = model
+        self.cache = cache
         self._references: dict[Mode, Reference] = {}
 
     @cached_property
@@ -157,17 +167,22 @@ class Made:
     @cached_property
     def artifact(self) -> Path:
         """A sound conversion."""
-        return self.convert(self.folder / "artifact")
+        if self.cache is None:
+            return self.convert(self.folder / "artifact")
+        return self.cache.convert(self._request())
 
     def convert(self, out: Path) -> Path:
         """Convert without verifying: that is done apart."""
+        request = replace(self._request(), out=out)
+        return convert_checkpoint(request, no_progress, lambda _: None).folder
+
+    def _request(self) -> ConvertRequest:
         model = self.model
         profile = load_profile(model.board)
         if model.int8_isa is not None:
             profile = replace(profile, int8_isa=model.int8_isa)
-        request = ConvertRequest(
+        return ConvertRequest(
             checkpoint=str(self.checkpoint.folder),
-            out=out,
             profile=profile,
             wishes=PlanRequest(
                 precision=model.precision,
@@ -179,7 +194,6 @@ class Made:
             quantization=QuantizationRequest(model.quantizer, num_samples=model.samples),
             verify="none",
         )
-        return convert_checkpoint(request, no_progress, lambda _: None).folder
 
     def reference(self, mode: Mode) -> Reference:
         """The reference, its answers to a mode's probes remembered."""

@@ -9,6 +9,7 @@ import pytest
 from llava_edge.runtime.artifact.certificate import Certificate
 from tests.convert.verify.clean_models import CLEAN, RELEASED, solved_models
 from tests.convert.verify.fault_models import FaultModels, Model
+from tests.support.tiers import slow_but
 
 SOLVED: Mapping[str, Model] = {
     f"{name}, seed {seed}": model
@@ -19,7 +20,17 @@ SOLVED: Mapping[str, Model] = {
 MODELS: Mapping[str, Model] = {**CLEAN, **RELEASED, **SOLVED}
 SOLVED_IN_SHORT = "mistral int4 gptq, seed 0"
 IN_SHORT = "qwen2 fp16 336/14"
-"""Of the released geometry; the others of it take their time."""
+"""Of the released geometry; the others of it need minutes."""
+QUICK = (
+    "llama fp16",
+    "mistral fp16 cuda",
+    "qwen2 int8",
+    "int4 cuda",
+    "windowed",
+    "gptq",
+    "video int8",
+)
+"""Each backbone and precision once, and the rarest checkpoints."""
 
 
 @pytest.fixture
@@ -30,10 +41,12 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow)
-        if name in (*RELEASED, *SOLVED) and name not in (IN_SHORT, SOLVED_IN_SHORT)
-        else name
-        for name in MODELS
+        *slow_but(QUICK, [*CLEAN, IN_SHORT, SOLVED_IN_SHORT]),
+        *(
+            pytest.param(name, marks=pytest.mark.nightly)
+            for name in (*RELEASED, *SOLVED)
+            if name not in (IN_SHORT, SOLVED_IN_SHORT)
+        ),
     ],
 )
 def test_a_sound_conversion_passes(name: str, clean: FaultModels) -> None:
@@ -46,7 +59,7 @@ def test_a_sound_conversion_passes(name: str, clean: FaultModels) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen2 fp16", pytest.param("mistral int4", marks=pytest.mark.slow)]
+    "name", ["qwen2 fp16", pytest.param("mistral int4", marks=pytest.mark.nightly)]
 )
 def test_a_sound_conversion_passes_in_full(name: str, clean: FaultModels) -> None:
     made = clean[name]
@@ -56,7 +69,7 @@ def test_a_sound_conversion_passes_in_full(name: str, clean: FaultModels) -> Non
     assert certificate.verdict == "pass", not_passed(certificate)
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen2 tokenizer"])
+@pytest.mark.parametrize("name", slow_but(["llama3"], ["llama3", "qwen2 tokenizer"]))
 def test_special_tokens_need_no_purpose_of_their_own(name: str, models: FaultModels) -> None:
     """Their ``<|header|>`` is special and neither bos, end nor padding, as in Llama 3."""
     made = models[name]

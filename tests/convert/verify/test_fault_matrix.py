@@ -11,6 +11,7 @@ from tests.convert.verify.fault import Fault
 from tests.convert.verify.fault_models import FaultModels
 from tests.convert.verify.faults import EQUIVALENT, FAULTS
 from tests.convert.verify.faults_tokenizer import FAULTS as TOKENIZER_FAULTS
+from tests.support.tiers import one_of_each
 
 PARTS = {
     "image processing": 8,
@@ -31,6 +32,8 @@ PARTS = {
 SOLVER = (*faults_quantizer.FAULTS, *faults_solver.FAULTS)
 WHOLE = [fault for fault in FAULTS if fault not in TOKENIZER_FAULTS]
 """Those that need whole verification; ``test_tokenizer_faults`` runs its stage alone."""
+NAMED = (*faults_quantizer.NAMED, *faults_solver.NAMED)
+NIGHTLY = [fault for fault in SOLVER if fault.id not in NAMED]
 
 
 def test_faults_are_many_and_of_every_part() -> None:
@@ -41,10 +44,10 @@ def test_faults_are_many_and_of_every_part() -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        pytest.param(fault, marks=pytest.mark.slow)
-        if fault in SOLVER and fault.id not in (*faults_quantizer.NAMED, *faults_solver.NAMED)
-        else fault
-        for fault in WHOLE
+        *one_of_each(
+            lambda fault: (fault.part, fault.stage), [f for f in WHOLE if f not in NIGHTLY]
+        ),
+        *(pytest.param(fault, marks=pytest.mark.nightly) for fault in NIGHTLY),
     ],
     ids=lambda fault: fault.id,
 )
@@ -66,7 +69,9 @@ def test_a_fault_is_found_by_its_stage_and_at_its_place(fault: Fault, models: Fa
         assert found is None
 
 
-@pytest.mark.parametrize("fault", EQUIVALENT, ids=lambda fault: fault.id)
+@pytest.mark.parametrize(
+    "fault", one_of_each(lambda fault: fault.stage, EQUIVALENT), ids=lambda fault: fault.id
+)
 def test_what_changes_no_output_fails_no_stage_that_looks_at_outputs(
     fault: Fault, models: FaultModels
 ) -> None:

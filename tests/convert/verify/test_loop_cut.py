@@ -40,6 +40,7 @@ from llava_edge.runtime.verification.tolerances import bounds_for
 from llava_edge.runtime.vision.encoder import VisionEncoder
 from tests.convert.verify.fault_models import FaultModels, Made
 from tests.convert.verify.faults_runtime import FAULTS
+from tests.support.tiers import one_of_each
 
 MODELS = ("qwen2", "int8", "int8 cache cuda")
 _BYTES = 1
@@ -205,13 +206,13 @@ def fault_stages(made: Made, fault: Any, memory_bytes: int | None) -> set[str]:
     return {s.name for s in certificate.stages if s.verdict == "fail"}
 
 
-@pytest.mark.parametrize("fault", LOOP_FAULTS, ids=lambda f: f.id)
+@pytest.mark.parametrize("fault", one_of_each(lambda _: "", LOOP_FAULTS), ids=lambda f: f.id)
 def test_a_fault_of_the_loop_is_found_on_a_cut(models: FaultModels, fault: Any) -> None:
     assert fault_stages(models[fault.model], fault, _BYTES) == {"greedy", "loop"}
 
 
 @pytest.mark.usefixtures("costly")
-@pytest.mark.parametrize("fault", LOOP_FAULTS, ids=lambda f: f.id)
+@pytest.mark.parametrize("fault", one_of_each(lambda _: "", LOOP_FAULTS), ids=lambda f: f.id)
 def test_a_fault_of_the_loop_is_found_on_a_cut_for_cost(models: FaultModels, fault: Any) -> None:
     assert fault_stages(models[fault.model], fault, None) == {"greedy", "loop"}
 

@@ -25,6 +25,7 @@ from tests.convert.verify.fault import Fault
 from tests.convert.verify.fault_models import FaultModels
 from tests.convert.verify.faults import LOOP_FAULTS as FAULTS
 from tests.convert.verify.tokenizer_checkpoints import TOKENIZERS
+from tests.support.tiers import one_of_each, slow_but
 
 MODELS = ("qwen2", "int8", "int4")
 _FIRST = {
@@ -102,7 +103,13 @@ def test_faults_are_many_of_every_part_and_precision() -> None:
         assert {model for name, model in parts if name == part} >= set(MODELS)
 
 
-@pytest.mark.parametrize("name", [*MODELS, "int8 cache cuda", *TOKENIZERS])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        [*MODELS, "int8 cache cuda", next(iter(TOKENIZERS))],
+        [*MODELS, "int8 cache cuda", *TOKENIZERS],
+    ),
+)
 def test_a_sound_model_passes(name: str, ready: Callable[[str], Ready]) -> None:
     sound = ready(name)
 
@@ -138,7 +145,11 @@ def test_one_code_of_an_int8_cache_may_differ_between_two_paths(
     assert rows["max_gap_of_range"].bound == bounds.path_gap() > 0.1
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
+@pytest.mark.parametrize(
+    "fault",
+    one_of_each(lambda fault: (fault.part, fault.model), FAULTS),
+    ids=lambda fault: fault.id,
+)
 def test_a_fault_is_found_on_a_device(fault: Fault, ready: Callable[[str], Ready]) -> None:
     found = first_failing(fault, ready(fault.model))
 
@@ -147,7 +158,7 @@ def test_a_fault_is_found_on_a_device(fault: Fault, ready: Callable[[str], Ready
     assert found.detail
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
 def test_a_fault_is_found_at_every_precision(

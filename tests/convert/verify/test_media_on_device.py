@@ -29,6 +29,7 @@ from llava_edge.runtime.verification.self_test import run_self_test
 from tests.convert.verify import faults_clips, faults_media
 from tests.convert.verify.fault import Fault
 from tests.convert.verify.fault_models import MODELS, FaultModels, Model
+from tests.support.tiers import one_of_each, slow_but
 
 FAULTS = (*faults_media.FAULTS, *faults_clips.FAULTS)
 CUDA = {
@@ -69,7 +70,11 @@ def _add(folder: Path, data: bytes) -> None:
     (folder / "manifest.json").write_bytes(seal(document))
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
+@pytest.mark.parametrize(
+    "fault",
+    one_of_each(lambda fault: (fault.part, fault.stage, fault.where, fault.model), FAULTS),
+    ids=lambda fault: fault.id,
+)
 def test_a_fault_of_files_is_found_on_a_device(
     fault: Fault, loaded: Callable[[str], LlavaEdge]
 ) -> None:
@@ -83,7 +88,10 @@ def test_a_fault_of_files_is_found_on_a_device(
     assert rows[stage].verdict == "fail", rows
 
 
-@pytest.mark.parametrize("name", ["qwen2", "int8", "int4", "video", *CUDA])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(["qwen2", "int8", "video", "cuda int4"], ["qwen2", "int8", "int4", "video", *CUDA]),
+)
 def test_sound_artifacts_pass_on_a_device_with_all_their_files(
     name: str, loaded: Callable[[str], LlavaEdge]
 ) -> None:

@@ -91,7 +91,7 @@ def failed(rows: list[StageResult]) -> list[str]:
     [
         "int4",
         "int8",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("int8 nbits", "int4 cuda")),
+        *(pytest.param(n, marks=pytest.mark.nightly) for n in ("int8 nbits", "int4 cuda")),
     ],
 )
 def test_sound_layers_are_better_than_rounding(solved: Callable[[str], Solved], name: str) -> None:

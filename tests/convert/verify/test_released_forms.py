@@ -14,6 +14,7 @@ from llava_edge.runtime.artifact.certificate import StageResult
 from llava_edge.runtime.artifact.open import open_artifact
 from llava_edge.runtime.util.checksummed_json import seal
 from tests.convert.verify.fault_models import Made, Model
+from tests.support.tiers import slow_but
 
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "heads": 4, "kv_heads": 2, "layers": 2}
 """All columns are multiples of 128, so that groups are as large."""
@@ -37,7 +38,9 @@ def test_a_block_of_int8_was_a_group_up_to_version_3(
     assert certificate.verdict == verdict, failing(certificate.stages)
 
 
-@pytest.mark.parametrize(("group", "rounds"), [(32, None), (PER_CHANNEL, TWO_TERMS)])
+@pytest.mark.parametrize(
+    ("group", "rounds"), slow_but([(32, None)], [(32, None), (PER_CHANNEL, TWO_TERMS)])
+)
 def test_a_head_with_one_scale_a_row_verifies_as_one_in_groups_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int, rounds: int | None
 ) -> None:

@@ -22,6 +22,8 @@ from llava_edge.runtime.artifact.open import open_artifact
 from llava_edge.runtime.cli.main import main
 from llava_edge.runtime.util.progress import no_progress
 from tests.convert.verify.fault_models import FaultModels, Made, Model
+from tests.support.conversion_cache import ConversionCache
+from tests.support.tiers import slow_but
 
 _FORMS = {
     "fp16": ("cpu-16gb", "fp16"),
@@ -34,7 +36,9 @@ _LENGTHS = {"no word": 1, "one word": 2}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
+def models(
+    tmp_path_factory: pytest.TempPathFactory, conversion_cache: ConversionCache
+) -> FaultModels:
     made = {
         f"{words} {form}": Model(
             "mistral", precision=precision, board=board, alters=words, changes={"layers": 2}
@@ -43,7 +47,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> FaultModels:
         for form, (board, precision) in _FORMS.items()
     }
     cache = Model("mistral", cache="int8", alters="no word", changes={"layers": 2})
-    return FaultModels(tmp_path_factory.mktemp("short"), {**made, "int8 cache": cache})
+    return FaultModels(
+        tmp_path_factory.mktemp("short"), {**made, "int8 cache": cache}, conversion_cache
+    )
 
 
 @pytest.fixture
@@ -52,7 +58,11 @@ def silent(models: FaultModels) -> Made:
 
 
 @pytest.mark.parametrize(
-    ("words", "form"), [*(("no word", form) for form in _FORMS), ("one word", "fp16")]
+    ("words", "form"),
+    slow_but(
+        [("no word", "int8"), ("one word", "fp16")],
+        [*(("no word", form) for form in _FORMS), ("one word", "fp16")],
+    ),
 )
 def test_a_model_that_stops_early_passes_with_whole_answers_as_evidence(
     models: FaultModels, words: str, form: str

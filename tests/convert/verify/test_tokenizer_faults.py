@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from llava_edge.convert.verification.tokenizer.reference import TransformersToke
 from llava_edge.runtime.artifact.certificate import StageResult
 from llava_edge.runtime.artifact.open import Artifact, open_artifact
 from tests.convert.verify.fault import Fault
-from tests.convert.verify.fault_models import MODELS, FaultModels, Made, Model
+from tests.convert.verify.fault_models import FaultModels, Made, Model
 from tests.convert.verify.faults_tokenizer import FAULTS, NAMED
 from tests.convert.verify.tamper import Tampered
 from tests.convert.verify.tokenizer_checkpoints import ROWS, TOKENIZERS
+from tests.support.tiers import one_of_each
 
 KINDS = sorted({fault.model for fault in FAULTS})
 
@@ -30,8 +31,8 @@ KINDS = sorted({fault.model for fault in FAULTS})
 class Stage:
     """The stage alone, beside references that remember the ids of the texts compared."""
 
-    def __init__(self, folder: Path) -> None:
-        self.models = FaultModels(folder / "models", {name: MODELS[name] for name in KINDS})
+    def __init__(self, models: FaultModels, folder: Path) -> None:
+        self.models = models
         self.folder = folder
         self._references: dict[str, ReferenceProcessor] = {}
 
@@ -93,10 +94,8 @@ def _written(made: Made, copy: Tampered) -> None:
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    folder = tmp_path_factory.mktemp("tokenizers")
-    (folder / "models").mkdir()
-    return Stage(folder)
+def stage(models: FaultModels, tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    return Stage(models, tmp_path_factory.mktemp("tokenizers"))
 
 
 def test_faults_are_many_of_every_kind_and_beyond_the_known_ones() -> None:
@@ -113,7 +112,11 @@ def test_a_sound_tokenizer_passes(name: str, stage: Stage) -> None:
     assert [row.verdict for row in rows] == ["pass"] * 3, rows
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
+@pytest.mark.parametrize(
+    "fault",
+    one_of_each(lambda fault: (fault.where, fault.model), FAULTS),
+    ids=lambda fault: fault.id,
+)
 def test_a_fault_of_the_tokenizer_is_found(fault: Fault, stage: Stage) -> None:
     rows = stage.examine(fault)
 

@@ -28,6 +28,7 @@ from llava_edge.runtime.util.opened_file import OpenedFile
 from llava_edge.runtime.util.progress import no_progress
 from llava_edge.runtime.verification.golden.probes import GOLDEN_FILE, read_golden
 from tests.convert.verify.checkpoint_changes import CHANGES
+from tests.support.tiers import slow_but
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def converted(request: ConvertRequest) -> tuple[Conversion, list[str]]:
     return convert_checkpoint(request, no_progress, said.append), said
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int4"])
+@pytest.mark.parametrize("precision", slow_but(["fp16"], ["fp16", "int4"]))
 def test_a_conversion_is_verified_and_says_how_long_that_takes(
     request_of: Callable[..., ConvertRequest], precision: str
 ) -> None:

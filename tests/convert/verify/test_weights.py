@@ -31,6 +31,7 @@ from llava_edge.runtime.util.progress import no_progress
 from tests.convert.verify.conftest import BACKBONES, FORMS, SIZES
 from tests.convert.verify.tamper import Tampered
 from tests.convert.verify.test_structure import RARE, as_original
+from tests.support.tiers import slow_but
 
 Opened = Callable[[Path, Path], tuple[Artifact, Checkpoint]]
 Fault = Callable[[Tampered], None]
@@ -82,7 +83,7 @@ def test_rare_settings_pass(
     assert not failed(rows_of(opened, make_form(checkpoint, "fp16"), checkpoint))
 
 
-@pytest.mark.parametrize("form", ["fp16", "int4"])
+@pytest.mark.parametrize("form", slow_but(["int4"], ["fp16", "int4"]))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_checkpoints_in_other_float_types_pass(
     make_checkpoint: Callable[..., Path],
@@ -467,10 +468,12 @@ def gptq_pair(
     checkpoint = make_checkpoint("odd", **SIZES, **BACKBONES["qwen2-bias"])
     profile, wishes = load_profile("cpu-16gb"), PlanRequest(precision="int4", context_tokens=640)
     rtn = QuantizationRequest(quantizer="rtn")
-    first = ConvertRequest(str(checkpoint), folder / "first", profile, wishes, rtn, emit_hf=True)
+    first = ConvertRequest(
+        str(checkpoint), folder / "first", profile, wishes, rtn, emit_hf=True, verify="none"
+    )
     emitted = folder / "emitted"
     shutil.copytree(convert_checkpoint(first, no_progress, lambda _: None).folder / "gptq", emitted)
-    second = ConvertRequest(str(emitted), folder / "second", profile, wishes, rtn)
+    second = ConvertRequest(str(emitted), folder / "second", profile, wishes, rtn, verify="none")
     return convert_checkpoint(second, no_progress, lambda _: None).folder, emitted
 
 
