@@ -95,7 +95,7 @@ $(REAL)/ready: $(REAL)/site/ready tests/nightly/real_checkpoint.py
 	@touch $@
 
 faults: $(READY) ## plant every seeded fault and print which stage finds it, as a table
-	$(BIN)/python -m tests.convert.verify.print_matrix
+	$(BIN)/python -m tests.faults.print_matrix
 
 fuzz: $(READY) ## make fuzz [SEED=n]: 8,850 damaged images, videos, prompts, artifacts, checkpoints …; keeps what it finds in build/fuzz/found
 	$(BIN)/python -m tests.fuzz.run $(if $(SEED),--seed $(SEED))

@@ -20,8 +20,8 @@ from llava_edge.runtime.backends.cuda_options import CudaOptions
 from llava_edge.runtime.generation.output import Answer
 from tests.fake_cuda.record import FakeCuda
 from tests.fake_cuda.test_provider import CONTEXT, SIZES
-from tests.runtime.test_artifact import edit_manifest, relist
-from tests.runtime.test_logits_to_keep import name_the_number, number_instead_of_start
+from tests.runtime.artifact.test_artifact import edit_manifest, relist
+from tests.runtime.backends.test_logits_to_keep import name_the_number, number_instead_of_start
 
 pytestmark = pytest.mark.fake_cuda
 

@@ -16,7 +16,7 @@ from llava_edge.runtime.backends.cuda_options import CudaOptions
 from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
 from llava_edge.runtime.generation.decoder.decoder import Decoder
 from tests.fake_cuda.record import FakeCuda, Record
-from tests.runtime.test_logits_to_keep import number_instead_of_start
+from tests.runtime.backends.test_logits_to_keep import number_instead_of_start
 
 pytestmark = pytest.mark.fake_cuda
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tests.checkpoint_layouts import as_original
 from tests.fuzz.artifact_inputs import (
     TOKENIZERS,
     damage_document,
@@ -24,6 +23,7 @@ from tests.fuzz.artifact_inputs import (
     replace,
 )
 from tests.fuzz.mutate import INTERESTING, mutated
+from tests.support.checkpoint_layouts import as_original
 
 MARKER = "the-code-of-a-checkpoint-ran"
 """Name of the file that code inside a checkpoint would leave in the folder beside it."""

@@ -29,7 +29,7 @@ def artifacts(conversion_cache: ConversionCache, tmp_path_factory: pytest.TempPa
 
 
 def test_an_input_of_every_family_is_answered_or_refused(artifacts: Path, tmp_path: Path) -> None:
-    # Checkpoints have tests/convert/test_hostile_checkpoints.py in their place.
+    # Checkpoints have tests/convert/checkpoint/test_hostile_checkpoints.py in their place.
     families = [name for name in COUNTS if "checkpoint-" not in name]
 
     found = fuzz([(name, 0) for name in families], artifacts, tmp_path, SEED, processes=1)

@@ -14,7 +14,7 @@ from tests.fuzz.image_inputs import corpus as images
 from tests.fuzz.image_inputs import damaged_file as damaged_image
 from tests.fuzz.image_inputs import odd_objects, picture
 from tests.fuzz.mutate import INTERESTING, mutated
-from tests.videos import encoded, moving
+from tests.support.videos import encoded, moving
 
 
 @cache

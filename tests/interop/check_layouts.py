@@ -22,8 +22,8 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from tests import saved_layouts
-from tests.saved_layouts import CANONICAL, DATA, NUMBERS
+from tests.support import saved_layouts
+from tests.support.saved_layouts import CANONICAL, DATA, NUMBERS
 
 BUILD = Path("build/layouts")
 FIRST = (4, 39)

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 from llava_edge.convert.cli.convert import main as convert
-from tests.videos import encoded, moving
-from tests.wheel import ROOT, build_wheel
+from tests.support.videos import encoded, moving
+from tests.support.wheel import ROOT, build_wheel
 
 EXAMPLES = ROOT / "docs" / "examples"
 PAGES = ROOT / "bench" / "lab" / "pages" / "llava-next-pages"

@@ -18,7 +18,7 @@ from llava_edge.profiles.planner import PlanRequest
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact.manifest import Reference
 from llava_edge.runtime.util.progress import no_progress
-from tests.checkpoint_layouts import as_original, renamed
+from tests.support.checkpoint_layouts import as_original, renamed
 
 IN_MEMORY = (
     ("language_model.model.", "model.language_model."),

@@ -30,9 +30,9 @@ from llava_edge.runtime.processing.text.chat_prompt import raw_pieces
 from llava_edge.runtime.processing.text.tokenizer import Tokenizer
 from llava_edge.runtime.util.opened_file import OpenedFile
 from llava_edge.runtime.util.progress import no_progress
-from tests.checkpoint_layouts import as_original
-from tests.convert.test_tokenizer_files import train
+from tests.convert.text.test_tokenizer_files import train
 from tests.parity.test_variant_prompts import VICUNA, chat_markup
+from tests.support.checkpoint_layouts import as_original
 from tests.support.tiers import slow_but
 
 LIBRARY = f"sentencepiece {sentencepiece.__version__}"

@@ -40,7 +40,7 @@ from llava_edge.runtime.processing.text.chat_prompt import (
 )
 from llava_edge.runtime.processing.text.tokenizer import Tokenizer
 from llava_edge.runtime.util.progress import no_progress
-from tests.convert.test_tokenizer_files import corpus, train
+from tests.convert.text.test_tokenizer_files import corpus, train
 from tests.support.tiers import slow_but
 
 Maker = Callable[[Path], Any]

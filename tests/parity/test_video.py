@@ -22,7 +22,7 @@ from llava_edge.runtime.processing.request import VideoInput
 from llava_edge.runtime.processing.video.frame_sampling import choose_frames
 from tests.parity.test_random_weights import FP16_LOGIT_BOUND, LOGIT_BOUND, assert_within
 from tests.support.tiers import slow_but
-from tests.videos import encoded, moving
+from tests.support.videos import encoded, moving
 
 QUESTION = "What happens?"
 SCALED = {"backbone": "llama", "kv_heads": 4, "rope_factor": 2.5}
