@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llava_edge.convert.quantization.request import Quantizer
     from llava_edge.profiles.boards.hardware import HardwareProfile
     from llava_edge.profiles.memory.formats import PrecisionName
-    from llava_edge.profiles.planner import Engine, Prefer
+    from llava_edge.profiles.plan_request import Engine, Prefer
     from llava_edge.runtime.artifact.certificate import Certificate, Mode
     from llava_edge.runtime.artifact.manifest import Reference
     from llava_edge.runtime.util.limits import Limits
@@ -118,7 +118,7 @@ def convert(
     from llava_edge.profiles.errors import RequestError
     from llava_edge.profiles.memory.buffers import CACHE_FLAGS
     from llava_edge.profiles.models.variants import find_variant
-    from llava_edge.profiles.planner import PlanRequest
+    from llava_edge.profiles.plan_request import PlanRequest
     from llava_edge.runtime.util.limits import Limits
     from llava_edge.runtime.util.progress import no_progress
     from llava_edge.runtime.util.validation import require_name

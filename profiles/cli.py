@@ -20,18 +20,15 @@ from llava_edge.profiles.memory.speed import ANSWER_TOKENS, QUESTION_TOKENS
 from llava_edge.profiles.models.anyres import GRID_NAMES
 from llava_edge.profiles.models.variants import find_variant, load_variants
 from llava_edge.profiles.plan import DeploymentPlan, RejectedCandidate
-from llava_edge.profiles.planner import (
-    DEFAULT_FRAMES,
+from llava_edge.profiles.plan_request import (
     MAX_CONTEXT,
     MAX_FRAMES,
     MAX_IMAGES,
     Engine,
     PlanRequest,
-    PlanResult,
     Prefer,
-    nearest_fit,
-    plan_deployment,
 )
+from llava_edge.profiles.planner import DEFAULT_FRAMES, PlanResult, nearest_fit, plan_deployment
 from llava_edge.profiles.sizes import format_bytes, parse_bytes
 
 SUMMARY = "Say which model, precision, grid and context fit a board, and why no larger."

@@ -13,23 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from llava_edge.profiles.boards.engines import RTX_CAPABILITIES, RTX_UNPROVEN, rtx_target
 from llava_edge.profiles.boards.hardware import HardwareProfile
-from llava_edge.profiles.errors import RequestError
-from llava_edge.profiles.memory.buffers import MIN_TEXT_TOKENS, CacheType, video_tokens_per_frame
+from llava_edge.profiles.memory.buffers import MIN_TEXT_TOKENS, video_tokens_per_frame
 from llava_edge.profiles.memory.constants import Constants, memory_constants, speed_constants
 from llava_edge.profiles.memory.distributed import Parallelism, device_terms, parallelisms
 from llava_edge.profiles.memory.estimate import Machine, MemoryTerms, Workload, estimate_memory
 from llava_edge.profiles.memory.formats import (
     PRECISIONS,
-    VISION_PRECISIONS,
-    PrecisionName,
     VisionFormat,
     body_route,
     default_vision,
-    int8_cache_obstacle,
     rounded_activations,
     vision_obstacle,
 )
@@ -42,55 +37,17 @@ from llava_edge.profiles.plan import (
     PredictedSpeed,
     RejectedCandidate,
 )
+from llava_edge.profiles.plan_request import (
+    PlanRequest,
+    check_request,
+)
 from llava_edge.profiles.sizes import format_bytes
-
-Prefer = Literal["largest", "quality", "speed"]
-Engine = Literal["auto", "ort", "tensorrt", "tensorrt-rtx"]
-"""What is asked to run the tower; ``auto`` takes TensorRT-RTX where NVIDIA's matrix has the GPU."""
 
 CONTEXT_STEP = 256
 """Contexts beyond the smallest are multiples of this."""
 
-MAX_CONTEXT = 1 << 24
-MAX_IMAGES = 4096
-MAX_FRAMES = 65536
 DEFAULT_FRAMES = 8
 """Frames that a video model is planned for unless said: what the reference's examples sample."""
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """What is asked; None leaves a thing to the search.
-
-    Attributes:
-        variants: candidates; empty for all image variants, or video variants with ``num_frames``.
-        precision: pins one.
-        grid: a named grid; ``pinpoints`` for a list of one's own.
-        context_tokens: pins the context.
-        num_images: full images that one prompt must hold.
-        num_frames: frames that one video prompt must hold.
-        cache: type of the cache; None for the target's own.
-        prefer: ``largest`` puts the variant first, ``quality`` the grid, ``speed`` the grid and
-            then the shortest predicted answer.
-        engine: what runs the tower, see ``Engine``.
-        vision_precision: ``fp16`` or ``int8`` of tower and projector; None takes int8 wherever the
-            board and the language model's precision allow it.
-        vision_wide_weights: weights of the tower that a conversion left wider than its format, see
-            ``VisionFormat``.
-    """
-
-    variants: tuple[Variant, ...] = ()
-    precision: str | None = None
-    grid: str | None = None
-    pinpoints: str | None = None
-    context_tokens: int | None = None
-    num_images: int = 1
-    num_frames: int = 0
-    cache: CacheType | None = None
-    prefer: Prefer = "largest"
-    engine: Engine = "auto"
-    vision_precision: PrecisionName | None = None
-    vision_wide_weights: int = 0
 
 
 @dataclass(frozen=True)
@@ -189,7 +146,7 @@ class _Candidate:
 
 class _Search:
     def __init__(self, profile: HardwareProfile, request: PlanRequest) -> None:
-        _check(profile, request)
+        check_request(profile, request)
         self.profile = profile
         self.request = request
         self.machine = Machine.of(profile)
@@ -511,52 +468,3 @@ def _scores(c: _Candidate) -> tuple[float, ...]:
 
 def _beats(other: tuple[float, ...], mine: tuple[float, ...]) -> bool:
     return other != mine and all(o >= m for o, m in zip(other, mine, strict=True))
-
-
-def _check(profile: HardwareProfile, request: PlanRequest) -> None:
-    faults: list[str] = []
-    if request.precision is not None and request.precision not in PRECISIONS:
-        faults.append(f"precision {request.precision!r:.40} is not one of {', '.join(PRECISIONS)}")
-    if request.vision_precision not in (None, *VISION_PRECISIONS):
-        faults.append(
-            f"vision precision {request.vision_precision!r:.40} is not one of "
-            f"{', '.join(VISION_PRECISIONS)}"
-        )
-    if request.grid is not None and request.pinpoints is not None:
-        faults.append("grid and pinpoints were both given; give one of them")
-    if request.prefer not in get_args(Prefer):
-        faults.append(f"prefer {request.prefer!r:.40} is not one of {', '.join(get_args(Prefer))}")
-    if request.engine not in get_args(Engine):
-        faults.append(f"engine {request.engine!r:.40} is not one of {', '.join(get_args(Engine))}")
-    counts = (
-        ("context", request.context_tokens, 1, MAX_CONTEXT),
-        ("images", request.num_images, 1, MAX_IMAGES),
-        ("frames", request.num_frames, 0, MAX_FRAMES),
-    )
-    for name, count, least, most in counts:
-        if count is None and name == "context":
-            continue
-        if type(count) is not int or not least <= count <= most:
-            faults.append(f"{name} is {count!r:.40}; it must be {least} to {most}")
-    faults += [
-        f"{v.name} takes images only, but a video was asked"
-        for v in request.variants
-        if request.num_frames and v.kind != "video"
-    ]
-    capability = profile.compute_capability
-    if request.engine == "tensorrt-rtx" and rtx_target(capability, unproven=True) is None:
-        faults.append(
-            f"engine tensorrt-rtx compiles for compute capabilities "
-            f"{', '.join((*RTX_CAPABILITIES, *RTX_UNPROVEN))}; "
-            f"{profile.name} has {capability or 'no GPU'}"
-        )
-    if request.engine == "tensorrt" and profile.kind == "cpu":
-        faults.append(f"engine tensorrt needs an NVIDIA GPU; {profile.name} has none")
-    if request.cache == "float16" and profile.target == "cpu":
-        faults.append("cache float16 does not go with the cpu target; use float32 or int8")
-    if request.cache == "float32" and profile.target == "cuda":
-        faults.append("cache float32 does not go with the cuda target; use float16 or int8")
-    if request.cache == "int8" and (why := int8_cache_obstacle(capability)):
-        faults.append(f"cache int8 was asked, but {why}; use float16")
-    if faults:
-        raise RequestError(f"This plan cannot be made: {'; '.join(faults)}.")

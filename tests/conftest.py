@@ -79,7 +79,7 @@ def make_artifact(conversion_cache: ConversionCache) -> ArtifactMaker:
     """
     from llava_edge.convert.planning.request import ConvertRequest
     from llava_edge.profiles.boards.hardware import load_profile
-    from llava_edge.profiles.planner import PlanRequest
+    from llava_edge.profiles.plan_request import PlanRequest
 
     made: dict[str, Path] = {}
 

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.models.variants import find_variant
 from llava_edge.profiles.plan import DeploymentPlan
-from llava_edge.profiles.planner import PlanRequest, plan_deployment
+from llava_edge.profiles.plan_request import PlanRequest
+from llava_edge.profiles.planner import plan_deployment
 
 PRECISIONS = ("fp16", "int8", "int4")
 PUBLISHED = {

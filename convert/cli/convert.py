@@ -26,7 +26,8 @@ from llava_edge.profiles.errors import (
 )
 from llava_edge.profiles.models.anyres import grid_pinpoints
 from llava_edge.profiles.models.variants import load_variants, read_folder
-from llava_edge.profiles.planner import PlanRequest, plan_deployment
+from llava_edge.profiles.plan_request import PlanRequest
+from llava_edge.profiles.planner import plan_deployment
 from llava_edge.runtime.artifact.manifest import Reference
 from llava_edge.runtime.cli.arguments import add_json_argument
 from llava_edge.runtime.cli.limit_arguments import add_limit_arguments, asked_limits

@@ -14,7 +14,7 @@ from llava_edge.convert.quality.request import QualityRequest
 from llava_edge.convert.quantization.request import QuantizationRequest
 from llava_edge.convert.util.progress import StageBars
 from llava_edge.profiles.boards.hardware import HardwareProfile
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.profiles.sizes import format_bytes
 from llava_edge.runtime.util.json_codec import to_json
 

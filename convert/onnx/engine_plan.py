@@ -12,7 +12,7 @@ from llava_edge.profiles.boards.hardware import HardwareProfile
 from llava_edge.profiles.errors import DependencyError, EngineError, RequestError
 from llava_edge.profiles.memory.buffers import tiles_per_batch
 from llava_edge.profiles.plan import DeploymentPlan
-from llava_edge.profiles.planner import Engine
+from llava_edge.profiles.plan_request import Engine
 from llava_edge.runtime.artifact.hashing import hash_file
 from llava_edge.runtime.artifact.manifest import FileEntry
 from llava_edge.runtime.backends.engine_cache import (

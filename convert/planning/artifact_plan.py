@@ -21,7 +21,8 @@ from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.profiles.models.parameters import total_parameters
 from llava_edge.profiles.models.variants import Variant, find_variant, kind_of, load_variants
 from llava_edge.profiles.plan import DeploymentPlan
-from llava_edge.profiles.planner import DEFAULT_FRAMES, PlanRequest, nearest_fit, plan_deployment
+from llava_edge.profiles.plan_request import PlanRequest
+from llava_edge.profiles.planner import DEFAULT_FRAMES, nearest_fit, plan_deployment
 from llava_edge.profiles.sizes import format_bytes
 from llava_edge.runtime.artifact.manifest import Reference
 from llava_edge.runtime.util.progress import Notify

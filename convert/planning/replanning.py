@@ -19,7 +19,7 @@ from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.profiles.boards.detect import detect_profile
 from llava_edge.profiles.errors import BudgetError, RequestError
 from llava_edge.profiles.plan import DeploymentPlan
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.runtime.util.progress import Notify
 
 

@@ -9,7 +9,7 @@ from typing import get_args
 from llava_edge.convert.quality.request import QualityRequest
 from llava_edge.convert.quantization.request import QuantizationRequest
 from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.runtime.artifact.certificate import Mode
 from llava_edge.runtime.artifact.manifest import Reference
 from llava_edge.runtime.util.validation import require_name

@@ -18,7 +18,7 @@ from typing import Any
 from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 
 
 def request_of(checkpoint: str, out: str, options: dict[str, Any]) -> ConvertRequest:

@@ -23,7 +23,7 @@ from llava_edge.convert.quantization.plan import QuantizationRequest
 from llava_edge.convert.verification.conversion import Verification
 from llava_edge.convert.writing.artifact_builder import PartBuilders
 from llava_edge.profiles.errors import CheckpointError, RequestError
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.runtime.artifact.manifest_validation import MANIFEST, UNLISTED
 from llava_edge.runtime.cli.main import main
 from llava_edge.runtime.util.progress import no_progress

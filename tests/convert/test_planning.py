@@ -14,7 +14,8 @@ from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.errors import BudgetError, CheckpointError
 from llava_edge.profiles.models.variants import read_folder
 from llava_edge.profiles.plan import DeploymentPlan
-from llava_edge.profiles.planner import PlanRequest, plan_deployment
+from llava_edge.profiles.plan_request import PlanRequest
+from llava_edge.profiles.planner import plan_deployment
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.util.progress import no_progress
 

@@ -17,7 +17,7 @@ from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quality.request import QualityRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest
 from llava_edge.profiles.errors import LlavaEdgeError, OutputExistsError, RequestError
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.runtime import open_artifact
 
 _MADE_INSIDE = {

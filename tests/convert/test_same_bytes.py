@@ -19,7 +19,7 @@ from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest
 from llava_edge.profiles.boards.hardware import load_profile
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.runtime.artifact.conversion_record import read_conversion
 from llava_edge.runtime.artifact.manifest_validation import MANIFEST, UNLISTED
 from llava_edge.runtime.artifact.open import open_artifact

@@ -20,7 +20,7 @@ from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest
 from llava_edge.convert.verification import against
 from llava_edge.profiles.errors import ArtifactError, VerificationError
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact.open import open_artifact
 from llava_edge.runtime.cli.main import main

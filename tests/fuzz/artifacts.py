@@ -24,7 +24,7 @@ def make_artifact(name: str, folder: Path, say: Notify = print) -> Path:
     from llava_edge.convert.testing.random_checkpoint import write_random_checkpoint
     from llava_edge.convert.testing.random_spec import preset
     from llava_edge.profiles.boards.hardware import load_profile
-    from llava_edge.profiles.planner import PlanRequest
+    from llava_edge.profiles.plan_request import PlanRequest
 
     out, recipe = folder / name, folder / f"{name}.json"
     text = json.dumps(SPECS[name], sort_keys=True)

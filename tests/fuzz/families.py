@@ -346,7 +346,7 @@ def convert(checkpoint: Path, out: Path, precision: str, *, verify: bool) -> obj
     from llava_edge.convert.planning.request import ConvertRequest
     from llava_edge.convert.quantization.plan import QuantizationRequest
     from llava_edge.profiles.boards.hardware import load_profile
-    from llava_edge.profiles.planner import PlanRequest
+    from llava_edge.profiles.plan_request import PlanRequest
 
     request = ConvertRequest(
         checkpoint=str(checkpoint),

@@ -12,7 +12,7 @@ import pytest
 from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest, Quantizer
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact.open import open_artifact
 from llava_edge.runtime.cli.main import main

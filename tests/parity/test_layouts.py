@@ -14,7 +14,7 @@ from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.verification.reference.model import ReferenceModel
 from llava_edge.profiles.models.anyres import AnyRes, grid_pinpoints
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact.manifest import Reference
 from llava_edge.runtime.util.progress import no_progress

@@ -23,7 +23,7 @@ from llava_edge.convert.verification.reference.processor import ReferenceProcess
 from llava_edge.convert.verification.stages.prompt import prompt_stage
 from llava_edge.convert.verification.stages.tokenizer import tokenizer_stage
 from llava_edge.profiles.boards.hardware import load_profile
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.runtime.artifact.certificate import StageResult
 from llava_edge.runtime.artifact.open import Artifact, open_artifact
 from llava_edge.runtime.processing.text.chat_prompt import raw_pieces

@@ -29,7 +29,7 @@ from llava_edge.convert.testing.random_spec import preset
 from llava_edge.convert.verification.reference.processor import ReferenceProcessor
 from llava_edge.convert.verification.stages.prompt import prompt_stage
 from llava_edge.profiles.boards.hardware import load_profile
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.runtime.artifact.open import Artifact, open_artifact
 from llava_edge.runtime.processing.text.chat_prompt import (
     Message,

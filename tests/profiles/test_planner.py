@@ -18,12 +18,8 @@ from llava_edge.profiles.errors import BudgetError, RequestError
 from llava_edge.profiles.memory.distributed import Parallelism, parallelisms
 from llava_edge.profiles.models.variants import find_variant, load_variants
 from llava_edge.profiles.plan import DeploymentPlan
-from llava_edge.profiles.planner import (
-    CONTEXT_STEP,
-    PlanRequest,
-    nearest_fit,
-    plan_deployment,
-)
+from llava_edge.profiles.plan_request import PlanRequest
+from llava_edge.profiles.planner import CONTEXT_STEP, nearest_fit, plan_deployment
 
 KEYS = [
     *("profile", "variant", "precision", "vision_precision", "grid", "max_tiles"),

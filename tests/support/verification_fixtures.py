@@ -16,7 +16,7 @@ from llava_edge.convert.quantization.plan import QuantizationRequest
 from llava_edge.convert.text import template_sandbox
 from llava_edge.convert.verification.stages import prompt as prompt_stage
 from llava_edge.profiles.boards.hardware import load_profile
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.runtime.artifact.open import Artifact, open_artifact
 from tests.faults.models.fault_models import FaultModels
 from tests.support.conversion_cache import ConversionCache

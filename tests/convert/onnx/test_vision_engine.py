@@ -17,7 +17,7 @@ from llava_edge.convert.planning.artifact_plan import plan_artifact
 from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.errors import DependencyError, EngineError
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.runtime.artifact.hashing import hash_file
 from llava_edge.runtime.artifact.open import open_artifact
 from llava_edge.runtime.backends.engine_cache import shipped_engines

@@ -28,7 +28,7 @@ from llava_edge.convert.verification.structure.int8_cache import read_scales
 from llava_edge.convert.writing.artifact_builder import PartBuilders
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.errors import CheckpointError, RequestError
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.runtime.artifact.open import Artifact, open_artifact
 from llava_edge.runtime.backends.onnxruntime import Session, SessionOptions
 from llava_edge.runtime.generation.decoder.decoder import Decoder

@@ -20,7 +20,7 @@ from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import BodyFormat, QuantizationRequest
 from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.errors import CheckpointError, RequestError
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact.open import read_manifest
 from llava_edge.runtime.util.progress import no_progress

@@ -16,7 +16,7 @@ from llava_edge.convert.verification.reference.probes import Probe, probes_for
 from llava_edge.convert.verification.runner.losses import Losses
 from llava_edge.convert.verification.stages import greedy as greedy_stage
 from llava_edge.convert.verification.verifier import open_reference
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.artifact.open import open_artifact
 from llava_edge.runtime.cli.main import main

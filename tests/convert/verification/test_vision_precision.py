@@ -21,7 +21,7 @@ from llava_edge.convert.verification.structure.stage import structure_stage
 from llava_edge.convert.verification.verifier import VerifyOptions, verify_artifact
 from llava_edge.convert.verification.weights.stage import weights_stage
 from llava_edge.profiles.boards.hardware import load_profile
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.runtime.artifact.certificate import StageResult
 from llava_edge.runtime.artifact.open import open_artifact
 from llava_edge.runtime.util.progress import no_progress

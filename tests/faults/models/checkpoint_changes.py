@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.runtime.util.progress import no_progress
 from tests.faults.models.tokenizer_checkpoints import TOKENIZERS
 from tests.support.checkpoint_layouts import as_original

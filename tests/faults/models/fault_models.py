@@ -21,7 +21,7 @@ from llava_edge.convert.verification.reference.answer import Reference
 from llava_edge.convert.verification.reference.probes import draw_probes
 from llava_edge.convert.verification.verifier import VerifyOptions, open_reference, verify_artifact
 from llava_edge.profiles.boards.hardware import load_profile
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.runtime.artifact.certificate import Certificate, Mode
 from llava_edge.runtime.artifact.open import open_artifact
 from llava_edge.runtime.processing.images.image_processor import ImageProcessor

@@ -18,7 +18,7 @@ from llava_edge.convert.pipeline import convert_checkpoint
 from llava_edge.convert.planning.request import ConvertRequest, QuantizationRequest
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.errors import EngineError
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.generation import engine
 from llava_edge.runtime.generation.deadline import TimeBudget

@@ -17,7 +17,7 @@ from llava_edge.bench.lab.pages.training.checkpoint import SHIPPED
 from llava_edge.convert.planning.request import ConvertRequest
 from llava_edge.convert.quantization.plan import QuantizationRequest
 from llava_edge.profiles.errors import EngineError, RequestError
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.runtime import LlavaEdge
 from llava_edge.runtime.cli.run import main
 from llava_edge.runtime.generation import engine

@@ -36,7 +36,7 @@ from llava_edge.convert.verification.conversion import Verification
 from llava_edge.profiles.boards.hardware import HardwareProfile, load_profile
 from llava_edge.profiles.errors import BudgetError, ExportError, RequestError
 from llava_edge.profiles.models.anyres import AnyRes
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.runtime.artifact.manifest import GraphSpec, Manifest
 from llava_edge.runtime.artifact.open import open_artifact
 from llava_edge.runtime.backends.cpu_isa import sums_saturate

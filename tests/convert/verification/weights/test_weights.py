@@ -23,7 +23,7 @@ from llava_edge.convert.verification.weights.stage import weights_stage
 from llava_edge.convert.verification.weights.tensor_mapping import linear_layers
 from llava_edge.profiles.boards.hardware import load_profile
 from llava_edge.profiles.memory.formats import head_group_size
-from llava_edge.profiles.planner import PlanRequest
+from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.runtime.artifact.certificate import StageResult
 from llava_edge.runtime.artifact.open import Artifact, open_artifact
 from llava_edge.runtime.util.arrays import Array
