@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llava_edge.profiles.errors import BudgetError, RequestError
-from llava_edge.profiles.memory.estimate import MemoryTerms
+from llava_edge.profiles.memory.terms import MemoryTerms
 from llava_edge.profiles.sizes import format_bytes
 
 _TERMS = tuple(MemoryTerms().as_dict())

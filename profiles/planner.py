@@ -19,7 +19,7 @@ from llava_edge.profiles.boards.hardware import HardwareProfile
 from llava_edge.profiles.memory.buffers import MIN_TEXT_TOKENS, video_tokens_per_frame
 from llava_edge.profiles.memory.constants import Constants, memory_constants, speed_constants
 from llava_edge.profiles.memory.distributed import Parallelism, device_terms, parallelisms
-from llava_edge.profiles.memory.estimate import Machine, MemoryTerms, Workload, estimate_memory
+from llava_edge.profiles.memory.estimate import estimate_memory
 from llava_edge.profiles.memory.formats import (
     PRECISIONS,
     VisionFormat,
@@ -29,6 +29,7 @@ from llava_edge.profiles.memory.formats import (
     vision_obstacle,
 )
 from llava_edge.profiles.memory.speed import Prediction, predict_speed, steps_read_codes
+from llava_edge.profiles.memory.terms import Machine, MemoryTerms, Workload
 from llava_edge.profiles.models.grids import GridChoice, asked_grid, asked_pinpoints, stock_grids
 from llava_edge.profiles.models.variants import Variant, candidates
 from llava_edge.profiles.plan import (

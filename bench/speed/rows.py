@@ -18,7 +18,7 @@ from llava_edge.bench.speed.cases import FULL, SpeedCase, image_tokens
 from llava_edge.bench.speed.run import SpeedRound
 from llava_edge.profiles.boards.hardware import HardwareProfile
 from llava_edge.profiles.memory.buffers import CacheType
-from llava_edge.profiles.memory.estimate import Machine, MemoryEstimate, Workload, estimate_memory
+from llava_edge.profiles.memory.estimate import estimate_memory
 from llava_edge.profiles.memory.formats import PRECISIONS, VisionFormat
 from llava_edge.profiles.memory.speed import (
     QUESTION_TOKENS,
@@ -26,6 +26,7 @@ from llava_edge.profiles.memory.speed import (
     predict_speed,
     streamed_bytes,
 )
+from llava_edge.profiles.memory.terms import Machine, MemoryEstimate, Workload
 from llava_edge.runtime.artifact.manifest import Manifest
 from llava_edge.runtime.artifact.memory_estimate import on_the_host, stored_isa
 from llava_edge.runtime.artifact.open import Artifact

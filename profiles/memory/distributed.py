@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from llava_edge.profiles.memory.buffers import kv_cache_bytes
 from llava_edge.profiles.memory.constants import Constants, memory_constants
-from llava_edge.profiles.memory.estimate import MemoryTerms, Workload
 from llava_edge.profiles.memory.formats import PER_CHANNEL, group_size
+from llava_edge.profiles.memory.terms import MemoryTerms, Workload
 from llava_edge.profiles.models.model_dims import ModelDims, TextDims
 from llava_edge.profiles.models.parameters import (
     decoder_matrices,

@@ -8,15 +8,9 @@ from functools import cache
 from llava_edge.profiles.boards.hardware import Int8Isa
 from llava_edge.profiles.memory.buffers import CacheType
 from llava_edge.profiles.memory.constants import Constants, memory_constants
-from llava_edge.profiles.memory.estimate import (
-    Machine,
-    MemoryEstimate,
-    MemoryTerms,
-    Phases,
-    Workload,
-    estimate_memory,
-)
+from llava_edge.profiles.memory.estimate import estimate_memory
 from llava_edge.profiles.memory.formats import PRECISIONS, VisionFormat
+from llava_edge.profiles.memory.terms import Machine, MemoryEstimate, MemoryTerms, Phases, Workload
 from llava_edge.runtime.artifact.manifest import Manifest
 from llava_edge.runtime.util.arrays import DeviceKind
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from llava_edge.profiles.boards.nvml import Gpu, read_gpus
 from llava_edge.profiles.errors import EngineError, RequestError
 from llava_edge.profiles.memory.buffers import MIN_TEXT_TOKENS, CacheType, video_tokens_per_frame
-from llava_edge.profiles.memory.estimate import MemoryTerms, Workload
 from llava_edge.profiles.memory.formats import int8_cache_obstacle
+from llava_edge.profiles.memory.terms import MemoryTerms, Workload
 from llava_edge.runtime.artifact.manifest import Manifest
 from llava_edge.runtime.artifact.memory_estimate import on_the_host, planned_memory
 from llava_edge.runtime.artifact.open import Artifact

@@ -8,7 +8,7 @@ from llava_edge.profiles.boards.device_name import parse_device
 from llava_edge.profiles.boards.hardware import Target
 from llava_edge.profiles.errors import EngineError, OutOfMemoryError
 from llava_edge.profiles.memory.buffers import CacheType
-from llava_edge.profiles.memory.estimate import MemoryTerms
+from llava_edge.profiles.memory.terms import MemoryTerms
 from llava_edge.runtime.artifact.manifest import Manifest
 from llava_edge.runtime.artifact.memory_estimate import certain_phases
 from llava_edge.runtime.artifact.open import Artifact

@@ -8,7 +8,7 @@ from typing import Any
 
 from llava_edge.bench.common.random_models import CLIP_L
 from llava_edge.profiles.memory.buffers import CacheType
-from llava_edge.profiles.memory.estimate import Workload
+from llava_edge.profiles.memory.terms import Workload
 from llava_edge.profiles.models.anyres import AnyRes, grid_pinpoints
 from llava_edge.profiles.models.model_dims import ModelDims
 

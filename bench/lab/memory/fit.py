@@ -28,8 +28,9 @@ from llava_edge.bench.lab.memory.cases import draw_cases, draw_wide_cases
 from llava_edge.bench.lab.memory.measure import Measurement, MeasureSettings, measure_cases
 from llava_edge.profiles.boards.hardware import Target
 from llava_edge.profiles.memory.constants import Constants, memory_constants
-from llava_edge.profiles.memory.estimate import Machine, MemoryEstimate, estimate_memory
+from llava_edge.profiles.memory.estimate import estimate_memory
 from llava_edge.profiles.memory.formats import PRECISIONS, VisionFormat
+from llava_edge.profiles.memory.terms import Machine, MemoryEstimate
 from llava_edge.profiles.models.parameters import total_parameters
 from llava_edge.runtime.util.arrays import DeviceKind
 

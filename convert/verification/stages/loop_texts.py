@@ -11,7 +11,7 @@ import numpy as np
 from llava_edge.convert.verification.reference.answer import Reference
 from llava_edge.convert.verification.stages.tokenizer import control_ids
 from llava_edge.convert.verification.tokenizer.artifact import artifact_tokenizer
-from llava_edge.convert.verification.tokenizer.reference import SentencePieceTokenizer
+from llava_edge.convert.verification.tokenizer.sentencepiece_reference import SentencePieceTokenizer
 from llava_edge.runtime.artifact.open import Artifact
 from llava_edge.runtime.generation.loop import FinishReason
 from llava_edge.runtime.verification.golden.loop import TextCase

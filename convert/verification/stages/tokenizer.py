@@ -42,13 +42,13 @@ from llava_edge.convert.verification.tokenizer.definition import (
 from llava_edge.convert.verification.tokenizer.reference import (
     FileTokenizer,
     ReferenceTokenizer,
-    SentencePieceTokenizer,
     TransformersTokenizer,
 )
 from llava_edge.convert.verification.tokenizer.sentencepiece_definition import (
     less_fillers,
     sentencepiece_faults,
 )
+from llava_edge.convert.verification.tokenizer.sentencepiece_reference import SentencePieceTokenizer
 from llava_edge.runtime.artifact.certificate import StageResult, exact
 from llava_edge.runtime.artifact.manifest import Manifest, PromptFormat
 from llava_edge.runtime.artifact.open import Artifact

@@ -13,10 +13,8 @@ from llava_edge.convert.verification.tokenizer.corpus import (
     drawn_sequences,
     drawn_texts,
 )
-from llava_edge.convert.verification.tokenizer.reference import (
-    ReferenceTokenizer,
-    SentencePieceTokenizer,
-)
+from llava_edge.convert.verification.tokenizer.reference import ReferenceTokenizer
+from llava_edge.convert.verification.tokenizer.sentencepiece_reference import SentencePieceTokenizer
 from llava_edge.profiles.errors import ArtifactError
 from llava_edge.runtime.artifact.certificate import StageResult, exact
 from llava_edge.runtime.processing.text.tokenizer import Tokenizer

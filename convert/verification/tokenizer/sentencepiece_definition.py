@@ -21,7 +21,7 @@ from llava_edge.convert.verification.tokenizer.definition import (
     is_same_score,
     piece_faults,
 )
-from llava_edge.convert.verification.tokenizer.reference import SentencePieceTokenizer
+from llava_edge.convert.verification.tokenizer.sentencepiece_reference import SentencePieceTokenizer
 
 _FILE = "tokenizer.model"
 _KINDS: Mapping[int, str] = {1: "Unigram", 2: "BPE"}
