@@ -25,7 +25,7 @@ from llava_edge.bench.report.svg import (
     tick_texts,
 )
 from llava_edge.bench.report.table import bench_table
-from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.errors import OutputExistsError, RequestError
 from llava_edge.profiles.models.variants import load_variants
 from tests.bench.bench_documents import document
 
@@ -104,10 +104,19 @@ def test_names_that_are_no_utf8_are_written_all_the_same(tmp_path: Path) -> None
 
 def test_what_cannot_be_written_is_said_before_anything_is_measured(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for path in (tmp_path / ("x" * 256), tmp_path / "file" / "y", tmp_path):
+    for path in (tmp_path / ("x" * 256), tmp_path / "file" / "y", tmp_path, tmp_path / "new" / "y"):
         with pytest.raises(RequestError, match="--out"):
             check_writable(path, "--out", force=True)
-    check_writable(tmp_path / "new" / "y", "--out", force=False)
+    check_writable(tmp_path / "y", "--out", force=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_that_is_there_names_force_only_where_it_helps(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputExistsError, match="or --force"):
+        check_writable(tmp_path / "file", "--out", force=False)
+    with pytest.raises(OutputExistsError, match=r"another name for --answers\.$"):
+        check_writable(tmp_path / "file", "--answers", force=None)
 
 
 def test_folders_called_alike_are_told_apart() -> None:
