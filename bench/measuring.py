@@ -27,6 +27,7 @@ from llava_edge.bench.speed.cases import affordable_cases, speed_cases
 from llava_edge.bench.speed.rows import SpeedRow, predicted_seconds
 from llava_edge.bench.speed.run import FEWEST_ROUNDS, SpeedSettings, run_speed
 from llava_edge.profiles.boards.detect import read_machine
+from llava_edge.profiles.command_line import wrapped
 from llava_edge.profiles.errors import (
     LlavaEdgeError,
     OutputError,
@@ -74,7 +75,7 @@ def measure(options: argparse.Namespace, opened: Mapping[str, Artifact]) -> int:
         if not document["rows"]:
             raise next(iter(failed.values()))
         for name, error in failed.items():
-            print(f"{name} could not be measured: {error}", file=sys.stderr)
+            print(wrapped(f"{name} could not be measured: {error}"), file=sys.stderr)
         return max(error.exit_code for error in failed.values())
     refused = [len(row["quality"]["refused"]) for row in rows.values() if questions]
     return 1 if len(questions) in refused else 0
@@ -109,13 +110,13 @@ def compare_and_print(options: argparse.Namespace, old: dict[str, Any], new: dic
     machine = machine_change(old, new)
     worse = [each for each in findings if each.is_worse]
     notes = compare_notes(old, new, findings)
-    print("\n".join([findings_table(findings), "", *notes]).rstrip(), file=sys.stderr)
+    print("\n".join([findings_table(findings), "", *map(wrapped, notes)]).rstrip(), file=sys.stderr)
     verdict = verdict_of(findings)
-    print(
-        f"\n{verdict}: {len(worse)} of {len(findings)} figures became worse; a fixed piece of work "
-        f"took the machine {machine:+.1%}",
-        file=sys.stderr,
+    summary = (
+        f"{verdict}: {len(worse)} of {len(findings)} figures became worse; a fixed piece of work "
+        f"took the machine {machine:+.1%}"
     )
+    print(f"\n{wrapped(summary)}", file=sys.stderr)
     if options.json:
         listed = [asdict(each) for each in findings]
         result = {"verdict": verdict, "machine_change": machine, "findings": listed}
@@ -171,7 +172,8 @@ def _affordable(
             seconds[case.name] = seconds.get(case.name, 0.0) + took
     chosen = affordable_cases(seconds, budget_seconds)
     if left := [name for name in seconds if name not in chosen]:
-        print(f"left out for time (--thorough takes it): {'; '.join(left)}", file=sys.stderr)
+        said = f"left out for time (--thorough takes it): {'; '.join(left)}"
+        print(wrapped(said), file=sys.stderr)
     return chosen
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llava_edge.convert.onnx.engine_plan import NO_VIDEO_ENGINE, EngineTarget, write_vision_engine
 from llava_edge.profiles.boards.engines import LIBRARIES, LibraryName, rtx_target
+from llava_edge.profiles.command_line import wrapped
 from llava_edge.profiles.errors import (
     ArtifactError,
     DependencyError,
@@ -53,12 +54,12 @@ def build_and_print(options: argparse.Namespace, artifact: Artifact, gpu: int) -
     progress.clear()
     seconds = time.perf_counter() - started
     what = f"built in {seconds:.1f} s" if is_new else "there already (--force builds it again)"
-    print(
+    line = (
         f"{facts.library} {facts.library_version} engine for {facts.device or 'GPUs'} of compute "
         f"capability {facts.compute_capability}, 1 to {facts.max_tiles} tiles, "
-        f"{format_bytes(facts.file.bytes)}: {what}",
-        file=sys.stderr,
+        f"{format_bytes(facts.file.bytes)}: {what}"
     )
+    print(wrapped(line), file=sys.stderr)
     if options.json:
         result = {"engine": str(path), "built": is_new, "seconds": seconds, "facts": to_json(facts)}
         print(json.dumps(result))

@@ -48,8 +48,6 @@ def main(argv: list[str] | None = None) -> int:
     if options.show_tiles is not None:
         drawing = PngFile(options.show_tiles, force=options.force)
     require_artifact(options.artifact)
-    if not options.chat and options.prompt is None:
-        parser.error("the following arguments are required: --prompt (or --chat)")
     _require_media(options)
     answering = import_for("run", "llava_edge.runtime.cli.answering", "cpu")
     code: int = answering.answer_with(options, config, limits, drawing)
@@ -80,6 +78,8 @@ def _require_media(options: argparse.Namespace) -> None:
 def _check_usage(parser: CommandParser, options: argparse.Namespace) -> None:
     if options.chat and options.raw:
         parser.error("--chat puts messages into the model's template; --raw takes none")
+    if not options.chat and options.prompt is None:
+        parser.error("the following arguments are required: --prompt (or --chat)")
     if options.system is not None and not options.chat:
         parser.error("--system belongs to --chat")
     if (

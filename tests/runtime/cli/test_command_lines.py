@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from llava_edge.profiles.command_line import CommandParser
+from llava_edge.profiles.errors import UsageError
 from llava_edge.runtime.cli import main as cli
 
 COMMANDS = sorted(entry.name for entry in entry_points(group=cli.GROUP))
@@ -206,7 +209,7 @@ def test_make_lists_what_users_need_first_and_within_80_columns() -> None:
     assert max(map(len, text.stdout.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("words", [["verify"], ["run"], ["build-engine"], ["bench"]])
+@pytest.mark.parametrize("words", [["verify"], ["build-engine"], ["bench"]])
 def test_a_path_that_is_wrong_is_named_before_what_is_missing(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,3 +235,33 @@ def test_frames_that_are_no_number_are_told_what_video_wants(
     message = " ".join(capsys.readouterr().err.split())
     assert f"{frames!r} is no whole number of at least 1" in message
     assert "Write a number or nothing after --video, and a model before it" in message
+
+
+def test_every_option_with_a_default_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsers: list[CommandParser] = []
+
+    def kept(parser: CommandParser, *_: object) -> None:
+        parsers.append(parser)
+        raise UsageError("parsed")
+
+    monkeypatch.setattr(CommandParser, "parse_args", kept)
+    for name in COMMANDS:
+        cli.main([name])
+    assert len(parsers) == len(COMMANDS)
+    shown = 0
+    for parser in parsers:
+        text = " ".join(parser.format_help().split())
+        for action in parser._actions:
+            default = action.default
+            if not action.option_strings or default is argparse.SUPPRESS:
+                continue
+            # A switch that is off and a list that is empty need no words.
+            if default is None or default is False or default == []:
+                continue
+            entry = " ".join(parser._get_formatter()._expand_help(action).split())
+            value = ",".join(default) if isinstance(default, list) else str(default)
+            where = f"{parser.prog} {action.option_strings[0]}"
+            assert re.search(rf"default: {re.escape(value)}\b", entry), where
+            assert entry in text, where
+            shown += 1
+    assert shown > 20
