@@ -6,45 +6,18 @@
 
 Artifacts take turns, each round of each in a process of its own. The table goes to stderr, the
 schema of the JSON is in ``bench/README.md``. Exit code 1 from ``--compare`` says that something
-became slower or larger.
+became slower or larger. Arguments are read and checked here; ``measuring`` does the work.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-import os
-import sys
-from collections.abc import Mapping
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
-from functools import reduce
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from llava_edge.bench.common.artifact_facts import artifact_facts, certified_quality, short_names
-from llava_edge.bench.common.atomic_write import atomic_write, check_writable
-from llava_edge.bench.common.machine import Rates, machine_card, machine_profile, measure_rates
-from llava_edge.bench.quality import QualityTask, kept_answers, measure_alone
-from llava_edge.bench.report.compare import compare, findings_table, machine_change, verdict_of
-from llava_edge.bench.report.compare_notes import compare_notes
-from llava_edge.bench.report.html import report_page
-from llava_edge.bench.report.schema import SCHEMA_VERSION, read_bench
-from llava_edge.bench.report.table import bench_table
-from llava_edge.bench.speed.cases import affordable_cases, speed_cases
-from llava_edge.bench.speed.rows import SpeedRow, predicted_seconds
-from llava_edge.bench.speed.run import FEWEST_ROUNDS, SpeedSettings, run_speed
-from llava_edge.profiles.boards.detect import read_machine
+from llava_edge.bench.common.atomic_write import check_writable
+from llava_edge.bench.report.schema import read_bench
 from llava_edge.profiles.command_line import CommandParser, one_of, whole_number
-from llava_edge.profiles.errors import (
-    LlavaEdgeError,
-    OutputError,
-    OutputExistsError,
-    RequestError,
-    plain_reason,
-)
-from llava_edge.runtime.artifact.open import Artifact, open_artifact
+from llava_edge.runtime.artifact.open import open_artifact
 from llava_edge.runtime.cli.arguments import (
     add_artifact_argument,
     add_cache_argument,
@@ -52,19 +25,13 @@ from llava_edge.runtime.cli.arguments import (
     add_engine_arguments,
     add_grid_argument,
     add_json_argument,
-    asked_cache,
     require_artifact,
     require_grid,
+    require_questions,
 )
-from llava_edge.runtime.quality.questions import QualityQuestion, read_quality_questions
-from llava_edge.runtime.util.progress import ProgressLine
+from llava_edge.runtime.cli.settled_imports import import_for
 
 SUMMARY = "Measure memory, speed and quality of artifacts, side by side."
-
-_MOST_SHOWN = 10
-_BUDGET_SECONDS = 120.0
-_ROUNDS, _THOROUGH_ROUNDS = 25, 9
-"""At most so many in the usual time; more show smaller differences, and a drift of the machine."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.compare:
         if options.artifact or options.out or options.html or options.quality or options.answers:
             parser.error("--compare measures nothing: it takes two files, and --json")
-        return _compare(options)
+        old, new = (read_bench(path) for path in options.compare)
+        code: int = _measuring().compare_and_print(options, old, new)
+        return code
     if not options.artifact:
         parser.error("name an artifact, or two files with --compare")
     if options.only == "quality" and not options.quality:
@@ -88,226 +57,18 @@ def main(argv: list[str] | None = None) -> int:
     require_grid(options.grid)
     for artifact in options.artifact:
         require_artifact(artifact)
-    for path, name in ((options.out, "--out"), (options.html, "--html")):
-        check_writable(path, name, force=options.force)
-    questions = read_quality_questions(options.quality, options.limit) if options.quality else ()
+    check_writable(options.out, "--out", force=options.force)
+    check_writable(options.html, "--html", force=options.force)
+    check_writable(options.answers, "--answers", force=None)
+    require_questions(options.quality)
     # What cannot be opened is said before an hour is spent on the others.
     opened = {name: open_artifact(name, verify_digests=False) for name in options.artifact}
-    rates = measure_rates() if options.only != "quality" else None
-    rows = {name: _unmeasured(name, artifact) for name, artifact in opened.items()}
-    failed: dict[str, LlavaEdgeError] = {}
-    with _opened(options.answers) as kept:
-        try:
-            if rates is not None:
-                rates = _measure_speed(opened, options, rates, rows, failed)
-            if questions:
-                _measure_quality(opened, options, questions, rows, kept, failed)
-        finally:
-            # What was measured is kept even where another artifact fails or somebody interrupts.
-            document = _document(rows, options, rates, failed)
-            if document["rows"]:
-                _write(document, options)
-    if failed:
-        if not document["rows"]:
-            raise next(iter(failed.values()))
-        for name, error in failed.items():
-            print(f"{name} could not be measured: {error}", file=sys.stderr)
-        return max(error.exit_code for error in failed.values())
-    refused = [len(row["quality"]["refused"]) for row in rows.values() if questions]
-    return 1 if len(questions) in refused else 0
+    code = _measuring().measure(options, opened)
+    return code
 
 
-def _write(document: Mapping[str, Any], options: argparse.Namespace) -> None:
-    print(bench_table(document), file=sys.stderr)
-    failed: list[OutputError] = []
-    texts = {}
-    if options.out:
-        texts[options.out] = json.dumps(document, indent=1) + "\n"
-    if options.html:
-        texts[options.html] = report_page(document)
-    for path, text in texts.items():
-        try:
-            atomic_write(path, text)
-        except OutputError as error:
-            failed.append(error)
-    # Hours of work are not lost with a full disk.
-    if options.json or failed:
-        print(json.dumps(document))
-    if failed:
-        raise OutputError(
-            f"{' '.join(map(str, failed))} The document stands on stdout instead; make room and "
-            "keep it."
-        )
-
-
-def _compare(options: argparse.Namespace) -> int:
-    old, new = (read_bench(path) for path in options.compare)
-    findings = compare(old, new)
-    machine = machine_change(old, new)
-    worse = [each for each in findings if each.is_worse]
-    notes = compare_notes(old, new, findings)
-    print("\n".join([findings_table(findings), "", *notes]).rstrip(), file=sys.stderr)
-    verdict = verdict_of(findings)
-    print(
-        f"\n{verdict}: {len(worse)} of {len(findings)} figures became worse; a fixed piece of work "
-        f"took the machine {machine:+.1%}",
-        file=sys.stderr,
-    )
-    if options.json:
-        listed = [asdict(each) for each in findings]
-        result = {"verdict": verdict, "machine_change": machine, "findings": listed}
-        print(json.dumps({**result, "notes": notes}))
-    return 1 if worse else 0
-
-
-def _unmeasured(name: str, artifact: Artifact) -> dict[str, Any]:
-    certificate = certified_quality(artifact.certificate)
-    quality = None if certificate is None else {"certificate": certificate}
-    return {**artifact_facts(name, artifact), "quality": quality}
-
-
-def _measure_speed(
-    opened: Mapping[str, Artifact],
-    options: argparse.Namespace,
-    rates: Rates,
-    rows: dict[str, dict[str, Any]],
-    failed: dict[str, LlavaEdgeError],
-) -> Rates:
-    """Fill the rows; the machine's rates, looked at again before every round and at the end."""
-    looks = [rates]
-    settings = _settings(options)
-    if settings.budget_seconds is not None:
-        cases = _affordable(opened, rates, settings.budget_seconds, settings.device)
-        settings = replace(settings, cases=cases)
-    progress = ProgressLine()
-    found = run_speed(
-        tuple(opened),
-        settings,
-        progress,
-        before_round=lambda: looks.append(measure_rates()),
-        on_failure=failed.__setitem__,
-    )
-    progress.clear()
-    rates = reduce(Rates.best, looks, measure_rates())
-    for name, rounds in found.items():
-        measured = SpeedRow(name, opened[name], rounds, rates).to_json()
-        rows[name] = {**measured, "quality": rows[name]["quality"]}
-    return rates
-
-
-def _affordable(
-    opened: Mapping[str, Artifact], rates: Rates, budget_seconds: float, device: str
-) -> tuple[str, ...]:
-    """The same cases for all artifacts, as many as the fewest rounds will have time for."""
-    seconds: dict[str, float] = {}
-    for artifact in opened.values():
-        chosen_device = device if device != "auto" else artifact.manifest.target
-        profile, _ = machine_profile(chosen_device, rates)
-        for case in speed_cases(artifact.manifest):
-            took = FEWEST_ROUNDS * predicted_seconds(artifact.manifest, case, profile)
-            seconds[case.name] = seconds.get(case.name, 0.0) + took
-    chosen = affordable_cases(seconds, budget_seconds)
-    if left := [name for name in seconds if name not in chosen]:
-        print(f"left out for time (--thorough takes it): {'; '.join(left)}", file=sys.stderr)
-    return chosen
-
-
-def _measure_quality(
-    opened: Mapping[str, Artifact],
-    options: argparse.Namespace,
-    questions: tuple[QualityQuestion, ...],
-    rows: dict[str, dict[str, Any]],
-    kept: TextIO,
-    failed: dict[str, LlavaEdgeError],
-) -> None:
-    loading = ("device", "threads", "allow_slow", "engine", "trust_engines", "strict_device")
-    chosen = {name: getattr(options, name) for name in loading}
-    chosen["cache"] = asked_cache(options.cache)
-    task = QualityTask(questions, options.grid, options.max_new_tokens, chosen)
-    for name in opened:
-        if name in failed:
-            continue
-        try:
-            row, result = measure_alone(name, task)
-        except LlavaEdgeError as error:
-            failed[name] = error
-            continue
-        quality = {**(rows[name]["quality"] or {}), **result.summary()}
-        # Figures of the speed run stand where there are any: these are of whatever was asked.
-        rows[name] = {**row, **rows[name], "quality": quality}
-        try:
-            for entry in kept_answers(name, questions, result):
-                print(json.dumps(entry), file=kept)
-            kept.flush()
-        except OSError as error:
-            failed[name] = OutputError(f"its answers could not be kept: {plain_reason(error)}")
-        for message in result.refused[:_MOST_SHOWN]:
-            print(message, file=sys.stderr)
-        if len(result.refused) > _MOST_SHOWN:
-            print(f"and {len(result.refused) - _MOST_SHOWN} more", file=sys.stderr)
-
-
-def _settings(options: argparse.Namespace) -> SpeedSettings:
-    usual = _THOROUGH_ROUNDS if options.thorough else _ROUNDS
-    unlimited = options.thorough or options.rounds is not None
-    return SpeedSettings(
-        rounds=options.rounds or usual,
-        budget_seconds=None if unlimited else _BUDGET_SECONDS,
-        thorough=options.thorough,
-        device=options.device,
-        cache=options.cache,
-        threads=options.threads,
-        allow_slow=options.allow_slow,
-        engine=options.engine,
-        trust_engines=options.trust_engines,
-        strict_device=options.strict_device,
-    )
-
-
-def _document(
-    rows: Mapping[str, dict[str, Any]],
-    options: argparse.Namespace,
-    rates: Rates | None,
-    failed: Mapping[str, LlavaEdgeError],
-) -> dict[str, Any]:
-    """What ``--json`` prints; rows that nothing was measured of are left out."""
-    names = short_names(tuple(rows))
-    found = {
-        "schema_version": SCHEMA_VERSION,
-        "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine_card(read_machine(), rates),
-        "settings": asdict(_settings(options)),
-        "rows": [{"name": names[folder], **row} for folder, row in rows.items() if "device" in row],
-        "failed": {
-            folder: {"type": type(error).__name__, "message": str(error)}
-            for folder, error in failed.items()
-        },
-    }
-    shortened: dict[str, Any] = _shortened(found)
-    return shortened
-
-
-def _shortened(value: Any) -> Any:
-    """The same with six digits a number, which is more than any of them is good for.
-
-    What is no number becomes None.
-    """
-    if isinstance(value, float):
-        # JSON has no word for what a certificate may say of a broken model.
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _shortened(each) for key, each in value.items()}
-    return [_shortened(each) for each in value] if isinstance(value, (list, tuple)) else value
-
-
-def _opened(path: Path | None) -> TextIO:
-    """The new file for answers, or one that keeps nothing."""
-    try:
-        return open(os.devnull, "w") if path is None else open(path, "x", encoding="utf-8")
-    except FileExistsError as error:
-        raise OutputExistsError(f"{path} exists. Choose another name for --answers.") from error
-    except OSError as error:
-        raise RequestError(f"--answers {path} cannot be written: {error.strerror}") from error
+def _measuring() -> Any:
+    return import_for("bench", "llava_edge.bench.measuring", "bench")
 
 
 def _parser() -> CommandParser:

@@ -152,12 +152,22 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     wish.add_argument(
         "--video",
         nargs="?",
-        type=whole_number(1, MAX_FRAMES),
+        type=_num_frames,
         const=DEFAULT_FRAMES,
         default=0,
         metavar="FRAMES",
         help=f"plan for a video model and so many frames; {DEFAULT_FRAMES} where no number follows",
     )
+
+
+def _num_frames(text: str) -> int:
+    try:
+        return whole_number(1, MAX_FRAMES)(text)
+    except argparse.ArgumentTypeError as error:
+        # A model that follows is read as the number.
+        raise argparse.ArgumentTypeError(
+            f"{error} frames. Write a number or nothing after --video, and a model before it"
+        ) from error
 
 
 def choose_profile(arguments: argparse.Namespace) -> HardwareProfile:

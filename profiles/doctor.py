@@ -296,9 +296,9 @@ def _report(diagnosis: Diagnosis) -> str:
         profile = detect_profile(diagnosis.facts)
         lines.append(f"plans on this machine may use {format_bytes(profile.budget_bytes)}")
     except ProfileError as error:
-        lines.append(str(error))
+        lines.append(wrapped(str(error)))
     if diagnosis.install:
-        lines += ["", "to install:", *(f"  {command}" for command in diagnosis.install)]
+        lines += ["", "to install:", *(wrapped(f"  {each}") for each in diagnosis.install)]
     state = "can" if diagnosis.ready else "cannot"
     lines += ["", f"This machine {state} run artifacts now."]
     return "\n".join(lines)

@@ -57,3 +57,9 @@ def format_bytes(count: int) -> str:
         if abs(count) >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count} B"
+
+
+def format_above(count: int, limit: int) -> str:
+    """A size that is above a limit; where both would be shown alike: ``more than 1.0 MiB``."""
+    shown, most = format_bytes(count), format_bytes(limit)
+    return f"more than {most}" if shown == most else shown

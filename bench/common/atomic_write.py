@@ -24,12 +24,17 @@ def atomic_write(path: Path, text: str) -> None:
         raise OutputError(f"{path} could not be written: {plain_reason(error)}.") from error
 
 
-def check_writable(path: Path | None, option: str, *, force: bool) -> None:
-    """Ask before hours of work whether its result can be written.
+def check_writable(path: Path | None, option: str, *, force: bool | None) -> None:
+    """Find out before hours of work whether its result can be written.
+
+    Args:
+        path: of the file; None is none.
+        option: that named it.
+        force: whether ``--force`` was given; None where the option knows none.
 
     Raises:
         OutputExistsError: the file exists and ``force`` is off.
-        RequestError: it is a folder, or lies in one that cannot be written.
+        RequestError: it is a folder, its folder is not there or cannot be written.
     """
     if path is None:
         return
@@ -42,7 +47,12 @@ def check_writable(path: Path | None, option: str, *, force: bool) -> None:
     if path.is_dir():
         raise RequestError(f"{option} {path} is a folder. Name a file.")
     if path.exists() and not force:
-        raise OutputExistsError(f"{path} exists. Choose another name for {option}, or --force.")
-    folder = next((each for each in path.absolute().parents if each.exists()), path.parent)
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        otherwise = "" if force is None else ", or --force"
+        raise OutputExistsError(f"{path} exists. Choose another name for {option}{otherwise}.")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise RequestError(
+            f"{option} {path} cannot be written: there is no folder {folder}. Create it."
+        )
+    if not os.access(folder, os.W_OK):
         raise RequestError(f"{option} {path} cannot be written: {folder} does not allow it.")

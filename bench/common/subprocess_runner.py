@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -51,15 +51,17 @@ def run_fresh(
     look: Callable[[float], None] | None = None,
     folder: Path | None = None,
     timeout_seconds: float | None = None,
+    log: TextIO | None = None,
 ) -> Spent:
     """Run a command to its end.
 
     Args:
-        command: program and arguments; it inherits stderr.
+        command: program and arguments.
         environment: added to this process's own.
         look: called every half second with the seconds since the start.
         folder: where it runs; this process's own unless given.
         timeout_seconds: the command and what it started are ended when it is over.
+        log: file with a descriptor for its stderr; this process's own unless given.
 
     Raises:
         subprocess.CalledProcessError: the command failed; ``output`` is what it printed.
@@ -70,7 +72,7 @@ def run_fresh(
         took = Path(name) / "took.json"
         spawn = [sys.executable, str(Path(__file__).with_name("spawn.py")), str(took), *command]
         surroundings = {**os.environ, **(environment or {})}
-        lines, arrivals = _read_lines(spawn, surroundings, folder, timeout_seconds)
+        lines, arrivals = _read_lines(spawn, surroundings, folder, timeout_seconds, log)
         found = json.loads(took.read_text("utf-8"))
     text = "".join(lines)
     if found["status"]:
@@ -85,6 +87,7 @@ def _read_lines(
     environment: Mapping[str, str],
     folder: Path | None,
     timeout_seconds: float | None,
+    log: TextIO | None,
 ) -> tuple[list[str], list[float]]:
     """Lines of a command's stdout as they come, and when they came."""
     lines, arrivals = [], []
@@ -93,6 +96,7 @@ def _read_lines(
         subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
+            stderr=log,
             env=environment,
             cwd=folder,
             # A group of its own, so that what the command started ends with it.

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from llava_edge.bench.common.stats import compare_means
 from llava_edge.bench.report.table import busy_note, row_name, seconds
+from llava_edge.profiles.command_line import wrapped
 from llava_edge.profiles.errors import RequestError
 
 Verdict = Literal["slower", "faster", "larger", "smaller", "no difference shown", "not judged"]
@@ -142,10 +143,8 @@ def findings_table(findings: Sequence[Finding]) -> str:
             sure = "so few rounds show nothing"
         else:
             sure = f"{each.detectable:.0%} could be shown"
-        lines.append(
-            f"{each.artifact}, {each.figure}: {old} before, {new} now ({each.change:+.1%}; "
-            f"{sure}): {each.verdict}"
-        )
+        line = f"{each.artifact}, {each.figure}: {old} before, {new} now"
+        lines.append(wrapped(f"{line} ({each.change:+.1%}; {sure}): {each.verdict}"))
     return "\n".join(lines)
 
 

@@ -7,29 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge.bench.speed.cases import FULL
+from llava_edge.profiles.command_line import COLUMNS, wrapped
 
 MIB = 1 << 20
 _QUALITY = ("exact_match", "anls", "relaxed_accuracy", "multiple_choice")
 
 
 def bench_table(document: Mapping[str, Any]) -> str:
-    """Everything that was measured, as text."""
+    """Everything that was measured, as text within 80 columns."""
     rows = document["rows"]
-    parts = [machine_line(document["machine"])]
+    parts = [wrapped(machine_line(document["machine"]))]
     timed = [row for row in rows if "cases" in row]
     if timed:
         parts += [_speed(timed), _cases(timed), _checks(timed)]
         if note := rounds_note(timed):
-            parts.append(note)
+            parts.append(wrapped(note))
     asked = [row for row in rows if "questions" in (row["quality"] or {})]
     if asked:
         parts.append(_quality(asked))
     if busy := busy_note(document):
-        parts.append(busy)
+        parts.append(wrapped(busy))
     if any(row["weights"] == "random" for row in rows):
         parts.append(
-            "* Weights drawn at random: time and memory are those of a trained model of this "
-            "shape, what its answers are worth is not."
+            wrapped(
+                "* Weights drawn at random: time and memory are those of a trained model of this "
+                "shape, what its answers are worth is not."
+            )
         )
     return "\n\n".join(parts)
 
@@ -77,14 +80,28 @@ def row_name(row: Mapping[str, Any]) -> str:
 
 
 def columns(cells: Sequence[Sequence[str]]) -> str:
-    """Text in columns; numbers to the right."""
-    widths = [max(len(line[at]) for line in cells) for at in range(len(cells[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if at < 2 else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
+    """Text in columns, numbers to the right.
+
+    What does not fit into 80 columns follows in a further block, under the first column again.
+    """
+    places = range(len(cells[0]))
+    widths = [max(len(line[at]) for line in cells) for at in places]
+    numeric = [at > 0 and any(line[at][:1].isdigit() for line in cells[1:]) for at in places]
+    blocks: list[list[int]] = [[]]
+    for at in places[1:]:
+        filled = widths[0] + sum(2 + widths[each] for each in (*blocks[-1], at))
+        if blocks[-1] and filled >= COLUMNS:
+            blocks.append([])
+        blocks[-1].append(at)
+    return "\n\n".join(
+        "\n".join(
+            "  ".join(
+                line[at].rjust(widths[at]) if numeric[at] else line[at].ljust(widths[at])
+                for at in (0, *block)
+            ).rstrip()
+            for line in cells
+        )
+        for block in blocks
     )
 
 
@@ -99,12 +116,12 @@ def share_of_bandwidth(row: Mapping[str, Any]) -> str:
     return "unknown" if share is None else f"{share:.0%}"
 
 
-def ranged(found: Mapping[str, Any], shown: Any = seconds) -> str:
+def ranged(found: Mapping[str, Any], shown: Any = seconds, to: str = " to ") -> str:
     """Median, and lowest to highest of the rounds."""
     low, high = shown(found["low"]), shown(found["high"])
     if low.partition(" ")[2] == high.partition(" ")[2]:
         low = low.partition(" ")[0]
-    return f"{shown(found['median'])} ({low} to {high})"
+    return f"{shown(found['median'])} ({low}{to}{high})"
 
 
 def _speed(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -135,7 +152,7 @@ def _speed(rows: Sequence[Mapping[str, Any]]) -> str:
             ]
         )
     head = f"Time to first token and rates: {case_title(rows)}."
-    return f"{head}\n{columns(cells)}"
+    return f"{wrapped(head)}\n{columns(cells)}"
 
 
 def case_title(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -167,10 +184,15 @@ def case_cells(row: Mapping[str, Any], case: Mapping[str, Any]) -> list[str]:
 
 
 def _cases(rows: Sequence[Mapping[str, Any]]) -> str:
-    cells = [["artifact", "prompt", "tokens", "tiles", "first token", "tok/s", "rounds"]]
+    cells = [["prompt", "tokens", "first token", "tok/s", "rounds"]]
     for row in rows:
+        # The name may be long; its cases stand below it.
+        cells.append([row_name(row), "", "", "", ""])
         for case in row["cases"]:
-            cells.append([*case_cells(row, case), str(len(case["repeats"]))])
+            first = ranged(case["ttft_seconds"], to="-")
+            rate = ranged(case["decode_tokens_per_second"], lambda each: f"{each:,.1f}", "-")
+            tokens, rounds = f"{case['prompt_tokens']:,}", str(len(case["repeats"]))
+            cells.append([f"  {case['name']}", tokens, first, rate, rounds])
     return columns(cells)
 
 
@@ -178,13 +200,14 @@ def _checks(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for row in rows:
         check, memory = row["checks"], row["predicted_memory"]
-        lines.append(
+        line = (
             f"{row_name(row)}: stages make {check['stages_over_end_to_end']:.1%} of a request, an "
             f"outside clock counts {check['observer_over_raw_clock']:.2%} of the inner one"
             f"{'' if check['holds'] else ' (NOT within 3 % and 2 %)'}; peak memory is "
             f"{memory['measured_over_predicted']:.0%} of the prediction"
             f"{'' if memory['holds'] else ' (NOT within the rule)'}"
         )
+        lines.append(wrapped(line))
     return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ class SpeedSettings:
     """How artifacts are measured.
 
     Attributes:
-        rounds: at most so many; ``bench/cli.py`` has the usual number.
+        rounds: at most so many; ``bench/measuring.py`` has the usual number.
         budget_seconds: no further round is begun that would end behind this; two are made anyway.
             None for no limit.
         thorough: more cases and longer answers.

@@ -31,6 +31,7 @@ from llava_edge.convert.util.safetensors_io import TensorRef, read_header, read_
 from llava_edge.convert.util.text_files import exists, open_file, read_object, size_limit
 from llava_edge.profiles.errors import CheckpointError, printable, shorten
 from llava_edge.profiles.models.model_dims import ModelDims
+from llava_edge.profiles.sizes import format_above, format_bytes
 from llava_edge.runtime.artifact.manifest import FileEntry
 from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.progress import Progress
@@ -289,7 +290,10 @@ def _check_files(folder: Path) -> None:
             with open_file(file) as descriptor:
                 size, limit = os.fstat(descriptor).st_size, size_limit(file.name)
                 if size > limit:
-                    faults.append(f"{file.name} has {size} bytes; such files have at most {limit}")
+                    faults.append(
+                        f"{file.name} has {format_above(size, limit)}; such files have at most "
+                        f"{format_bytes(limit)}"
+                    )
         except CheckpointError as error:
             faults.append(str(error))
     if faults:

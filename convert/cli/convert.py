@@ -21,15 +21,13 @@ from llava_edge.profiles.errors import (
     CheckpointError,
     OutputExistsError,
     RequestError,
-    plain_reason,
-    printable,
 )
 from llava_edge.profiles.models.anyres import grid_pinpoints
 from llava_edge.profiles.models.variants import load_variants, read_folder
 from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.profiles.planner import plan_deployment
 from llava_edge.runtime.artifact.manifest import Reference
-from llava_edge.runtime.cli.arguments import add_json_argument
+from llava_edge.runtime.cli.arguments import add_json_argument, require_questions
 from llava_edge.runtime.cli.limit_arguments import add_limit_arguments, asked_limits
 from llava_edge.runtime.cli.settled_imports import import_for
 
@@ -64,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     _require_plan(options.checkpoint, profile, wishes)
     quality = None
     if options.quality is not None:
-        _require_file(options.quality)
+        require_questions(options.quality)
         asking = import_for("convert", "llava_edge.convert.quality.request", "convert")
         quality = asking.QualityRequest(options.quality, options.max_loss, limits)
     converting = import_for("convert", "llava_edge.convert.cli.converting", "convert")
@@ -124,21 +122,6 @@ def _require_output(out: Path, *, force: bool) -> None:
     above = next((each for each in path.parents if os.path.lexists(each)), path.parent)
     if not above.is_dir():
         raise RequestError(f"{out} cannot be written: {above} is no folder. Name another output.")
-
-
-def _require_file(path: Path) -> None:
-    """Refuse questions that are not there.
-
-    Raises:
-        RequestError: there is no such file.
-    """
-    try:
-        os.stat(path)
-    except (OSError, ValueError) as error:
-        raise RequestError(
-            f"--quality {printable(str(path))} cannot be read: {plain_reason(error)}. Give a file "
-            "of questions, one JSON object a line."
-        ) from error
 
 
 def _parser() -> CommandParser:

@@ -14,6 +14,7 @@ from llava_edge.convert.quality.request import QualityRequest
 from llava_edge.convert.quantization.request import QuantizationRequest
 from llava_edge.convert.util.progress import StageBars
 from llava_edge.profiles.boards.hardware import HardwareProfile
+from llava_edge.profiles.command_line import wrapped
 from llava_edge.profiles.plan_request import PlanRequest
 from llava_edge.profiles.sizes import format_bytes
 from llava_edge.runtime.util.json_codec import to_json
@@ -51,13 +52,13 @@ def convert_and_print(
     seconds = time.perf_counter() - start
     manifest = conversion.manifest
     size = format_bytes(conversion.artifact_bytes)
-    print(
+    line = (
         f"{conversion.folder}: {manifest.variant}, {manifest.target} target, "
         f"{manifest.plan['precision']}, grid {manifest.plan['grid']} "
         f"(at most {manifest.plan['max_image_tokens']} tokens an image), context "
-        f"{manifest.context_tokens}, {size} in {seconds:.1f} s",
-        file=sys.stderr,
+        f"{manifest.context_tokens}, {size} in {seconds:.1f} s"
     )
+    print(wrapped(line), file=sys.stderr)
     if options.json:
         result = {
             "artifact": str(conversion.folder),

@@ -12,7 +12,7 @@ import argparse
 from llava_edge.convert.checkpoint.source import resolve_source
 from llava_edge.profiles.boards.device_name import parse_device
 from llava_edge.profiles.command_line import CommandParser, one_of
-from llava_edge.profiles.errors import CheckpointError, RequestError
+from llava_edge.profiles.errors import CheckpointError, RequestError, UsageError
 from llava_edge.runtime.artifact.open import open_artifact
 from llava_edge.runtime.cli.arguments import (
     add_artifact_argument,
@@ -39,6 +39,11 @@ def main(argv: list[str] | None = None) -> int:
             "compared with a checkpoint. Leave it out, or give --against CHECKPOINT."
         )
     require_artifact(options.artifact)
+    if options.against is None and not options.on_device:
+        raise UsageError(
+            f"nothing says what {options.artifact!s:.300} is compared with. Give --against "
+            "CHECKPOINT, or --on-device for its golden prompts on this machine."
+        )
     if options.against is not None:
         _require_checkpoint(options)
     # Both ways hash every file anew: anyone who verifies does not want to hear what was true
@@ -80,7 +85,7 @@ def _require_checkpoint(options: argparse.Namespace) -> None:
 def _parser() -> CommandParser:
     parser = CommandParser("verify", SUMMARY, "ARTIFACT --against CHECKPOINT|--on-device [options]")
     add_artifact_argument(parser)
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--against", metavar="CHECKPOINT", help="folder or hub id; writes the certificate"
     )

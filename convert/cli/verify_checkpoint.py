@@ -8,6 +8,7 @@ import sys
 
 from llava_edge.convert.util.progress import StageBars
 from llava_edge.convert.verification.against import keep_certificate, verify_against
+from llava_edge.profiles.command_line import wrapped
 from llava_edge.runtime.artifact.open import Artifact
 from llava_edge.runtime.util.json_codec import to_json
 from llava_edge.runtime.verification.report import (
@@ -31,11 +32,11 @@ def main_against(options: argparse.Namespace, artifact: Artifact) -> int:
             artifact, options.against, options.mode, options.threads, bars, bars.say
         )
     print(stage_table(certificate.stages), file=sys.stderr)
-    print(
-        f"{deviation_line(certificate.first_deviation)}{artifact.folder} ({options.mode}, "
-        f"{certificate.seconds:.0f} s): {verdict_line(certificate.stages)}",
-        file=sys.stderr,
+    verdict = (
+        f"{artifact.folder} ({options.mode}, {certificate.seconds:.0f} s): "
+        f"{verdict_line(certificate.stages)}"
     )
+    print(f"{deviation_line(certificate.first_deviation)}{wrapped(verdict)}", file=sys.stderr)
     # Where this fails, hours of work are not lost: the verdict was shown.
     keep_certificate(artifact, certificate)
     if options.json:

@@ -58,7 +58,6 @@ from llava_edge.convert.util.files import (
     free_bytes,
     full_disk_reason,
     refusal,
-    show_bytes,
 )
 from llava_edge.profiles.errors import (
     ArtifactError,
@@ -68,6 +67,7 @@ from llava_edge.profiles.errors import (
     RequestError,
     shorten,
 )
+from llava_edge.profiles.sizes import format_bytes
 from llava_edge.runtime.artifact.certificate import utc_now
 from llava_edge.runtime.artifact.conversion_record import (
     CONVERSION_VERSION,
@@ -447,12 +447,12 @@ class ArtifactWriter:
         if reason is None:
             said = refusal(error) if isinstance(error, OSError) else str(error)
             return ExportError(f"{doing} of {self.out} failed: {said}. {resume}")
-        room = [f"{show_bytes(free_bytes(self._beside))} are free at {self._beside}"]
+        room = [f"{format_bytes(free_bytes(self._beside))} are free at {self._beside}"]
         if self._needed_bytes is not None:
             left = max(self._needed_bytes - self.finished_bytes, 0)
-            room.insert(0, f"{show_bytes(left)} are still needed")
+            room.insert(0, f"{format_bytes(left)} are still needed")
         elif written:
-            room.insert(0, f"more than {show_bytes(written)} are needed")
+            room.insert(0, f"more than {format_bytes(written)} are needed")
         return ExportError(
             f"{doing} of {self.out} failed: {reason}; {', '.join(room)}. Make room first. {resume}"
         )

@@ -16,6 +16,7 @@ import torch
 
 from llava_edge.convert.util.files import full_disk_reason
 from llava_edge.profiles.errors import ExportError
+from llava_edge.profiles.sizes import format_bytes
 
 ITEM_BYTES = 4
 
@@ -126,8 +127,8 @@ class ActivationFile:
     def _failed(self, error: OSError) -> ExportError:
         reason = full_disk_reason(error) or error.strerror or str(error)
         return ExportError(
-            f"activations ({self.nbytes} bytes) could not be kept in {self.path}: {reason}. "
-            "The same command resumes once there is room."
+            f"activations ({format_bytes(self.nbytes)}) could not be kept in {self.path}: "
+            f"{reason}. The same command resumes once there is room."
         )
 
 

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.sizes import format_bytes
 
 _FULL = {
     errno.ENOSPC: "the disk is full",
@@ -56,8 +57,8 @@ def check_free_space(folder: Path, needed_bytes: int) -> None:
     free = free_bytes(folder)
     if free < needed_bytes:
         raise RequestError(
-            f"writing {folder} needs {show_bytes(needed_bytes)}; {show_bytes(free)} are free "
-            f"there. Free {show_bytes(needed_bytes - free)} more or choose another folder."
+            f"writing {folder} needs {format_bytes(needed_bytes)}; {format_bytes(free)} are free "
+            f"there. Free {format_bytes(needed_bytes - free)} more or choose another folder."
         )
 
 
@@ -104,13 +105,3 @@ def is_mount_point(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) ->
     # Blanks and the like stand in the list as octal numbers.
     written = re.sub(r"[ \t\n\\]", lambda m: f"\\{ord(m[0]):03o}", str(folder.resolve()))
     return written in places
-
-
-def show_bytes(count: int) -> str:
-    """A size for people, with the exact number: ``1.50 GiB (1610612736 bytes)``."""
-    value, unit = float(count), "bytes"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{count} bytes" if unit == "bytes" else f"{value:.2f} {unit} ({count} bytes)"

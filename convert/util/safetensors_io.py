@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from llava_edge.convert.util.text_files import open_file, parse_json
 from llava_edge.profiles.errors import CheckpointError, printable, shorten
+from llava_edge.profiles.sizes import format_bytes
 from llava_edge.runtime.util.arrays import Array
 from llava_edge.runtime.util.safe_open import read_at
 
@@ -237,10 +238,10 @@ def _read_header_bytes(file: Path, prefix: bytes, size: int) -> int:
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length < 2 or length > MAX_HEADER_BYTES or 8 + length > size:
         raise CheckpointError(
-            f"{file.name} is no whole safetensors file: {size} bytes, header length "
-            f"{length if len(prefix) == 8 else 'missing'}; a header has 2 to {MAX_HEADER_BYTES} "
-            "bytes and lies inside the file. Fetch the file again (a git-lfs pointer looks like "
-            "this, too)."
+            f"{file.name} is no whole safetensors file: {format_bytes(size)}, header length "
+            f"{length if len(prefix) == 8 else 'missing'}; a header has 2 bytes to "
+            f"{format_bytes(MAX_HEADER_BYTES)} and lies inside the file. Fetch the file again (a "
+            "git-lfs pointer looks like this, too)."
         )
     return length
 

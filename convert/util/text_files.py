@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge.profiles.errors import CheckpointError, printable
+from llava_edge.profiles.sizes import format_above, format_bytes
 from llava_edge.runtime.util.safe_open import open_regular, read_at
 
 MAX_TEXT_BYTES = 128 << 20
@@ -68,7 +69,8 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
         size = os.fstat(descriptor).st_size
         if size > limit:
             raise CheckpointError(
-                f"{path} has {size} bytes, more than the {limit} that such a file may have. {_STEP}"
+                f"{path} has {format_above(size, limit)}; such a file may have "
+                f"{format_bytes(limit)}. {_STEP}"
             )
         return read_at(descriptor, 0, limit, path, CheckpointError)
 

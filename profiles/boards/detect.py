@@ -16,7 +16,7 @@ from llava_edge.profiles.boards.device_name import parse_device
 from llava_edge.profiles.boards.hardware import HardwareProfile, Int8Isa, load_profile
 from llava_edge.profiles.boards.nvml import Gpu, GpuReport, read_gpus
 from llava_edge.profiles.errors import ProfileError
-from llava_edge.profiles.sizes import GIB
+from llava_edge.profiles.sizes import GIB, format_bytes
 
 # Whole words of a name, least memory in bytes, shipped profile; the first match counts.
 _BOARDS: tuple[tuple[tuple[str, ...], int, str], ...] = (
@@ -251,8 +251,8 @@ def _known(value: int | None) -> int:
 def _checked(profile: HardwareProfile) -> HardwareProfile:
     if profile.budget_bytes <= 0:
         raise ProfileError(
-            f"{profile.title}: all of its {profile.memory_bytes} bytes are in use. Stop what holds "
-            "them, or name a board with --profile."
+            f"{profile.title}: all of its {format_bytes(profile.memory_bytes)} are in use. "
+            "Stop what holds them, or name a board with --profile."
         )
     return profile
 

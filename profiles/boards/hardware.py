@@ -18,7 +18,7 @@ from llava_edge.profiles.errors import (
     plain_reason,
     shorten,
 )
-from llava_edge.profiles.sizes import parse_bytes
+from llava_edge.profiles.sizes import format_above, format_bytes, parse_bytes
 
 Kind = Literal["cpu", "cuda", "unified"]
 Target = Literal["cpu", "cuda"]
@@ -124,10 +124,11 @@ def _read_file(path: Path) -> str:
     try:
         if not path.is_file():
             raise ProfileError(f"The profile {path} is not a file. Check the path.")
-        if path.stat().st_size > _MAX_FILE_BYTES:
+        size = path.stat().st_size
+        if size > _MAX_FILE_BYTES:
             raise ProfileError(
-                f"The profile {path} has {path.stat().st_size} bytes; a profile has at most "
-                f"{_MAX_FILE_BYTES}. Check that this is the right file."
+                f"The profile {path} has {format_above(size, _MAX_FILE_BYTES)}; a profile has at "
+                f"most {format_bytes(_MAX_FILE_BYTES)}. Check that this is the right file."
             )
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from llava_edge.profiles.errors import CheckpointError, RequestError, did_you_mean, plain_reason
 from llava_edge.profiles.models.model_dims import ModelDims
 from llava_edge.profiles.models.parameters import total_parameters
+from llava_edge.profiles.sizes import format_bytes
 
 Kind = Literal["image", "video", "llava-1.5"]
 
@@ -92,7 +93,9 @@ def read_folder(folder: Path) -> Variant:
         if not path.is_file():
             raise CheckpointError(f"{folder} holds no config.json. Give a checkpoint folder.")
         if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes; not a config.")
+            raise CheckpointError(
+                f"{path} is larger than {format_bytes(_MAX_CONFIG_BYTES)}; not a config."
+            )
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {plain_reason(error)}.") from error

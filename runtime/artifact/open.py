@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_edge.profiles.errors import ArtifactError, plain_reason
+from llava_edge.profiles.sizes import format_above, format_bytes
 from llava_edge.runtime.artifact.certificate import Certificate
 from llava_edge.runtime.artifact.certificate_file import read_certificate
 from llava_edge.runtime.artifact.conversion_record import CONVERSION_LIMIT
@@ -260,7 +261,8 @@ def check_listing(root: Path, manifest: Manifest) -> None:
             found[name] = status.st_size
             if name == CONVERSION and status.st_size > CONVERSION_LIMIT:
                 faults.append(
-                    f"{name} has {status.st_size} bytes; it may have {CONVERSION_LIMIT}, and an "
+                    f"{name} has {format_above(status.st_size, CONVERSION_LIMIT)}; it may have "
+                    f"{format_bytes(CONVERSION_LIMIT)}, and an "
                     "artifact does not need it: remove it"
                 )
         else:

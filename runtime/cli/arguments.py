@@ -8,7 +8,13 @@ from typing import get_args
 
 from llava_edge.profiles.boards.device_name import DEVICE_METAVAR, device_argument
 from llava_edge.profiles.command_line import bar, one_of, whole_number
-from llava_edge.profiles.errors import ArtifactError, RequestError, did_you_mean, plain_reason
+from llava_edge.profiles.errors import (
+    ArtifactError,
+    RequestError,
+    did_you_mean,
+    plain_reason,
+    printable,
+)
 from llava_edge.profiles.memory.buffers import CACHE_FLAGS
 from llava_edge.profiles.models.anyres import GRID_NAMES
 from llava_edge.runtime.util.choices import AskedCache, AskedEngine
@@ -126,4 +132,21 @@ def require_artifact(folder: str) -> None:
         raise ArtifactError(
             f"there is no artifact at {folder!s:.300}: {plain_reason(error)}. Convert a checkpoint "
             "into it first."
+        ) from error
+
+
+def require_questions(path: Path | None) -> None:
+    """Refuse a file of ``--quality`` that is not there; reading it needs more than its name.
+
+    Raises:
+        RequestError: there is no such file.
+    """
+    if path is None:
+        return
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"--quality {printable(str(path))} cannot be read: {plain_reason(error)}. Give a file "
+            "of questions, one JSON object a line."
         ) from error

@@ -168,8 +168,7 @@ class ChatLoop:
             self._note(HELP)
         else:
             raise RequestError(
-                f"{f'{name} {rest}'.strip()!r:.80} is no command. A line that begins with a slash "
-                f"is one:\n{HELP}"
+                f"{f'{name} {rest}'.strip()!r:.40} is no command. Commands are:\n{HELP}"
             )
 
     def _note(self, text: str) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 
+from llava_edge.profiles.command_line import wrapped
 from llava_edge.runtime.artifact.open import Artifact
 from llava_edge.runtime.cli.arguments import asked_cache
 from llava_edge.runtime.model import LlavaEdge
@@ -42,11 +43,9 @@ def check_and_print(options: argparse.Namespace, artifact: Artifact) -> int:
     progress.clear()
     result, path = keep_result(key, host, stages)
     print(stage_table(stages), file=sys.stderr)
-    print(
-        f"{artifact.folder} on {host.machine} ({host.cpu}, {host.provider}, int8 {host.int8_isa}): "
-        f"{verdict_line(stages)}; kept in {path}",
-        file=sys.stderr,
-    )
+    where = f"{host.machine} ({host.cpu}, {host.provider}, int8 {host.int8_isa})"
+    print(wrapped(f"{artifact.folder} on {where}: {verdict_line(stages)}"), file=sys.stderr)
+    print(wrapped(f"kept in {path}"), file=sys.stderr)
     if options.json:
         print(json.dumps({**verification_json(stages), "host": to_json(host)}, allow_nan=False))
     return 0 if result.verdict == "pass" else 1

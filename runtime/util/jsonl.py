@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llava_edge.profiles.errors import plain_reason
+from llava_edge.profiles.sizes import format_above, format_bytes
 from llava_edge.runtime.util.safe_open import NotRegularError, open_plain
 
 MAX_LINE_BYTES = 1 << 22
@@ -61,7 +62,10 @@ def _open(path: Path) -> BinaryIO:
     size = os.fstat(file.fileno()).st_size
     if size > MAX_FILE_BYTES:
         file.close()
-        raise NoEntriesError(f"it has {size} bytes; at most {MAX_FILE_BYTES} are read")
+        raise NoEntriesError(
+            f"it has {format_above(size, MAX_FILE_BYTES)}; at most {format_bytes(MAX_FILE_BYTES)} "
+            "are read"
+        )
     return file
 
 
@@ -74,7 +78,7 @@ def _lines(
         number += 1
         name = f"{label}:{number}" if label else f"line {number}"
         if len(line) > MAX_LINE_BYTES:
-            faults.append(f"{name}: a line of more than {MAX_LINE_BYTES} bytes")
+            faults.append(f"{name}: a line of more than {format_bytes(MAX_LINE_BYTES)}")
             while line and not line.endswith(b"\n"):
                 line = file.readline(MAX_LINE_BYTES)
             continue

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llava_edge.profiles.errors import ArtifactError, LlavaEdgeError, printable
+from llava_edge.profiles.sizes import format_above, format_bytes
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -114,7 +115,7 @@ def read_whole(descriptor: int, limit: int, path: Path) -> bytes:
     size = os.fstat(descriptor).st_size
     if size > limit:
         raise ArtifactError(
-            f"{path} has {size} bytes; at most {limit} are read. "
+            f"{path} has {format_above(size, limit)}; at most {format_bytes(limit)} are read. "
             "It is not what this tool writes: copy or convert the artifact again."
         )
     return read_at(descriptor, 0, limit + 1, path)[:limit]

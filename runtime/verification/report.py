@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llava_edge.profiles.command_line import wrapped
 from llava_edge.runtime.artifact.certificate import Deviation, Question, StageResult, overall
 from llava_edge.runtime.util.json_codec import to_json
 
@@ -33,7 +34,7 @@ def stage_table(stages: Sequence[StageResult]) -> str:
         for stage, row in chosen:
             lines.append(_line(row, widths))
             if stage.detail and stage.verdict != "pass":
-                lines.append(f"    {_plain(stage.detail)}")
+                lines.append(wrapped(f"    {_plain(stage.detail)}", hang=0))
     return "\n".join(lines)
 
 
@@ -56,10 +57,11 @@ def deviation_line(found: Deviation | None) -> str:
     """A line about the first tensor outside its bound; empty where there is none."""
     if found is None:
         return ""
-    return (
+    line = wrapped(
         f"First tensor outside its bound: {_plain(found.tensor)}, {found.value:.3g} of its range "
-        f"(bound {found.bound:.3g}); ours {found.ours}, the reference's {found.theirs}.\n"
+        f"(bound {found.bound:.3g}); ours {found.ours}, the reference's {found.theirs}."
     )
+    return f"{line}\n"
 
 
 def _cells(stage: StageResult) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from llava_edge.profiles import doctor
 from llava_edge.profiles.boards.cpu_limit import CpuLimit
 from llava_edge.profiles.boards.detect import MachineFacts
 from llava_edge.profiles.boards.hardware import Int8Isa
@@ -165,3 +166,16 @@ def test_the_command_ends_with_one_json_object(capsys: pytest.CaptureFixture[str
     assert "run artifacts now" in captured.err
     assert main([]) == 0
     assert "run artifacts now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("board", ["Jetson Orin Nano", "NVIDIA Thor", "DGX Spark", None])
+def test_what_is_to_be_installed_fits_80_columns(
+    board: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "read_machine", lambda: machine(board, THOR))
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(doctor, "installed_version", packages())
+    assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "to install:" in lines
+    assert max(map(len, lines)) <= 80

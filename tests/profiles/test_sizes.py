@@ -1,7 +1,7 @@
 import pytest
 
 from llava_edge.profiles.errors import RequestError
-from llava_edge.profiles.sizes import format_bytes, parse_bytes
+from llava_edge.profiles.sizes import format_above, format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,8 @@ def test_what_is_no_size_is_refused_by_name(text: str) -> None:
 
 def test_sizes_are_written_with_a_binary_unit() -> None:
     assert [format_bytes(n) for n in (5, 1536, 3 << 29)] == ["5 B", "1.5 KiB", "1.5 GiB"]
+
+
+def test_a_size_just_above_a_limit_is_not_shown_as_the_limit() -> None:
+    assert format_above(5 << 20, 1 << 20) == "5.0 MiB"
+    assert format_above((1 << 20) + 1, 1 << 20) == "more than 1.0 MiB"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from llava_edge.bench.common.subprocess_runner import program, run_fresh
 from llava_edge.bench.lab.pages.drawing.draw import write_questions
@@ -15,14 +15,21 @@ NUM_CALIBRATION, CALIBRATION_SEED = 48, 9000
 """Calibration takes pages of the training stream, behind the ones that the training run used."""
 
 
-def convert(checkpoint: Path, artifact: Path, precision: str, options: Sequence[str] = ()) -> None:
-    """Run ``llava-edge convert``.
+def convert(
+    checkpoint: Path,
+    artifact: Path,
+    precision: str,
+    options: Sequence[str] = (),
+    log: TextIO | None = None,
+) -> None:
+    """Run ``llava-edge convert``; ``log`` receives what it says on stderr.
 
     Raises:
         subprocess.CalledProcessError: it failed, and said why on stderr.
     """
     chosen = ["--profile", PROFILE, "--precision", precision, *options]
-    run_fresh([program("llava-edge"), "convert", str(checkpoint), str(artifact), *chosen])
+    command = [program("llava-edge"), "convert", str(checkpoint), str(artifact), *chosen]
+    run_fresh(command, log=log)
 
 
 def write_calibration(folder: Path) -> None:
@@ -31,7 +38,11 @@ def write_calibration(folder: Path) -> None:
 
 
 def ask(
-    artifacts: Mapping[str, Path], questions: Path, kept: Path, options: Sequence[str] = ()
+    artifacts: Mapping[str, Path],
+    questions: Path,
+    kept: Path,
+    options: Sequence[str] = (),
+    log: TextIO | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
     """Run ``llava-edge bench --quality``.
 
@@ -40,6 +51,7 @@ def ask(
         questions: the JSONL file.
         kept: file for the answers; must not exist.
         options: of the command.
+        log: receives what it says on stderr; this process's own stderr unless given.
 
     Returns:
         Rows of its JSON and the answers in the order of the questions, both by name; a question
@@ -51,7 +63,7 @@ def ask(
     command = [program("llava-edge"), "bench", *map(str, artifacts.values()), "--json"]
     command += ["--only", "quality"]
     command += ["--quality", str(questions), "--answers", str(kept), *options]
-    found = run_fresh(command).result()["rows"]
+    found = run_fresh(command, log=log).result()["rows"]
     rows = dict(zip(artifacts, found, strict=True))
     names = {str(artifact): name for name, artifact in artifacts.items()}
     answers: dict[str, list[str]] = {name: [] for name in artifacts}

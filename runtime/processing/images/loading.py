@@ -25,6 +25,7 @@ from PIL import Image, UnidentifiedImageError
 
 from llava_edge.profiles.errors import ImageError, OutOfMemoryError, RequestError
 from llava_edge.profiles.memory.buffers import image_conversion_bytes, image_decoding_bytes
+from llava_edge.profiles.sizes import format_above, format_bytes
 from llava_edge.runtime.processing.images.high_bit_depth import Scaling, choose_scaling
 from llava_edge.runtime.processing.images.image_file import (
     SWAPPING,
@@ -383,8 +384,9 @@ def _from_array(array: Array, limits: Limits) -> OpenedImage:
 def _check_bytes(label: str, size: int, limits: Limits) -> None:
     if size > limits.max_image_bytes:
         raise ImageError(
-            f"{label} has {size} bytes; at most {limits.max_image_bytes} are taken "
-            "(max_image_bytes). Save it smaller or raise the limit."
+            f"{label} has {format_above(size, limits.max_image_bytes)}; at most "
+            f"{format_bytes(limits.max_image_bytes)} are taken (max_image_bytes). "
+            "Save it smaller or raise the limit."
         )
 
 

@@ -30,6 +30,7 @@ from llava_edge.profiles.errors import (
     plain_reason,
 )
 from llava_edge.profiles.memory.buffers import video_decoding_bytes
+from llava_edge.profiles.sizes import format_above, format_bytes
 from llava_edge.runtime.processing.images.loading import ImageSource, open_image
 from llava_edge.runtime.processing.video.video_orientation import (
     display_matrix,
@@ -187,8 +188,9 @@ class VideoReader:
     def __init__(self, label: str, file: BinaryIO, size: int, limits: Limits) -> None:
         if size > limits.max_video_bytes:
             raise VideoError(
-                f"{label} has {size} bytes; at most {limits.max_video_bytes} are taken "
-                "(max_video_bytes). Save it smaller or raise the limit."
+                f"{label} has {format_above(size, limits.max_video_bytes)}; at most "
+                f"{format_bytes(limits.max_video_bytes)} are taken (max_video_bytes). "
+                "Save it smaller or raise the limit."
             )
         self._label = label
         self._file = file

@@ -9,6 +9,7 @@ import pytest
 
 from llava_edge.bench.common.artifact_facts import short_names
 from llava_edge.bench.common.atomic_write import atomic_write, check_writable
+from llava_edge.bench.report.compare import compare, findings_table
 from llava_edge.bench.report.html import ladder_page, report_page
 from llava_edge.bench.report.published import ACCURACY, BENCHMARKS, LABEL, memory_rows, speed_rows
 from llava_edge.bench.report.svg import (
@@ -25,7 +26,7 @@ from llava_edge.bench.report.svg import (
     tick_texts,
 )
 from llava_edge.bench.report.table import bench_table
-from llava_edge.profiles.errors import RequestError
+from llava_edge.profiles.errors import OutputExistsError, RequestError
 from llava_edge.profiles.models.variants import load_variants
 from tests.bench.bench_documents import document
 
@@ -104,10 +105,19 @@ def test_names_that_are_no_utf8_are_written_all_the_same(tmp_path: Path) -> None
 
 def test_what_cannot_be_written_is_said_before_anything_is_measured(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for path in (tmp_path / ("x" * 256), tmp_path / "file" / "y", tmp_path):
+    for path in (tmp_path / ("x" * 256), tmp_path / "file" / "y", tmp_path, tmp_path / "new" / "y"):
         with pytest.raises(RequestError, match="--out"):
             check_writable(path, "--out", force=True)
-    check_writable(tmp_path / "new" / "y", "--out", force=False)
+    check_writable(tmp_path / "y", "--out", force=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_that_is_there_names_force_only_where_it_helps(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputExistsError, match="or --force"):
+        check_writable(tmp_path / "file", "--out", force=False)
+    with pytest.raises(OutputExistsError, match=r"another name for --answers\.$"):
+        check_writable(tmp_path / "file", "--answers", force=None)
 
 
 def test_folders_called_alike_are_told_apart() -> None:
@@ -245,3 +255,26 @@ def test_ticks_are_round_and_enough() -> None:
     assert tick_texts([2e-9, 3e-9]) == ["2e-09", "3e-09"]
     assert tick_texts([0]) == ["0"]
     assert [number(value) for value in (0.05, 1.0, 2.5, 1500.0)] == ["0.05", "1", "2.5", "1,500"]
+
+
+def test_tables_for_a_terminal_fit_80_columns_and_count_no_bytes() -> None:
+    made = document(0, rounds=1)
+    for place, row in enumerate(made["rows"]):
+        row["name"] = f"llava-v1.6-mistral-7b-int4-a100-{place}"
+        row["precision"] = "fp16 (computes fp32)"
+        row["weights"] = "random"
+        row["load_average"] = [[9.0, 9.5]]
+        scores = dict.fromkeys(("exact_match", "anls", "relaxed_accuracy", "multiple_choice"), 98.6)
+        row["quality"] = {"questions": 1000, "refused": [], **scores}
+    text = bench_table(made)
+    assert max(map(len, text.splitlines())) <= 80
+    assert not re.search(r"\d{6,}", text.replace("0123456789ab", ""))
+    for head in ("first token", "tok/s", "peak MiB", "multiple choice", "loss (KL)"):
+        assert head in text
+    # A further block of a table has the names again.
+    assert text.count("mistral-7b-int4-a100-2*") > 4
+
+
+def test_findings_fit_80_columns() -> None:
+    findings = compare(document(0), document(1, slower=2.0))
+    assert max(map(len, findings_table(findings).splitlines())) <= 80

@@ -136,7 +136,7 @@ def test_writing_other_values_than_the_shape_has_is_an_error(tmp_path: Path, thr
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "empty file": (lambda p: (p.write_bytes(b""), p)[1], "no whole safetensors file: 0 bytes"),
+    "empty file": (lambda p: (p.write_bytes(b""), p)[1], "no whole safetensors file: 0 B"),
     "git-lfs pointer": (
         lambda p: (p.write_text("version https://git-lfs.github.com/spec/v1\n"), p)[1],
         "git-lfs pointer",

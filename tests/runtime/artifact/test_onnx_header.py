@@ -305,7 +305,7 @@ def test_each_limit_holds(limits: HeaderLimits, reason: str) -> None:
 def test_a_file_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(RICH)
     assert read_onnx_header(OpenedFile(tmp_path / "model.onnx")) == parse_onnx_header(RICH, "rich")
-    with pytest.raises(ArtifactError, match="at most 100 are read"):
+    with pytest.raises(ArtifactError, match="at most 100 B are read"):
         read_onnx_header(OpenedFile(tmp_path / "model.onnx"), HeaderLimits(file_bytes=100))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -12,12 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from llava_edge.profiles.command_line import CommandParser
+from llava_edge.profiles.errors import UsageError
 from llava_edge.runtime.cli import main as cli
 
 COMMANDS = sorted(entry.name for entry in entry_points(group=cli.GROUP))
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "numpy", "PIL", "tokenizers")
 CONVERT = ("convert", "MISSING")
 RUN = ("run", "FOLDER", "--prompt", "Hi")
+ASKED = ("bench", "DAMAGED", "--quality")
 WRONG = {
     "a checkpoint that is not there": CONVERT,
     "a folder that is no checkpoint": ("convert", "FOLDER"),
@@ -42,6 +46,21 @@ WRONG = {
     "verify: an option that is misspelt": ("verify", "FOLDER", "--agianst", "x"),
     "plan: an unknown profile": ("plan", "--profile", "jetson-orin-nano"),
     "doctor: an argument": ("doctor", "x"),
+    "bench: no artifact": ("bench", "MISSING"),
+    "bench: a folder that is none": ("bench", "FOLDER"),
+    "bench: an artifact that is damaged": ("bench", "DAMAGED"),
+    "bench: an option that is misspelt": ("bench", "DAMAGED", "--rouns", "3"),
+    "bench: a report in no folder": ("bench", "DAMAGED", "--out", "MISSING/x.json"),
+    "bench: answers in no folder": (*ASKED, "FILE", "--answers", "MISSING/x"),
+    "bench: answers that exist": (*ASKED, "FILE", "--answers", "FILE"),
+    "bench: questions that are not there": (*ASKED, "MISSING"),
+    "bench: results that are not there": ("bench", "--compare", "MISSING", "MISSING"),
+    "bench: results that are none": ("bench", "--compare", "FILE", "FILE"),
+    "build-engine: no artifact": ("build-engine", "MISSING"),
+    "build-engine: a folder that is none": ("build-engine", "FOLDER"),
+    "build-engine: an artifact that is damaged": ("build-engine", "DAMAGED"),
+    "build-engine: no GPU": ("build-engine", "DAMAGED", "--device", "cpu"),
+    "build-engine: an unknown library": ("build-engine", "DAMAGED", "--engine", "tensort"),
 }
 PROGRAM = """
 import json, sys
@@ -71,10 +90,18 @@ def run_fresh(
 
 def test_a_wrong_command_line_is_refused_before_anything_large_is_imported(tmp_path: Path) -> None:
     taken, folder = tmp_path / "taken", tmp_path / "folder"
-    taken.mkdir()
-    folder.mkdir()
+    damaged = tmp_path / "damaged"
+    for made in (taken, folder, damaged):
+        made.mkdir()
     (taken / "file").write_text("kept")
-    places = {"MISSING": str(tmp_path / "missing"), "FOLDER": str(folder), "TAKEN": str(taken)}
+    (damaged / "manifest.json").write_text("{}")
+    places = {
+        "MISSING": str(tmp_path / "missing"),
+        "FOLDER": str(folder),
+        "TAKEN": str(taken),
+        "DAMAGED": str(damaged),
+        "FILE": str(taken / "file"),
+    }
 
     def placed(word: str) -> str:
         name, _, rest = word.partition("/")
@@ -89,7 +116,7 @@ def test_a_wrong_command_line_is_refused_before_anything_large_is_imported(tmp_p
         assert message.startswith("error: "), name
         assert len(message.splitlines()) == 1, name
     assert len(outcomes) == len(WRONG)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "taken"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "folder", "taken"]
 
 
 @pytest.mark.parametrize(
@@ -180,3 +207,61 @@ def test_make_lists_what_users_need_first_and_within_80_columns() -> None:
     assert "convert" in users
     assert "fuzz" in developers
     assert max(map(len, text.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("words", [["verify"], ["build-engine"], ["bench"]])
+def test_a_path_that_is_wrong_is_named_before_what_is_missing(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*words, str(tmp_path / "nothing")]) in (1, 2)
+    assert str(tmp_path / "nothing") in capsys.readouterr().err
+
+
+def test_an_artifact_to_verify_is_told_what_it_can_be_compared_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    assert cli.main(["verify", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert "--against CHECKPOINT" in message
+    assert "--on-device" in message
+
+
+@pytest.mark.parametrize("frames", ["llava-next-video-7b", "0", "many"])
+def test_frames_that_are_no_number_are_told_what_video_wants(
+    frames: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", "--profile", "a100", "--video", frames]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"{frames!r} is no whole number of at least 1" in message
+    assert "Write a number or nothing after --video, and a model before it" in message
+
+
+def test_every_option_with_a_default_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsers: list[CommandParser] = []
+
+    def kept(parser: CommandParser, *_: object) -> None:
+        parsers.append(parser)
+        raise UsageError("parsed")
+
+    monkeypatch.setattr(CommandParser, "parse_args", kept)
+    for name in COMMANDS:
+        cli.main([name])
+    assert len(parsers) == len(COMMANDS)
+    shown = 0
+    for parser in parsers:
+        text = " ".join(parser.format_help().split())
+        for action in parser._actions:
+            default = action.default
+            if not action.option_strings or default is argparse.SUPPRESS:
+                continue
+            # A switch that is off and a list that is empty need no words.
+            if default is None or default is False or default == []:
+                continue
+            entry = " ".join(parser._get_formatter()._expand_help(action).split())
+            value = ",".join(default) if isinstance(default, list) else str(default)
+            where = f"{parser.prog} {action.option_strings[0]}"
+            assert re.search(rf"default: {re.escape(value)}\b", entry), where
+            assert entry in text, where
+            shown += 1
+    assert shown > 20

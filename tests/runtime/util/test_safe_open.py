@@ -19,7 +19,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_a_file_of_exactly_the_limit_is_read(file: Path) -> None:
     assert read_bounded(file, 10) == b"0123456789"
-    with pytest.raises(ArtifactError, match="has 10 bytes; at most 9 are read"):
+    with pytest.raises(ArtifactError, match="has 10 B; at most 9 B are read"):
         read_bounded(file, 9)
 
 

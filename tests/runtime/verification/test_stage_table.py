@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 
-from llava_edge.runtime.artifact.certificate import StageResult
-from llava_edge.runtime.verification.report import stage_table, verdict_line, verification_json
+from llava_edge.runtime.artifact.certificate import Deviation, StageResult
+from llava_edge.runtime.verification.report import (
+    deviation_line,
+    stage_table,
+    verdict_line,
+    verification_json,
+)
 
 GOOD = StageResult("prompt", "differing", 0.0, 0.0, "pass", detail="40 prompts")
 BAD = StageResult("packing", "max_gap_of_range", 0.123456, 1e-4, "fail", detail="row 3\x1b[2J")
@@ -61,3 +66,13 @@ def test_one_line_says_which_stages_decide() -> None:
     assert verdict_line([GOOD, LOSS]) == "passed"
     assert verdict_line([GOOD, OPEN, OPEN]) == "inconclusive: greedy"
     assert verdict_line([OPEN, BAD]) == "failed: packing"
+
+
+def test_a_long_detail_is_wrapped_to_80_columns() -> None:
+    detail = "too few tokens " * 20
+    long = StageResult("greedy", "tokens", None, None, "inconclusive", detail=detail)
+    tensor = "language_model.layers.0.input_layernorm"
+    deviation = Deviation(tensor, 0.5, 0.1, {"mean": 1.0}, {"mean": 2.0})
+    text = f"{stage_table([GOOD, long])}\n{deviation_line(deviation)}"
+    assert max(map(len, text.splitlines())) <= 80
+    assert " ".join(text.split()).count("too few tokens") == 20

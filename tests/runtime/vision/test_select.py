@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_edge.convert.cli.build_engine import build_here
+from llava_edge.convert.cli.building import build_here
 from llava_edge.profiles.errors import (
     ArtifactError,
     DependencyError,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_edge.convert.cli.build_engine import build_here
+from llava_edge.convert.cli.building import build_here
 from llava_edge.profiles.boards.engines import LIBRARIES, LibraryName
 from llava_edge.profiles.boards.nvml import read_gpus
 from llava_edge.profiles.errors import DependencyError

@@ -290,7 +290,7 @@ def make(kind: str, path: Path) -> None:
         ("pipe", "no regular file"),
         ("device", "no regular file"),
         ("folder", "no .*jsonl"),
-        ("huge", "at most 2147483648 are read"),
+        ("huge", "at most 2.0 GiB are read"),
         ("missing", "No such file or directory. Give a folder"),
         ("utf-16", "UTF-16 text; save it as UTF-8"),
         ("latin-1", r"not UTF-8 text \(byte 15\)"),
@@ -302,7 +302,7 @@ def make(kind: str, path: Path) -> None:
         ("more", "there is more after its list"),
         ("deep", "data.json entry 1: no JSON"),
         ("number", "data.json entry 1: no JSON object"),
-        ("long line", "data.json:1: a line of more than 4194304 bytes"),
+        ("long line", "data.json:1: a line of more than 4.0 MiB"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named_with_the_reason(
