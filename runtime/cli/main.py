@@ -39,8 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand and return the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     with standard_streams():
-        code = _run(arguments)
+        code = 0
         try:
+            code = _run(arguments)
             # What is still buffered would otherwise be lost without a word at exit.
             sys.stdout.flush()
         except ReaderGoneError:

@@ -108,7 +108,8 @@ def test_an_interrupted_conversion_takes_its_engine_over(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = request(checkpoint, "rtx-4090", tmp_path / "artifact")
-    import llava_edge.convert.pipeline as pipeline
+    from llava_edge.convert import pipeline
+    from llava_edge.convert.writing import artifact_parts
 
     def fail(*_: Any) -> None:
         raise EngineError("stopped here")
@@ -117,7 +118,7 @@ def test_an_interrupted_conversion_takes_its_engine_over(
         patch.setattr(pipeline, "write_card", fail)
         with pytest.raises(EngineError, match="stopped here"):
             convert(asked)
-    monkeypatch.setattr(pipeline, "write_vision_engine", fail)
+    monkeypatch.setattr(artifact_parts, "write_vision_engine", fail)
 
     conversion, _ = convert(asked)
 

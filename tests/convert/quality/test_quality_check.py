@@ -222,9 +222,9 @@ def test_malformed_questions_are_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--max-loss", "2"), "--max-loss 2.0 is no share"),
-        (("--max-loss", "nan"), "--max-loss nan is no share"),
-        (("--max-loss", "-0.1"), "--max-loss -0.1 is no share"),
+        (("--max-loss", "2"), "argument --max-loss: '2' is no number of at least 0 and at most 1"),
+        (("--max-loss", "nan"), "argument --max-loss: 'nan' is no number"),
+        (("--max-loss", "-0.1"), "argument --max-loss: '-0.1' is no number"),
         (("--no-template",), "--no-template were both given"),
     ],
 )
