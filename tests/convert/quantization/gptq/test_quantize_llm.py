@@ -397,7 +397,7 @@ def test_a_disk_too_small_is_said_before_the_work(
     linears = 2 * 96 * 96 + 2 * 32 * 96 + 3 * 96 * 160
     assert needed_bytes(checkpoint, _INT4, samples) == 137 * 352 * 4 + 3 * linears * 9 // 16
     monkeypatch.setattr("llava_edge.convert.util.files.free_bytes", lambda folder: 1000)
-    with pytest.raises(RequestError, match="1000 bytes are free"):
+    with pytest.raises(RequestError, match="1000 B are free"):
         quantize_language_model(checkpoint, tmp_path / "q", _INT4, samples)
 
 
