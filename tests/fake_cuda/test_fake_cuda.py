@@ -22,6 +22,13 @@ TO_DEVICE, TO_HOST, ON_DEVICE = 1, 2, 3
 MIB = 1 << 20
 
 
+@pytest.fixture(autouse=True)
+def no_error_is_left(cuda: FakeCuda) -> Iterator[None]:
+    """The next session in this process would find it: ONNX Runtime reads the last error."""
+    yield
+    cuda.library.cudaGetLastError()
+
+
 def take(cuda: FakeCuda, size: int) -> int:
     pointer = ctypes.c_void_p()
     assert cuda.library.cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(size)) == 0
