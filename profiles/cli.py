@@ -28,7 +28,7 @@ from llava_edge.profiles.plan_request import (
     PlanRequest,
     Prefer,
 )
-from llava_edge.profiles.planner import DEFAULT_FRAMES, PlanResult, nearest_fit, plan_deployment
+from llava_edge.profiles.planner import DEFAULT_FRAMES, PlanResult, nearest_advice, plan_deployment
 from llava_edge.profiles.sizes import format_bytes, parse_bytes
 
 SUMMARY = "Say which model, precision, grid and context fit a board, and why no larger."
@@ -270,19 +270,7 @@ def _with_memory(profile: HardwareProfile, memory: int) -> HardwareProfile:
 
 def misfit(profile: HardwareProfile, request: PlanRequest, plan: DeploymentPlan) -> str:
     """Why nothing fits, and the nearest that does."""
-    nearest = nearest_fit(profile, request)
-    if nearest is None:
-        advice = "Nothing smaller fits either; "
-        advice += (
-            "free memory or name another board."
-            if plan.memory.shortfall_bytes
-            else "ask for fewer images or frames, or a context that holds them."
-        )
-    else:
-        advice = (
-            f"Nearest that fits: {nearest.variant} at {nearest.precision}, grid {nearest.grid}, "
-            f"context {nearest.context_tokens} ({format_bytes(nearest.memory.total_bytes)})."
-        )
+    advice = nearest_advice(profile, request, plan)
     short = plan.memory.shortfall_bytes
     reason = (
         f"the least, {plan.variant} at {plan.precision} with grid {plan.grid}, is short of "

@@ -84,7 +84,7 @@ def plan_deployment(
 
 
 def nearest_fit(profile: HardwareProfile, request: PlanRequest) -> DeploymentPlan | None:
-    """The plan nearest to a request that does not fit: context, precision, grid, variant give way.
+    """The plan nearest to a request that does not fit, with less context, precision, grid or model.
 
     One wish alone is dropped first where that is enough; then one after another, and each stays
     dropped. None where nothing fits at all.
@@ -111,6 +111,27 @@ def nearest_fit(profile: HardwareProfile, request: PlanRequest) -> DeploymentPla
         if plan.fits:
             return plan
     return None
+
+
+def nearest_advice(profile: HardwareProfile, request: PlanRequest, plan: DeploymentPlan) -> str:
+    """What to do about a request that does not fit: the nearest that does, or what to change.
+
+    Args:
+        profile: the board.
+        request: that does not fit.
+        plan: what was found for it.
+    """
+    nearest = nearest_fit(profile, request)
+    if nearest is not None:
+        return (
+            f"Nearest that fits: {nearest.variant} at {nearest.precision}, grid {nearest.grid}, "
+            f"context {nearest.context_tokens} ({format_bytes(nearest.memory.total_bytes)})."
+        )
+    if plan.memory.shortfall_bytes:
+        return "Nothing smaller fits either; free memory or name another board."
+    return (
+        "Nothing smaller fits either; ask for fewer images or frames, or a context that holds them."
+    )
 
 
 @dataclass(frozen=True)

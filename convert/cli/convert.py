@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 from llava_edge.convert.checkpoint.source import resolve_source
+from llava_edge.convert.output.output_path import refuse_existing
 from llava_edge.convert.quantization.request import NUM_SAMPLES, QuantizationRequest, Quantizer
 from llava_edge.profiles.boards.hardware import HardwareProfile
 from llava_edge.profiles.cli import add_plan_arguments, build_request, choose_profile, misfit
@@ -19,7 +20,6 @@ from llava_edge.profiles.command_line import CommandParser, bar, one_of, real_nu
 from llava_edge.profiles.errors import (
     BudgetError,
     CheckpointError,
-    OutputExistsError,
     RequestError,
 )
 from llava_edge.profiles.models.anyres import grid_pinpoints
@@ -109,16 +109,10 @@ def _require_output(out: Path, *, force: bool) -> None:
         OutputExistsError: it exists and is not to be replaced.
         RequestError: it cannot be written.
     """
+    if not force:
+        # What is to be replaced may hold the checkpoint, which the plan tells first.
+        refuse_existing(out, force=False)
     path = Path(os.path.abspath(out))
-    if os.path.lexists(path) and not path.is_dir():
-        raise OutputExistsError(f"{out} is no folder, and an artifact is one. Name another output.")
-    # A folder with work of an earlier run is looked into by that which goes on with it.
-    unfinished = os.path.lexists(path / f"{path.name}.partial")
-    if not force and not unfinished and path.is_dir() and os.listdir(path):
-        raise OutputExistsError(
-            f"{out} exists. Nothing is overwritten unasked: add --force to replace it, or name "
-            "another output."
-        )
     above = next((each for each in path.parents if os.path.lexists(each)), path.parent)
     if not above.is_dir():
         raise RequestError(f"{out} cannot be written: {above} is no folder. Name another output.")

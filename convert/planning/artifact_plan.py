@@ -22,7 +22,7 @@ from llava_edge.profiles.models.parameters import total_parameters
 from llava_edge.profiles.models.variants import Variant, find_variant, kind_of, load_variants
 from llava_edge.profiles.plan import DeploymentPlan
 from llava_edge.profiles.plan_request import PlanRequest
-from llava_edge.profiles.planner import DEFAULT_FRAMES, nearest_fit, plan_deployment
+from llava_edge.profiles.planner import DEFAULT_FRAMES, nearest_advice, plan_deployment
 from llava_edge.profiles.sizes import format_bytes
 from llava_edge.runtime.artifact.manifest import Reference
 from llava_edge.runtime.util.progress import Notify
@@ -176,13 +176,7 @@ def _grid(dims: ModelDims, request: ConvertRequest, plan: DeploymentPlan) -> Gri
 
 def _misfit(request: ConvertRequest, wishes: PlanRequest, plan: DeploymentPlan) -> str:
     memory = plan.memory
-    nearest = nearest_fit(request.profile, wishes)
-    advice = "Nothing smaller fits either: free memory or name another board."
-    if nearest is not None:
-        advice = (
-            f"Nearest that fits: {nearest.variant} at {nearest.precision}, grid {nearest.grid}, "
-            f"context {nearest.context_tokens} ({format_bytes(nearest.memory.total_bytes)})."
-        )
+    advice = nearest_advice(request.profile, wishes, plan)
     if not memory.shortfall_bytes:
         reason = plan.rejected[-1].reason if plan.rejected else "it does not go together"
         return f"nothing that was asked fits {request.profile.name}: {reason}. {advice}"
