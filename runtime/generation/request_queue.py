@@ -20,6 +20,9 @@ from llava_edge.profiles.errors import DeadlineError, EngineError
 
 CLOSED = "the model is closed; load the artifact again"
 
+_COLLECT_SECONDS = 5.0
+"""How long the first who waits does so before it looks for a holder that nobody can reach."""
+
 _LOCAL = threading.local()
 
 
@@ -63,8 +66,9 @@ class RequestQueue:
     from that thread would wait for itself, so it is refused.
 
     A stream that is dropped gives its turn back at once. One that was dropped inside a reference
-    cycle does so when Python's collector finds it; only the thread that it belongs to starts the
-    collector. Others wait for their turn as long as they said.
+    cycle does so when Python's collector finds it. Where all threads wait, none allocates and the
+    collector never runs by itself: then the first in the queue, and no other, starts it, after
+    pauses that double, since each collection stops the whole application.
 
     It belongs to the process that made it. ONNX Runtime's threads, the CUDA context and locks that
     other threads held do not exist in a child of ``fork()``, where a request would wait for ever.
@@ -158,13 +162,18 @@ class RequestQueue:
             self._leave(place)
 
     def _wait(self, place: _Place, until: float) -> None:
-        # A lock cannot wait longer than this, some centuries.
-        seconds = min(max(0.0, until - time.monotonic()), threading.TIMEOUT_MAX)
-        if not place.gate.acquire(timeout=seconds):
-            raise DeadlineError(
-                "the time that was given (deadline_seconds) was over while other requests "
-                "were answered. Give more time, or ask less at once."
-            )
+        pause = _COLLECT_SECONDS
+        while not place.gate.acquire(timeout=max(0.0, min(pause, until - time.monotonic()))):
+            if time.monotonic() >= until:
+                raise DeadlineError(
+                    "the time that was given (deadline_seconds) was over while other requests "
+                    "were answered. Give more time, or ask less at once."
+                )
+            with self._mutex:
+                first = bool(self._waiting) and self._waiting[0] is place
+            if first:
+                gc.collect()
+                pause *= 2
 
     def _refuse_own_thread(self, place: _Place) -> None:
         for collect in (gc.collect, None):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from llava_edge.profiles.errors import DeadlineError, EngineError
+from llava_edge.runtime.generation import request_queue
 from llava_edge.runtime.generation.request_queue import RequestQueue
 from llava_edge.runtime.generation.stream import AnswerStream, Pieces, StreamHandle
 
@@ -237,6 +238,61 @@ def test_a_stream_dropped_in_a_cycle_does_not_lock_out_its_own_thread() -> None:
             pass
     finally:
         gc.enable()
+
+
+def leave_in_a_cycle(queue: RequestQueue) -> None:
+    """A stream of a thread that has gone, held by nothing but itself."""
+
+    def leave() -> None:
+        stream = endless(queue)
+        next(stream)
+        cycle = [stream]
+        cycle.append(cycle)  # type: ignore[arg-type]
+
+    assert ended(started(leave))
+
+
+def test_who_waits_behind_a_stream_in_a_cycle_gets_in_although_nothing_is_allocated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    queue = RequestQueue()
+    monkeypatch.setattr(request_queue, "_COLLECT_SECONDS", 0.02)
+    gc.disable()
+    try:
+        leave_in_a_cycle(queue)
+
+        def ask() -> None:
+            with queue.turn():
+                pass
+
+        assert ended(*(started(ask) for _ in range(3)))
+    finally:
+        gc.enable()
+
+
+def test_of_all_who_wait_the_first_alone_collects_and_less_and_less_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    queue, collecting = RequestQueue(), []
+    monkeypatch.setattr(request_queue, "_COLLECT_SECONDS", 0.02)
+    monkeypatch.setattr(gc, "collect", lambda *_: collecting.append(threading.get_ident()))
+    holder = endless(queue)
+    assert ended(started(lambda: next(holder)))
+
+    def ask(seconds: float) -> None:
+        with pytest.raises(DeadlineError), queue.turn(seconds=seconds):
+            pass
+
+    first = started(lambda: ask(1.5))
+    wait_until(lambda: len(queue._waiting) == 1)
+    others = [started(lambda: ask(0.2)) for _ in range(5)]
+    assert ended(*others)
+    assert ended(first)
+
+    # Pauses of 0.02, 0.04, 0.08 … seconds. All others have left by then.
+    assert 1 <= len(collecting) <= 7
+    assert len(set(collecting)) == 1
+    holder.close()
 
 
 def test_a_thread_is_not_taken_for_one_that_has_gone() -> None:
